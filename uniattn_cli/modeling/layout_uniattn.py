@@ -1,0 +1,250 @@
+"""What each layer of a model computes itself and what it borrows from earlier layers: the one representation of a layout.
+
+This file is copied into every checkpoint, so it needs the standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+FORMAT_VERSION = 1
+
+KINDS = ("own", "softmax", "key", "kv", "pooled", "linear", "none")
+BORROWING_KINDS = ("softmax", "key", "kv")
+# Projections that a layer of each kind does not have.
+REMOVED_PROJECTIONS = {
+    "own": (),
+    "softmax": ("q_proj", "k_proj"),
+    "key": ("k_proj",),
+    "kv": ("k_proj", "v_proj"),
+    "pooled": (),
+    "linear": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "none": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+PLAN_KEYS = ("kind", "leader", "heads", "kv_heads", "compensation")
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of a model that decide which layouts it can have.
+
+    Attributes:
+        query_heads: query heads of a layer.
+        kv_heads: key/value heads of a layer; divides `query_heads`.
+        head_dim: size of one head.
+        hidden_size: width of the residual stream.
+        mask_types: one name per layer; layers can share only if these are equal (mask, window and rotary parameters).
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    mask_types: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.mask_types)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.query_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer does.
+
+    Attributes:
+        kind: one of `KINDS`.
+        leader: the layer borrowed from with all heads mapped to the same heads; `heads` is None then.
+        heads: (layer, head) borrowed by each query head (`softmax`) or by each key/value head (`key`, `kv`), where head
+            counts query heads or key/value heads in the same way.
+        kv_heads: key/value heads kept by a `pooled` layer.
+        compensation: `full` (a square W_c), `none`, or the rank of a low-rank W_c.
+    """
+
+    kind: str = "own"
+    leader: int | None = None
+    heads: tuple[tuple[int, int], ...] | None = None
+    kv_heads: int | None = None
+    compensation: str | int = "none"
+
+    @classmethod
+    def from_dict(cls, entry: dict) -> LayerPlan:
+        """Reads one entry of a layout file or of `config.json`.
+
+        Raises:
+            ValueError: unknown keys or a value of the wrong type.
+        """
+        if not isinstance(entry, dict):
+            raise ValueError(f"must be a mapping such as {{kind: softmax, leader: 4}}, not {entry!r}")
+        unknown = [key for key in entry if key not in PLAN_KEYS]
+        if unknown:
+            raise ValueError(f"unknown key '{unknown[0]}' (known: {', '.join(PLAN_KEYS)})")
+        heads = entry.get("heads")
+        if heads is not None:
+            try:
+                heads = tuple((int(layer), int(head)) for layer, head in heads)
+            except (TypeError, ValueError):
+                raise ValueError(f"heads must be a list of [layer, head] pairs, not {heads!r}") from None
+        kind = entry.get("kind", "softmax" if "leader" in entry or heads else "own")
+        default = "full" if kind not in ("own", "none") else "none"
+        return cls(kind, entry.get("leader"), heads, entry.get("kv_heads"), entry.get("compensation", default))
+
+    def to_dict(self) -> dict:
+        """The shortest mapping from which `from_dict` makes an equal plan."""
+        if self.kind == "own":
+            return {"kind": "own"}
+        entry: dict = {"kind": self.kind}
+        if self.heads is not None:
+            entry["heads"] = [list(pair) for pair in self.heads]
+        elif self.leader is not None:
+            entry["leader"] = self.leader
+        if self.kv_heads is not None:
+            entry["kv_heads"] = self.kv_heads
+        entry["compensation"] = self.compensation
+        return entry
+
+    def sources(self, borrowed_heads: int) -> tuple[tuple[int, int], ...]:
+        """(layer, head) for each of `borrowed_heads` heads, whether written as a leader or as a head map."""
+        if self.heads is not None:
+            return self.heads
+        if self.leader is not None:
+            return tuple((self.leader, head) for head in range(borrowed_heads))
+        return ()
+
+    @property
+    def source_layers(self) -> tuple[int, ...]:
+        """The layers borrowed from, in ascending order."""
+        if self.heads is not None:
+            return tuple(sorted({layer for layer, _ in self.heads}))
+        return () if self.leader is None else (self.leader,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One `LayerPlan` per layer."""
+
+    plans: tuple[LayerPlan, ...]
+
+    @classmethod
+    def own(cls, layers: int) -> Layout:
+        """The identity layout: every layer is the stock layer."""
+        return cls((LayerPlan(),) * layers)
+
+    @classmethod
+    def from_list(cls, entries: Sequence[dict]) -> Layout:
+        """Reads the list written by `to_list`.
+
+        Raises:
+            ValueError: names the first layer whose entry cannot be read.
+        """
+        plans = []
+        for index, entry in enumerate(entries):
+            try:
+                plans.append(LayerPlan.from_dict(entry))
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from None
+        return cls(tuple(plans))
+
+    def to_list(self) -> list[dict]:
+        return [plan.to_dict() for plan in self.plans]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.plans)
+
+    def __getitem__(self, index: int) -> LayerPlan:
+        return self.plans[index]
+
+    @property
+    def changed(self) -> list[int]:
+        """Layers that are not `own`."""
+        return [index for index, plan in enumerate(self.plans) if plan.kind != "own"]
+
+    @property
+    def followers(self) -> list[int]:
+        """Layers that borrow their Softmax map."""
+        return [index for index, plan in enumerate(self.plans) if plan.kind == "softmax"]
+
+    @property
+    def last_use(self) -> dict[int, int]:
+        """For each layer that is borrowed from, the last layer that borrows from it."""
+        uses: dict[int, int] = {}
+        for index, plan in enumerate(self.plans):
+            for source in plan.source_layers:
+                uses[source] = index
+        return uses
+
+    def problems(self, shape: AttentionShape) -> list[str]:
+        """Every invariant that the layout breaks for a model of this shape, one line each; empty when it is legal."""
+        if len(self) != shape.layers:
+            return [f"the layout has {len(self)} entries, the model has {shape.layers} layers"]
+        found = []
+        first_of_type = {name: shape.mask_types.index(name) for name in shape.mask_types}
+        for index, plan in enumerate(self.plans):
+            for problem in self._plan_problems(index, plan, shape, first_of_type):
+                found.append(f"layer {index}: {problem}")
+        return found
+
+    def _plan_problems(
+        self, index: int, plan: LayerPlan, shape: AttentionShape, first_of_type: dict[str, int]
+    ) -> Iterator[str]:
+        if plan.kind not in KINDS:
+            yield f"unknown kind '{plan.kind}' (known: {', '.join(KINDS)})"
+            return
+        rank = plan.compensation
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool)
+        if rank not in ("full", "none") and not (is_rank and 1 <= rank <= shape.hidden_size):
+            yield f"compensation must be full, none or a rank from 1 to {shape.hidden_size}, not {rank!r}"
+        if plan.kind == "own":
+            if plan.source_layers:
+                yield "an 'own' layer borrows nothing, but a leader is given"
+            return
+        if first_of_type[shape.mask_types[index]] == index:
+            yield (
+                f"the first layer with mask type '{shape.mask_types[index]}' must be 'own', not '{plan.kind}', "
+                "because the cache takes its length from it"
+            )
+        if plan.kind == "none" and rank != "none":
+            yield "a 'none' layer has no compensation; use kind 'linear' for one"
+        if plan.kind == "linear" and rank == "none":
+            yield "a 'linear' layer is nothing but its compensation; use kind 'none' to drop it"
+        if plan.kind == "pooled":
+            kept = plan.kv_heads
+            if not isinstance(kept, int) or not 1 <= kept < shape.kv_heads or shape.kv_heads % kept:
+                yield f"kv_heads must divide {shape.kv_heads} and be smaller, not {kept!r}"
+        elif plan.kv_heads is not None:
+            yield f"kv_heads belongs to kind 'pooled', not '{plan.kind}'"
+        if plan.kind in BORROWING_KINDS:
+            yield from self._source_problems(index, plan, shape)
+        elif plan.source_layers:
+            yield f"a '{plan.kind}' layer borrows nothing, but a leader is given"
+
+    def _source_problems(self, index: int, plan: LayerPlan, shape: AttentionShape) -> Iterator[str]:
+        count = shape.query_heads if plan.kind == "softmax" else shape.kv_heads
+        if plan.leader is not None and plan.heads is not None:
+            yield "give a leader or a head map, not both"
+            return
+        if plan.heads is not None and len(plan.heads) != count:
+            yield f"the head map has {len(plan.heads)} entries, kind '{plan.kind}' needs {count}"
+        if not plan.source_layers:
+            yield f"kind '{plan.kind}' needs a leader or a head map"
+        for layer in plan.source_layers:
+            if not isinstance(layer, int) or not 0 <= layer < index:
+                yield f"borrows from layer {layer}, which is not an earlier layer"
+            elif self.plans[layer].kind != "own":
+                yield f"borrows from layer {layer}, which is itself '{self.plans[layer].kind}', not 'own'"
+            elif shape.mask_types[layer] != shape.mask_types[index]:
+                yield (
+                    f"borrows from layer {layer}, whose mask type is '{shape.mask_types[layer]}', "
+                    f"not '{shape.mask_types[index]}'"
+                )
+        for _, head in plan.heads or ():
+            if not 0 <= head < count:
+                yield f"borrows head {head}, but heads are numbered 0 to {count - 1}"

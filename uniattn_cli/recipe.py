@@ -1,0 +1,532 @@
+"""The recipe: one strict, typed YAML file that holds every setting of a run.
+
+The dataclasses below are the schema. Each field carries its default, its bounds and the sentence that documents it;
+reading, checking, the commented file that `uniattn analyze` writes and the tables of the documentation all come from
+them. Reading reports every fault of a file at once, with line and nearest valid name. torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.errors import RecipeError, suggest
+
+RECIPE_FORMAT = 1
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    common: bool = False,
+) -> Any:
+    """A documented, bounded dataclass field.
+
+    Args:
+        default: value, or a zero-argument factory for lists and sections.
+        help: one sentence, shown as a comment in the written recipe.
+        choices: the only strings allowed (other types that the annotation allows stay allowed).
+        minimum: smallest value allowed.
+        maximum: largest value allowed.
+        above: the value must be greater than this.
+        common: whether the recipe that `analyze` writes shows the field.
+    """
+    bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    metadata = {"help": help, "common": common, **bounds}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The base model."""
+
+    name: str = setting("", "hub id, or a directory that holds the model", common=True)
+    revision: str | None = setting(None, "branch, tag or commit on the hub")
+    dtype: str = setting(
+        "auto",
+        "auto takes the checkpoint's own",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        common=True,
+    )
+    attention: str = setting(
+        "auto",
+        "attention backend; auto lets transformers choose",
+        choices=("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    )
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set."""
+
+    source: str = setting(
+        "builtin",
+        "builtin, a local file (.json .jsonl .parquet .csv .txt) or a hub data set",
+        common=True,
+    )
+    config: str | None = setting(None, "configuration of a hub data set")
+    split: str | None = setting(None, "split; the default is train")
+    format: str = setting(
+        "auto",
+        "auto looks at the columns",
+        choices=("auto", "messages", "prompt_completion", "alpaca", "text"),
+    )
+    limit: int | None = setting(None, "use at most this many rows", minimum=1)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What is trained on, calibrated with and held out."""
+
+    train: tuple[DatasetSpec, ...] = setting(
+        lambda: (DatasetSpec(),),
+        "training rows: instructions and responses, conversations or plain text",
+        common=True,
+    )
+    calibration: tuple[DatasetSpec, ...] | None = setting(
+        None, "text for analysis and fit; null takes the training rows, or the built-in text for built-in rows"
+    )
+    text: tuple[DatasetSpec, ...] = setting(
+        lambda: (DatasetSpec(),), "held-out text for perplexity; never used for calibration or training", common=True
+    )
+    holdout: float = setting(
+        0.05,
+        "share of the training rows kept out of training, for the loss on responses",
+        above=0,
+        maximum=0.5,
+    )
+
+
+@dataclass(frozen=True)
+class AnalysisSpec:
+    """How much is measured."""
+
+    tokens: int = setting(16384, "calibration tokens", minimum=64, common=True)
+    length: int = setting(512, "tokens per sequence", minimum=16, common=True)
+    max_distance: int = setting(8, "largest distance between a layer and one it may borrow from", minimum=1, maximum=16)
+    rows: int = setting(16, "query positions per sequence for Jensen-Shannon and top-k overlap", minimum=1)
+    top_k: int = setting(8, "keys per row compared for the top-k overlap", minimum=1)
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """Which layers share, and how the choice is made."""
+
+    groups: str = setting(
+        "auto", "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, or a file", common=True
+    )
+    followers: int | None = setting(None, "budget: this many followers", minimum=0, common=True)
+    kv: float | None = setting(
+        None,
+        "budget: keep at most this share of the KV bytes; 0.8 if no budget is given",
+        above=0,
+        maximum=1,
+        common=True,
+    )
+    params: float | None = setting(None, "budget: keep at most this share of the parameters", above=0, maximum=1)
+    head_map: str = setting(
+        "grouped",
+        "which heads a follower may use; grouped keeps ordinary grouped-query shapes",
+        choices=("identity", "grouped", "free"),
+        common=True,
+    )
+    sources: str = setting(
+        "several", "whether a follower's heads may borrow from several layers", choices=("one", "several")
+    )
+    max_group: int | None = setting(None, "largest number of followers of one leader", minimum=1)
+    protect: tuple[int, ...] = setting(tuple, "layers that must stay as they are")
+    layers: tuple[dict, ...] | None = setting(
+        None, "the chosen layout, one entry per layer; written by `uniattn group` and by `uniattn convert`"
+    )
+
+
+@dataclass(frozen=True)
+class ConversionSpec:
+    """How the converted weights are fitted."""
+
+    tokens: int = setting(32768, "calibration tokens for the fit", minimum=64, common=True)
+    length: int = setting(512, "tokens per sequence", minimum=16)
+    solve: str = setting(
+        "both",
+        "what is solved for each follower: both (W_o and W_c), compensation, output or none",
+        choices=("both", "compensation", "output", "none"),
+        common=True,
+    )
+    rank: int | str = setting("full", "rank of W_c", choices=("full",), minimum=1)
+    target: str = setting(
+        "attention",
+        "what the fit aims at: the base's attention output, or its residual stream",
+        choices=("attention", "residual"),
+    )
+    holdout: float = setting(0.15, "share of the sequences on which the ridge strength is chosen", above=0, maximum=0.5)
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """One stage of training."""
+
+    trains: str = setting(
+        "all",
+        "which parameters change; embeddings and lm_head stay frozen except with everything",
+        choices=("compensation", "followers", "attention", "all", "everything"),
+        common=True,
+    )
+    learning_rate: float = setting(1e-4, "peak learning rate", above=0, maximum=1, common=True)
+    epochs: float = setting(1.0, "passes over the training rows", above=0, common=True)
+    steps: int | None = setting(None, "optimiser steps; overrides epochs", minimum=1)
+    name: str | None = setting(None, "name of the stage's folder; the default is what it trains")
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Supervised fine-tuning with TRL."""
+
+    stages: tuple[TrainStage, ...] = setting(
+        lambda: (
+            TrainStage(trains="compensation", learning_rate=1e-3, epochs=0.25),
+            TrainStage(trains="all", learning_rate=1e-4, epochs=1.0),
+        ),
+        "stages, in order",
+        common=True,
+    )
+    batch_size: int = setting(16, "sequences per optimiser step, over all devices", minimum=1, common=True)
+    micro_batch_size: int = setting(4, "sequences per device and forward pass", minimum=1, common=True)
+    max_length: int = setting(512, "longer sequences are cut at this many tokens", minimum=16, common=True)
+    loss: str = setting("responses", "which tokens are learned", choices=("responses", "all"))
+    schedule: str = setting("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant"))
+    warmup: float = setting(0.05, "share of the steps that warm up", minimum=0, maximum=0.9)
+    weight_decay: float = setting(0.0, "decoupled weight decay", minimum=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped at this norm", above=0)
+    packing: bool = setting(False, "several rows in one sequence; rows never see each other")
+    gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
+    save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", minimum=1)
+    log_steps: int = setting(5, "optimiser steps between log lines", minimum=1)
+
+
+@dataclass(frozen=True)
+class SpeedSpec:
+    """How speed is measured."""
+
+    enabled: bool = setting(True, "measure time to first token and tokens per second", common=True)
+    prompt: int = setting(256, "tokens of the prompt", minimum=1, common=True)
+    new: int = setting(32, "tokens generated", minimum=2, common=True)
+    batch: int = setting(1, "sequences at once", minimum=1)
+    repeats: int = setting(5, "timed rounds, interleaved over the models", minimum=1)
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What is measured side by side."""
+
+    tokens: int = setting(16384, "held-out tokens for perplexity", minimum=64, common=True)
+    length: int = setting(512, "tokens per window", minimum=16, common=True)
+    responses: int = setting(64, "held-out rows for the loss on responses", minimum=1, common=True)
+    tasks: tuple[str, ...] = setting(
+        lambda: ("builtin:name_the_function", "builtin:describe_the_function"),
+        "built-in tasks, local .jsonl files (query, choices, gold) or names of lm-evaluation-harness",
+        common=True,
+    )
+    limit: int | None = setting(100, "items per task; null takes all", minimum=1, common=True)
+    batch_size: int = setting(8, "sequences per forward pass", minimum=1)
+    speed: SpeedSpec = setting(SpeedSpec, "speed", common=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of a run."""
+
+    format: int = setting(RECIPE_FORMAT, "format of this file", minimum=1, maximum=RECIPE_FORMAT, common=True)
+    seed: int = setting(0, "seed of everything random", minimum=0, common=True)
+    model: ModelSpec = setting(ModelSpec, "the base model", common=True)
+    data: DataSpec = setting(DataSpec, "data", common=True)
+    analysis: AnalysisSpec = setting(AnalysisSpec, "uniattn analyze", common=True)
+    layout: LayoutSpec = setting(LayoutSpec, "uniattn group", common=True)
+    conversion: ConversionSpec = setting(ConversionSpec, "uniattn convert", common=True)
+    train: TrainSpec = setting(TrainSpec, "uniattn train", common=True)
+    evaluation: EvaluationSpec = setting(EvaluationSpec, "uniattn eval", common=True)
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: typing.Sequence[str] = ()) -> Recipe:
+        """Reads and checks a recipe.
+
+        Args:
+            path: the YAML file.
+            overrides: `key.path=value` strings, the value in YAML, applied before checking.
+
+        Raises:
+            RecipeError: all faults of the file at once.
+        """
+        path = Path(path)
+        return cls.from_tree(read_tree(path), path.name, overrides)
+
+    @classmethod
+    def from_tree(cls, tree: Any, name: str = "recipe", overrides: typing.Sequence[str] = ()) -> Recipe:
+        """Checks a parsed YAML tree. Raises `RecipeError` with all faults."""
+        reader = _Reader(name)
+        apply_overrides(tree, overrides)
+        recipe = reader.section(cls, tree, "")
+        if recipe is not None and not reader.faults:
+            reader.faults.extend(f"{name}: {fault}" for fault in recipe.contradictions())
+        if reader.faults:
+            raise RecipeError(reader.faults)
+        return recipe
+
+    def contradictions(self) -> list[str]:
+        """Settings that are valid alone but not together."""
+        faults = []
+        if not self.model.name:
+            faults.append("model.name is missing; give a hub id or a directory")
+        budgets = [key for key in ("followers", "kv", "params") if getattr(self.layout, key) is not None]
+        if len(budgets) > 1:
+            faults.append(f"layout: only one budget can be given, not {' and '.join(budgets)}")
+        if not self.train.stages:
+            faults.append("train.stages is empty; list at least one stage")
+        if self.train.batch_size % self.train.micro_batch_size:
+            faults.append(
+                f"train.batch_size ({self.train.batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.train.micro_batch_size})"
+            )
+        names = [stage.name or stage.trains for stage in self.train.stages]
+        if len(set(names)) < len(names):
+            faults.append("train.stages: two stages have the same name; set `name`")
+        return faults
+
+    def to_dict(self) -> dict:
+        """Plain nested dicts and lists of every setting."""
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 118
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def read_tree(path: Path) -> Any:
+    """Parses a YAML file into ruamel's round-trip tree, which keeps comments, order and line numbers.
+
+    Raises:
+        RecipeError: the file is missing, unreadable or not YAML.
+    """
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; `uniattn analyze MODEL` writes a recipe.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = _yaml().load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{path.name}{where}: not valid YAML: {problem}") from None
+    return {} if tree is None else tree
+
+
+def write_tree(tree: Any, path: Path) -> None:
+    """Writes a round-trip tree atomically."""
+    buffer = io.StringIO()
+    _yaml().dump(tree, buffer)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(buffer.getvalue(), encoding="utf-8")
+    partial.replace(path)
+
+
+def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> None:
+    """Sets `key.path=value` strings in a tree, creating sections on the way.
+
+    Raises:
+        RecipeError: an override that is not of that form.
+    """
+    from ruamel.yaml.error import YAMLError
+
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {override}: write KEY=VALUE, for example --set analysis.tokens=8192")
+        try:
+            value = _yaml().load(text) if text.strip() else None
+        except YAMLError:
+            raise RecipeError(f"--set {override}: the value is not valid YAML") from None
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[last] = value
+
+
+def default_tree(model_name: str, overrides: typing.Sequence[str] = ()) -> Any:
+    """The commented recipe that `uniattn analyze` writes: common settings only, one comment each."""
+    tree = _commented(Recipe(model=ModelSpec(name=model_name)), 0)
+    tree.yaml_set_start_comment(
+        "Settings of this run. Delete a line to get its default; `uniattn recipe` lists all settings."
+    )
+    apply_overrides(tree, overrides)
+    return tree
+
+
+def _commented(section: Any, depth: int) -> Any:
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    tree = CommentedMap()
+    for entry in dataclasses.fields(section):
+        if not entry.metadata["common"]:
+            continue
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            tree[entry.name] = _commented(value, depth + 1)
+            if depth == 0:
+                tree.yaml_set_comment_before_after_key(entry.name, before="\n" + entry.metadata["help"])
+            continue
+        if isinstance(value, tuple):
+            items = [_commented(item, depth + 1) if dataclasses.is_dataclass(item) else item for item in value]
+            tree[entry.name] = CommentedSeq(items)
+            tree.yaml_set_comment_before_after_key(entry.name, before=entry.metadata["help"], indent=2 * depth)
+            continue
+        tree[entry.name] = value
+        choices = entry.metadata["choices"]
+        comment = entry.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
+        tree.yaml_add_eol_comment(comment, entry.name)
+    return tree
+
+
+class _Reader:
+    """Checks a YAML tree against the dataclasses, collecting every fault."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.faults: list[str] = []
+
+    def fault(self, node: Any, key: Any, message: str) -> None:
+        line = None
+        if hasattr(node, "lc") and node.lc.data and key in node.lc.data:
+            line = node.lc.data[key][0] + 1
+        where = f"{self.name}, line {line}" if line else self.name
+        self.faults.append(f"{where}: {message}")
+
+    def section(self, cls: type, node: Any, path: str, parent: Any = None, key: Any = None) -> Any:
+        """Reads a mapping into dataclass `cls`; returns None after a fault."""
+        if not isinstance(node, dict):
+            expected = "a mapping of settings"
+            self.fault(parent, key, f"{path or 'the file'} must be {expected}, not {_describe(node)}")
+            return None
+        hints = typing.get_type_hints(cls)
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+        values = {}
+        for name, value in node.items():
+            where = f"{path}.{name}" if path else str(name)
+            if name not in fields:
+                known = ", ".join(fields)
+                self.fault(node, name, f"unknown key '{where}'{suggest(str(name), fields) or f' (known: {known})'}")
+                continue
+            values[name] = self.value(hints[name], value, where, node, name, fields[name].metadata)
+        return cls(**values)
+
+    def value(self, hint: Any, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> Any:
+        """Reads one value of annotated type `hint`."""
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            if dataclasses.is_dataclass(option):
+                return self.section(option, value, path, node, key)
+            if typing.get_origin(option) is tuple:
+                return self.sequence(typing.get_args(option)[0], value, path, node, key)
+        scalars = [option for option in options if option is not type(None)]
+        number = float in scalars and isinstance(value, int) and not isinstance(value, bool)
+        if float in scalars and isinstance(value, str):
+            # YAML 1.2 reads 1e-4 as a string unless it has a dot.
+            try:
+                value, number = float(value), True
+            except ValueError:
+                pass
+        right_type = any(type(value) is option or isinstance(value, option) for option in scalars)
+        if isinstance(value, bool) and bool not in scalars:
+            right_type = False
+        if not (right_type or number):
+            names = " or ".join(_TYPE_NAMES[option] for option in scalars)
+            self.fault(node, key, f"{path} must be {names}, not {_describe(value)}")
+            return None
+        return self.bounded(float(value) if number else value, path, node, key, meta)
+
+    def bounded(self, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> Any:
+        if isinstance(value, str):
+            if meta["choices"] and value not in meta["choices"]:
+                near = suggest(value, meta["choices"])
+                self.fault(node, key, f"{path} must be one of {', '.join(meta['choices'])}, not '{value}'{near}")
+            return str(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            for name, broken, words in (
+                ("minimum", lambda bound: not value >= bound, "at least"),
+                ("maximum", lambda bound: not value <= bound, "at most"),
+                ("above", lambda bound: not value > bound, "greater than"),
+            ):
+                if meta[name] is not None and broken(meta[name]):
+                    self.fault(node, key, f"{path} must be {words} {meta[name]}, not {value}")
+            return float(value) if isinstance(value, float) else int(value)
+        return value
+
+    def sequence(self, item_hint: Any, value: Any, path: str, node: Any, key: Any) -> tuple:
+        # One data set may be written without the list, as its source or as its mapping.
+        if item_hint is DatasetSpec and isinstance(value, (str, dict)):
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            self.fault(node, key, f"{path} must be a list, not {_describe(value)}")
+            return ()
+        items = []
+        for index, item in enumerate(value):
+            where = f"{path}[{index}]"
+            if item_hint is DatasetSpec and isinstance(item, str):
+                items.append(DatasetSpec(source=str(item)))
+            elif item_hint is dict:
+                if isinstance(item, dict):
+                    items.append(_plain(dict(item)))
+                else:
+                    self.fault(value, index, f"{where} must be a mapping, not {_describe(item)}")
+            elif dataclasses.is_dataclass(item_hint):
+                items.append(self.section(item_hint, item, where, value, index))
+            else:
+                empty = {"choices": None, "minimum": None, "maximum": None, "above": None}
+                items.append(self.value(item_hint, item, where, value, index, empty))
+        return tuple(items)
+
+
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return "empty" if value is None else repr(value)

@@ -1,0 +1,182 @@
+"""The run directory: where each stage reads and writes, and the guarantee that a directory that exists is complete.
+
+A stage writes into a hidden folder beside its output and renames it at the end, so that an interrupted stage leaves
+nothing that looks finished. `stage.json` in every output says what was done, with what, and from what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.errors import StageError
+from uniattn_cli.recipe import Recipe
+
+STAGE_FILE = "stage.json"
+OUTPUTS = {"analyze": "analysis", "convert": "converted", "train": "trained", "eval": "evaluation"}
+VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
+
+
+class RunDir:
+    """Paths of one run."""
+
+    def __init__(self, root: Path | str = "."):
+        self.root = Path(root)
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    def output(self, stage: str) -> Path:
+        return self.root / OUTPUTS[stage]
+
+    def partial(self, stage: str) -> Path:
+        return self.root / f".{OUTPUTS[stage]}.partial"
+
+    def is_complete(self, stage: str) -> bool:
+        return (self.output(stage) / STAGE_FILE).is_file()
+
+    def record(self, stage: str) -> dict:
+        """The `stage.json` of a finished stage.
+
+        Raises:
+            StageError: the stage has not been run here, or its record is damaged.
+        """
+        path = self.output(stage) / STAGE_FILE
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StageError(f"{self.output(stage)} is missing; run `uniattn {COMMANDS[stage]}` first") from None
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"{path} is damaged ({error}); run `uniattn {COMMANDS[stage]}` again with --force"
+            ) from None
+
+    def check_free(self, stage: str, force: bool) -> None:
+        """Refuses to overwrite.
+
+        Raises:
+            StageError: the output exists and `force` is off.
+        """
+        output = self.output(stage)
+        if output.exists() and not force:
+            state = "is complete" if self.is_complete(stage) else "exists but was not written by uniattn"
+            raise StageError(f"{output} {state}; use --force to replace it")
+
+    @contextlib.contextmanager
+    def write(
+        self, stage: str, recipe: Recipe, inputs: dict[str, Any], *, force: bool = False, resume: bool = False
+    ) -> Iterator[Path]:
+        """Gives a hidden folder to fill; on success it becomes the stage's output directory.
+
+        Args:
+            stage: key of `OUTPUTS`.
+            recipe: the resolved settings, recorded in `stage.json`.
+            inputs: fingerprints of what the stage read.
+            force: replace an existing output.
+            resume: keep what an interrupted run left in the hidden folder, if it had the same settings and inputs.
+
+        Raises:
+            StageError: the output is in the way, or the disk is read-only or full.
+        """
+        self.check_free(stage, force)
+        partial = self.partial(stage)
+        started = now()
+        record = {
+            "stage": stage,
+            "settings": recipe.to_dict(),
+            "seed": recipe.seed,
+            "inputs": inputs,
+            "versions": versions(),
+            "started": started,
+        }
+        with file_errors(self.root):
+            if partial.exists() and not (resume and _same_run(partial / "started.json", record)):
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / "started.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        with file_errors(self.root):
+            yield partial
+        with file_errors(self.root):
+            record["finished"] = now()
+            (partial / "started.json").unlink()
+            (partial / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            output = self.output(stage)
+            if output.exists():
+                shutil.rmtree(output)
+            partial.rename(output)
+
+
+COMMANDS = {"analyze": "analyze MODEL", "convert": "convert --groups auto", "train": "train recipe.yaml", "eval": "eval"}
+
+
+def _same_run(path: Path, record: dict) -> bool:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(old.get(key) == json.loads(json.dumps(record[key])) for key in ("settings", "inputs"))
+
+
+@contextlib.contextmanager
+def file_errors(root: Path) -> Iterator[None]:
+    """Turns the file-system errors that a user can mend into one clear line."""
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space and run the same command again",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+        errno.EROFS: "the file system is read-only; choose another run directory with -C DIR",
+        errno.EACCES: "permission denied; choose another run directory with -C DIR",
+        errno.EPERM: "permission denied; choose another run directory with -C DIR",
+        errno.ENOTDIR: "the run directory is not a directory",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in reasons:
+            raise
+        raise StageError(f"cannot write {error.filename or root}: {reasons[error.errno]}") from error
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def fingerprint(directory: Path) -> str:
+    """A short hash that tells checkpoints apart without reading gigabytes.
+
+    Covers the configuration, tokenizer files and layout in full, and of every weight file its name, size, first and last MiB.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or path.name == STAGE_FILE or path.suffix not in (".json", ".safetensors", ".bin", ".gguf"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as stream:
+            if path.suffix == ".json":
+                digest.update(stream.read())
+                continue
+            digest.update(stream.read(1 << 20))
+            if size > 1 << 20:
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
