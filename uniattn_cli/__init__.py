@@ -1,4 +1,4 @@
-"""uniattn: make a pre-trained LLM's layers share their Softmax maps, post-train it, and measure what that costs and saves.
+"""uniattn: let the layers of a pre-trained LLM share their Softmax maps, post-train it, and measure the outcome.
 
 Every stage of the command line is one function here; they are imported on first use, so that `import uniattn_cli` is
 instant.
@@ -6,7 +6,7 @@ instant.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -20,15 +20,6 @@ _STAGES = {
     "RunOptions": "uniattn_cli.options",
 }
 __all__ = ["__version__", *_STAGES]
-
-if TYPE_CHECKING:
-    from uniattn_cli.analysis.analyze import analyze
-    from uniattn_cli.conversion.convert import convert
-    from uniattn_cli.evaluation.evaluate import evaluate
-    from uniattn_cli.grouping.group import group
-    from uniattn_cli.options import RunOptions
-    from uniattn_cli.recipe import Recipe
-    from uniattn_cli.training.train import train
 
 
 def __getattr__(name: str) -> Any:

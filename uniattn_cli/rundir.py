@@ -24,6 +24,12 @@ from uniattn_cli.recipe import Recipe
 
 STAGE_FILE = "stage.json"
 OUTPUTS = {"analyze": "analysis", "convert": "converted", "train": "trained", "eval": "evaluation"}
+COMMANDS = {
+    "analyze": "analyze MODEL",
+    "convert": "convert --groups auto",
+    "train": "train recipe.yaml",
+    "eval": "eval",
+}
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 
 
@@ -117,9 +123,6 @@ class RunDir:
             partial.rename(output)
 
 
-COMMANDS = {"analyze": "analyze MODEL", "convert": "convert --groups auto", "train": "train recipe.yaml", "eval": "eval"}
-
-
 def _same_run(path: Path, record: dict) -> bool:
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -148,6 +151,7 @@ def file_errors(root: Path) -> Iterator[None]:
 
 
 def now() -> str:
+    """The time in UTC, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -163,11 +167,15 @@ def versions() -> dict[str, str]:
 def fingerprint(directory: Path) -> str:
     """A short hash that tells checkpoints apart without reading gigabytes.
 
-    Covers the configuration, tokenizer files and layout in full, and of every weight file its name, size, first and last MiB.
+    Covers all JSON files in full, and of every weight file its name, size, first and last MiB.
     """
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if not path.is_file() or path.name == STAGE_FILE or path.suffix not in (".json", ".safetensors", ".bin", ".gguf"):
+        if (
+            not path.is_file()
+            or path.name == STAGE_FILE
+            or path.suffix not in (".json", ".safetensors", ".bin", ".gguf")
+        ):
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())

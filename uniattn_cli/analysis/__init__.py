@@ -1,0 +1,1 @@
+"""How redundant are a model's attention maps?"""

@@ -1,0 +1,1 @@
+"""From base weights and a layout to a fitted checkpoint."""

@@ -1,0 +1,1 @@
+"""Quality and cost, side by side."""

@@ -1,4 +1,4 @@
-"""What each layer of a model computes itself and what it borrows from earlier layers: the one representation of a layout.
+"""What each layer computes itself and what it borrows from earlier layers: the one representation of a layout.
 
 This file is copied into every checkpoint, so it needs the standard library only.
 """
