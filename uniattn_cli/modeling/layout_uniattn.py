@@ -87,9 +87,10 @@ class LayerPlan:
         heads = entry.get("heads")
         if heads is not None:
             try:
-                heads = tuple((int(layer), int(head)) for layer, head in heads)
+                pairs = [pair.split(":") for pair in heads.split()] if isinstance(heads, str) else heads
+                heads = tuple((int(layer), int(head)) for layer, head in pairs)
             except (TypeError, ValueError):
-                raise ValueError(f"heads must be a list of [layer, head] pairs, not {heads!r}") from None
+                raise ValueError(f"heads must read like '4:0 4:2 3:1' (layer:head), not {heads!r}") from None
         kind = entry.get("kind", "softmax" if "leader" in entry or heads else "own")
         default = "full" if kind not in ("own", "none") else "none"
         return cls(kind, entry.get("leader"), heads, entry.get("kv_heads"), entry.get("compensation", default))
@@ -100,7 +101,7 @@ class LayerPlan:
             return {"kind": "own"}
         entry: dict = {"kind": self.kind}
         if self.heads is not None:
-            entry["heads"] = [list(pair) for pair in self.heads]
+            entry["heads"] = " ".join(f"{layer}:{head}" for layer, head in self.heads)
         elif self.leader is not None:
             entry["leader"] = self.leader
         if self.kv_heads is not None:

@@ -1,0 +1,39 @@
+"""What a layout costs: KV-cache bytes by formula, parameters by building the model without memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+
+
+def cached_heads(plan: LayerPlan, shape: AttentionShape) -> int:
+    """Heads of size `head_dim` that a layer keeps per token, keys and values counted apart."""
+    return {
+        "own": 2 * shape.kv_heads,
+        "softmax": shape.kv_heads,
+        "key": shape.kv_heads,
+        "pooled": 2 * (plan.kv_heads or 0),
+    }.get(plan.kind, 0)
+
+
+def kv_bytes_per_token(layout: Layout, shape: AttentionShape, element_size: int) -> int:
+    """Bytes that one token adds to the KV cache of all layers.
+
+    Sliding layers count like full ones: below their window they cost the same.
+
+    Args:
+        element_size: bytes per element of the cache's dtype.
+    """
+    return sum(cached_heads(plan, shape) for plan in layout) * shape.head_dim * element_size
+
+
+def count_parameters(config: Any, layout: Layout) -> int:
+    """Parameters of a stock configuration converted to a layout; tied embeddings count once."""
+    import torch
+
+    from uniattn_cli.checkpoint import converted_classes, make_config
+
+    with torch.device("meta"):
+        model = converted_classes(config.model_type).causal_lm(make_config(config, layout))
+    return sum(parameter.numel() for parameter in model.parameters())

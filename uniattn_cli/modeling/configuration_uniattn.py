@@ -1,0 +1,97 @@
+"""The part of a converted model's configuration that all families share. Copied into every checkpoint."""
+
+from __future__ import annotations
+
+from .layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
+
+# Layer types of changed layers start with this on disk; a stock configuration class refuses such names.
+LAYER_TYPE_PREFIX = "uniattn_"
+
+
+def attention_shape(config) -> AttentionShape:
+    """The sizes of a decoder's configuration that decide which layouts it can have.
+
+    Layers get the same mask type only if mask, window and rotary embedding agree, so that they can share maps.
+    """
+    layers = config.num_hidden_layers
+    types = list(getattr(config, "layer_types", None) or [])
+    if not types:
+        types = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * layers
+    rotary = getattr(config, "no_rope_layers", None)
+    if rotary:
+        types = [name if used else f"{name}/no_rope" for name, used in zip(types, rotary, strict=True)]
+    query_heads = config.num_attention_heads
+    return AttentionShape(
+        query_heads=query_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
+        hidden_size=config.hidden_size,
+        mask_types=tuple(types),
+    )
+
+
+class UniAttnConfigMixin:
+    """Adds the field `uniattn` to a family's configuration class.
+
+    `uniattn` holds `format_version`, `layers` (one mapping per layer, see `layout_uniattn.LayerPlan`) and
+    `stock_layer_types`. On disk the types of changed layers are replaced by names such as `uniattn_softmax`: a stock
+    class that is asked to load the directory then stops with an error instead of inventing the missing projections.
+    """
+
+    def __post_init__(self, **kwargs):
+        stored = kwargs.get("layer_types", getattr(self, "layer_types", None))
+        if stored and any(str(name).startswith(LAYER_TYPE_PREFIX) for name in stored):
+            kwargs.pop("layer_types", None)
+            original = (self.uniattn or {}).get("stock_layer_types")
+            if "layer_types" in type(self).__dataclass_fields__:
+                self.layer_types = original
+            elif original is not None:
+                kwargs["layer_types"] = original
+        super().__post_init__(**kwargs)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout; without a `uniattn` field every layer is the stock layer."""
+        if not self.uniattn:
+            return Layout.own(self.num_hidden_layers)
+        return Layout.from_list(self.uniattn["layers"])
+
+    def set_layout(self, layout: Layout) -> None:
+        """Stores a layout.
+
+        Raises:
+            ValueError: the layout is not legal for this model.
+        """
+        stock_types = getattr(self, "layer_types", None)
+        self.uniattn = {
+            "format_version": FORMAT_VERSION,
+            "layers": layout.to_list(),
+            "stock_layer_types": list(stock_types) if stock_types else None,
+        }
+        self.validate_uniattn()
+
+    def validate_uniattn(self) -> None:
+        """Called by transformers on construction. Raises ValueError for a newer format or an illegal layout."""
+        if not self.uniattn:
+            return
+        version = self.uniattn.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has uniattn format {version}, this code reads up to {FORMAT_VERSION}: "
+                "load it with trust_remote_code=True or update uniattn"
+            )
+        problems = self.layout.problems(attention_shape(self))
+        if problems:
+            raise ValueError("illegal uniattn layout: " + "; ".join(problems))
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        if self.uniattn:
+            stock = self.uniattn.get("stock_layer_types") or ["full_attention"] * self.num_hidden_layers
+            plans = self.layout.plans
+            if any(plan.kind != "own" for plan in plans):
+                output["layer_types"] = [
+                    name if plan.kind == "own" else LAYER_TYPE_PREFIX + plan.kind
+                    for name, plan in zip(stock, plans, strict=True)
+                ]
+        return output

@@ -1,0 +1,341 @@
+"""Attention layers that borrow from earlier layers, for any family that calls transformers' attention interface.
+
+A follower computes `W_o concat_h(softmax(Q_l K_l^T s) V) + W_c x` with the queries and keys that its source layers
+handed over (UniAttn, arXiv 2502.00439, with head maps; see `layout_uniattn`). Softmax is recomputed by the ordinary
+attention backend from borrowed Q and K, so memory stays linear in the length. Copied into every checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_uniattn import attention_shape
+from .layout_uniattn import REMOVED_PROJECTIONS, LayerPlan
+
+
+class SharedStates:
+    """Queries, keys and values that source layers hand to their borrowers during one forward call.
+
+    An object and not a dict, because tree utilities copy dicts in keyword arguments and each layer would see its own.
+    Tensors have shape [batch, heads, tokens, head_dim]; keys and values cover the whole cache, queries the new tokens.
+    """
+
+    def __init__(self):
+        self.queries: dict[int, torch.Tensor] = {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def to(self, *args, **kwargs) -> SharedStates:
+        """Stays where it is: accelerate moves arguments between devices, the tensors follow when they are read."""
+        return self
+
+
+def gather_heads(
+    states: dict[int, torch.Tensor], sources: tuple[tuple[int, int], ...], device: torch.device
+) -> torch.Tensor:
+    """Collects heads of several layers.
+
+    Args:
+        states: per layer, a tensor [batch, heads, tokens, head_dim].
+        sources: (layer, head) for each head of the result.
+        device: where the result is needed.
+
+    Returns:
+        [batch, len(sources), tokens, head_dim]; without a copy where all heads of one layer are taken in order.
+    """
+    layers = {layer for layer, _ in sources}
+    if len(layers) == 1:
+        source = states[sources[0][0]].to(device)
+        heads = [head for _, head in sources]
+        if heads == list(range(source.shape[1])):
+            return source
+        return source[:, heads]
+    return torch.stack([states[layer][:, head].to(device) for layer, head in sources], dim=1)
+
+
+class Compensation(nn.Linear):
+    """W_c, or the outer factor of a low-rank W_c: a projection without bias that starts at zero.
+
+    A class of its own because transformers initialises by class, and must never leave W_c at random values.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+
+class LowRankCompensation(nn.Module):
+    """W_c = up down with `down` [rank, hidden] and `up` [hidden, rank]."""
+
+    def __init__(self, hidden_size: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = Compensation(rank, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(hidden_states))
+
+
+def make_compensation(plan: LayerPlan, hidden_size: int) -> nn.Module | None:
+    """The module of W_c that a plan asks for, or None."""
+    if plan.compensation == "none":
+        return None
+    if plan.compensation == "full":
+        return Compensation(hidden_size, hidden_size)
+    return LowRankCompensation(hidden_size, int(plan.compensation))
+
+
+class SharedAttentionMixin:
+    """Turns a family's own attention class into one that follows a `LayerPlan`; put before it in the bases.
+
+    A family gives `rotate` and `eager_attention` (its own functions) and overrides `project` where queries, keys and
+    values come out of the hidden states in another way.
+    """
+
+    output_name = "o_proj"
+    removable: ClassVar[dict] = {"q_proj": ("q_proj", "q_norm"), "k_proj": ("k_proj", "k_norm"), "v_proj": ("v_proj",)}
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        shape = attention_shape(config)
+        plan = config.layout[layer_idx]
+        last_use = config.layout.last_use
+        self.plan = plan
+        self.is_source = layer_idx in last_use
+        self.value_groups = 1
+        for projection in REMOVED_PROJECTIONS[plan.kind]:
+            names = (self.output_name,) if projection == "o_proj" else self.removable[projection]
+            for name in names:
+                if hasattr(self, name):
+                    delattr(self, name)
+        self.compensation = make_compensation(plan, shape.hidden_size)
+        if plan.kind == "pooled":
+            self.shrink_kv_heads(plan.kv_heads)
+            self.num_key_value_groups = shape.query_heads // plan.kv_heads
+        if plan.kind == "softmax":
+            self.query_sources = plan.sources(shape.query_heads)
+            self._set_key_sources(self.query_sources, shape.group_size, shape.query_heads)
+        elif plan.kind in ("key", "kv"):
+            self.key_sources = plan.sources(shape.kv_heads)
+
+    def _set_key_sources(self, queries: tuple[tuple[int, int], ...], group: int, heads: int) -> None:
+        """Decides whether the head map keeps grouped-query shapes or needs one key head per query head."""
+        keys = tuple((layer, head // group) for layer, head in queries)
+        if all(len(set(keys[start : start + group])) == 1 for start in range(0, heads, group)):
+            self.key_sources = keys[::group]
+        else:
+            self.key_sources = keys
+            self.value_groups = group
+            self.num_key_value_groups = 1
+
+    def shrink_kv_heads(self, kept: int) -> None:
+        """Makes the key and value projections of a `pooled` layer narrower."""
+        for name in ("k_proj", "v_proj"):
+            old = getattr(self, name)
+            width = kept * self.head_dim
+            setattr(self, name, nn.Linear(old.in_features, width, bias=old.bias is not None))
+
+    @torch.no_grad()
+    def take_weights(self, stock: nn.Module) -> None:
+        """Takes this layer's starting weights from the base's attention module.
+
+        What is kept is shared with the base, but the output projection of a changed layer is a copy, because it is
+        refitted. Pooled key and value heads are means of their group (as in grouped-query uptraining, arXiv
+        2305.13245). Compensations become zero (`up` of a low-rank one; `down` starts at random).
+        """
+        output = getattr(self, self.output_name, None)
+        if output is not None and self.plan.kind != "own":
+            stock_output = getattr(stock, self.output_name)
+            for name, parameter in stock_output.named_parameters():
+                setattr(output, name, nn.Parameter(parameter.detach().clone()))
+        if self.plan.kind == "pooled":
+            for name in ("k_proj", "v_proj"):
+                for kind, parameter in getattr(stock, name).named_parameters():
+                    pooled = parameter.view(self.plan.kv_heads, -1, self.head_dim, *parameter.shape[1:]).mean(1)
+                    setattr(getattr(self, name), kind, nn.Parameter(pooled.flatten(0, 1)))
+        if self.compensation is not None:
+            like = next(stock.parameters())
+            for parameter_name, parameter in list(self.compensation.named_parameters()):
+                value = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
+                if parameter_name.startswith("down"):
+                    value.normal_(std=parameter.shape[1] ** -0.5)
+                module_name, _, last = parameter_name.rpartition(".")
+                setattr(self.compensation.get_submodule(module_name), last, nn.Parameter(value))
+
+    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
+        """Queries, keys and values before rotary embedding.
+
+        Args:
+            hidden_states: [batch, tokens, hidden].
+            parts: which of the letters q, k, v are wanted.
+
+        Returns:
+            For each letter a tensor [batch, heads, tokens, head_dim].
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        states = {}
+        for part in parts:
+            projected = getattr(self, f"{part}_proj")(hidden_states).view(shape).transpose(1, 2)
+            norm = getattr(self, f"{part}_norm", None)
+            states[part] = projected if norm is None else norm(projected)
+        return states
+
+    def embed_positions(self, states: dict[str, torch.Tensor], position_embeddings) -> None:
+        """Rotates queries and keys in place of the mapping."""
+        cos, sin = position_embeddings
+        queries, keys = states.get("q"), states.get("k")
+        if queries is None and keys is None:
+            return
+        first = keys if queries is None else queries
+        second = queries if keys is None else keys
+        queries, keys = self.rotate(first, second, cos, sin)
+        if "q" in states:
+            states["q"] = queries
+        if "k" in states:
+            states["k"] = keys
+
+    def attention_arguments(self) -> dict:
+        """What the family's attention call is given beside scaling and dropout."""
+        return {}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        uniattn_shared: SharedStates | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention as planned, with the signature of the family's class.
+
+        Args:
+            hidden_states: [batch, tokens, hidden], normed.
+            uniattn_shared: holder that the base model creates for each call.
+
+        Returns:
+            [batch, tokens, hidden], and the attention map where the backend returns it.
+        """
+        kind = self.plan.kind
+        if kind == "none":
+            return torch.zeros_like(hidden_states), None
+        if kind == "linear":
+            return self.compensation(hidden_states), None
+        queries, keys, values = self._states(hidden_states, position_embeddings, past_key_values, uniattn_shared)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
+        output, weights = attention(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **self.attention_arguments(),
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        output = getattr(self, self.output_name)(output)
+        if self.compensation is not None:
+            output = output + self.compensation(hidden_states)
+        return output, weights
+
+    def _states(self, hidden_states, position_embeddings, past_key_values, shared):
+        """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder."""
+        parts = {"softmax": "v", "key": "qv", "kv": "q"}.get(self.plan.kind, "qkv")
+        device = hidden_states.device
+        states = self.project(hidden_states, parts)
+        self.embed_positions(states, position_embeddings)
+        if parts == "qkv":
+            queries, keys, values = states["q"], states["k"], states["v"]
+            if past_key_values is not None:
+                keys, values = past_key_values.update(keys, values, self.layer_idx)
+            if self.is_source:
+                shared.queries[self.layer_idx] = queries
+                shared.keys[self.layer_idx] = keys
+                shared.values[self.layer_idx] = values
+            return queries, keys, values
+        keys = gather_heads(shared.keys, self.key_sources, device)
+        if self.plan.kind == "softmax":
+            queries = gather_heads(shared.queries, self.query_sources, device)
+        else:
+            queries = states["q"]
+        if self.plan.kind == "kv":
+            return queries, keys, gather_heads(shared.values, self.key_sources, device)
+        values = states["v"]
+        if past_key_values is not None:
+            # Values go into the first slot: a cache layer takes its length from it, and cropping or reordering skips
+            # layers of length zero. The second slot stays empty, so that the bytes of the keys are really saved.
+            values, _ = past_key_values.update(values, values[..., :0], self.layer_idx)
+        if self.value_groups > 1:
+            values = values.repeat_interleave(self.value_groups, dim=1)
+        return queries, keys, values
+
+
+class SharedPreTrainedMixin:
+    """What the base model and the causal LM of a family have in common."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Compensation):
+            init.zeros_(module.weight)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
+        options = getattr(gradient_checkpointing_func, "keywords", None) or {}
+        if enable and options.get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True gives wrong gradients where layers share queries and "
+                "keys; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable, **kwargs)
+
+
+class SharedModelMixin(SharedPreTrainedMixin):
+    """The base model: stock, but for the attention modules and the holder made in each forward call."""
+
+    attention_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = self.attention_class(config, index)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As the family's base model."""
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            uniattn_shared=SharedStates(),
+            **kwargs,
+        )
+
+
+class SharedCausalLMMixin(SharedPreTrainedMixin):
+    """The causal LM: stock, around our base model."""
+
+    model_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.post_init()
