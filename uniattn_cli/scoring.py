@@ -1,0 +1,98 @@
+"""Per-token losses and divergences of causal LMs, computed in windows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A mean loss in nats per token.
+
+    Attributes:
+        mean: over all scored tokens.
+        stderr: standard error of the mean over windows (rows), which are nearly independent while tokens are not.
+        tokens: number of scored tokens.
+        windows: number of windows or rows.
+    """
+
+    mean: float
+    stderr: float
+    tokens: int
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean)
+
+
+def summarise(sums: torch.Tensor, counts: torch.Tensor) -> Loss:
+    """Makes a `Loss` from per-row sums and token counts, both [rows].
+
+    The standard error is that of a ratio of means (linearised), so that rows may differ in length.
+    """
+    total = counts.sum()
+    mean = (sums.sum() / total).item()
+    rows = int(counts.numel())
+    residuals = sums - mean * counts
+    stderr = (residuals.square().sum() * rows / max(rows - 1, 1)).sqrt().item() / total.item()
+    return Loss(mean, stderr if rows > 1 else float("nan"), int(total.item()), rows)
+
+
+def token_losses(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy of each next token.
+
+    Args:
+        model: causal LM.
+        tokens: [batch, length] on the model's device.
+        labels: [batch, length] with -100 where nothing is scored; `tokens` if None.
+
+    Returns:
+        float32 [batch, length - 1]; zero where nothing is scored.
+    """
+    import torch.nn.functional as F
+
+    logits = model(tokens, use_cache=False).logits[:, :-1]
+    targets = (tokens if labels is None else labels)[:, 1:]
+    # In slices: float32 logits of a whole batch would be the largest tensor of all.
+    rows = [
+        F.cross_entropy(logit.float(), target, reduction="none", ignore_index=-100)
+        for logit, target in zip(logits, targets, strict=True)
+    ]
+    import torch
+
+    return torch.stack(rows)
+
+
+def window_loss(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    *,
+    batch_size: int = 8,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Loss:
+    """Loss on windows of equal length; every token but the first of a window is scored.
+
+    Args:
+        windows: [rows, length] token ids.
+        advance: told the number of finished windows.
+    """
+    import torch
+
+    sums = []
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for start in range(0, len(windows), batch_size):
+            losses = token_losses(model, windows[start : start + batch_size].to(device))
+            sums.append(losses.double().sum(1).cpu())
+            advance(len(losses))
+    total = torch.cat(sums)
+    return summarise(total, torch.full_like(total, windows.shape[1] - 1))
