@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,7 +89,6 @@ def locate(name: str, revision: str | None = None) -> Source:
 
 
 def _locate_on_hub(name: str, revision: str | None) -> Source:
-    import httpx
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -106,7 +105,7 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
             # Downloads retry for half a minute without a network; this one call tells at once.
             HfApi().model_info(name, revision=revision, timeout=10)
             offline = False
-        except (httpx.TransportError, OfflineModeIsEnabled):
+        except (*transport_errors(), OfflineModeIsEnabled):
             offline = True
         config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
     except GatedRepoError:
@@ -127,18 +126,23 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
     return Source(name, config.parent, config.parent.name, on_hub=True)
 
 
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises without a network; it has changed its HTTP client from httpx to httpx2."""
+    found = [name for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
+    return tuple(importlib.import_module(name).TransportError for name in found)
+
+
 def _fetch(source: Source) -> Path:
     """The directory with all files of a model; downloads what a hub model still lacks."""
     if not source.on_hub:
         return source.path
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(source.name, revision=source.fingerprint, allow_patterns=patterns))
-    except (httpx.TransportError, LocalEntryNotFoundError):
+    except (*transport_errors(), LocalEntryNotFoundError):
         raise ModelError(f"{source.name}: the download was interrupted; run the same command again") from None
 
 
