@@ -116,7 +116,7 @@ class AnalysisSpec:
     tokens: int = setting(16384, "calibration tokens", minimum=64, common=True)
     length: int = setting(512, "tokens per sequence", minimum=16, common=True)
     max_distance: int = setting(8, "largest distance between a layer and one it may borrow from", minimum=1, maximum=16)
-    rows: int = setting(16, "query positions per sequence for Jensen-Shannon and top-k overlap", minimum=1)
+    rows: int = setting(4, "query positions per sequence for Jensen-Shannon and top-k overlap", minimum=1)
     top_k: int = setting(8, "keys per row compared for the top-k overlap", minimum=1)
 
 
@@ -275,7 +275,8 @@ class Recipe:
     def from_tree(cls, tree: Any, name: str = "recipe", overrides: typing.Sequence[str] = ()) -> Recipe:
         """Checks a parsed YAML tree. Raises `RecipeError` with all faults."""
         reader = _Reader(name)
-        apply_overrides(tree, overrides)
+        if isinstance(tree, dict):
+            reader.overridden = apply_overrides(tree, overrides)
         recipe = reader.section(cls, tree, "")
         if recipe is not None and not reader.faults:
             reader.faults.extend(f"{name}: {fault}" for fault in recipe.contradictions())
@@ -324,6 +325,10 @@ def _yaml() -> Any:
     yaml = YAML()
     yaml.width = 118
     yaml.indent(mapping=2, sequence=4, offset=2)
+    # Otherwise null is written as nothing at all, which reads like a mistake.
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     return yaml
 
 
@@ -360,14 +365,18 @@ def write_tree(tree: Any, path: Path) -> None:
     partial.replace(path)
 
 
-def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> None:
+def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> dict[tuple[int, Any], str]:
     """Sets `key.path=value` strings in a tree, creating sections on the way.
+
+    Returns:
+        The override behind each place that was set, keyed by (id of the node, key), for messages.
 
     Raises:
         RecipeError: an override that is not of that form.
     """
     from ruamel.yaml.error import YAMLError
 
+    origin: dict[tuple[int, Any], str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -381,13 +390,25 @@ def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> None:
         for parent in parents:
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
+                origin[id(node), parent] = override
             node = node[parent]
         node[last] = value
+        origin[id(node), last] = override
+        origin.update(((place, key), override) for place, key in _places(value))
+    return origin
+
+
+def _places(value: Any) -> typing.Iterator[tuple[int, Any]]:
+    """(id of the node, key) of everything inside a value."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield id(value), key
+            yield from _places(item)
 
 
 def default_tree(model_name: str, overrides: typing.Sequence[str] = ()) -> Any:
     """The commented recipe that `uniattn analyze` writes: common settings only, one comment each."""
-    tree = _commented(Recipe(model=ModelSpec(name=model_name)), 0)
+    tree = _commented(Recipe(model=ModelSpec(name=model_name)), 0, 0)
     tree.yaml_set_start_comment(
         "Settings of this run. Delete a line to get its default; `uniattn recipe` lists all settings."
     )
@@ -395,28 +416,39 @@ def default_tree(model_name: str, overrides: typing.Sequence[str] = ()) -> Any:
     return tree
 
 
-def _commented(section: Any, depth: int) -> Any:
+def _commented(section: Any, depth: int, indent: int, comments: bool = True) -> Any:
+    """A section as a commented map; `indent` is its column in the file."""
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     tree = CommentedMap()
+    shown = {e.name: getattr(section, e.name) for e in dataclasses.fields(section) if e.metadata["common"]}
+    plain = {name: value for name, value in shown.items() if not dataclasses.is_dataclass(value)}
+    widths = [len(f"{name}: {value}") for name, value in plain.items() if not isinstance(value, tuple)]
+    column = indent + 2 + max((width for width in widths if width <= 40), default=0)
     for entry in dataclasses.fields(section):
         if not entry.metadata["common"]:
             continue
         value = getattr(section, entry.name)
         if dataclasses.is_dataclass(value):
-            tree[entry.name] = _commented(value, depth + 1)
+            tree[entry.name] = _commented(value, depth + 1, indent + 2)
             if depth == 0:
                 tree.yaml_set_comment_before_after_key(entry.name, before="\n" + entry.metadata["help"])
             continue
         if isinstance(value, tuple):
-            items = [_commented(item, depth + 1) if dataclasses.is_dataclass(item) else item for item in value]
+            # What the keys of a list's items mean is said once.
+            items = [
+                _commented(item, depth + 1, indent + 4, comments=not index) if dataclasses.is_dataclass(item) else item
+                for index, item in enumerate(value)
+            ]
             tree[entry.name] = CommentedSeq(items)
             tree.yaml_set_comment_before_after_key(entry.name, before=entry.metadata["help"], indent=2 * depth)
             continue
         tree[entry.name] = value
-        choices = entry.metadata["choices"]
-        comment = entry.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
-        tree.yaml_add_eol_comment(comment, entry.name)
+        if comments:
+            comment, choices = entry.metadata["help"], entry.metadata["choices"] or ()
+            if not all(choice in comment for choice in choices):
+                comment += f" ({' | '.join(choices)})"
+            tree.yaml_add_eol_comment(comment, entry.name, column=column)
     return tree
 
 
@@ -426,8 +458,12 @@ class _Reader:
     def __init__(self, name: str):
         self.name = name
         self.faults: list[str] = []
+        self.overridden: dict[tuple[int, Any], str] = {}
 
     def fault(self, node: Any, key: Any, message: str) -> None:
+        if (id(node), key) in self.overridden:
+            self.faults.append(f"--set {self.overridden[id(node), key]}: {message}")
+            return
         line = None
         if hasattr(node, "lc") and node.lc.data and key in node.lc.data:
             line = node.lc.data[key][0] + 1

@@ -1,0 +1,386 @@
+"""The command line as users meet it: help, version, speed, exit codes, and what reaches the stage functions."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import uniattn_cli
+from uniattn_cli.cli import app as app_module
+from uniattn_cli.cli import console, doctor, runner
+from uniattn_cli.errors import DataError, RecipeError, UsageError
+from uniattn_cli.options import RunOptions
+from uniattn_cli.tables import Table, to_markdown
+
+ROOT = Path(uniattn_cli.__file__).resolve().parent.parent
+STAGES = {
+    "analyze": "uniattn_cli.analysis.analyze",
+    "group": "uniattn_cli.grouping.group",
+    "convert": "uniattn_cli.conversion.convert",
+    "train": "uniattn_cli.training.train",
+    "eval": "uniattn_cli.evaluation.evaluate",
+}
+COMMANDS = [*STAGES, "recipe", "doctor"]
+
+
+# --- help, version, speed ---------------------------------------------------------------------------------------------
+
+
+def test_version(uniattn):
+    done = uniattn("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"uniattn {uniattn_cli.__version__}")
+
+
+def test_help_lists_every_command(uniattn):
+    done = uniattn("--help")
+    assert done.returncode == 0
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} .*\.$", done.stdout, re.MULTILINE), f"{name} has a whole sentence"
+    assert "--install-completion" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_that_parses(name, uniattn):
+    done = uniattn(name, "--help")
+    assert done.returncode == 0
+    example = re.search(r"Example:\n\s+uniattn (.+)", done.stdout).group(1)
+    done = uniattn(*example.split(), "--help")
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_is_quick(uniattn):
+    # Half a second is the aim; the bound leaves room for a busy machine.
+    def seconds(*arguments):
+        started = time.perf_counter()
+        assert uniattn(*arguments).returncode == 0
+        return time.perf_counter() - started
+
+    for arguments in (["--help"], ["analyze", "--help"]):
+        assert min(seconds(*arguments) for _ in range(3)) < 1.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"]])
+def test_nothing_heavy_is_imported_for_help(arguments):
+    code = (
+        "import sys\nfrom uniattn_cli.cli.app import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'trl', 'lm_eval', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_completion_knows_the_settings():
+    assert "analysis.tokens=" in app_module._complete_setting("analysis.t")
+    assert app_module._complete_groups("a") == ["auto"]
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bogus"],
+        ["analyze", "--lenght", "3"],
+        ["analyze", "a", "b"],
+        ["analyze", "a", "--tokens", "many"],
+        ["analyze", "a", "--dtype", "float8"],
+        ["group", "--head-map", "any"],
+        ["convert", "--kv", "0.5", "--followers", "3"],
+        ["recipe", "laout"],
+    ],
+)
+def test_usage_errors_exit_with_two_and_write_nothing(arguments, uniattn, tmp_path):
+    done = uniattn(*arguments)
+    assert done.returncode == 2
+    assert "rror: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_with_faults_gives_one_line_each(uniattn, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: x}\nanalysis: {tokns: 1}\nseed: -1\n", encoding="utf-8")
+    done = uniattn("recipe", "--check", "recipe.yaml")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: recipe.yaml, line 2: unknown key 'analysis.tokns' (did you mean 'tokens'?)",
+        "error: recipe.yaml, line 3: seed must be at least 0, not -1",
+    ]
+    assert not done.stdout
+
+
+def test_a_right_recipe_passes_and_debug_shows_tracebacks(uniattn, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {name: some/model}\n", encoding="utf-8")
+    done = uniattn("recipe", "--check", "mine.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mine.yaml: no faults" in done.stdout
+    done = uniattn("recipe", "--check", "absent.yaml", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "error: absent.yaml: no such file" in done.stderr
+
+
+def test_a_run_directory_that_is_missing(uniattn, tmp_path):
+    done = uniattn("train", "-C", "nowhere")
+    assert done.returncode == 1
+    assert done.stderr == "error: -C nowhere: no such directory; `uniattn analyze MODEL -C nowhere` makes it\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("rows.jsonl is empty"), 1, "error: rows.jsonl is empty"),
+        (UsageError("--device x: no such device"), 2, "error: --device x: no such device"),
+        (RecipeError(["one", "two"]), 1, "error: one\nerror: two"),
+        (KeyboardInterrupt(), 130, "the same command continues from its last checkpoint"),
+        (MemoryError(), 1, "error: out of memory; try --set train.micro_batch_size=1"),
+        (RuntimeError("MPS backend out of memory"), 1, "error: out of memory; try --set train.micro_batch_size=1"),
+    ],
+)
+def test_errors_become_lines(error, code, line, capsys):
+    with pytest.raises(typer.Exit) as caught, runner.guard("train", debug=False):
+        raise error
+    assert caught.value.exit_code == code
+    shown = capsys.readouterr().err
+    assert line in shown
+    assert "Traceback" not in shown
+
+
+def test_running_out_of_memory_on_a_gpu_is_one_line(capsys):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(typer.Exit), runner.guard("eval", debug=False):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory; try --set evaluation.batch_size=1")
+
+
+def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(capsys):
+    with pytest.raises(typer.Exit) as caught, runner.guard("train", debug=False):
+        raise ZeroDivisionError("oops")
+    assert caught.value.exit_code == 1
+    shown = capsys.readouterr().err
+    assert "ZeroDivisionError: oops" in shown
+    assert "bug in uniattn" in shown.splitlines()[-1]
+
+
+# --- what reaches the stages ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stage functions that record their arguments and where they were called."""
+    calls: list[SimpleNamespace] = []
+
+    def fake(name):
+        def stage(*args, **kwargs):
+            calls.append(SimpleNamespace(name=name, args=args, cwd=Path.cwd(), **kwargs))
+            table = Table("", ["model", "ppl"], [["base", "15.5"]])
+            return SimpleNamespace(title=f"done {name}", tables=[table], notes=["files in x/"], picture="0 ●")
+
+        return stage
+
+    for module_name in STAGES.values():
+        module = ModuleType(module_name)
+        function = module_name.rsplit(".", 1)[1]
+        setattr(module, function, fake(function))
+        monkeypatch.setitem(sys.modules, module_name, module)
+    # It changes the whole process for good.
+    monkeypatch.setattr(runner, "quiet_libraries", lambda: None)
+    return calls
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app_module.app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_the_four_commands_of_the_readme(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("analyze", "some/model")
+    for part in ("done analyze", "0 ●", "model", "15.5", "files in x/"):
+        assert part in result.output
+    invoke("convert", "--groups", "auto")
+    invoke("train", "recipe.yaml")
+    invoke("eval")
+    analyze, convert, train, evaluate = stages
+    assert analyze.args == ("some/model",)
+    assert analyze.overrides == []
+    assert (convert.groups, convert.dry_run) == ("auto", False)
+    assert train.args == (Path("recipe.yaml"),)
+    assert tuple(evaluate.checkpoints) == ()
+    for call in stages:
+        assert isinstance(call.options, RunOptions)
+        assert (call.options.device, call.options.force) == ("auto", False)
+        assert isinstance(call.options.progress, console.RichProgress)
+
+
+def test_options_become_overrides_and_set_wins(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke(
+        *("analyze", "m", "--tokens", "128", "--length", "32", "--max-distance", "4", "--dtype", "bfloat16"),
+        *("--set", "analysis.tokens=256", "--set", "seed=3", "--device", "cpu", "--force"),
+    )
+    (call,) = stages
+    assert call.overrides == [
+        "analysis.tokens=128",
+        "analysis.length=32",
+        "analysis.max_distance=4",
+        "model.dtype=bfloat16",
+        "analysis.tokens=256",
+        "seed=3",
+    ]
+    assert (call.options.device, call.options.force) == ("cpu", True)
+
+
+@pytest.mark.parametrize("name", ["group", "convert"])
+def test_a_budget_on_the_command_line_replaces_the_others(name, stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke(name, "--followers", "12", "--head-map", "free", "--sources", "one")
+    invoke(name, "--kv", "0.8")
+    assert sorted(stages[0].overrides) == [
+        "layout.followers=12",
+        "layout.head_map=free",
+        "layout.kv=null",
+        "layout.params=null",
+        "layout.sources=one",
+    ]
+    assert sorted(stages[1].overrides) == ["layout.followers=null", "layout.kv=0.8", "layout.params=null"]
+
+
+def test_the_run_directory_is_where_the_stage_works(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    invoke("train", "-C", "run")
+    invoke("eval", "a", "b", "--run-dir", "run")
+    assert [call.cwd for call in stages] == [tmp_path / "run"] * 2
+    assert stages[1].checkpoints == ["a", "b"]
+    assert Path.cwd() == tmp_path
+
+
+def test_analyze_makes_the_run_directory_and_leaves_none_behind_when_nothing_was_written(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke("analyze", "m", "-C", "new")
+    assert stages[0].cwd == tmp_path / "new"
+    assert not (tmp_path / "new").exists()
+
+
+# --- doctor, console, tables ------------------------------------------------------------------------------------------
+
+
+def test_doctor_shows_versions_devices_and_caches(uniattn):
+    done = uniattn("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("torch", "transformers", "cpu", "float32", "sdpa", "HF_HOME", "GiB"):
+        assert part in done.stdout
+
+
+def test_doctor_names_the_command_that_installs_a_missing_extra(monkeypatch):
+    found = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "lm_eval" else found(package))
+    notes = doctor.examine().notes
+    assert any("pip install 'uniattn[eval]'" in note for note in notes)
+    assert not any("gguf" in note for note in notes)
+
+
+def test_doctor_knows_every_extra_of_the_project():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = dict(re.findall(r"^(\w+) = \[\"([\w.-]+)", section, re.MULTILINE))
+    extras.pop("dev")
+    assert extras == {name: package for name, (package, _) in doctor.EXTRAS.items()}
+
+
+def test_a_wide_table_is_turned_and_long_lines_are_not_cut(capsys):
+    names = [f"measure number {index}" for index in range(9)]
+    wide = Table("Comparison", ["model", *names], [["base", *map(str, range(9))], ["trained", *map(str, range(9))]])
+    result = SimpleNamespace(title="", tables=[wide], notes=["x" * 300])
+    console.show(result)
+    shown = capsys.readouterr().out
+    assert re.search(r"^measure number 3\s+3\s+3\s*$", shown, re.MULTILINE)
+    assert "x" * 300 in shown
+
+
+def test_brackets_are_not_markup(capsys):
+    console.show(SimpleNamespace(title="[bold]t", tables=[Table("", ["[red]a"], [["[x]"]])], notes=["[dim]n"]))
+    shown = capsys.readouterr().out
+    for part in ("[bold]t", "[red]a", "[x]", "[dim]n"):
+        assert part in shown
+
+
+def test_progress_without_a_terminal_is_a_line_at_the_end(capsys, monkeypatch):
+    now = iter([0.0, 5.0, 30.0, 31.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with console.RichProgress().track("fitting", 3) as advance:
+        advance()
+        advance(text="loss 2.5 [x]")
+    assert capsys.readouterr().err.splitlines() == [
+        "fitting: 2/3, 30 s, about 15 s left, loss 2.5 [x]",
+        "fitting: 2/3, 31 s, about 16 s left, loss 2.5 [x]",
+    ]
+
+
+def test_bars_on_a_terminal_nest_and_notes_pass():
+    terminal = console.Console(force_terminal=True, width=80, record=True, file=io.StringIO())
+    progress = console.RichProgress(terminal)
+    with progress.track("outer", 2) as outer:
+        with progress.track("inner", None) as inner:
+            inner(1, "text " * 30)
+            progress.note("a [note]")
+            progress.warn("care")
+        outer(2, "done")
+    text = terminal.export_text()
+    assert "a [note]" in text
+    assert "warning: care" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert progress._bars is None
+
+
+def test_markdown():
+    table = Table("T", ["a", "b|c"], [["x", "1"]])
+    assert to_markdown(table) == "**T**\n\n| a   | b\\|c |\n| :-- | ---: |\n| x   |    1 |"
+    with pytest.raises(ValueError, match="a row has 1 cells, not 2"):
+        Table("T", ["a", "b"], [["x"]])
+
+
+# --- who may import whom ----------------------------------------------------------------------------------------------
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
+    return found
+
+
+def test_stages_do_not_import_each_other_or_the_command_line():
+    verbs = {"analysis", "conversion", "training", "evaluation"}
+    files = [path for verb in verbs for path in (ROOT / "uniattn_cli" / verb).glob("*.py")]
+    assert len(files) >= len(verbs)
+    for path in files:
+        others = {f"uniattn_cli.{verb}" for verb in verbs - {path.parent.name}} | {"uniattn_cli.cli", "typer", "rich"}
+        for name in imports(path):
+            assert not any(name == other or name.startswith(other + ".") for other in others), f"{path}: {name}"
+
+
+def test_only_the_console_knows_rich():
+    files = list((ROOT / "uniattn_cli").rglob("*.py"))
+    users = {path.name for path in files if any(name.split(".")[0] == "rich" for name in imports(path))}
+    assert users == {"console.py"}

@@ -1,0 +1,185 @@
+"""The recipe's settings as tables, and as options of the command line: both come from the recipe's own schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.errors import UsageError, suggest
+from uniattn_cli.recipe import DatasetSpec, Recipe
+from uniattn_cli.tables import Table
+
+TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Tables of settings, in the form that the console prints.
+
+    Attributes:
+        title: one line.
+        tables: one table per section.
+        notes: lines after them.
+    """
+
+    title: str
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the recipe.
+
+    Attributes:
+        key: dotted path; `[]` stands for each item of a list.
+        default: its default, as YAML.
+        allowed: type and bounds, or the list of choices.
+        help: one sentence.
+    """
+
+    key: str
+    default: str
+    allowed: str
+    help: str
+
+
+def list_settings(section: str | None = None) -> Listing:
+    """Every setting with default, bounds and meaning, one table per section.
+
+    Args:
+        section: only this section, such as `layout`.
+
+    Raises:
+        UsageError: there is no such section.
+    """
+    groups: dict[str, list[Setting]] = {}
+    for entry in settings():
+        groups.setdefault(entry.key.split(".")[0] if "." in entry.key else "", []).append(entry)
+    if section is not None and section not in groups:
+        names = [name for name in groups if name]
+        near = suggest(section, names) or f" (sections: {', '.join(names)})"
+        raise UsageError(f"the recipe has no section '{section}'{near}")
+    helps = {entry.name: entry.metadata["help"] for entry in dataclasses.fields(Recipe)}
+    tables = [
+        Table(
+            f"{name}: {helps[name]}" if name else "",
+            ["setting", "default", "meaning"],
+            [[entry.key, entry.default, f"{entry.help} ({entry.allowed})"] for entry in entries],
+        )
+        for name, entries in groups.items()
+        if section in (None, name)
+    ]
+    notes = ["Any of them for one command: --set KEY=VALUE, for example --set analysis.tokens=8192"]
+    return Listing("Settings of recipe.yaml", tables, notes)
+
+
+def settings() -> list[Setting]:
+    """Every setting of the recipe, in the order of the schema."""
+    return list(_walk(Recipe, "", set()))
+
+
+def find(key: str) -> Setting:
+    """The setting with this dotted path."""
+    return next(entry for entry in settings() if entry.key == key)
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The allowed words of a setting such as `layout.head_map`."""
+    section, name = key.split(".")
+    spec = typing.get_type_hints(Recipe)[section]
+    return {entry.name: entry for entry in dataclasses.fields(spec)}[name].metadata["choices"]
+
+
+def _walk(spec: type, path: str, seen: set[type]) -> Iterator[Setting]:
+    hints = typing.get_type_hints(spec)
+    for entry in dataclasses.fields(spec):
+        key = f"{path}.{entry.name}" if path else entry.name
+        hint = hints[entry.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _walk(hint, key, seen)
+            continue
+        yield Setting(key, _default(entry), _allowed(hint, entry.metadata), entry.metadata["help"])
+        item = _item_type(hint)
+        # A kind of list item is explained where it appears first.
+        if dataclasses.is_dataclass(item) and item not in seen:
+            seen.add(item)
+            yield from _walk(item, f"{key}[]", seen)
+
+
+def _options(hint: Any) -> tuple:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _item_type(hint: Any) -> Any:
+    for option in _options(hint):
+        if typing.get_origin(option) is tuple:
+            return typing.get_args(option)[0]
+    return None
+
+
+def _allowed(hint: Any, meta: typing.Mapping) -> str:
+    names = []
+    for option in _options(hint):
+        if option is type(None) or (option is str and meta["choices"]):
+            continue
+        item = _item_type(option)
+        if item is not None:
+            names.append("list" if dataclasses.is_dataclass(item) else f"list ({TYPE_NAMES[item]})")
+        else:
+            names.append(TYPE_NAMES[option])
+    names.extend(meta["choices"] or ())
+    if type(None) in _options(hint):
+        names.append("null")
+    bounds = [
+        f"{word} {meta[bound]:g}"
+        for bound, word in (("minimum", ">="), ("above", ">"), ("maximum", "<="))
+        if meta[bound] is not None
+    ]
+    return ", ".join([" | ".join(names), *bounds])
+
+
+def _default(entry: dataclasses.Field) -> str:
+    value = entry.default
+    if value is dataclasses.MISSING:
+        value = entry.default_factory()  # type: ignore[misc]
+    return _yaml(value)
+
+
+def _yaml(value: Any) -> str:
+    """A value in YAML's flow style; sections inside lists show only what differs from their own defaults."""
+    if dataclasses.is_dataclass(value):
+        plain = type(value)()
+        given = [
+            f"{entry.name}: {_yaml(getattr(value, entry.name))}"
+            for entry in dataclasses.fields(value)
+            if getattr(value, entry.name) != getattr(plain, entry.name)
+        ]
+        if isinstance(value, DatasetSpec) and not given:
+            return value.source
+        first = dataclasses.fields(value)[0].name
+        return "{" + ", ".join(given or [f"{first}: {_yaml(getattr(value, first))}"]) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
+
+
+def check(path: Path, overrides: Sequence[str]) -> Listing:
+    """Reads a recipe and says that it is right.
+
+    Raises:
+        RecipeError: all its faults.
+    """
+    recipe = Recipe.load(path, overrides)
+    stages = ", ".join(stage.name or stage.trains for stage in recipe.train.stages)
+    note = f"model {recipe.model.name}; training stages: {stages}"
+    return Listing(f"{path}: no faults", [], [note])
