@@ -23,8 +23,9 @@ ifneq ($(TORCH),$(INSTALLED_TORCH))
 endif
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; make install PYTHON=/path/to/python')"
-	test "$(TORCH)" = "$(INSTALLED_TORCH)" || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev]" $(addprefix -c ,$(CONSTRAINTS))
+	@test "$(TORCH)" = "$(INSTALLED_TORCH)" || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV), about 2 GB; this takes some minutes"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)" -e ".[dev]" $(addprefix -c ,$(CONSTRAINTS))
 	@echo "$(TORCH)" > $(VENV)/.torch
 	@touch $@
 	@$(BIN)/uniattn --version

