@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -79,9 +80,10 @@ def list_settings(section: str | None = None) -> Listing:
     return Listing("Settings of recipe.yaml", tables, notes)
 
 
-def settings() -> list[Setting]:
+@functools.cache
+def settings() -> tuple[Setting, ...]:
     """Every setting of the recipe, in the order of the schema."""
-    return list(_walk(Recipe, "", set()))
+    return tuple(_walk(Recipe, "", set()))
 
 
 def find(key: str) -> Setting:
