@@ -1,0 +1,70 @@
+"""Pictures of an analysis, legible from 4 to 100 layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from uniattn_cli.grouping.measured import Measured
+
+
+def plot_heatmap(measured: Measured, path: Path) -> None:
+    """Layer-pair similarity: same heads with and without the sink, and head-averaged maps, side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [
+        ("averaged_cosine", "maps averaged over heads"),
+        ("cosine", "same heads"),
+        ("cosine_no_sink", "same heads, without the first key"),
+    ]
+    layers = measured.shape.layers
+    size = float(np.clip(layers * 0.13, 4.2, 10))
+    figure = Figure(figsize=(3 * size + 1.2, size + 1.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(names), sharey=True)
+    step = max(1, round(layers / 10))
+    for axis, (name, title) in zip(axes, names, strict=True):
+        image = axis.imshow(measured.layers[name]["mean"], vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xlabel("layer")
+        axis.set_xticks(range(0, layers, step))
+        axis.set_yticks(range(0, layers, step))
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, shrink=0.9, label="cosine similarity of attention rows")
+    figure.suptitle(f"{Path(measured.model).name}: how alike are the attention maps? ({measured.tokens:,} tokens)")
+    figure.savefig(path, dpi=110)
+
+
+def plot_depth(measured: Measured, path: Path) -> None:
+    """Similarity of each layer to the one before, best possible head map, and weight of the first key, over depth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = measured.shape.layers
+    depth = np.arange(1, layers)
+    figure = Figure(figsize=(float(np.clip(layers * 0.2, 7, 16)), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, label in (
+        ("averaged_cosine", "cosine, maps averaged over heads"),
+        ("cosine", "cosine, same heads"),
+        ("cosine_no_sink", "cosine, same heads, without the first key"),
+        ("js", "1 - Jensen-Shannon, same heads"),
+    ):
+        mean = np.array(measured.layers[name]["mean"], dtype=float)
+        error = np.array(measured.layers[name]["stderr"], dtype=float)
+        line = mean[depth, depth - 1]
+        axis.plot(depth, line, marker=".", label=label)
+        axis.fill_between(
+            depth, line - 1.96 * error[depth, depth - 1], line + 1.96 * error[depth, depth - 1], alpha=0.2
+        )
+    best = measured.heads["cosine_no_sink"][1:].max(axis=(1, 3)).mean(axis=1)
+    axis.plot(depth, best, "k--", linewidth=1, label="cosine without the first key, best earlier head in reach")
+    axis.plot(np.arange(layers), measured.sink, ":", color="grey", label="weight of the first key")
+    axis.set(xlabel="layer (compared with the layer before)", ylabel="similarity", ylim=(0, 1.02), xlim=(0, layers - 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set_title(f"{Path(measured.model).name}: attention over depth")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,213 @@
+"""`uniattn group`: chooses a layout under a budget and writes it into the recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
+from uniattn_cli.checkpoint import load_config, locate
+from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.grouping.matching import Matcher
+from uniattn_cli.grouping.measured import Measured
+from uniattn_cli.grouping.picture import draw_layout
+from uniattn_cli.grouping.search import Choice, frontier, plan_of
+from uniattn_cli.grouping.shorthand import parse_groups
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import LayoutSpec, Recipe, read_tree, write_tree
+from uniattn_cli.rundir import RunDir, file_errors
+from uniattn_cli.tables import Table
+
+DEFAULT_KV = 0.8
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A chosen layout.
+
+    Attributes:
+        layout: one plan per layer.
+        picture: the layout drawn with characters.
+        tables: candidates over budgets.
+        notes: what was chosen and why.
+    """
+
+    layout: Layout
+    picture: str
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    title: str = "layout"
+
+
+def group(
+    run_dir: Path | str = ".",
+    *,
+    groups: str | None = None,
+    overrides: Sequence[str] = (),
+    options: RunOptions | None = None,
+) -> Grouping:
+    """Chooses a layout and writes it into `recipe.yaml`, keeping the user's comments and order.
+
+    Args:
+        run_dir: holds `recipe.yaml` and `analysis/`.
+        groups: a form of `shorthand.FORMS`; None takes the recipe's.
+        overrides: `key.path=value` strings for the recipe.
+        options: unused settings of the run are ignored; nothing here needs a device.
+
+    Raises:
+        RecipeError, StageError, LayoutError, ModelError: see the messages.
+    """
+    run = RunDir(run_dir)
+    overrides = [*overrides, *([f"layout.groups={groups}"] if groups else [])]
+    recipe = Recipe.load(run.recipe, overrides)
+    config = load_config(locate(recipe.model.name, recipe.model.revision))
+    grouping = choose(run, recipe, config)
+    store_layout(run, grouping.layout, recipe.layout.groups)
+    return grouping
+
+
+def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> Measured:
+    """Reads `analysis/` and makes sure that it is of the recipe's model.
+
+    Raises:
+        StageError: it is missing, damaged or of another model.
+    """
+    run.record("analyze")
+    measured = Measured.load(run.output("analyze"))
+    if measured.fingerprint != fingerprint:
+        raise StageError(
+            f"{run.output('analyze')} is of {measured.model} ({measured.fingerprint}), the recipe's model is "
+            f"{recipe.model.name} ({fingerprint}); use another run directory or run `uniattn analyze --force`"
+        )
+    return measured
+
+
+def choose(run: RunDir, recipe: Recipe, config: Any) -> Grouping:
+    """The layout that the recipe asks for, without writing anything.
+
+    Raises:
+        LayoutError: the shorthand or the budget cannot be met.
+        StageError: `auto` or a measured head map without an analysis of this model.
+    """
+    spec = recipe.layout
+    shape = attention_shape(config)
+    rank = recipe.conversion.rank if recipe.conversion.solve in ("both", "compensation") else "none"
+    fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
+    if fixed is not None and (spec.head_map == "identity" or any(plan.heads for plan in fixed)):
+        return _fixed(fixed, f"layout '{spec.groups}', heads as given")
+    fingerprint = locate(recipe.model.name, recipe.model.revision).fingerprint
+    measured = check_analysis(run, recipe, fingerprint)
+    if fixed is not None:
+        layout = with_head_maps(fixed, measured, spec)
+        return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' from the analysis")
+    matcher = Matcher(measured.score, shape, spec.head_map, spec.sources)
+    choices = frontier(matcher, protect=_protected(spec, shape), max_group=spec.max_group, compensation=rank)
+    counts = parameter_counts(config, choices)
+    chosen, reason = _within_budget(choices, spec, shape, counts)
+    table = candidates_table(choices, shape, measured.element_size, counts, chosen)
+    note = f"{chosen.followers} followers: {reason}; mean similarity of the borrowed maps {chosen.mean_score:.3f}"
+    return Grouping(chosen.layout, draw_layout(chosen.layout), [table], [note])
+
+
+def _protected(spec: LayoutSpec, shape: Any) -> tuple[int, ...]:
+    for layer in spec.protect:
+        if not 0 <= layer < shape.layers:
+            raise LayoutError(f"layout.protect: layer {layer} does not exist; the model has 0 to {shape.layers - 1}")
+    return spec.protect
+
+
+def _fixed(layout: Layout, note: str) -> Grouping:
+    return Grouping(layout, draw_layout(layout), [], [f"{len(layout.changed)} layers changed: {note}"])
+
+
+def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layout:
+    """Gives the followers of a fixed layout the measured head maps onto their own leaders.
+
+    Followers farther from their leader than was measured keep the plain map.
+    """
+    matcher = Matcher(measured.score, measured.shape, spec.head_map, "one")
+    plans = list(layout)
+    for index, plan in enumerate(plans):
+        if plan.kind == "softmax" and plan.leader is not None and index - plan.leader <= measured.max_distance:
+            plans[index] = plan_of(matcher.match(index, [plan.leader]), plan.compensation)
+    return Layout(tuple(plans))
+
+
+def parameter_counts(config: Any, choices: Sequence[Choice]) -> dict[int, int]:
+    """Parameters by number of followers; every follower of one family saves the same, so two counts are enough."""
+    own = count_parameters(config, choices[0].layout)
+    if len(choices) == 1:
+        return {0: own}
+    saved = own - count_parameters(config, choices[1].layout)
+    return {choice.followers: own - choice.followers * saved for choice in choices}
+
+
+def _within_budget(choices: list[Choice], spec: LayoutSpec, shape: Any, counts: dict[int, int]) -> tuple[Choice, str]:
+    """The choice with the fewest followers that meets the budget, and the budget in words."""
+    own_kv = kv_bytes_per_token(choices[0].layout, shape, 1)
+    if spec.followers is not None:
+        meets = [choice for choice in choices if choice.followers >= spec.followers]
+        reason = f"budget followers {spec.followers}"
+    elif spec.params is not None:
+        meets = [choice for choice in choices if counts[choice.followers] <= spec.params * counts[0]]
+        reason = f"budget params {spec.params}"
+    else:
+        share = DEFAULT_KV if spec.kv is None else spec.kv
+        meets = [choice for choice in choices if kv_bytes_per_token(choice.layout, shape, 1) <= share * own_kv]
+        reason = f"{'budget' if spec.kv is not None else 'default budget'} kv {share}"
+    if not meets:
+        most = choices[-1]
+        least_kv = kv_bytes_per_token(most.layout, shape, 1) / own_kv
+        least_parameters = counts[most.followers] / counts[0]
+        raise LayoutError(
+            f"{reason} cannot be met: at most {most.followers} layers can follow (KV bytes {least_kv:.3f}, parameters "
+            f"{least_parameters:.3f} of the base's); loosen the budget, layout.protect or analysis.max_distance"
+        )
+    return meets[0], reason
+
+
+def candidates_table(
+    choices: list[Choice], shape: Any, element_size: int, counts: dict[int, int], chosen: Choice | None = None
+) -> Table:
+    """The frontier at a handful of budgets."""
+    steps = max(1, math.ceil((len(choices) - 1) / 8))
+    shown = [choice for choice in choices if choice.followers % steps == 0 or choice is chosen]
+    own_kv = kv_bytes_per_token(choices[0].layout, shape, element_size)
+    rows = []
+    for choice in shown:
+        kv = kv_bytes_per_token(choice.layout, shape, element_size)
+        worst = min(choice.scores.items(), key=lambda item: item[1], default=None)
+        rows.append(
+            [
+                f"{choice.followers}{' *' if choice is chosen else ''}",
+                f"{choice.mean_score:.3f}" if choice.scores else "-",
+                f"{worst[1]:.3f} (layer {worst[0]})" if worst else "-",
+                f"{kv:,} ({kv / own_kv:.0%})",
+                f"{counts[choice.followers] / counts[0]:.1%}",
+            ]
+        )
+    columns = ["followers", "similarity", "least similar", "KV bytes/token", "parameters"]
+    return Table("candidate layouts" + (" (* chosen)" if chosen else ""), columns, rows)
+
+
+def store_layout(run: RunDir, layout: Layout, groups: str) -> None:
+    """Writes the chosen layout into the recipe; one short line for each layer."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    tree = read_tree(run.recipe)
+    section = tree.setdefault("layout", CommentedMap())
+    section["groups"] = groups
+    entries = CommentedSeq()
+    for index, plan in enumerate(layout):
+        entry = CommentedMap(plan.to_dict())
+        entry.fa.set_flow_style()
+        entries.append(entry)
+        entries.yaml_add_eol_comment(f"layer {index}", index)
+    section["layers"] = entries
+    with file_errors(run.root):
+        write_tree(tree, run.recipe)

@@ -1,0 +1,91 @@
+"""Reads the forms that `--groups` accepts beside `auto`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from uniattn_cli.errors import LayoutError, RecipeError
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+
+FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, or a file"
+
+
+def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "full") -> Layout:
+    """A fixed layout from its shorthand; each group's first layer leads with all heads mapped to the same heads.
+
+    Layers of different mask types are never put in one group by `paper`, `every:N` and `FIRST-LAST:N`: there the layers
+    of each type are grouped among themselves.
+
+    Raises:
+        LayoutError: the form is unknown, or the layout is illegal (says which layer and why).
+    """
+    text = text.strip()
+    if match := re.fullmatch(r"every:(\d+)", text):
+        groups = _chunks(range(shape.layers), int(match[1]), shape, text)
+    elif text == "paper":
+        size = 4
+        blocks = max(1, round(shape.layers / 2 / size))
+        groups = _chunks(range(max(0, shape.layers - blocks * size), shape.layers), size, shape, text)
+    elif match := re.fullmatch(r"(\d+)-(\d+):(\d+)", text):
+        groups = _chunks(_layers(match[1], match[2], shape, text), int(match[3]), shape, text)
+    elif re.fullmatch(r"\d+-\d+(,\d+-\d+)*", text):
+        groups = [list(_layers(*part.split("-"), shape, text)) for part in text.split(",")]
+    elif Path(text).is_file():
+        return _checked(_from_file(Path(text)), shape, text)
+    else:
+        raise LayoutError(f"--groups {text}: not one of {FORMS}")
+    plans = [LayerPlan()] * shape.layers
+    taken: set[int] = set()
+    for leader, *followers in groups:
+        if again := taken.intersection([leader, *followers]):
+            raise LayoutError(f"--groups {text}: layer {min(again)} is in two groups")
+        taken.update([leader, *followers])
+        for follower in followers:
+            plans[follower] = LayerPlan("softmax", leader=leader, compensation=compensation)
+    return _checked(Layout(tuple(plans)), shape, text)
+
+
+def _layers(first: str, last: str, shape: AttentionShape, text: str) -> range:
+    if int(first) >= int(last):
+        raise LayoutError(f"--groups {text}: {first}-{last} is not an ascending range of at least two layers")
+    if int(last) >= shape.layers:
+        raise LayoutError(f"--groups {text}: layer {last} does not exist; the model has layers 0 to {shape.layers - 1}")
+    return range(int(first), int(last) + 1)
+
+
+def _chunks(layers: range, size: int, shape: AttentionShape, text: str) -> list[list[int]]:
+    if size < 2:
+        raise LayoutError(f"--groups {text}: a group needs at least 2 layers")
+    groups = []
+    for name in dict.fromkeys(shape.mask_types):
+        same = [layer for layer in layers if shape.mask_types[layer] == name]
+        groups += [same[start : start + size] for start in range(0, len(same), size)]
+    return [group for group in groups if group]
+
+
+def _from_file(path: Path) -> Layout:
+    from uniattn_cli.recipe import read_tree
+
+    try:
+        tree = read_tree(path)
+    except RecipeError as error:
+        raise LayoutError(str(error)) from None
+    for key in ("layout", "uniattn"):
+        if isinstance(tree, dict) and key in tree:
+            tree = tree[key]
+    entries = tree.get("layers") if isinstance(tree, dict) else tree
+    if not isinstance(entries, list):
+        raise LayoutError(f"{path}: expected a list of layers, or a mapping with `layers`")
+    try:
+        return Layout.from_list(entries)
+    except ValueError as error:
+        raise LayoutError(f"{path}: {error}") from None
+
+
+def _checked(layout: Layout, shape: AttentionShape, text: str) -> Layout:
+    problems = layout.problems(shape)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise LayoutError(f"--groups {text}: {problems[0]}{more}")
+    return layout
