@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _StopForward(Exception):
+class _ForwardStoppedError(Exception):
     """Ends a layer's forward pass once what is needed has been seen."""
 
 
@@ -93,7 +93,7 @@ def fit_layers(
             for batch in batches:
                 batch.converted = batch.base
             diverged = True
-        if changed and spec.solve != "none" and plan.kind != "none":
+        if changed and any(_solved_parts(layer.self_attn, spec)):
             problem = _collect(base_layer, layer, index, batches, spec)
             fits.append(_solve(layer.self_attn, index, plan.kind, problem, spec))
         elif diverged:
@@ -199,9 +199,7 @@ def _collect(
         missing = target.float()
         if heads is not None:
             missing = missing - output(heads).float()
-        parts = [] if heads is None or spec.solve == "compensation" else [heads]
-        if attention.compensation is not None:
-            parts.append(normed)
+        parts = [part for part, solved in zip((heads, normed), _solved_parts(attention, spec), strict=True) if solved]
         features = torch.cat([part.flatten(0, 1).float() for part in parts], dim=1)
         missing = missing.flatten(0, 1)
         if problem is None:
@@ -235,18 +233,27 @@ def _features(
     def keep_input(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
         seen["x"] = given["hidden_states"] if "hidden_states" in given else args[0]
         if output is None:
-            raise _StopForward
+            raise _ForwardStoppedError
 
     def keep_heads(module: nn.Module, args: tuple) -> None:
         seen["heads"] = args[0]
-        raise _StopForward
+        raise _ForwardStoppedError
 
     handles = [attention.register_forward_pre_hook(keep_input, with_kwargs=True)]
     if output is not None:
         handles.append(output.register_forward_pre_hook(keep_heads))
-    with _hooks(*handles), contextlib.suppress(_StopForward):
+    with _hooks(*handles), contextlib.suppress(_ForwardStoppedError):
         _run(layer, hidden, kwargs, uniattn_shared=shared)
     return seen["x"], seen.get("heads")
+
+
+def _solved_parts(attention: nn.Module, spec: ConversionSpec) -> tuple[bool, bool]:
+    """Whether W_o and whether W_c of a layer are solved; a `linear` layer is nothing without its W_c."""
+    output = hasattr(attention, attention.output_name) and spec.solve in ("both", "output")
+    compensation = attention.compensation is not None and (
+        spec.solve in ("both", "compensation") or attention.plan.kind == "linear"
+    )
+    return output, compensation
 
 
 def _solve(attention: nn.Module, index: int, kind: str, problem: _Problem, spec: ConversionSpec) -> LayerFit:
@@ -254,9 +261,10 @@ def _solve(attention: nn.Module, index: int, kind: str, problem: _Problem, spec:
     held = problem.held if problem.held.tokens else problem.fit
     result = fit_ridge(problem.fit, held, problem.blocks)
     energy = problem.energy or (held.yy.item() / held.tokens)
-    heads = problem.blocks[0] if attention.compensation is None or len(problem.blocks) == 2 else 0
+    solves_output, solves_compensation = _solved_parts(attention, spec)
+    heads = problem.blocks[0] if solves_output else 0
     output, after = result.weights[:heads], result.error_after
-    compensation = attention.compensation
+    compensation = attention.compensation if solves_compensation else None
     if isinstance(compensation, LowRankCompensation):
         moments = problem.fit.merged(problem.held) if problem.held.tokens else problem.fit
         rank = compensation.down.out_features

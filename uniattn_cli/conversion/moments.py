@@ -1,8 +1,8 @@
 """Second moments of features and targets, and the ridge problems solved from them.
 
 For a changed layer the attention output is linear in what can be refitted: `y = W_o a + W_c x` with a the concatenated
-heads and x the normed input. All that a least-squares fit needs of any number of tokens are the moments of [a, x] and y,
-so tokens are seen once and memory does not grow with their number. W_o is fitted as a correction to the base's W_o:
+heads and x the normed input. All that a least-squares fit needs of any number of tokens are the moments of [a, x] and
+y, so tokens are seen once and memory does not grow with their number. W_o is fitted as a correction to the base's W_o:
 the ridge penalty pulls towards what is known to be good instead of towards zero.
 """
 

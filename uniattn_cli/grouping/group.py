@@ -67,8 +67,13 @@ def group(
     recipe = Recipe.load(run.recipe, overrides)
     config = load_config(locate(recipe.model.name, recipe.model.revision))
     grouping = choose(run, recipe, config)
-    store_layout(run, grouping.layout, recipe.layout.groups)
+    store_layout(run, grouping.layout, recipe)
     return grouping
+
+
+def compensation_of(recipe: Recipe) -> str | int:
+    """The W_c that changed layers get unless their own entry says otherwise."""
+    return recipe.conversion.rank if recipe.conversion.solve in ("both", "compensation") else "none"
 
 
 def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> Measured:
@@ -96,7 +101,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any) -> Grouping:
     """
     spec = recipe.layout
     shape = attention_shape(config)
-    rank = recipe.conversion.rank if recipe.conversion.solve in ("both", "compensation") else "none"
+    rank = compensation_of(recipe)
     fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
     if fixed is not None and (spec.head_map == "identity" or any(plan.heads for plan in fixed)):
         return _fixed(fixed, f"layout '{spec.groups}', heads as given")
@@ -195,16 +200,26 @@ def candidates_table(
     return Table("candidate layouts" + (" (* chosen)" if chosen else ""), columns, rows)
 
 
-def store_layout(run: RunDir, layout: Layout, groups: str) -> None:
-    """Writes the chosen layout into the recipe; one short line for each layer."""
+def store_layout(run: RunDir, layout: Layout, recipe: Recipe) -> None:
+    """Writes the chosen layout and the settings that led to it into the recipe; one short line for each layer.
+
+    A compensation that follows from `conversion` is left out, so that changing it there changes all layers.
+    """
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     tree = read_tree(run.recipe)
     section = tree.setdefault("layout", CommentedMap())
-    section["groups"] = groups
+    for key in ("groups", "followers", "kv", "params", "head_map", "sources"):
+        value = getattr(recipe.layout, key)
+        if section.get(key, getattr(LayoutSpec, key)) != value:
+            section[key] = value
+    usual = compensation_of(recipe)
     entries = CommentedSeq()
     for index, plan in enumerate(layout):
-        entry = CommentedMap(plan.to_dict())
+        fields = plan.to_dict()
+        if plan.kind != "linear" and plan.compensation == usual:
+            fields.pop("compensation", None)
+        entry = CommentedMap(fields)
         entry.fa.set_flow_style()
         entries.append(entry)
         entries.yaml_add_eol_comment(f"layer {index}", index)

@@ -32,7 +32,7 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
     elif re.fullmatch(r"\d+-\d+(,\d+-\d+)*", text):
         groups = [list(_layers(*part.split("-"), shape, text)) for part in text.split(",")]
     elif Path(text).is_file():
-        return _checked(_from_file(Path(text)), shape, text)
+        return _checked(_from_file(Path(text), compensation), shape, text)
     else:
         raise LayoutError(f"--groups {text}: not one of {FORMS}")
     plans = [LayerPlan()] * shape.layers
@@ -64,7 +64,7 @@ def _chunks(layers: range, size: int, shape: AttentionShape, text: str) -> list[
     return [group for group in groups if group]
 
 
-def _from_file(path: Path) -> Layout:
+def _from_file(path: Path, compensation: str | int) -> Layout:
     from uniattn_cli.recipe import read_tree
 
     try:
@@ -78,7 +78,7 @@ def _from_file(path: Path) -> Layout:
     if not isinstance(entries, list):
         raise LayoutError(f"{path}: expected a list of layers, or a mapping with `layers`")
     try:
-        return Layout.from_list(entries)
+        return Layout.from_list(entries, compensation)
     except ValueError as error:
         raise LayoutError(f"{path}: {error}") from None
 

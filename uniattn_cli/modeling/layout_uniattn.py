@@ -73,8 +73,12 @@ class LayerPlan:
     compensation: str | int = "none"
 
     @classmethod
-    def from_dict(cls, entry: dict) -> LayerPlan:
-        """Reads one entry of a layout file or of `config.json`.
+    def from_dict(cls, entry: dict, compensation: str | int = "full") -> LayerPlan:
+        """Reads one entry of a layout file, of a recipe or of `config.json`.
+
+        Args:
+            entry: the mapping.
+            compensation: what a changed layer gets whose entry names none.
 
         Raises:
             ValueError: unknown keys or a value of the wrong type.
@@ -92,7 +96,7 @@ class LayerPlan:
             except (TypeError, ValueError):
                 raise ValueError(f"heads must read like '4:0 4:2 3:1' (layer:head), not {heads!r}") from None
         kind = entry.get("kind", "softmax" if "leader" in entry or heads else "own")
-        default = "full" if kind not in ("own", "none") else "none"
+        default = "none" if kind in ("own", "none") else "full" if kind == "linear" else compensation
         return cls(kind, entry.get("leader"), heads, entry.get("kv_heads"), entry.get("compensation", default))
 
     def to_dict(self) -> dict:
@@ -137,8 +141,8 @@ class Layout:
         return cls((LayerPlan(),) * layers)
 
     @classmethod
-    def from_list(cls, entries: Sequence[dict]) -> Layout:
-        """Reads the list written by `to_list`.
+    def from_list(cls, entries: Sequence[dict], compensation: str | int = "full") -> Layout:
+        """Reads the list written by `to_list`; `compensation` as in `LayerPlan.from_dict`.
 
         Raises:
             ValueError: names the first layer whose entry cannot be read.
@@ -146,7 +150,7 @@ class Layout:
         plans = []
         for index, entry in enumerate(entries):
             try:
-                plans.append(LayerPlan.from_dict(entry))
+                plans.append(LayerPlan.from_dict(entry, compensation))
             except ValueError as error:
                 raise ValueError(f"layer {index}: {error}") from None
         return cls(tuple(plans))

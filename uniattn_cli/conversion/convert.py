@@ -1,0 +1,244 @@
+"""`uniattn convert`: from the base and a layout to a fitted checkpoint that loads anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
+from uniattn_cli.errors import LayoutError
+from uniattn_cli.grouping.group import Grouping, choose, compensation_of, store_layout
+from uniattn_cli.grouping.picture import draw_layout
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import Recipe
+from uniattn_cli.rundir import RunDir
+from uniattn_cli.scoring import Loss, window_loss
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from uniattn_cli.conversion.fit import LayerFit
+
+REPORT_FILE = "uniattn_report.json"
+# Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
+QUICK_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs before and after.
+
+    Attributes:
+        parameters: base, converted.
+        weight_bytes: bytes of the weights on disk, base, converted.
+        kv_bytes: KV-cache bytes per token, base, converted.
+    """
+
+    parameters: tuple[int, int]
+    weight_bytes: tuple[int, int]
+    kv_bytes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Result of `convert`.
+
+    Attributes:
+        layout: what each layer does now.
+        costs: before and after.
+        fits: error of each changed layer before and after its fit; empty for a dry run.
+        losses: held-out loss of `base`, `uncompensated` and `converted`; empty for a dry run.
+        directory: the checkpoint, or None for a dry run.
+        picture: the layout drawn with characters.
+    """
+
+    layout: Layout
+    costs: Costs
+    fits: list[LayerFit]
+    losses: dict[str, Loss]
+    directory: Path | None
+    picture: str
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    title: str = "conversion"
+
+
+def convert(
+    run_dir: Path | str = ".",
+    *,
+    groups: str | None = None,
+    dry_run: bool = False,
+    overrides: Sequence[str] = (),
+    options: RunOptions | None = None,
+) -> Conversion:
+    """Builds, fits and saves the converted model; chooses the layout first where the recipe has none.
+
+    Args:
+        run_dir: holds `recipe.yaml`, and `analysis/` where the layout or head maps come from it.
+        groups: a form of `--groups`; None takes the recipe's layout, or chooses one as the recipe says.
+        dry_run: only say what would be done and saved; no weights are loaded and nothing is written.
+        overrides: `key.path=value` strings for the recipe.
+        options: device, force, progress.
+
+    Raises:
+        UniAttnError: one of its subclasses, with one clear line.
+    """
+    from uniattn_cli.checkpoint import load_config, locate, prove_parity
+
+    options = options or RunOptions()
+    run = RunDir(run_dir)
+    recipe = Recipe.load(run.recipe, [*overrides, *([f"layout.groups={groups}"] if groups else [])])
+    if not dry_run:
+        run.check_free("convert", options.force)
+    source = locate(recipe.model.name, recipe.model.revision)
+    config = load_config(source)
+    fresh = groups is not None or recipe.layout.layers is None
+    grouping = choose(run, recipe, config) if fresh else _stored_layout(recipe, config)
+    layout = grouping.layout
+    element_size = _element_size(recipe, config)
+    costs = _costs(config, layout, element_size)
+    notes = list(grouping.notes)
+    if dry_run:
+        notes.append("dry run: nothing was written")
+        return Conversion(layout, costs, [], {}, None, grouping.picture, [_cost_table(costs, {})], notes)
+    prove_parity(config)
+    device = options.torch_device()
+    with run.write("convert", recipe, {"model": source.fingerprint}, force=options.force) as directory:
+        fits, losses, more = _convert(recipe, source, layout, device, directory, options)
+        _write_report(directory, layout, costs, fits, losses)
+        if fresh:
+            store_layout(run, layout, recipe)
+    notes += more
+    notes.append(f"checkpoint: {run.output('convert')}; next: uniattn train recipe.yaml")
+    tables = [_cost_table(costs, losses), *_fit_tables(fits)]
+    return Conversion(layout, costs, fits, losses, run.output("convert"), grouping.picture, tables, notes)
+
+
+def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
+    """The layout that the recipe holds, checked against the model."""
+    try:
+        layout = Layout.from_list(recipe.layout.layers, compensation_of(recipe))
+    except ValueError as error:
+        raise LayoutError(f"recipe.yaml, layout.layers: {error}") from None
+    problems = layout.problems(attention_shape(config))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise LayoutError(f"recipe.yaml, layout.layers: {problems[0]}{more}")
+    note = f"layout of the recipe, {len(layout.changed)} layers changed (--groups chooses anew)"
+    return Grouping(layout, draw_layout(layout), [], [note])
+
+
+def _element_size(recipe: Recipe, config: Any) -> int:
+    import torch
+
+    name = recipe.model.dtype if recipe.model.dtype != "auto" else str(config.dtype or "float32").split(".")[-1]
+    return getattr(torch, name).itemsize
+
+
+def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
+    shape = attention_shape(config)
+    pair = (Layout.own(shape.layers), layout)
+    parameters = tuple(count_parameters(config, entry) for entry in pair)
+    return Costs(
+        parameters=parameters,
+        weight_bytes=tuple(count * element_size for count in parameters),
+        kv_bytes=tuple(kv_bytes_per_token(entry, shape, element_size) for entry in pair),
+    )
+
+
+def _convert(
+    recipe: Recipe, source: Any, layout: Layout, device: torch.device, directory: Path, options: RunOptions
+) -> tuple[list[LayerFit], dict[str, Loss], list[str]]:
+    """Loads, scores, fits, scores again and saves. Returns fits, losses and notes."""
+    import torch
+
+    from uniattn_cli import data
+    from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, save_checkpoint
+    from uniattn_cli.conversion.fit import fit_layers
+
+    spec = recipe.conversion
+    progress = options.progress
+    tokenizer = load_tokenizer(source)
+    windows = data.calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
+    heldout = data.heldout_windows(
+        recipe.data, tokenizer, tokens=min(recipe.evaluation.tokens, QUICK_TOKENS), length=recipe.evaluation.length
+    )
+    notes = []
+    if windows.numel() < spec.tokens - spec.length:
+        notes.append(f"the calibration text holds {windows.numel():,} tokens, {spec.tokens:,} were asked for")
+    progress.note(f"loading {recipe.model.name} on {device}")
+    base = load_model(source, recipe.model, device)
+    torch.manual_seed(recipe.seed)
+    converted = build_converted(base, layout)
+    batch_size = recipe.evaluation.batch_size
+    losses = {}
+    with progress.track("scoring base and unfitted model", 2 * len(heldout)) as advance:
+        losses["base"] = window_loss(base, heldout, batch_size=batch_size, advance=advance)
+        losses["uncompensated"] = window_loss(converted, heldout, batch_size=batch_size, advance=advance)
+    with progress.track("fitting", len(layout)) as advance:
+        fits = fit_layers(base, converted, windows, spec, batch_size=batch_size, advance=advance)
+    with progress.track("scoring converted model", len(heldout)) as advance:
+        losses["converted"] = window_loss(converted, heldout, batch_size=batch_size, advance=advance)
+    save_checkpoint(converted, tokenizer, directory)
+    return fits, losses, notes
+
+
+def _write_report(directory: Path, layout: Layout, costs: Costs, fits: list[LayerFit], losses: dict[str, Loss]) -> None:
+    """Writes `uniattn_report.json` beside the weights: layout, costs, errors per layer, held-out losses in nats."""
+    import json
+    import math
+
+    layers = []
+    for fit in fits:
+        entry = asdict(fit)
+        entry["ridge"] = None if math.isinf(fit.ridge) else fit.ridge
+        layers.append(entry)
+    content = {
+        "schema": 1,
+        "layout": layout.to_list(),
+        "costs": {key: {"base": value[0], "converted": value[1]} for key, value in asdict(costs).items()},
+        "fits": layers,
+        "losses": {
+            name: {"mean": loss.mean, "stderr": None if math.isnan(loss.stderr) else loss.stderr, "tokens": loss.tokens}
+            for name, loss in losses.items()
+        },
+    }
+    (directory / REPORT_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _cost_table(costs: Costs, losses: dict[str, Loss]) -> Table:
+    def row(name: str, pair: tuple[int, int]) -> list[str]:
+        return [name, f"{pair[0]:,}", f"{pair[1]:,}", f"{pair[1] / pair[0] - 1:+.1%}"]
+
+    rows = [
+        row("parameters", costs.parameters),
+        row("bytes of weights", costs.weight_bytes),
+        row("KV bytes per token", costs.kv_bytes),
+    ]
+    if losses:
+        base = losses["base"]
+        for name, label in (("uncompensated", "perplexity, not fitted"), ("converted", "perplexity, fitted")):
+            ratio = losses[name].perplexity / base.perplexity
+            rows.append([label, f"{base.perplexity:.2f}", f"{losses[name].perplexity:.2f}", f"x{ratio:.3f}"])
+    title = "before and after"
+    if losses:
+        title += f" (perplexity on {losses['base'].tokens:,} held-out tokens)"
+    return Table(title, ["", "base", "converted", "change"], rows)
+
+
+def _fit_tables(fits: list[LayerFit]) -> list[Table]:
+    if not fits:
+        return []
+    rows = [
+        [str(fit.layer), fit.kind, f"{fit.error_before:.3f}", f"{fit.error_after:.3f}", f"{fit.ridge:.0e}"]
+        for fit in fits
+    ]
+    columns = ["layer", "kind", "error before", "after", "ridge"]
+    return [
+        Table("error of the attention output on tokens held out from the fit, relative to its energy", columns, rows)
+    ]
