@@ -112,9 +112,7 @@ def _from_maps(attention, maps, sources):
     def forward(hidden_states, **kwargs):
         values = attention.project(hidden_states, "v")["v"]
         group = len(sources) // values.shape[1]
-        heads = [
-            maps[layer][:, head] @ values[:, index // group] for index, (layer, head) in enumerate(sources)
-        ]
+        heads = [maps[layer][:, head] @ values[:, index // group] for index, (layer, head) in enumerate(sources)]
         output = attention.o_proj(torch.cat(heads, dim=-1))
         if attention.compensation is not None:
             output = output + attention.compensation(hidden_states)

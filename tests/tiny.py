@@ -36,7 +36,14 @@ LAYOUTS = {
     "kv": [{}, {}, {"kind": "kv", "leader": 1}, {}, {"kind": "kv", "heads": "3:1 1:1 3:0"}, {}],
     "pooled": [{}, {"kind": "pooled", "kv_heads": 1}, {}, {"kind": "pooled", "kv_heads": 1}, {}, {}],
     "linear_none": [{}, {"kind": "linear"}, {}, {"kind": "linear", "compensation": 8}, {"kind": "none"}, {}],
-    "mixed": [{}, {}, {"leader": 1}, {"kind": "kv", "leader": 1}, {"kind": "linear"}, {"heads": "0:0 0:1 1:2 1:3 1:4 1:5"}],
+    "mixed": [
+        {},
+        {},
+        {"leader": 1},
+        {"kind": "kv", "leader": 1},
+        {"kind": "linear"},
+        {"heads": "0:0 0:1 1:2 1:3 1:4 1:5"},
+    ],
 }
 
 

@@ -223,6 +223,24 @@ def store_layout(run: RunDir, layout: Layout, recipe: Recipe) -> None:
         entry.fa.set_flow_style()
         entries.append(entry)
         entries.yaml_add_eol_comment(f"layer {index}", index)
-    section["layers"] = entries
+    _replace_layers(section, entries)
     with file_errors(run.root):
         write_tree(tree, run.recipe)
+
+
+def _replace_layers(section: Any, entries: Any) -> None:
+    """Puts the list first in its section.
+
+    The parser hangs the comment above the next section on the last line of this one; a list that stood there takes what
+    follows its last entry along, and a list added at the end would come after that comment.
+    """
+    old = section.pop("layers", None)
+    if old and list(section) and old.ca.items.get(len(old) - 1):
+        token = old.ca.items[len(old) - 1][0]
+        _, newline, following = token.value.partition("\n") if token else ("", "", "")
+        if following.strip():
+            last = entries.ca.items[len(entries) - 1][0]
+            last.value += newline + following
+            section["layers"] = entries
+            return
+    section.insert(0, "layers", entries)

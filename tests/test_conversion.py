@@ -1,0 +1,189 @@
+"""The fit: least squares is right, layers get better on tokens they have not seen, and nothing depends on batching."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, LAYOUTS, make_base, make_layout
+
+from uniattn_cli.checkpoint import build_converted
+from uniattn_cli.conversion.fit import fit_layers
+from uniattn_cli.conversion.moments import Moments, fit_ridge, reduce_rank, solve_ridge
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.recipe import ConversionSpec
+
+families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    """Text with structure: a random walk over the vocabulary, so that hidden states are correlated as in language."""
+    generator = torch.Generator().manual_seed(11)
+    steps = torch.randint(-3, 4, (80, 32), generator=generator)
+    return steps.cumsum(1) % 90 + 5
+
+
+def moments_of(features, targets):
+    moments = Moments(features.shape[1], targets.shape[1], torch.device("cpu"))
+    for part in range(0, len(features), 7):
+        moments.add(features[part : part + 7], targets[part : part + 7])
+    return moments
+
+
+def attention_errors(base, converted, windows):
+    """Mean squared difference of the residual streams after the last layer."""
+    with torch.no_grad():
+        theirs = base.model(windows, use_cache=False).last_hidden_state
+        ours = converted.model(windows, use_cache=False).last_hidden_state
+    return (theirs - ours).square().mean().item()
+
+
+def test_moments_solve_the_same_problem_as_all_rows_at_once():
+    torch.manual_seed(0)
+    features, targets = torch.randn(200, 6), torch.randn(200, 3)
+    moments = moments_of(features, targets)
+    weights = solve_ridge(moments, 1e-12, [6])
+    expected = torch.linalg.lstsq(features.double(), targets.double()).solution
+    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=1e-5)
+    error = (targets.double() - features.double() @ weights).square().sum(1).mean().item()
+    assert moments.error(weights) == pytest.approx(error, rel=1e-5)
+
+
+def test_a_singular_moment_matrix_gives_finite_weights():
+    features = torch.randn(50, 1).repeat(1, 5)
+    features[:, 4] = 0
+    fit = fit_ridge(moments_of(features, features[:, :2]), moments_of(features, features[:, :2]), [4, 1])
+    assert fit.weights.isfinite().all()
+    assert fit.error_after < 1e-3 * fit.error_before
+
+
+def test_pure_noise_is_not_fitted():
+    torch.manual_seed(0)
+    fit = moments_of(torch.randn(12, 40), torch.randn(12, 4))
+    held = moments_of(torch.randn(500, 40), torch.randn(500, 4))
+    result = fit_ridge(fit, held, [40])
+    assert result.strength >= 1.0
+    assert result.error_after <= result.error_before
+
+
+def test_low_rank_is_optimal_among_low_ranks():
+    """Reduced-rank regression beats the truncated SVD of the weights where the inputs are not white."""
+    torch.manual_seed(1)
+    heads, inputs, outputs, rank = 5, 8, 7, 2
+    mixing = torch.randn(heads + inputs, heads + inputs) @ torch.diag(torch.logspace(0, 2, heads + inputs))
+    features = torch.randn(4000, heads + inputs) @ mixing
+    targets = features @ torch.randn(heads + inputs, outputs) + torch.randn(4000, outputs)
+    moments = moments_of(features, targets)
+    full = solve_ridge(moments, 1e-10, [heads, inputs])
+    output, down, up = reduce_rank(full, moments, heads, rank, 1e-10)
+    best = moments.error(torch.cat([output, (up @ down).T]))
+    assert torch.linalg.matrix_rank(up @ down) == rank
+    u, s, v = torch.linalg.svd(full[heads:].T)
+    truncated = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
+    assert best < moments.error(torch.cat([full[:heads], truncated.T]))
+    torch.manual_seed(2)
+    for _ in range(20):
+        nudged = (up + 1e-3 * torch.randn_like(up)) @ (down + 1e-3 * down.std() * torch.randn_like(down))
+        assert moments.error(torch.cat([output, nudged.T])) >= best - 1e-9
+    whole, down, up = reduce_rank(full, moments, heads, outputs, 1e-10)
+    assert moments.error(torch.cat([whole, (up @ down).T])) == pytest.approx(moments.error(full), rel=1e-6)
+
+
+@families
+@layouts
+@pytest.mark.parametrize("target", ["attention", "residual"])
+def test_fitted_error_is_smaller_on_tokens_never_seen(entry, layout, target, windows):
+    base = make_base(entry)
+    unfitted = build_converted(base, make_layout(layout))
+    fitted = build_converted(base, make_layout(layout))
+    fits = fit_layers(base, fitted, windows[:64], ConversionSpec(target=target))
+    assert [fit.layer for fit in fits] == [index for index in make_layout(layout).changed if fitted_kind(layout, index)]
+    assert all(fit.error_after < fit.error_before for fit in fits)
+    unseen = windows[64:]
+    assert attention_errors(base, fitted, unseen) < attention_errors(base, unfitted, unseen)
+
+
+def fitted_kind(layout, index):
+    return make_layout(layout)[index].kind != "none"
+
+
+@families
+def test_the_base_is_left_as_it_was(entry, windows):
+    base = make_base(entry)
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    logits = base(windows[:2]).logits
+    fit_layers(base, build_converted(base, make_layout("mixed")), windows, ConversionSpec())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert torch.equal(base(windows[:2]).logits, logits)
+
+
+@pytest.mark.parametrize("layout", ["leader", "grouped_several", "mixed"])
+def test_batch_size_does_not_matter(layout, windows):
+    base = make_base(FAMILIES[0])
+    weights = []
+    for batch_size in (1, 5, 64):
+        model = build_converted(base, make_layout(layout))
+        fit_layers(base, model, windows, ConversionSpec(), batch_size=batch_size)
+        weights.append(torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "self_attn" in n]))
+    torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(weights[0], weights[2], atol=2e-4, rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_weights(windows):
+    base = make_base(FAMILIES[0])
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = build_converted(base, make_layout("low_rank"))
+        fit_layers(base, model, windows, ConversionSpec())
+        results.append(model.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize(("solve", "changes"), [("both", "oc"), ("output", "o"), ("compensation", "c"), ("none", "")])
+def test_only_what_is_asked_for_is_solved(solve, changes, windows):
+    base = make_base(FAMILIES[0])
+    model = build_converted(base, make_layout("leader"))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fit_layers(base, model, windows, ConversionSpec(solve=solve))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    expected = set()
+    for layer in (2, 3, 5):
+        expected |= {f"model.layers.{layer}.self_attn.o_proj.weight"} if "o" in changes else set()
+        expected |= {f"model.layers.{layer}.self_attn.compensation.weight"} if "c" in changes else set()
+    assert changed == expected
+
+
+def test_a_perfectly_redundant_layer_is_reproduced(windows):
+    """If a layer's queries and keys are its leader's, sharing loses nothing and the fit has nothing to do."""
+    base = make_base(FAMILIES[0])
+    with torch.no_grad():
+        base.model.layers[1].self_attn.o_proj.weight.zero_()
+        base.model.layers[1].mlp.down_proj.weight.zero_()
+        base.model.layers[2].input_layernorm.load_state_dict(base.model.layers[1].input_layernorm.state_dict())
+        for name in ("q_proj", "k_proj"):
+            source = getattr(base.model.layers[1].self_attn, name).state_dict()
+            getattr(base.model.layers[2].self_attn, name).load_state_dict(source)
+    model = build_converted(base, Layout.from_list([{}, {}, {"leader": 1}, {}, {}, {}]))
+    (fit,) = fit_layers(base, model, windows, ConversionSpec())
+    assert fit.error_before < 1e-9 and fit.error_after < 1e-9
+    torch.testing.assert_close(model(windows[:2]).logits, base(windows[:2]).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_to_fit_is_no_error(windows):
+    base = make_base(FAMILIES[0])
+    assert fit_layers(base, build_converted(base, Layout.own(6)), windows, ConversionSpec()) == []
+
+
+def test_a_single_sequence_is_enough(windows):
+    base = make_base(FAMILIES[0])
+    model = build_converted(base, make_layout("leader"))
+    assert len(fit_layers(base, model, windows[:1], ConversionSpec())) == 3
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
