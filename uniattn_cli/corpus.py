@@ -9,6 +9,7 @@ go to calibration, shorter ones make good answers and go to training, and a fift
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from uniattn_cli.errors import DataError, suggest
@@ -57,7 +58,8 @@ def _topic_pages() -> list[str]:
             "the built-in corpus needs the module pydoc_data, which this Python lacks (some systems package it "
             "separately); name a local file in the recipe's data.train, data.calibration and data.text"
         ) from None
-    seen: set[str] = set()
+    # What a docstring says too (the debugger's manual does) stays with the docstring's part.
+    seen = {" ".join(block.split()) for entry in entries() for block in re.split(r"\n\s*\n", entry.doc)}
     pages = []
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = re.split(r"\n\s*\n", topics[name].strip("\n"))
@@ -119,7 +121,8 @@ def instructions(part: str) -> list[dict]:
         DataError: this installation has no standard-library sources.
     """
     _check(part, PARTS, "part")
-    pairs = [pair for entry in entries() if entry.part == part for pair in _questions(entry)]
+    once = _summaries_used_once()
+    pairs = [pair for entry in entries() if entry.part == part for pair in _questions(entry, once)]
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in pairs
@@ -127,8 +130,14 @@ def instructions(part: str) -> list[dict]:
     return sorted(rows, key=lambda row: digest(row["messages"][0]["content"]))
 
 
-def _questions(entry: Entry) -> Iterator[tuple[str, str]]:
-    """Question and answer pairs about one name."""
+def _summaries_used_once() -> set[str]:
+    """Descriptions that fit one name only, of all parts."""
+    seen = Counter(_summary(entry) for entry in entries() if entry.answer)
+    return {summary for summary, count in seen.items() if count == 1}
+
+
+def _questions(entry: Entry, once: set[str]) -> Iterator[tuple[str, str]]:
+    """Question and answer pairs about one name; `once` holds the descriptions that name it."""
 
     def ask(templates: tuple[str, ...]) -> str:
         template = templates[number(entry.name + templates[0], len(templates))]
@@ -138,7 +147,7 @@ def _questions(entry: Entry) -> Iterator[tuple[str, str]]:
         yield ask(_DESCRIBE), entry.answer
     if entry.arguments is not None and len(entry.arguments) > 1:
         yield ask(_ARGUMENTS), _describe_arguments(entry)
-    if entry.kind != "class" and _describes(entry) and number(entry.name, 3) == 0:
+    if entry.kind != "class" and number(entry.name, 3) == 0 and _summary(entry) in once and _describes(entry):
         yield ask(_NAME), f"That is `{entry.name}`; call it as `{_short(entry)}{entry.signature}`."
 
 
@@ -185,11 +194,12 @@ CHOICES = 4
 
 
 def _name_the_function(entry: Entry) -> tuple[str, str]:
-    return f"Question: Which Python function does this? {_summary(entry)}\nAnswer:", entry.name
+    query = f"Question: Which Python function does this? {_summary(entry)}\nAnswer:"
+    return query, f"`{_short(entry)}{entry.signature}`"
 
 
 def _describe_the_function(entry: Entry) -> tuple[str, str]:
-    return f"Question: What does the Python function `{entry.name}` do?\nAnswer:", _summary(entry)
+    return f"Question: What does the Python function `{entry.name}{entry.signature}` do?\nAnswer:", _summary(entry)
 
 
 _TASKS = {"name_the_function": _name_the_function, "describe_the_function": _describe_the_function}
@@ -213,8 +223,7 @@ def multiple_choice(task: str) -> list[dict]:
     """
     _check(task, TASKS, "task")
     make = _TASKS[task]
-    pool = [e for e in entries() if e.part == "heldout" and e.arguments is not None and e.answer and _describes(e)]
-    pool.sort(key=lambda entry: digest(entry.name))
+    pool = _choice_pool()
     rows = []
     for entry in pool:
         query, right = make(entry)
@@ -226,8 +235,19 @@ def multiple_choice(task: str) -> list[dict]:
     return rows
 
 
+def _choice_pool() -> list[Entry]:
+    """Held-out functions that one sentence describes, and no other name of any part in the same words."""
+    once = _summaries_used_once()
+    pool = [
+        entry
+        for entry in entries()
+        if entry.part == "heldout" and entry.arguments is not None and _summary(entry) in once and _describes(entry)
+    ]
+    return sorted(pool, key=lambda entry: digest(entry.name))
+
+
 def _distractors(entry: Entry, pool: list[Entry]) -> list[Entry]:
-    """Other functions, nearest first: those whose names share the longest beginning, then by hash."""
+    """Other functions, those of the same module first, then of the same package, each by hash."""
 
     def distance(other: Entry) -> tuple[int, str]:
         mine, theirs = entry.module.split("."), other.module.split(".")

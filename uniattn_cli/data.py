@@ -20,7 +20,7 @@ from uniattn_cli import corpus
 from uniattn_cli.errors import DataError
 from uniattn_cli.masks import ChatRenderer, add_eos, bos_of, encode, eos_of
 from uniattn_cli.recipe import DatasetSpec, DataSpec
-from uniattn_cli.rows import BUILTIN, read_rows
+from uniattn_cli.rows import BUILTIN, read_choices, read_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -324,21 +324,4 @@ def load_choices(name: str) -> list[dict[str, Any]]:
     """
     if name.startswith(f"{BUILTIN}:"):
         return corpus.multiple_choice(name.removeprefix(f"{BUILTIN}:"))
-    from uniattn_cli.rows import read_objects
-
-    items = []
-    for where, raw in read_objects(Path(name)):
-        missing = [key for key in ("query", "choices", "gold") if key not in raw]
-        if missing:
-            raise DataError(f"{where} lacks {', '.join(missing)} (it has: {', '.join(sorted(raw))})")
-        query, choices, gold = raw["query"], raw["choices"], raw["gold"]
-        if not isinstance(query, str) or not query.strip():
-            raise DataError(f"{where}: query must be text")
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-            raise DataError(f"{where}: choices must be a list of at least two texts")
-        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-            raise DataError(f"{where}: gold must be a whole number from 0 to {len(choices) - 1}, not {gold!r}")
-        items.append({"id": str(raw.get("id", len(items))), "query": query, "choices": choices, "gold": gold})
-    if not items:
-        raise DataError(f"{name} has no items")
-    return items
+    return read_choices(Path(name))

@@ -7,6 +7,7 @@ be told, and an error is raised rather than a wrong mask returned.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError
@@ -55,10 +56,12 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.plain = not tokenizer.chat_template
-        # Some templates have no generation prompt; then a turn's header comes with the turn.
-        self.prompts = self.plain or self._has_generation_prompt()
 
+    @functools.cached_property
     def _has_generation_prompt(self) -> bool:
+        """Whether the template can end with the header of a turn to be written; else the header comes with the turn."""
+        if self.plain:
+            return True
         probe = [{"role": "user", "content": "a"}]
         return self._render(probe, True) != self._render(probe, False)
 
@@ -107,7 +110,7 @@ class ChatRenderer:
             )
         turn = after[len(before) :]
         start = len(before)
-        if not self.prompts:
+        if not self._has_generation_prompt:
             start += max(turn.find(messages[index]["content"].strip()), 0)
         return start, len(before) + len(turn.rstrip())
 

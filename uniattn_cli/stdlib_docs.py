@@ -6,6 +6,7 @@ Nothing is imported or run. Every docstring belongs to one of three disjoint par
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -21,6 +22,7 @@ from uniattn_cli.errors import DataError
 HELDOUT_SHARE = 0.2
 LONG_DOCSTRING = 900  # characters from which a docstring is text to read rather than an answer
 ANSWER = (40, 700)  # characters of an instruction's answer
+SHARED_PARAGRAPH = 120  # characters from which a paragraph in two docstrings keeps them in one part
 
 # Folders that hold tests, vendored or generated code, and modules whose docstrings say nothing.
 _SKIPPED = {
@@ -66,6 +68,7 @@ def entries() -> tuple[Entry, ...]:
     found: dict[str, Entry] = {}
     seen_docs: set[str] = set()
     seen_answers: set[str] = set()
+    part_with: dict[str, str] = {}
     for module, path in _modules(root):
         for entry in _read_module(module, path):
             key = " ".join(entry.doc.split())
@@ -74,7 +77,12 @@ def entries() -> tuple[Entry, ...]:
                 continue
             seen_docs.add(key)
             seen_answers.add(entry.answer)
-            found[entry.name] = entry
+            # Related functions (json.load, json.loads) share whole paragraphs; they go where the first one went.
+            blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", entry.doc)]
+            blocks = [block for block in blocks if len(block) >= SHARED_PARAGRAPH]
+            part = next((part_with[block] for block in blocks if block in part_with), entry.part)
+            part_with.update((block, part) for block in blocks if block not in part_with)
+            found[entry.name] = dataclasses.replace(entry, part=part)
     if not found:
         raise DataError(
             f"the built-in corpus needs the standard library's sources, but {root} holds none; "
