@@ -63,10 +63,6 @@ def converted_classes(model_type: str) -> ConvertedClasses:
     AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)
     AutoModel.register(classes.config, classes.model, exist_ok=True)
     AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)
-    # These make save_pretrained copy the model code and write auto_map.
-    classes.config.register_for_auto_class()
-    classes.model.register_for_auto_class("AutoModel")
-    classes.causal_lm.register_for_auto_class("AutoModelForCausalLM")
     return classes
 
 
@@ -171,14 +167,19 @@ def load_config(source: Source, *, converted: bool = False) -> Any:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         raise ModelError(f"{source.name} has quantised weights ({method}); give the unquantised model")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if converted:
         converted_classes(model_type)
     try:
         return AutoConfig.from_pretrained(source.path)
-    except (ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
+
+
+def _read_model_type(source: Source) -> str:
+    return json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("model_type") or ""
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -189,6 +190,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    model_type = _read_model_type(source)
+    if model_type.startswith("uniattn_"):
+        # Tokenizers are chosen by the configuration; unless it is ours, the user is asked to trust the copied code.
+        converted_classes(model_type)
     try:
         return AutoTokenizer.from_pretrained(_fetch(source))
     except (OSError, ValueError) as error:
@@ -211,8 +216,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    raw_type = json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("model_type", "")
-    config = load_config(source, converted=raw_type.startswith("uniattn_"))
+    config = load_config(source, converted=_read_model_type(source).startswith("uniattn_"))
     family = family_of(config.model_type.removeprefix("uniattn_"))
     backend = spec.attention if spec.attention != "auto" else family.attention
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)

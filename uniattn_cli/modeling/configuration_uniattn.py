@@ -86,6 +86,13 @@ class UniAttnConfigMixin:
 
     def to_dict(self) -> dict:
         output = super().to_dict()
+        # All three, whichever class is saved: engines ask for AutoModel, tools for AutoModelForCausalLM.
+        module, prefix = type(self).__module__.split(".")[-1], type(self).__name__.removesuffix("Config")
+        output["auto_map"] = {
+            "AutoConfig": f"{module}.{prefix}Config",
+            "AutoModel": f"{module}.{prefix}Model",
+            "AutoModelForCausalLM": f"{module}.{prefix}ForCausalLM",
+        }
         if self.uniattn:
             stock = self.uniattn.get("stock_layer_types") or ["full_attention"] * self.num_hidden_layers
             plans = self.layout.plans

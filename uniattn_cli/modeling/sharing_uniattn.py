@@ -299,6 +299,8 @@ class SharedPreTrainedMixin:
 class SharedModelMixin(SharedPreTrainedMixin):
     """The base model: stock, but for the attention modules and the holder made in each forward call."""
 
+    # Makes save_pretrained copy the model code, also where a trainer calls it.
+    _auto_class = "AutoModel"
     attention_class: type
 
     def __init__(self, config):
@@ -333,6 +335,7 @@ class SharedModelMixin(SharedPreTrainedMixin):
 class SharedCausalLMMixin(SharedPreTrainedMixin):
     """The causal LM: stock, around our base model."""
 
+    _auto_class = "AutoModelForCausalLM"
     model_class: type
 
     def __init__(self, config):
