@@ -1,0 +1,549 @@
+"""`uniattn eval` on tiny models: paired differences, measured costs, and a report that agrees with them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import LAYOUTS, SIZES, make_base, make_layout, randomise_compensation
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from uniattn_cli import checkpoint
+from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
+from uniattn_cli.evaluation import cost, evaluate, figures, quality, speed, subjects, tasks, verdict, wording
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import Recipe
+from uniattn_cli.rundir import RunDir, fingerprint
+from uniattn_cli.scoring import window_loss
+
+WORDS = "the map of one layer is shared with those that follow it and a value stays what it was before".split()
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QUICK = ("evaluation.tasks=[]", "evaluation.speed.enabled=false", "evaluation.tokens=192")
+LAYOUT = "mixed"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few special tokens."""
+    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate([*special, *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+
+
+def make_model(seed: int = 0):
+    sizes = {**SIZES, "vocab_size": 272, "max_position_embeddings": 512}
+    model = make_base(("llama", lambda: LlamaConfig(**sizes), LlamaForCausalLM), seed)
+    model.generation_config.eos_token_id = list(range(272))  # generation would stop at once, speed must not
+    return model
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(words)).capitalize() + "."
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_run(root: Path) -> Path:
+    """A run directory with base, converted checkpoint and local data of every sort."""
+    rng = random.Random(0)
+    tokenizer, base = make_tokenizer(), make_model()
+    checkpoint.save_checkpoint(base, tokenizer, root / "base")
+    converted = randomise_compensation(checkpoint.build_converted(base, make_layout(LAYOUT)), 0.2)
+    write_stage(root, "convert", converted, tokenizer, {"model": fingerprint(root / "base")})
+    (root / "text.txt").write_text("\n\n".join(sentence(rng, 30) for _ in range(20)), encoding="utf-8")
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": sentence(rng, 3)},
+                {"role": "assistant", "content": sentence(rng, rng.randint(2, 20))},
+            ]
+        }
+        for _ in range(40)
+    ]
+    write_rows(root / "chats.jsonl", chats)
+    items = [
+        {
+            "query": f"Question: {sentence(rng, 4)}\nAnswer:",
+            "choices": [sentence(rng, n) for n in (1, 2, 4)],
+            "gold": n % 3,
+        }
+        for n in range(12)
+    ]
+    write_rows(root / "choose.jsonl", items)
+    (root / "recipe.yaml").write_text(
+        f"""
+model: {{name: {root / "base"}}}
+data: {{train: [{root / "chats.jsonl"}], text: [{root / "text.txt"}], holdout: 0.4}}
+evaluation:
+  tokens: 1024
+  length: 64
+  tasks: [{root / "choose.jsonl"}]
+  limit: 10
+  speed: {{prompt: 16, new: 6, repeats: 2, batch: 2}}
+""",
+        encoding="utf-8",
+    )
+    return root
+
+
+def write_stage(root: Path, stage: str, model, tokenizer, inputs: dict) -> None:
+    folder = RunDir(root).output(stage)
+    checkpoint.save_checkpoint(model, tokenizer, folder)
+    (folder / "stage.json").write_text(json.dumps({"stage": stage, "inputs": inputs}), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def compared(run) -> evaluate.Evaluation:
+    """Base, converted, an identical copy of the base, and one that is damaged."""
+    shutil.copytree(run / "base", run / "copy")
+    damaged, tokenizer = make_model(), make_tokenizer()
+    with torch.no_grad():
+        for parameter in damaged.lm_head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    checkpoint.save_checkpoint(damaged, tokenizer, run / "damaged")
+    return evaluate.evaluate(run, checkpoints=[str(run / "copy"), str(run / "damaged")])
+
+
+def load(run: Path, name: str):
+    recipe = Recipe.load(run / "recipe.yaml")
+    return checkpoint.load_model(checkpoint.locate(str(run / name)), recipe.model, torch.device("cpu"))
+
+
+def all_figures(model: dict) -> dict[str, dict]:
+    found = {**model["quality"], **model["cost"]}
+    found.update({f"{task}.{metric}": one for task, each in model["tasks"].items() for metric, one in each.items()})
+    return found
+
+
+# Quality
+
+
+def test_identical_copy_differs_by_nothing(run, compared):
+    copy = compared.results["models"][str(run / "copy")]
+    base = compared.results["models"]["base"]
+    for name in ("perplexity", "text_loss", "response_loss", "accuracy"):
+        assert copy["quality"][name]["value"] == base["quality"][name]["value"]
+        assert copy["quality"][name]["difference_to_base"] == {"value": 0.0, "stderr": 0.0}
+    assert copy["verdict"]["quality"] == "same"
+
+
+def test_damaged_model_is_worse(run, compared):
+    damaged = compared.results["models"][str(run / "damaged")]
+    for name in ("perplexity", "response_loss"):
+        difference = damaged["quality"][name]["difference_to_base"]
+        assert difference["value"] > 2 * difference["stderr"] > 0
+    assert damaged["verdict"]["quality"] == "worse"
+    assert "worse than the base" in damaged["verdict"]["sentence"]
+
+
+def test_perplexity_is_that_of_the_windows(run, compared):
+    recipe = Recipe.load(run / "recipe.yaml")
+    rows = quality.text_rows(recipe, make_tokenizer())
+    loss = window_loss(load(run, "converted"), torch.stack(rows.tokens))
+    entry = compared.results["models"]["converted"]["quality"]["perplexity"]
+    assert entry["value"] == pytest.approx(loss.perplexity, rel=1e-9)
+    assert entry["stderr"] == pytest.approx(loss.perplexity * loss.stderr, rel=1e-9)
+    assert entry["n"] == loss.windows == 16
+
+
+def test_response_loss_counts_responses_only_and_ignores_padding(run):
+    model, recipe = load(run, "base"), Recipe.load(run / "recipe.yaml")
+    tokenizer = make_tokenizer()
+    rows = quality.response_rows(recipe, tokenizer)
+    assert len({len(row) for row in rows.tokens}) > 3
+    alone = quality.row_losses(model, rows, batch_size=1)
+    for batch_size in (3, len(rows)):
+        together = quality.row_losses(model, rows, batch_size=batch_size)
+        assert together.counts == alone.counts
+        assert together.sums == pytest.approx(alone.sums, rel=1e-5)
+    text = tokenizer.decode(rows.tokens[0][rows.labels[0] != quality.IGNORED])
+    assert text.endswith("<|end|>") and "<|user|>" not in text and alone.counts[0] == len(tokenizer(text).input_ids)
+    ids = rows.tokens[0][None]
+    start = len(ids[0]) - alone.counts[0]
+    logits = model(ids).logits[0].double().log_softmax(-1)
+    by_hand = -sum(logits[place - 1, ids[0, place]].item() for place in range(start, len(ids[0])))
+    assert alone.sums[0] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_accuracy_is_that_of_the_likeliest_choice(run, compared):
+    tokenizer = make_tokenizer()
+    items = [json.loads(line) for line in (run / "choose.jsonl").read_text().splitlines()][:10]
+    for name in ("base", "converted"):
+        model = load(run, name)
+        right = {"acc": 0, "acc_norm": 0}
+        for item in items:
+            scores = [continuation_score(model, tokenizer, item["query"], choice) for choice in item["choices"]]
+            lengths = [len(choice) for choice in item["choices"]]
+            right["acc"] += scores.index(max(scores)) == item["gold"]
+            normed = [score / length for score, length in zip(scores, lengths, strict=True)]
+            right["acc_norm"] += normed.index(max(normed)) == item["gold"]
+        for metric, count in right.items():
+            entry = compared.results["models"][name]["tasks"]["choose"][metric]
+            assert entry["value"] == pytest.approx(count / 10) and entry["n"] == 10
+            assert entry["stderr"] == pytest.approx(math.sqrt(count / 10 * (1 - count / 10) / 9))
+
+
+def continuation_score(model, tokenizer, query: str, choice: str) -> float:
+    context, whole = tokenizer(query).input_ids, tokenizer(f"{query} {choice}").input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(logits[place - 1, whole[place]].item() for place in range(len(context), len(whole)))
+
+
+def test_paired_standard_errors_match_a_bootstrap():
+    rng = torch.Generator().manual_seed(0)
+    counts = torch.randint(20, 200, (60,), generator=rng)
+    base = counts * (2 + torch.randn(60, generator=rng) * 0.5)
+    model = base + counts * (0.1 + torch.randn(60, generator=rng) * 0.05)
+    picks = torch.randint(0, 60, (4000, 60), generator=rng)
+    total = counts[picks].sum(1)
+    losses = [(each[picks].sum(1) / total).double() for each in (model, base)]
+    rows = [quality.RowLosses(each.tolist(), counts.tolist()) for each in (model, base)]
+    loss = figures._loss_figure(rows[0], rows[1], "rows")["difference_to_base"]
+    perplexity = figures._perplexity_figure(rows[0], rows[1])["difference_to_base"]
+    assert loss["stderr"] == pytest.approx((losses[0] - losses[1]).std().item(), rel=0.08)
+    assert perplexity["stderr"] == pytest.approx((losses[0].exp() - losses[1].exp()).std().item(), rel=0.08)
+    scores = [tasks.MetricScores(0.5, [0.0, 1.0, 0.0, 1.0], True, 4), tasks.MetricScores(0.25, [0, 1, 0, 0], True, 4)]
+    paired = figures.task_figure("acc", *scores)["difference_to_base"]
+    assert paired == {"value": 0.25, "stderr": pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "better", "expected"),
+    [
+        (0.0, 0.0, "lower", "same"),
+        (0.1, 0.06, "lower", "within noise"),
+        (0.1, 0.04, "lower", "worse"),
+        (0.1, 0.04, "higher", "better"),
+        (-0.1, 0.04, "higher", "worse"),
+        (0.1, None, "lower", "uncertain"),
+    ],
+)
+def test_judgement(value, stderr, better, expected):
+    entry = figures.figure(1.0, "perplexity", better, difference_to_base={"value": value, "stderr": stderr})
+    assert verdict.judge(entry) == expected
+
+
+def test_tasks_of_a_group_are_pooled_over_items():
+    members = [
+        {"acc": tasks.MetricScores(1.0, [1.0], True, 1), "f1": tasks.MetricScores(0.3, None, True, 1)},
+        {"acc": tasks.MetricScores(1 / 3, [0.0, 1.0, 0.0], True, 3), "f1": tasks.MetricScores(0.3, None, True, 3)},
+    ]
+    assert tasks._pooled(members) == {"acc": tasks.MetricScores(0.5, [1.0, 0.0, 1.0, 0.0], True, 4)}
+
+
+# Cost
+
+
+@pytest.mark.parametrize("name", ["own", *LAYOUTS])
+def test_measured_cache_is_what_the_layout_predicts(name, tmp_path):
+    base = make_model()
+    layout = make_layout(name) if name in LAYOUTS else make_layout("leader").own(6)
+    model = checkpoint.build_converted(base, layout)
+    checkpoint.save_checkpoint(model, make_tokenizer(), tmp_path)
+    size = cost.measure_size(name, model, tmp_path)
+    heads = {"own": 6, "softmax": 3, "key": 3, "kv": 0, "pooled": 2, "linear": 0, "none": 0}
+    assert size.kv_bytes == size.kv_bytes_predicted == 4 * 8 * sum(heads[plan.kind] for plan in layout)
+    assert size.parameters == sum(one.numel() for one in dict(model.named_parameters()).values())
+    assert size.checkpoint_bytes == (tmp_path / "model.safetensors").stat().st_size >= 4 * size.parameters
+
+
+def test_a_wrong_saving_is_never_published(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    monkeypatch.setattr(cost, "kv_bytes_per_token", lambda *_: 1)
+    with pytest.raises(ModelError, match="measured != predicted"):
+        evaluate.evaluate(tmp_path / "run", overrides=QUICK)
+    assert not (tmp_path / "run/evaluation").exists()
+
+
+def test_cache_bytes_see_what_a_view_keeps_alive():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
+    cache.layers[0].keys = torch.zeros(1, 2, 100, 8)[:, :, :4]
+    assert cost.cache_bytes(cache) == 4 * 8 * (2 * 100 + 2 * 4)
+
+
+def test_weights_of_several_formats_count_once(tmp_path):
+    for name, size in (("model-1.safetensors", 5), ("model-2.safetensors", 7), ("pytorch_model.bin", 11)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 12)
+    assert cost.weight_file_bytes(tmp_path) == 12
+
+
+def test_bytes_of_different_dtypes_are_not_compared(compared):
+    sizes = [
+        cost.Size(10, 40, 8.0, 8, "float32", "float32", "sdpa", {}),
+        cost.Size(9, 18, 4.0, 4, "bfloat16", "bfloat16", "sdpa", {}),
+    ]
+    base, model = (SimpleNamespace(size=size) for size in sizes)
+    found = figures.size_figures(model, base)
+    assert found["parameters"]["ratio_to_base"] == 0.9
+    for name in ("checkpoint_bytes", "kv_bytes_per_token"):
+        assert found[name]["ratio_to_base"] is None and wording.as_ratio(found[name]) == "other dtype"
+    entry = compared.results["models"]["converted"]
+    text = verdict.verdict("it", compared.results["models"]["base"], {**entry, "cost": found})["sentence"]
+    assert "another dtype of the KV cache" in text
+    notes = evaluate._limits({"base": base, "it": model}, SimpleNamespace(together=True))
+    assert len(notes) == 2 and all("base float32, it bfloat16" in note for note in notes)
+
+
+def test_generation_never_stops_early(run):
+    model, calls = load(run, "base"), []
+    model.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
+    timing = speed.time_generation(model, torch.ones(2, 9, dtype=torch.long), 7)
+    assert calls == [9, 1, 1, 1, 1, 1, 1]
+    assert timing.first > 0 and timing.rest > 0
+
+
+def test_speed_is_interleaved(run):
+    order = []
+    found = {name: load(run, "base") for name in ("a", "b")}
+    for name, model in found.items():
+        model.register_forward_hook(
+            lambda module, args, output, name=name: order.append(name) if args[0].shape[1] > 1 else None
+        )
+    timings = speed.measure_speed(found, torch.ones(1, 5, dtype=torch.long), new=2, repeats=3)
+    assert order == ["a", "b"] * 4
+    assert [len(rounds) for rounds in timings.values()] == [3, 3]
+
+
+def test_ratios_are_those_of_rounds_side_by_side():
+    base = [speed.Timing(1.0, 1.0), speed.Timing(4.0, 4.0), speed.Timing(2.0, 2.0)]
+    own = [speed.Timing(0.5, 0.5), speed.Timing(2.0, 2.0), speed.Timing(1.0, 1.0)]
+    found = figures.speed_figures(own, base, batch=2, new=11)
+    assert found["time_to_first_token"]["value"] == 1.0 and found["time_to_first_token"]["range"] == [0.5, 2.0]
+    assert found["time_to_first_token"]["ratio_to_base"] == 0.5
+    assert found["tokens_per_second"]["value"] == 20.0 and found["tokens_per_second"]["ratio_to_base"] == 2.0
+    assert found["time_per_output_token"]["value"] == pytest.approx(0.1)
+
+
+# What is written
+
+
+def test_every_figure_has_the_whole_schema(compared):
+    results = json.loads((compared.directory / "results.json").read_text())
+    assert results == compared.results and results["schema"] == 1
+    keys = {"value", "unit", "better", "n", "of", "stderr", "range", "difference_to_base", "ratio_to_base"}
+    for name, model in results["models"].items():
+        for figure in all_figures(model).values():
+            assert set(figure) == keys
+            assert (figure["difference_to_base"] is None) == (name == "base")
+    speeds = results["settings"]["speed"]
+    assert {"device", "threads", "cache", "prompt", "new", "batch", "repeats", "interleaved"} <= set(speeds)
+    assert results["models"]["converted"]["layers"] == {"own": 2, "softmax": 2, "kv": 1, "linear": 1}
+
+
+def test_tables_and_report_say_what_the_results_say(compared):
+    results = compared.results
+    text = (compared.directory / "report.md").read_text()
+    rows = {"perplexity of text": "perplexity", "loss on responses": "response_loss", "choose, acc": "choose.acc"}
+    rows |= {"choose, acc_norm": "choose.acc_norm", "parameters": "parameters", "weights on disk": "checkpoint_bytes"}
+    rows |= {"KV cache per token, measured": "kv_bytes_per_token", "time to first token": "time_to_first_token"}
+    rows |= {"tokens per second": "tokens_per_second"}
+    scale = {"share": 100, "seconds": 1e3}
+    names = list(results["models"])
+    key, seen = None, set()
+    for table in compared.tables:
+        for row in table.rows:
+            key = rows.get(row[0], key if row[0].startswith("  ") else None)
+            seen.add(key)
+            for name, cell in zip(names, row[1:], strict=True):
+                entry = all_figures(results["models"][name])[key]
+                factor = scale.get(entry["unit"], 1)
+                if row[0] == evaluate.report.RANGE:
+                    known = entry["range"]
+                elif row[0] == evaluate.report.DIFFERENCE:
+                    known = [entry["difference_to_base"][part] for part in ("value", "stderr")] if cell else []
+                    assert cell == "" or "−+0"[(known[0] >= 0) + (known[0] == 0)] == cell[0]
+                elif row[0] == evaluate.report.RATIO:
+                    known, factor = [entry["ratio_to_base"]] if cell else [], 1 if "×" in cell else 100
+                else:
+                    known = [entry[part] for part in ("value", "stderr") if entry[part] is not None]
+                said = [float(found.replace(",", "")) for found in re.findall(r"[\d,]+\.?\d*", cell)]
+                assert said == pytest.approx([abs(factor * value) for value in known], abs=0.051), (row, name)
+                assert cell in text and (cell or name == "base")
+    assert seen == set(rows.values())
+    large = figures.figure(134_515_008, "parameters", "lower")
+    assert wording.as_value(large) == "134.5 M"
+    assert wording.as_value(figures.figure(4.185e8, "perplexity", "lower")) == "4.18e+08"
+    for model in list(results["models"].values())[1:]:
+        assert model["verdict"]["sentence"] in text and model["verdict"]["sentence"] in compared.notes
+
+
+def test_figures_follow_from_the_kept_items(run, compared):
+    files = sorted((compared.directory / "items").iterdir())
+    assert [path.name.split("-")[0] for path in files] == ["0", "1", "2", "3"]
+    scores = json.loads(files[1].read_text())["tasks"]["choose"]["acc"]
+    assert len(scores["values"]) == 10 and sum(scores["values"]) / 10 == scores["value"]
+    assert {path.name for path in compared.directory.iterdir()} == {
+        "items", "quality_vs_kv.png", "report.md", "results.json", "stage.json",
+    }  # fmt: skip
+    assert (compared.directory / "quality_vs_kv.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_fit_a_terminal(compared):
+    names = {"base", "converted", "trained"}
+    entry = compared.results["models"]["converted"]
+    results = {**compared.results, "models": {"base": compared.results["models"]["base"], "converted": entry}}
+    results["models"]["trained"] = entry
+    for table in evaluate.report.tables(results):
+        widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+        assert sum(widths) + 2 * len(widths) <= 100 and set(table.columns[1:]) == names
+
+
+def test_many_models_make_several_tables(compared):
+    base = compared.results["models"]["base"]
+    entry = compared.results["models"]["converted"]
+    results = {**compared.results, "models": {"base": base, **{f"model {n}": entry for n in range(5)}}}
+    columns = [table.columns[1:] for table in evaluate.report.tables(results)]
+    assert columns[0] == columns[1] == ["base", "model 0", "model 1", "model 2"]
+    assert columns[2] == columns[3] == ["base", "model 3", "model 4"]
+
+
+# What is read
+
+
+def test_missing_stages_are_noted(run, tmp_path):
+    shutil.copytree(run / "base", tmp_path / "base")
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    (tmp_path / "trained").mkdir()
+    found = evaluate.evaluate(tmp_path, overrides=QUICK)
+    assert list(found.results["models"]) == ["base"]
+    assert any("converted/ is missing" in note for note in found.notes)
+    assert any("trained/ was not written by uniattn" in note for note in found.notes)
+    assert "nothing to compare" in (found.directory / "report.md").read_text()
+
+
+def test_stale_and_finished_outputs_are_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    run = tmp_path / "run"
+    converted, tokenizer = load(run, "converted"), make_tokenizer()
+    inputs = {"model": fingerprint(run / "base"), "converted": fingerprint(run / "converted")}
+    write_stage(run, "train", converted, tokenizer, inputs)
+    overrides = [f"model.name={run / 'base'}", *QUICK]
+    found = evaluate.evaluate(run, overrides=overrides)
+    assert list(found.results["models"]) == ["base", "converted", "trained"]
+    with pytest.raises(StageError, match="--force"):
+        evaluate.evaluate(run, overrides=overrides)
+    options = RunOptions(force=True)
+    write_stage(run, "train", converted, tokenizer, {**inputs, "converted": "other"})
+    with pytest.raises(StageError, match="trained was made from another state"):
+        evaluate.evaluate(run, overrides=overrides, options=options)
+    shutil.rmtree(run / "trained")
+    checkpoint.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
+    with pytest.raises(StageError, match="converted was made from another state"):
+        evaluate.evaluate(run, overrides=overrides, options=options)
+    assert json.loads((run / "evaluation/results.json").read_text()) == found.results
+
+
+def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    run, done, real = tmp_path / "run", [], evaluate.measure
+
+    def interrupted(subject, *arguments):
+        if subject.name == "converted" and len(done) == 1:
+            done.append("interrupt")
+            raise KeyboardInterrupt
+        done.append(subject.name)
+        return real(subject, *arguments)
+
+    monkeypatch.setattr(evaluate, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(run, overrides=QUICK)
+    assert not (run / "evaluation").exists()
+    found = evaluate.evaluate(run, overrides=QUICK)
+    assert done == ["base", "interrupt", "converted"]
+    again = evaluate.evaluate(run, overrides=QUICK, options=RunOptions(force=True))
+    assert done[3:] == ["base", "converted"] and again.results == found.results
+
+
+def test_models_that_do_not_fit_together_are_timed_apart(run, monkeypatch, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    monkeypatch.setattr(subjects, "available_bytes", lambda device: 0)
+    found = evaluate.evaluate(tmp_path / "run", overrides=["evaluation.tasks=[]", "evaluation.tokens=192"])
+    assert found.results["settings"]["speed"]["interleaved"] is False
+    assert any("do not fit into memory together" in note for note in found.notes)
+    assert found.results["models"]["converted"]["cost"]["tokens_per_second"]["n"] == 2
+
+
+def test_without_the_harness_tasks_are_left_out(run, monkeypatch, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    monkeypatch.setattr(evaluate, "harness_installed", lambda: False)
+    found = evaluate.evaluate(tmp_path / "run", overrides=QUICK[1:])
+    assert any("pip install 'uniattn[eval]'" in note for note in found.notes)
+    assert found.results["tasks"] == [] and "accuracy" not in found.results["models"]["base"]["quality"]
+
+
+def test_another_vocabulary_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["new"])
+    checkpoint.save_checkpoint(make_model(), tokenizer, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "other")], overrides=QUICK)
+
+
+def test_bad_settings_write_nothing(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    for overrides, error, words in (
+        (["evaluation.length=1024"], RecipeError, "window is 512"),
+        (["evaluation.tasks=[nowhere.jsonl]"], DataError, "nowhere.jsonl"),
+        (["evaluation.tasks=[hellaswg]"], DataError, "did you mean 'hellaswag'"),
+    ):
+        with pytest.raises(error, match=words):
+            evaluate.evaluate(tmp_path / "run", overrides=overrides)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_models_without_numbers_are_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    broken = make_model()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    checkpoint.save_checkpoint(broken, make_tokenizer(), tmp_path / "broken")
+    with pytest.raises(ModelError, match="not a number"):
+        evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "broken")], overrides=QUICK)
+
+
+def test_the_command_in_a_fresh_process(run, tmp_path, uniattn):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    settings = [word for override in QUICK for word in ("--set", override)]
+    done = uniattn("eval", "base", "-C", "run", "--device", "cpu", *settings)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/evaluation/results.json").read_text())
+    assert list(results["models"]) == ["base", "converted", "./base"]
+    perplexity = results["models"]["converted"]["quality"]["perplexity"]
+    assert wording.as_value(perplexity, error=True) in done.stdout
+    assert "trained/ is missing" in done.stdout and "Traceback" not in done.stderr

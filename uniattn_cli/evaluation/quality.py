@@ -1,0 +1,121 @@
+"""Losses row by row, on held-out text and on held-out responses, so that models can be compared on the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from uniattn_cli.data import heldout_windows, load_rows, tokenize
+from uniattn_cli.recipe import Recipe
+from uniattn_cli.scoring import token_losses
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to score.
+
+    Attributes:
+        tokens: token ids of each row, LongTensor [length of the row].
+        labels: the same with -100 where nothing is scored.
+    """
+
+    tokens: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def digest(self) -> str:
+        """Identifies the rows, so that scores of other rows are never taken for theirs."""
+        found = hashlib.sha256()
+        for row in (*self.tokens, *self.labels):
+            found.update(row.numpy().tobytes() + b";")
+        return found.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Scores of one model on rows.
+
+    Attributes:
+        sums: cross-entropy of each row in nats, summed over its scored tokens.
+        counts: scored tokens of each row.
+    """
+
+    sums: list[float]
+    counts: list[int]
+
+
+def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Windows of held-out text; every token but the first of a window is scored.
+
+    Raises:
+        DataError: there is not enough text.
+    """
+    spec = recipe.evaluation
+    windows = list(heldout_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length))
+    return Rows(windows, windows)
+
+
+def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Held-out rows of the training data; only the responses are scored.
+
+    Raises:
+        DataError: there are no such rows.
+    """
+    import torch
+
+    rows = load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed)
+    rows = rows.select(range(min(recipe.evaluation.responses, len(rows))))
+    dataset = tokenize(rows, tokenizer, max_length=recipe.train.max_length, loss="responses").dataset
+    return Rows(
+        [torch.tensor(row, dtype=torch.long) for row in dataset["input_ids"]],
+        [torch.tensor(row, dtype=torch.long) for row in dataset["labels"]],
+    )
+
+
+def row_losses(
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> RowLosses:
+    """Scores rows of any lengths.
+
+    Rows of similar length share a batch and are padded on the right, where causal attention never looks, so that the
+    result does not depend on the batch.
+
+    Args:
+        advance: told the number of finished rows.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda index: -len(rows.tokens[index]))
+    sums = [0.0] * len(rows)
+    counts = [int((labels[1:] != IGNORED).sum()) for labels in rows.labels]
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            tokens = _padded([rows.tokens[index] for index in batch], 0)
+            labels = _padded([rows.labels[index] for index in batch], IGNORED)
+            losses = token_losses(model, tokens.to(device), labels.to(device)).double().sum(1)
+            for index, total in zip(batch, losses.tolist(), strict=True):
+                sums[index] = total
+            advance(len(batch))
+    return RowLosses(sums, counts)
+
+
+def _padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

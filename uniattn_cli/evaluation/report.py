@@ -1,0 +1,144 @@
+"""Tables and the Markdown report, made from `results.json` and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from uniattn_cli.evaluation.subjects import BASE
+from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_range, as_ratio, as_value
+from uniattn_cli.tables import Table, to_markdown
+
+# Models beside the base in one table; more make further tables, each with the base again.
+BESIDE = 3
+COSTS = {
+    "parameters": "parameters",
+    "checkpoint_bytes": "weights on disk",
+    "kv_bytes_per_token": "KV cache per token, measured",
+    "time_to_first_token": "time to first token",
+    "tokens_per_second": "tokens per second",
+}
+DIFFERENCE = "  − base, paired"
+RATIO = "  ÷ base"
+RANGE = "  smallest–largest"
+PLOT = "quality_vs_kv.png"
+EXPLANATION = (
+    "± is one standard error. The lines “− base, paired” give the difference to the base on the same rows or items; "
+    "within two of its standard errors it counts as noise. Times are medians over rounds, and what is divided by the "
+    "base are rounds that ran side by side. Tokens per second are counted after the first token."
+)
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Quality and cost, one column per model."""
+    others = [name for name in results["models"] if name != BASE]
+    found = []
+    for start in range(0, max(len(others), 1), BESIDE):
+        names = [BASE, *others[start : start + BESIDE]]
+        columns = ["", *map(short, names)]
+        found.append(Table("Quality (± standard error)", columns, _quality_rows(results, names)))
+        found.append(Table("Cost", columns, _cost_rows(results, names)))
+    return found
+
+
+def short(name: str, width: int = 24) -> str:
+    """The end of a long path, which tells more than its beginning."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def _quality_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    quality = {"perplexity": "perplexity of text", "response_loss": "loss on responses"}
+    rows = []
+    for key, label in quality.items():
+        rows += _rows(results, names, label, lambda model, key=key: model["quality"][key], as_difference)
+    for task in results["tasks"]:
+        for metric in results["models"][BASE]["tasks"][task]:
+            rows += _rows(
+                results,
+                names,
+                f"{task}, {metric}",
+                lambda model, task=task, metric=metric: model["tasks"][task][metric],
+                as_difference,
+            )
+    return rows
+
+
+def _cost_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for key, label in COSTS.items():
+        if key in results["models"][BASE]["cost"]:
+            rows += _rows(results, names, label, lambda model, key=key: model["cost"][key], as_ratio)
+    return rows
+
+
+def _rows(
+    results: dict[str, Any],
+    names: Sequence[str],
+    label: str,
+    pick: Callable[[dict[str, Any]], FigureDict],
+    compare: Callable[[FigureDict], str],
+) -> list[list[str]]:
+    """A row of values, below it the range of rounds where there is one, and a row that compares with the base."""
+    figures = [pick(results["models"][name]) for name in names]
+    rows = [[label, *(as_value(entry, error=True) for entry in figures)]]
+    if figures[0]["range"] is not None:
+        rows.append([RANGE, *map(as_range, figures)])
+    if len(names) > 1:
+        words = DIFFERENCE if compare is as_difference else RATIO
+        rows.append([words, "", *map(compare, figures[1:])])
+    return rows
+
+
+def markdown(results: dict[str, Any], *, command: str) -> str:
+    """The report.
+
+    Args:
+        results: as in `results.json`.
+        command: that makes it again.
+    """
+    verdicts = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
+    notes = ["## Notes", _bullets(results["notes"])] if results["notes"] else []
+    parts = [
+        "# Evaluation",
+        _bullets(verdicts) if verdicts else "Only the base was measured; there is nothing to compare it with.",
+        f"![Quality against KV bytes per token]({PLOT})",
+        *map(to_markdown, tables(results)),
+        EXPLANATION,
+        "## Models",
+        to_markdown(_models_table(results)),
+        "## Settings",
+        _bullets([f"{part}: {_plain(settings)}" for part, settings in results["settings"].items()]),
+        *notes,
+        "## How to repeat it",
+        f"In the run directory:\n\n```\n{command}\n```",
+        "`stage.json` holds all settings, versions and fingerprints; `results.json` the figures with all digits; "
+        "`items/` the score of every row and item, from which the figures follow.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _models_table(results: dict[str, Any]) -> Table:
+    rows = []
+    for name, model in results["models"].items():
+        layers = ", ".join(f"{count} {kind}" for kind, count in model["layers"].items())
+        dtype = (
+            model["dtype"]
+            if model["dtype"] == model["dtype_on_disk"]
+            else f"{model['dtype']} ({model['dtype_on_disk']} on disk)"
+        )
+        rows.append([name, layers, dtype, model["attention"], model["path"], model["fingerprint"]])
+    return Table("", ["model", "layers", "dtype", "attention", "from", "fingerprint"], rows)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

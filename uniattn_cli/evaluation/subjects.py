@@ -1,0 +1,158 @@
+"""The models that are compared: base, converted, trained, and further checkpoints; found, checked and loaded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uniattn_cli.checkpoint import Source, load_model, load_tokenizer, locate
+from uniattn_cli.errors import CheckpointError, StageError
+from uniattn_cli.recipe import ModelSpec, Recipe
+from uniattn_cli.rundir import COMMANDS, RunDir
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASE = "base"
+STAGES = {"converted": "convert", "trained": "train"}
+# What stays free beside the weights for activations and logits.
+RESERVED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the comparison.
+
+    Attributes:
+        name: `base`, `converted`, `trained`, or a further checkpoint as the user wrote it.
+        role: `base`, `converted`, `trained` or `given`.
+        source: where its files are.
+    """
+
+    name: str
+    role: str
+    source: Source
+
+
+def find_subjects(run: RunDir, recipe: Recipe, checkpoints: Sequence[str]) -> tuple[list[Subject], list[str]]:
+    """The models to compare, the base first.
+
+    Returns:
+        The models, and a note for each stage that is missing.
+
+    Raises:
+        ModelError: the base or a further checkpoint is not there.
+        StageError: `converted/` or `trained/` was made from other models than the present ones.
+    """
+    subjects = [Subject(BASE, BASE, locate(recipe.model.name, recipe.model.revision))]
+    notes = []
+    for name, stage in STAGES.items():
+        folder = run.output(stage)
+        if run.is_complete(stage):
+            subject = Subject(name, name, locate(str(folder)))
+            _check_inputs(run, stage, {known.name: known.source for known in subjects})
+            subjects.append(subject)
+        elif folder.exists():
+            notes.append(f"{name}/ was not written by uniattn and is left out; name it as a checkpoint to compare it.")
+        else:
+            notes.append(f"{name}/ is missing and left out; `uniattn {COMMANDS[stage]}` makes it.")
+    for text in checkpoints:
+        source = locate(text)
+        if any(_same_place(source.path, known.source.path) for known in subjects):
+            notes.append(f"{text} is compared already and counted once.")
+            continue
+        taken = any(text == known.name for known in subjects)
+        subjects.append(Subject(f"./{text}" if taken else text, "given", source))
+    return subjects, notes
+
+
+def _check_inputs(run: RunDir, stage: str, known: dict[str, Source]) -> None:
+    """Refuses a stage's output that was made from something else than what lies there now."""
+    inputs = run.record(stage).get("inputs") or {}
+    sources = {"model": known[BASE], **known}
+    for key in ("model", "converted"):
+        source = sources.get(key)
+        # A model trained elsewhere, or whose `converted/` was deleted, can still be compared with the base.
+        if source is not None and (key in inputs or stage == "convert") and inputs.get(key) != source.fingerprint:
+            raise StageError(
+                f"{run.output(stage)} was made from another state of {source.name} ({inputs.get(key)}, now "
+                f"{source.fingerprint}); run `uniattn {COMMANDS[stage]} --force`, or undo the change"
+            )
+
+
+def _same_place(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def check_tokenizers(subjects: Sequence[Subject], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses models whose tokens are not those of the base: losses per token would mean different things.
+
+    Raises:
+        CheckpointError: names the first such model.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for subject in subjects:
+        if load_tokenizer(subject.source).get_vocab() != vocabulary:
+            raise CheckpointError(
+                f"{subject.name} has another vocabulary than the base, so that perplexities cannot be compared; "
+                "leave it out"
+            )
+
+
+class ModelPool:
+    """Keeps models loaded while they fit, because speed is measured on all of them in turn.
+
+    Attributes:
+        together: whether all models asked for so far are still loaded.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device):
+        self.spec = spec
+        self.device = device
+        self.together = True
+        self._loaded: dict[str, PreTrainedModel] = {}
+
+    def get(self, subject: Subject) -> PreTrainedModel:
+        """The model in evaluation mode on the device; drops the others first if there is no room.
+
+        Raises:
+            ModelError: the weights cannot be read.
+            CheckpointError: weights are missing, unexpected or of another shape.
+        """
+        if subject.name not in self._loaded:
+            largest = max((weight_bytes(model) for model in self._loaded.values()), default=0)
+            if self._loaded and available_bytes(self.device) < largest * 1.25 + RESERVED_BYTES:
+                self.together = False
+                self._loaded.clear()
+                release_memory(self.device)
+            self._loaded[subject.name] = load_model(subject.source, self.spec, self.device)
+        return self._loaded[subject.name]
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device; for MPS that of the machine, which it shares."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives memory of dropped models back."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()

@@ -1,0 +1,82 @@
+"""What the figures mean, in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uniattn_cli.evaluation.figures import NOISE, FigureDict
+from uniattn_cli.evaluation.wording import as_difference, as_value
+
+JUDGED = {"perplexity": "perplexity", "response_loss": "loss on responses", "accuracy": "accuracy"}
+SUMMARIES = {
+    "same": "every score equals the base's",
+    "within noise": "as good as the base, within noise",
+    "worse": "worse than the base",
+    "better": "better than the base",
+    "mixed": "better than the base in some scores, worse in others",
+    "uncertain": "too few rows to tell it from the base",
+}
+
+
+def judge(entry: FigureDict) -> str:
+    """`same`, `within noise`, `better`, `worse`, or `uncertain` where there is no standard error."""
+    difference = entry["difference_to_base"]
+    if difference["value"] == 0 and not difference["stderr"]:
+        return "same"
+    if difference["stderr"] is None:
+        return "uncertain"
+    if abs(difference["value"]) <= NOISE * difference["stderr"]:
+        return "within noise"
+    return "better" if (difference["value"] > 0) == (entry["better"] == "higher") else "worse"
+
+
+def overall(judgements: list[str]) -> str:
+    """One word for several judgements."""
+    found = set(judgements)
+    if {"better", "worse"} <= found:
+        return "mixed"
+    for word in ("worse", "better", "within noise", "uncertain"):
+        if word in found:
+            return word
+    return "same"
+
+
+def verdict(name: str, base: dict[str, Any], model: dict[str, Any]) -> dict[str, str]:
+    """The verdict on a model.
+
+    Args:
+        name: of the model.
+        base: the base's entry of `results.json`.
+        model: the model's entry.
+
+    Returns:
+        `quality` (one word) and `sentence`.
+    """
+    judgements, scores = [], []
+    for key, words in JUDGED.items():
+        entry = model["quality"].get(key)
+        if entry is None:
+            continue
+        judgement = judge(entry)
+        judgements.append(judgement)
+        before, after = as_value(base["quality"][key]), as_value(entry)
+        scores.append(f"{words} {before} to {after} ({as_difference(entry)}, {judgement})")
+    quality = overall(judgements)
+    cost = model["cost"]
+    saved = [
+        _change(cost["kv_bytes_per_token"], "less", "KV cache per token"),
+        _change(cost["parameters"], "fewer", "parameters"),
+    ]
+    if "tokens_per_second" in cost:
+        saved.append(f"{cost['tokens_per_second']['ratio_to_base']:.2f} times the tokens per second")
+    sentence = f"{name} is {SUMMARIES[quality]}: " if quality != "same" else f"{name}: {SUMMARIES[quality]}: "
+    return {"quality": quality, "sentence": f"{sentence}{'; '.join(scores)}. It has {', '.join(saved)}."}
+
+
+def _change(entry: FigureDict, less: str, what: str) -> str:
+    if entry["ratio_to_base"] is None:
+        return f"another dtype of the {what}"
+    percent = 100 * (entry["ratio_to_base"] - 1)
+    if percent == 0:
+        return f"as much {what}" if less == "less" else f"as many {what}"
+    return f"{abs(percent):.1f} % {'more' if percent > 0 else less} {what}"
