@@ -7,8 +7,8 @@ import torch
 from tiny import FAMILIES, LAYOUTS, make_base, make_layout
 
 from uniattn_cli.checkpoint import build_converted
-from uniattn_cli.conversion.fit import fit_layers
-from uniattn_cli.conversion.moments import Moments, fit_ridge, reduce_rank, solve_ridge
+from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank, solve_ridge
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.recipe import ConversionSpec
 

@@ -170,6 +170,11 @@ class ConversionSpec:
         "what the fit aims at: the base's attention output, or its residual stream",
         choices=("attention", "residual"),
     )
+    mlp: str = setting(
+        "none",
+        "whether the last projection of MLPs is refitted too: of no layer, of changed layers, or of all that follow",
+        choices=("none", "changed", "following"),
+    )
     holdout: float = setting(0.15, "share of the sequences on which the ridge strength is chosen", above=0, maximum=0.5)
 
 

@@ -22,7 +22,7 @@ from uniattn_cli.tables import Table
 if TYPE_CHECKING:
     import torch
 
-    from uniattn_cli.conversion.fit import LayerFit
+    from uniattn_cli.fitting.fit import LayerFit
 
 REPORT_FILE = "uniattn_report.json"
 # Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
@@ -159,7 +159,7 @@ def _convert(
 
     from uniattn_cli import data
     from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, save_checkpoint
-    from uniattn_cli.conversion.fit import fit_layers
+    from uniattn_cli.fitting.fit import fit_layers
 
     spec = recipe.conversion
     progress = options.progress

@@ -1,0 +1,221 @@
+"""Fits a converted model to its base, layer by layer, with two hidden-state streams.
+
+Base and converted hidden states of all calibration tokens are carried through the layers side by side, so each layer
+runs once or twice over the tokens, whatever the number of changed layers: a changed layer is fitted to inputs that
+already contain the errors of the changed layers before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank
+from uniattn_cli.fitting.stream import (
+    Batch,
+    attention_features,
+    base_step,
+    mlp_features,
+    release,
+    run_layer,
+    start_batches,
+)
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
+from uniattn_cli.recipe import ConversionSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well one layer was fitted, on tokens held out from its fit.
+
+    Attributes:
+        layer: number of the layer.
+        kind: its kind.
+        ridge: chosen ridge strength; infinity where the unfitted weights were best.
+        error_before: mean squared error of the attention output before the fit, relative to the target's mean square.
+        error_after: the same after the fit.
+    """
+
+    layer: int
+    kind: str
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+@torch.no_grad()
+def fit_layers(
+    base: PreTrainedModel,
+    converted: PreTrainedModel,
+    windows: torch.Tensor,
+    spec: ConversionSpec,
+    *,
+    batch_size: int = 8,
+    advance: Callable[..., None] = lambda steps=1, text="": None,
+) -> list[LayerFit]:
+    """Solves W_o and W_c of every changed layer, and what else the recipe asks for, and writes them into `converted`.
+
+    Args:
+        base: the stock model.
+        converted: result of `checkpoint.build_converted`; its unchanged weights are those of the base.
+        windows: [sequences, length] calibration tokens without padding.
+        spec: what is solved, the rank, the target and the share of sequences held out for the ridge strength.
+        batch_size: sequences that run at once; the result depends on it only by rounding.
+        advance: told about each finished layer.
+
+    Returns:
+        One `LayerFit` per fitted layer, in order.
+    """
+    layout: Layout = converted.config.layout
+    batches = start_batches(base, windows, spec.holdout, batch_size)
+    fits = []
+    diverged = False
+    for index, plan in enumerate(layout):
+        base_layer, layer = base.model.layers[index], converted.model.layers[index]
+        if plan.kind != "own" and not diverged:
+            for batch in batches:
+                batch.converted = batch.base
+            diverged = True
+        if not diverged:
+            for batch in batches:
+                batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
+                release(batch.shared, layout, index)
+        else:
+            fits += step_layer(base_layer, layer, index, batches, spec)
+            for batch in batches:
+                release(batch.shared, layout, index)
+        advance(1, f"layer {index}")
+    return fits
+
+
+def step_layer(
+    base_layer: nn.Module, layer: nn.Module, index: int, batches: list[Batch], spec: ConversionSpec
+) -> list[LayerFit]:
+    """Fits one layer and moves both streams through it."""
+    attention = layer.self_attn
+    fits = []
+    problem: _Problem | None = None
+    solved = solved_parts(attention, spec)
+    for batch in batches:
+        before = batch.base
+        batch.base, target = base_step(base_layer, batch.base, batch.kwargs[index])
+        if any(solved):
+            if spec.target == "residual":
+                target = target.float() + before.float() - batch.converted.float()
+            problem = _add(problem, layer, index, batch, target, solved)
+    if problem is not None:
+        fits.append(_solve(attention, index, problem, solved))
+    refit = spec.mlp == "following" or (spec.mlp == "changed" and attention.plan.kind != "own")
+    if refit:
+        _refit_mlp(layer, index, batches)
+    for batch in batches:
+        batch.converted = run_layer(layer, batch.converted, batch.kwargs[index], uniattn_shared=batch.shared)
+    return fits
+
+
+@dataclass
+class _Problem:
+    """Moments of one layer's fit; features are [heads, x] or a part of it, targets are what is missing."""
+
+    fit: Moments
+    held: Moments
+    blocks: list[int]
+    energy: float = 0.0
+
+    def add(self, features: torch.Tensor, missing: torch.Tensor, held: bool) -> None:
+        (self.held if held else self.fit).add(features, missing)
+
+    @property
+    def judge(self) -> Moments:
+        """The tokens that choose the ridge strength: held-out ones, where there are any."""
+        return self.held if self.held.tokens else self.fit
+
+    @classmethod
+    def like(cls, features: torch.Tensor, missing: torch.Tensor, blocks: list[int]) -> _Problem:
+        sizes = (features.shape[1], missing.shape[1], features.device)
+        return cls(Moments(*sizes), Moments(*sizes), blocks)
+
+
+def _add(
+    problem: _Problem | None,
+    layer: nn.Module,
+    index: int,
+    batch: Batch,
+    target: torch.Tensor,
+    solved: tuple[bool, bool],
+) -> _Problem:
+    attention = layer.self_attn
+    normed, heads = attention_features(layer, batch.converted, batch.kwargs[index], batch.shared)
+    missing = target.float()
+    if heads is not None:
+        missing = missing - getattr(attention, attention.output_name)(heads).float()
+    parts = [part for part, wanted in zip((heads, normed), solved, strict=True) if wanted]
+    features = torch.cat([part.flatten(0, 1).float() for part in parts], dim=1)
+    missing = missing.flatten(0, 1)
+    if problem is None:
+        problem = _Problem.like(features, missing, [part.shape[-1] for part in parts])
+    problem.add(features, missing, batch.held)
+    if batch.held:
+        problem.energy += target.double().square().sum().item()
+    return problem
+
+
+def solved_parts(attention: nn.Module, spec: ConversionSpec) -> tuple[bool, bool]:
+    """Whether W_o and whether W_c of a layer are solved; a `linear` layer is nothing without its W_c."""
+    changed = attention.plan.kind != "own"
+    output = changed and hasattr(attention, attention.output_name) and spec.solve in ("both", "output")
+    compensation = attention.compensation is not None and (
+        spec.solve in ("both", "compensation") or attention.plan.kind == "linear"
+    )
+    return output, compensation
+
+
+def _solve(attention: nn.Module, index: int, problem: _Problem, solved: tuple[bool, bool]) -> LayerFit:
+    """Solves one layer's problem and writes the weights."""
+    result = fit_ridge(problem.fit, problem.judge, problem.blocks)
+    judge = problem.judge
+    energy = problem.energy / judge.tokens if problem.energy else judge.yy.item() / judge.tokens
+    heads = problem.blocks[0] if solved[0] else 0
+    output, after = result.weights[:heads], result.error_after
+    compensation = attention.compensation if solved[1] else None
+    if isinstance(compensation, LowRankCompensation):
+        moments = problem.fit.merged(problem.held)
+        rank = compensation.down.out_features
+        output, down, up = reduce_rank(result.weights, moments, heads, rank, result.strength)
+        compensation.down.weight.copy_(down)
+        compensation.up.weight.copy_(up)
+        after = judge.error(torch.cat([output, (up @ down).T]))
+    elif compensation is not None:
+        compensation.weight.copy_(result.weights[heads:].T)
+    if heads:
+        _correct(getattr(attention, attention.output_name), output)
+    energy = max(energy, 1e-30)
+    return LayerFit(index, attention.plan.kind, result.strength, result.error_before / energy, after / energy)
+
+
+def _correct(projection: nn.Linear, correction: torch.Tensor) -> None:
+    """Adds a correction [in, out] to a projection, whose weight may be shared with the base and is replaced."""
+    weight = (projection.weight.double() + correction.T).to(projection.weight.dtype)
+    projection.weight = nn.Parameter(weight, requires_grad=projection.weight.requires_grad)
+
+
+def _refit_mlp(layer: nn.Module, index: int, batches: list[Batch]) -> None:
+    """Solves the MLP's last projection so that the layer's output comes closest to the base's residual stream."""
+    problem: _Problem | None = None
+    for batch in batches:
+        after, features = mlp_features(layer, batch.converted, batch.kwargs[index], batch.shared)
+        features = features.flatten(0, 1).float()
+        missing = (batch.base.float() - after.float()).flatten(0, 1)
+        if problem is None:
+            problem = _Problem.like(features, missing, [features.shape[1]])
+        problem.add(features, missing, batch.held)
+    result = fit_ridge(problem.fit, problem.judge, problem.blocks)
+    _correct(layer.mlp.down_proj, result.weights)

@@ -1,0 +1,154 @@
+"""Hidden states of calibration tokens on their way through a model's layers, one layer at a time.
+
+Nothing here knows a family: masks, rotary embeddings and whatever else a layer is given are recorded from the model's
+own forward call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.sharing_uniattn import SharedStates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _ForwardStoppedError(Exception):
+    """Ends a layer's forward pass once what is needed has been seen."""
+
+
+@dataclass
+class Batch:
+    """Some sequences and what the base model gives each of its layers for them.
+
+    Attributes:
+        base: hidden states of the base, [rows, length, hidden].
+        converted: hidden states of the converted model.
+        kwargs: keyword arguments of each layer.
+        shared: queries and keys handed over in the converted model.
+        held: whether the tokens are held out from fits.
+    """
+
+    base: torch.Tensor
+    converted: torch.Tensor
+    kwargs: list[dict[str, Any]]
+    shared: SharedStates
+    held: bool
+
+
+def start_batches(base: PreTrainedModel, windows: torch.Tensor, holdout: float, batch_size: int) -> list[Batch]:
+    """Embeds all tokens.
+
+    Args:
+        base: the stock model.
+        windows: [sequences, length] token ids.
+        holdout: share of the sequences, the last ones, that are held out; they never share a batch with others.
+        batch_size: sequences per batch.
+    """
+    device = next(base.parameters()).device
+    held = min(len(windows) - 1, math.ceil(len(windows) * holdout)) if len(windows) > 1 else 0
+    parts = [(windows[: len(windows) - held], False), (windows[len(windows) - held :], True)]
+    batches = []
+    for part, is_held in parts:
+        for start in range(0, len(part), batch_size):
+            hidden, kwargs = layer_inputs(base, part[start : start + batch_size].to(device))
+            batches.append(Batch(hidden, hidden, kwargs, SharedStates(), is_held))
+    return batches
+
+
+def layer_inputs(base: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """The first layer's hidden states and what the model passes to each layer, without running any layer."""
+    recorded: list[dict[str, Any]] = []
+    first: list[torch.Tensor] = []
+    originals = [layer.forward for layer in base.model.layers]
+
+    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        first.append(hidden_states)
+        recorded.append(kwargs)
+        return hidden_states
+
+    try:
+        for layer in base.model.layers:
+            layer.forward = record
+        base.model(tokens, use_cache=False)
+    finally:
+        for layer, original in zip(base.model.layers, originals, strict=True):
+            layer.forward = original
+    return first[0], recorded
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], **more: Any) -> torch.Tensor:
+    """One decoder layer's output, [rows, length, hidden]."""
+    output = layer(hidden, **kwargs, **more)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def base_step(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A base layer's output and its attention block's output."""
+    seen: list[torch.Tensor] = []
+    handle = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    with _hooks(handle):
+        after = run_layer(layer, hidden, kwargs)
+    return after, seen[0]
+
+
+def attention_features(
+    layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a converted layer's projections see: the normed input x and the heads before W_o (None without W_o)."""
+    attention = layer.self_attn
+    output = getattr(attention, attention.output_name, None)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep_input(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
+        seen["x"] = given["hidden_states"] if "hidden_states" in given else args[0]
+        if output is None:
+            raise _ForwardStoppedError
+
+    def keep_heads(module: nn.Module, args: tuple) -> None:
+        seen["heads"] = args[0]
+        raise _ForwardStoppedError
+
+    handles = [attention.register_forward_pre_hook(keep_input, with_kwargs=True)]
+    if output is not None:
+        handles.append(output.register_forward_pre_hook(keep_heads))
+    with _hooks(*handles), contextlib.suppress(_ForwardStoppedError):
+        run_layer(layer, hidden, kwargs, uniattn_shared=shared)
+    return seen["x"], seen.get("heads")
+
+
+def mlp_features(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates):
+    """A converted layer's output and the input of its `mlp.down_proj`."""
+    seen: list[torch.Tensor] = []
+    handle = layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with _hooks(handle):
+        after = run_layer(layer, hidden, kwargs, uniattn_shared=shared)
+    return after, seen[0]
+
+
+def release(shared: SharedStates, layout: Layout, index: int) -> None:
+    """Forgets what no layer after `index` borrows."""
+    for source, last in layout.last_use.items():
+        if last <= index:
+            for states in (shared.queries, shared.keys, shared.values):
+                states.pop(source, None)
+    if not any(plan.kind == "kv" for plan in layout):
+        shared.values.clear()
+
+
+@contextlib.contextmanager
+def _hooks(*handles: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
