@@ -1,0 +1,90 @@
+"""The thorough search measures what a really converted model has, and finds redundancy that was planted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, make_base
+
+from uniattn_cli.checkpoint import build_converted
+from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.search import ThoroughSearch
+from uniattn_cli.modeling.layout_uniattn import LayerPlan
+from uniattn_cli.recipe import ConversionSpec
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def windows(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, (rows, 32), generator=generator).cumsum(1) % 90 + 5
+
+
+def nearest_leader(layout, layer):
+    own = [index for index in range(layer) if layout[index].kind == "own"]
+    return [LayerPlan("softmax", leader=own[-1], compensation="full")] if own else []
+
+
+def divergence(base, model, tokens):
+    with torch.no_grad():
+        base_logp = base(tokens).logits.log_softmax(-1)
+        logp = model(tokens).logits.log_softmax(-1)
+    return (base_logp.exp() * (base_logp - logp)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("mlp", ["none", "following"])
+def test_divergence_is_that_of_the_converted_model(mlp):
+    base = make_base(FAMILIES[0])
+    fit, score, spec = windows(24, 1), windows(4, 2), ConversionSpec(mlp=mlp)
+    search = ThoroughSearch(base, fit, score, spec, nearest_leader, batch_size=8)
+    steps = search.run(lambda layout: len(layout.changed) >= 3)
+    assert [len(step.layout.changed) for step in steps] == [1, 2, 3]
+    for step in steps[:2]:
+        assert step.measured >= 1
+    model = build_converted(base, steps[-1].layout)
+    fit_layers(base, model, fit, spec, batch_size=8)
+    assert steps[-1].divergence == pytest.approx(divergence(base, model, score), rel=1e-3)
+
+
+def test_a_candidate_leaves_no_trace():
+    base = make_base(FAMILIES[0])
+    search = ThoroughSearch(base, windows(12, 1), windows(4, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    layouts = [search.candidate_layout(layer, nearest_leader(search.layout, layer)[0]) for layer in (3, 5, 3)]
+    first, other, again = (search.measure(layout) for layout in layouts)
+    assert first == again and first != other
+    assert search.layout.changed == []
+
+
+def test_planted_redundancy_is_found_first():
+    base = make_base(FAMILIES[0])
+    with torch.no_grad():
+        source, copy = base.model.layers[3], base.model.layers[4]
+        source.self_attn.o_proj.weight.zero_()
+        source.mlp.down_proj.weight.zero_()
+        copy.input_layernorm.load_state_dict(source.input_layernorm.state_dict())
+        for name in ("q_proj", "k_proj"):
+            getattr(copy.self_attn, name).load_state_dict(getattr(source.self_attn, name).state_dict())
+    search = ThoroughSearch(base, windows(24, 1), windows(4, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    (step,) = search.run(lambda layout: len(layout.changed) >= 1)
+    assert step.divergence < 1e-6
+    assert step.layer in (3, 4)
+
+
+def test_protected_layers_stay():
+    base = make_base(FAMILIES[0])
+    search = ThoroughSearch(base, windows(12, 1), windows(2, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    steps = search.run(lambda layout: len(layout.changed) >= 2, protect=(1, 2, 3))
+    assert {step.layer for step in steps} <= {4, 5}
+
+
+def test_borrowers_of_a_changed_source_get_new_sources():
+    base = make_base(FAMILIES[0])
+    search = ThoroughSearch(base, windows(12, 1), windows(2, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    search.measure(search.candidate_layout(4, LayerPlan("softmax", leader=3, compensation="full")), keep=True)
+    layout = search.candidate_layout(3, LayerPlan("softmax", leader=2, compensation="full"))
+    assert layout[4].leader == 2 and layout[3].leader == 2
+    assert layout.problems(search.shape) == []
+    assert search.measure(layout) > 0
