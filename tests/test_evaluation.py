@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import LAYOUTS, SIZES, make_base, make_layout, randomise_compensation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -503,6 +504,19 @@ def test_without_the_harness_tasks_are_left_out(run, monkeypatch, tmp_path):
     found = evaluate.evaluate(tmp_path / "run", overrides=QUICK[1:])
     assert any("pip install 'uniattn[eval]'" in note for note in found.notes)
     assert found.results["tasks"] == [] and "accuracy" not in found.results["models"]["base"]["quality"]
+
+
+def test_fingerprints_see_a_compensation_in_the_middle_of_a_large_file(tmp_path):
+    weights = {f"layer.{n}": torch.zeros(500_000) for n in range(4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
+    weights["layer.1"] += torch.rand(500_000)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != before
+    for damaged in (b"", b"short", b"\xff" * 64, (2).to_bytes(8, "little") + b"[]"):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        assert fingerprint(tmp_path) != before
 
 
 def test_another_vocabulary_is_refused(run, tmp_path):

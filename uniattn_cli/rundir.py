@@ -17,12 +17,13 @@ import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.recipe import Recipe
 
 STAGE_FILE = "stage.json"
+SAMPLE_BYTES = 256
 OUTPUTS = {"analyze": "analysis", "convert": "converted", "train": "trained", "eval": "evaluation"}
 COMMANDS = {
     "analyze": "analyze MODEL",
@@ -167,7 +168,8 @@ def versions() -> dict[str, str]:
 def fingerprint(directory: Path) -> str:
     """A short hash that tells checkpoints apart without reading gigabytes.
 
-    Covers all JSON files in full, and of every weight file its name, size, first and last MiB.
+    Covers all JSON files in full, and of every weight file its name, size, first and last MiB, and a few bytes of each
+    tensor: training may change nothing but small tensors in the middle of a large file.
     """
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
@@ -187,4 +189,21 @@ def fingerprint(directory: Path) -> str:
             if size > 1 << 20:
                 stream.seek(-(1 << 20), os.SEEK_END)
                 digest.update(stream.read())
+            for offset in _tensor_samples(stream, size) if path.suffix == ".safetensors" else ():
+                stream.seek(offset)
+                digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _tensor_samples(stream: BinaryIO, size: int) -> list[int]:
+    """Places in a safetensors file: beginning and middle of each tensor; none where its header cannot be read."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if length > size:
+        return []
+    try:
+        header = json.loads(stream.read(length))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        return sorted(8 + length + place for start, end in spans for place in (start, (start + end) // 2))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
