@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "demo"
 RUN = FOLDER / "run"
 COMMANDS = (
-    "uniattn analyze ../SmolLM2-135M-Instruct",
+    "uniattn analyze ../SmolLM2-135M-Instruct --recipe ../../recipes/quick.yaml",
     "uniattn convert --groups auto",
     "uniattn train recipe.yaml",
     "uniattn eval",

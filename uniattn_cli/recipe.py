@@ -170,11 +170,6 @@ class ConversionSpec:
         "what the fit aims at: the base's attention output, or its residual stream",
         choices=("attention", "residual"),
     )
-    mlp: str = setting(
-        "none",
-        "whether the last projection of MLPs is refitted too: of no layer, of changed layers, or of all that follow",
-        choices=("none", "changed", "following"),
-    )
     holdout: float = setting(0.15, "share of the sequences on which the ridge strength is chosen", above=0, maximum=0.5)
 
 
@@ -235,7 +230,7 @@ class SpeedSpec:
 class EvaluationSpec:
     """What is measured side by side."""
 
-    tokens: int = setting(16384, "held-out tokens for perplexity", minimum=64, common=True)
+    tokens: int = setting(8192, "held-out tokens for perplexity", minimum=64, common=True)
     length: int = setting(512, "tokens per window", minimum=16, common=True)
     responses: int = setting(64, "held-out rows for the loss on responses", minimum=1, common=True)
     tasks: tuple[str, ...] = setting(
@@ -243,7 +238,7 @@ class EvaluationSpec:
         "built-in tasks, local .jsonl files (query, choices, gold) or names of lm-evaluation-harness",
         common=True,
     )
-    limit: int | None = setting(100, "items per task; null takes all", minimum=1, common=True)
+    limit: int | None = setting(60, "items per task; null takes all", minimum=1, common=True)
     batch_size: int = setting(8, "sequences per forward pass", minimum=1)
     speed: SpeedSpec = setting(SpeedSpec, "speed", common=True)
 

@@ -15,7 +15,7 @@ from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.grouping.search import Choice, frontier
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import Recipe, default_tree, write_tree
+from uniattn_cli.recipe import Recipe, default_tree, read_tree, write_tree
 from uniattn_cli.rundir import RunDir, file_errors
 from uniattn_cli.tables import Table
 
@@ -49,6 +49,7 @@ def analyze(
     model: str | None = None,
     run_dir: Path | str = ".",
     *,
+    recipe: Path | str | None = None,
     overrides: Sequence[str] = (),
     options: RunOptions | None = None,
 ) -> Analysis:
@@ -57,6 +58,7 @@ def analyze(
     Args:
         model: hub id or directory; None takes the recipe's.
         run_dir: where to write.
+        recipe: file that a new `recipe.yaml` starts from, with `model` put in; None starts from the defaults.
         overrides: `key.path=value` strings for the recipe.
         options: device, force, progress.
 
@@ -70,7 +72,7 @@ def analyze(
 
     options = options or RunOptions()
     run = RunDir(run_dir)
-    recipe, new_tree = _recipe(run, model, overrides)
+    recipe, new_tree = _recipe(run, model, recipe, overrides)
     run.check_free("analyze", options.force)
     source = locate(recipe.model.name, recipe.model.revision)
     config = load_config(source)
@@ -97,21 +99,28 @@ def analyze(
     return Analysis(measured, run.output("analyze"), tables, notes)
 
 
-def _recipe(run: RunDir, model: str | None, overrides: Sequence[str]):
+def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrides: Sequence[str]):
     """The recipe, and the tree to write if there is none yet."""
     if model is not None and Path(model).expanduser().is_dir():
         model = str(Path(model).expanduser().resolve())
-    if not run.recipe.exists():
-        if model is None:
-            raise StageError(f"{run.recipe} does not exist; name the model: `uniattn analyze MODEL`")
-        tree = default_tree(model, overrides)
-        return Recipe.from_tree(tree, "recipe.yaml"), tree
-    recipe = Recipe.load(run.recipe, overrides)
-    if model is not None and recipe.model.name != model:
-        raise StageError(
-            f"{run.recipe} is for {recipe.model.name}, not {model}; use another run directory (-C DIR) or edit it"
-        )
-    return recipe, None
+    if run.recipe.exists():
+        if template is not None:
+            raise StageError(f"{run.recipe} exists; --recipe starts a new one, so use another run directory (-C DIR)")
+        recipe = Recipe.load(run.recipe, overrides)
+        if model is not None and recipe.model.name != model:
+            raise StageError(
+                f"{run.recipe} is for {recipe.model.name}, not {model}; use another run directory (-C DIR) or edit it"
+            )
+        return recipe, None
+    if template is not None:
+        tree, name = read_tree(Path(template)), Path(template).name
+        if model is not None and isinstance(tree, dict):
+            tree.setdefault("model", {})["name"] = model
+        return Recipe.from_tree(tree, name, overrides), tree
+    if model is None:
+        raise StageError(f"{run.recipe} does not exist; name the model: `uniattn analyze MODEL`")
+    tree = default_tree(model, overrides)
+    return Recipe.from_tree(tree, "recipe.yaml"), tree
 
 
 def _check_text(windows: torch.Tensor, tokenizer, wanted: int) -> list[str]:

@@ -131,6 +131,9 @@ def analyze(
     length: Annotated[int | None, _setting("analysis.length", "--length", "N")] = None,
     max_distance: Annotated[int | None, _setting("analysis.max_distance", "--max-distance", "N")] = None,
     dtype: Annotated[Dtype | None, _setting("model.dtype", "--dtype")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Start recipe.yaml from this file.")
+    ] = None,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
     device: DeviceOption = "auto",
@@ -152,7 +155,7 @@ def analyze(
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.analysis.analyze import analyze
 
-        return analyze(model, overrides=overrides, options=options)
+        return analyze(model, recipe=recipe, overrides=overrides, options=options)
 
     run_stage("analyze", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 

@@ -19,7 +19,6 @@ from uniattn_cli.fitting.stream import (
     Batch,
     attention_features,
     base_step,
-    mlp_features,
     release,
     run_layer,
     start_batches,
@@ -40,7 +39,7 @@ class LayerFit:
         layer: number of the layer.
         kind: its kind.
         ridge: chosen ridge strength; infinity where the unfitted weights were best.
-        error_before: mean squared error of the attention output before the fit, relative to the target's mean square.
+        error_before: mean squared error of the attention output before the fit, relative to the target's.
         error_after: the same after the fit.
     """
 
@@ -61,7 +60,7 @@ def fit_layers(
     batch_size: int = 8,
     advance: Callable[..., None] = lambda steps=1, text="": None,
 ) -> list[LayerFit]:
-    """Solves W_o and W_c of every changed layer, and what else the recipe asks for, and writes them into `converted`.
+    """Solves W_o and W_c of every changed layer and writes them into `converted`.
 
     Args:
         base: the stock model.
@@ -113,9 +112,6 @@ def step_layer(
             problem = _add(problem, layer, index, batch, target, solved)
     if problem is not None:
         fits.append(_solve(attention, index, problem, solved))
-    refit = spec.mlp == "following" or (spec.mlp == "changed" and attention.plan.kind != "own")
-    if refit:
-        _refit_mlp(layer, index, batches)
     for batch in batches:
         batch.converted = run_layer(layer, batch.converted, batch.kwargs[index], uniattn_shared=batch.shared)
     return fits
@@ -205,17 +201,3 @@ def _correct(projection: nn.Linear, correction: torch.Tensor) -> None:
     """Adds a correction [in, out] to a projection, whose weight may be shared with the base and is replaced."""
     weight = (projection.weight.double() + correction.T).to(projection.weight.dtype)
     projection.weight = nn.Parameter(weight, requires_grad=projection.weight.requires_grad)
-
-
-def _refit_mlp(layer: nn.Module, index: int, batches: list[Batch]) -> None:
-    """Solves the MLP's last projection so that the layer's output comes closest to the base's residual stream."""
-    problem: _Problem | None = None
-    for batch in batches:
-        after, features = mlp_features(layer, batch.converted, batch.kwargs[index], batch.shared)
-        features = features.flatten(0, 1).float()
-        missing = (batch.base.float() - after.float()).flatten(0, 1)
-        if problem is None:
-            problem = _Problem.like(features, missing, [features.shape[1]])
-        problem.add(features, missing, batch.held)
-    result = fit_ridge(problem.fit, problem.judge, problem.blocks)
-    _correct(layer.mlp.down_proj, result.weights)

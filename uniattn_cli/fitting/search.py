@@ -11,15 +11,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from uniattn_cli.accounting import cached_heads
-from uniattn_cli.checkpoint import build_converted, make_config
+from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.fitting.fit import step_layer
-from uniattn_cli.fitting.stream import Batch, base_step, run_layer, start_batches
+from uniattn_cli.fitting.stream import Batch, run_layer, start_batches
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
@@ -160,14 +159,11 @@ class ThoroughSearch:
         for index, layer in enumerate(model.model.layers):
             if layout[index] == self.layout[index] and layout[index].kind != "own":
                 layer.self_attn = self.model.model.layers[index].self_attn
-            if index < first or not (keep or index in different):
-                # A layer that will be fitted starts from the base's weights instead.
-                layer.mlp = self.model.model.layers[index].mlp
         end = self.shape.layers if keep else last + 1
         batches = [self._at(batch, position, first) for position, batch in enumerate(self.fit_batches)]
         for index in range(first, end):
             fits = index in different or keep
-            spec = self.spec if fits else replace(self.spec, solve="none", mlp="none")
+            spec = self.spec if fits else replace(self.spec, solve="none")
             if keep and layout[index].kind != "own" and index not in different:
                 # Refit from the base's weights: the inputs of this layer have changed.
                 model.model.layers[index].self_attn.take_weights(self.base.model.layers[index].self_attn)

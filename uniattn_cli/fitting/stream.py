@@ -126,15 +126,6 @@ def attention_features(
     return seen["x"], seen.get("heads")
 
 
-def mlp_features(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates):
-    """A converted layer's output and the input of its `mlp.down_proj`."""
-    seen: list[torch.Tensor] = []
-    handle = layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with _hooks(handle):
-        after = run_layer(layer, hidden, kwargs, uniattn_shared=shared)
-    return after, seen[0]
-
-
 def release(shared: SharedStates, layout: Layout, index: int) -> None:
     """Forgets what no layer after `index` borrows."""
     for source, last in layout.last_use.items():

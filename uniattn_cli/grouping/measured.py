@@ -21,8 +21,9 @@ from uniattn_cli.modeling.layout_uniattn import AttentionShape
 SCHEMA = 1
 JSON_FILE = "analysis.json"
 ARRAY_FILE = "maps.safetensors"
-# Similarities whose mean scores a borrowing in the fast search.
-SCORE_PARTS = ("cosine_no_sink", "js")
+# Similarities whose weighted mean scores a borrowing in the fast search. Of the metrics and mixtures tried on
+# SmolLM2-135M, this one led to the converted models with the lowest held-out perplexity.
+SCORE_WEIGHTS = {"js": 2 / 3, "js_no_sink": 1 / 3}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Measured:
     @property
     def score(self) -> np.ndarray:
         """Similarity that the search maximises, [layers, max_distance, heads, heads], in [0, 1]."""
-        return np.mean([self.heads[name] for name in SCORE_PARTS], axis=0)
+        return sum(weight * self.heads[name] for name, weight in SCORE_WEIGHTS.items())
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Writes both files; `extra` adds keys to the JSON for readers."""
