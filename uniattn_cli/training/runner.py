@@ -21,7 +21,14 @@ from uniattn_cli.recipe import Recipe
 from uniattn_cli.training.monitor import Log, Monitor, last_checkpoint
 from uniattn_cli.training.order import accumulation, batches, stage_steps
 from uniattn_cli.training.process import Process
-from uniattn_cli.training.sft import StageTrainer, compute_dtype, load_trained, make_config, tokens_per_step
+from uniattn_cli.training.sft import (
+    StageTrainer,
+    compute_dtype,
+    load_trained,
+    make_config,
+    tokens_per_step,
+    training_attention,
+)
 from uniattn_cli.training.stages import freeze_all_but, trained_names
 
 if TYPE_CHECKING:
@@ -98,14 +105,17 @@ def finished(job: Job, index: int) -> StageResult | None:
     return StageResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def trained_so_far(job: Job, dtype: str) -> PreTrainedModel:
-    """The converted model with the weights of all finished stages.
+def load_after(job: Job, stages: int, *, training: bool = False) -> PreTrainedModel:
+    """The converted model with the weights that the first `stages` stages of the recipe have trained.
 
     Args:
-        dtype: `float32` for training, `auto` for the checkpoint's own.
+        training: in float32 and with the attention that trains fastest, instead of as it is saved.
     """
-    model = load_model(job.converted, replace(job.recipe.model, dtype=dtype), job.process.device)
-    for index in range(len(job.recipe.train.stages)):
+    spec, device = replace(job.recipe.model, dtype="auto"), job.process.device
+    if training:
+        spec = replace(spec, dtype="float32", attention=training_attention(job.recipe, device))
+    model = load_model(job.converted, spec, device)
+    for index in range(stages):
         if finished(job, index):
             load_trained(model, job.folder(index))
     return model
@@ -127,7 +137,7 @@ def run_stage(job: Job, index: int, first: int) -> StageResult | None:
     stage = job.recipe.train.stages[index]
     name = stage.name or stage.trains
     source_dtype = _source_dtype(job)
-    model = trained_so_far(job, "float32")
+    model = load_after(job, index, training=True)
     names = trained_names(model, stage.trains)
     if not names:
         return None

@@ -15,9 +15,10 @@ from trl import SFTConfig, SFTTrainer
 
 from uniattn_cli.data import IGNORED
 from uniattn_cli.errors import StageError
-from uniattn_cli.recipe import TrainSpec
+from uniattn_cli.recipe import Recipe, TrainSpec
 
 WEIGHTS = "model.safetensors"
+LONGEST_EAGER = 512
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -31,6 +32,19 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def training_attention(recipe: Recipe, device: torch.device) -> str:
+    """The attention backend to train with, where the recipe leaves it open.
+
+    On CPU the plain one is four times as fast as SDPA in bfloat16, backward above all, and makes the whole step 1.4
+    times as fast; but its memory grows with the square of the length, so it is taken for short sequences only.
+    """
+    spec = recipe.train
+    longest = spec.max_length * (spec.micro_batch_size if spec.packing else 1)
+    if recipe.model.attention == "auto" and device.type == "cpu" and longest <= LONGEST_EAGER:
+        return "eager"
+    return recipe.model.attention
 
 
 def make_config(
@@ -93,9 +107,10 @@ def make_config(
 class StageTrainer(SFTTrainer):
     """Trains the parameters that require gradients, on rows in the order given.
 
-    Differs from its base in this: rows are not shuffled; checkpoints hold the trained weights only; on devices without
-    TRL's kernels the vocabulary is multiplied only where something is learned; the loss of each step is kept, so that
-    it can be checked before the step is taken and logged exactly after a resume.
+    Differs from its base in this: rows are not shuffled; checkpoints hold the trained weights only; where TRL has no
+    kernels of its own, logits are computed only at positions where something is learned (TRL computes all of them,
+    twice); the loss of each step is kept, so that it can be checked before the step is taken and logged exactly after
+    a resume.
     """
 
     def __init__(self, model: PreTrainedModel, args: SFTConfig, **kwargs: Any):

@@ -157,7 +157,7 @@ def _train(job: Job, rows: Tokenised, heldout: datasets.Dataset | None, output: 
     """Runs the stages and fills the output folder."""
     from uniattn_cli.checkpoint import save_checkpoint
     from uniattn_cli.training.heldout import response_loss
-    from uniattn_cli.training.runner import finished, run_stage, trained_so_far
+    from uniattn_cli.training.runner import finished, load_after, run_stage
 
     recipe, progress = job.recipe, job.progress
     losses: dict[str, Loss] = {}
@@ -167,7 +167,7 @@ def _train(job: Job, rows: Tokenised, heldout: datasets.Dataset | None, output: 
             size = recipe.evaluation.batch_size
             losses[name] = response_loss(model, heldout, batch_size=size, progress=progress, what=name)
 
-    score(_converted(job), "converted")
+    score(load_after(job, 0), "converted")
     results, notes = [], []
     for index, stage in enumerate(recipe.train.stages):
         result = finished(job, index)
@@ -181,7 +181,7 @@ def _train(job: Job, rows: Tokenised, heldout: datasets.Dataset | None, output: 
             notes.append(f"stage '{stage.name or stage.trains}' was skipped: the layout has no {stage.trains} to train")
     if not results:
         raise StageError("the layout has nothing that the stages of the recipe train; list a stage that trains `all`")
-    model = trained_so_far(job, "auto")
+    model = load_after(job, len(recipe.train.stages))
     score(model, "trained")
     if job.process.is_main:
         save_checkpoint(model, job.tokenizer, job.partial)
@@ -189,14 +189,6 @@ def _train(job: Job, rows: Tokenised, heldout: datasets.Dataset | None, output: 
         shutil.rmtree(job.work)
     notes.append(f"checkpoint: {output}; log: {output / LOG_FILE}; picture: {output / PLOT_FILE}; next: uniattn eval")
     return Training(output, results, losses, _tables(results, losses), notes)
-
-
-def _converted(job: Job):
-    from dataclasses import replace
-
-    from uniattn_cli.checkpoint import load_model
-
-    return load_model(job.converted, replace(job.recipe.model, dtype="auto"), job.process.device)
 
 
 def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses: dict[str, Loss]) -> None:
