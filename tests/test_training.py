@@ -140,6 +140,12 @@ class Recorder(Silent):
     def __init__(self):
         self.notes: list[str] = []
         self.warnings: list[str] = []
+        self.bars: dict[str, list[str]] = {}
+
+    @contextlib.contextmanager
+    def track(self, description, total):
+        texts = self.bars.setdefault(description, [])
+        yield lambda steps=1, text="": texts.append(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -207,6 +213,8 @@ def test_output_is_complete_and_clean(whole):
     assert any("⟦it is" in text and "<|user|>" in text.split("⟦")[1] for text in said.notes)
     assert any("% of them learned" in text for text in said.notes)
     assert said.warnings == []
+    assert len(said.bars["training all"]) == 8
+    assert all("loss" in text and "tok/s" in text for text in said.bars["training all"])
     record = json.loads((trained / "stage.json").read_text())
     assert set(record["inputs"]) == {"model", "converted", "data"}
     with pytest.raises(StageError, match="--force"):
@@ -298,6 +306,33 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(run, monke
         train(run_dir=run, overrides=stages("trains: all, steps: 8"), options=CPU)
     assert (run / ".trained.partial" / "stages" / "1-all" / "checkpoint-3" / "trainer_state.json").is_file()
     assert not (run / "trained").exists()
+
+
+def test_a_full_disk_is_one_clear_line(run, monkeypatch):
+    from safetensors import SafetensorError
+
+    from uniattn_cli.training import sft
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(sft, "save_file", full)
+    with pytest.raises(StageError, match="disk is full"):
+        train(run_dir=run, overrides=stages("trains: all, steps: 1"), options=CPU)
+    assert not (run / "trained").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_cuda_learns_like_cpu(run, packing):
+    setting = [*stages("trains: everything, steps: 20, learning_rate: 0.01"), f"train.packing={packing}"]
+    ends = {}
+    for device in ("cpu", "cuda"):
+        result = train(run_dir=run, overrides=setting, options=RunOptions(device=device, force=True))
+        ends[device] = result.heldout["trained"].mean
+        assert result.heldout["trained"].mean < result.heldout["converted"].mean - 1
+    assert ends["cuda"] == pytest.approx(ends["cpu"], abs=0.2)
 
 
 def test_saved_model_loads_anywhere_with_equal_logits(whole, tmp_path):

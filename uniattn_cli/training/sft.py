@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
@@ -28,7 +32,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # Without these instructions bfloat16 is emulated and slower than float32.
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, name, bool)() for name in names)
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
@@ -153,8 +158,9 @@ class StageTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise diverged(f"{name} is not finite", self.state.global_step, self.args.output_dir)
-        # Skips TRL's own step, which writes a model card into the folder of every stage.
-        super(SFTTrainer, self)._save_checkpoint(*args, **kwargs)
+        with full_disk(self.args.output_dir):
+            # Skips TRL's own step, which writes a model card into the folder of every stage.
+            super(SFTTrainer, self)._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -163,7 +169,19 @@ class StageTrainer(SFTTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         named = dict(self.model.named_parameters()) if state_dict is None else state_dict
         tensors = {name: named[name].detach().cpu().contiguous() for name in sorted(self.trained)}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        with full_disk(folder):
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path | str) -> Iterator[None]:
+    """Makes one ordinary `OSError` of what safetensors and torch.save each raise on a full disk."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not any(words in str(error) for words in ("os error 28", "PytorchStreamWriter", "inline_container")):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def diverged(what: str, step: int, folder: str) -> StageError:
