@@ -20,7 +20,7 @@ def plot_heatmap(measured: Measured, path: Path) -> None:
         ("cosine_no_sink", "same heads, without the first key"),
     ]
     layers = measured.shape.layers
-    size = float(np.clip(layers * 0.13, 4.2, 10))
+    size = float(np.clip(layers * 0.13, 4.0, 5.5))
     figure = Figure(figsize=(3 * size + 1.2, size + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(names), sharey=True)
@@ -44,7 +44,7 @@ def plot_depth(measured: Measured, path: Path) -> None:
 
     layers = measured.shape.layers
     depth = np.arange(1, layers)
-    figure = Figure(figsize=(float(np.clip(layers * 0.2, 7, 16)), 4.4), layout="constrained")
+    figure = Figure(figsize=(float(np.clip(layers * 0.2, 7.5, 14)), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for name, label in (
@@ -65,6 +65,6 @@ def plot_depth(measured: Measured, path: Path) -> None:
     axis.plot(np.arange(layers), measured.sink, ":", color="grey", label="weight of the first key")
     axis.set(xlabel="layer (compared with the layer before)", ylabel="similarity", ylim=(0, 1.02), xlim=(0, layers - 1))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     axis.set_title(f"{Path(measured.model).name}: attention over depth")
     figure.savefig(path, dpi=110)
