@@ -425,14 +425,14 @@ def test_packed_training_runs_and_checkpointing_changes_nothing(run):
 def test_weights_in_bfloat16_are_trained_in_float32_and_saved_in_bfloat16(tmp_path):
     run = make_run(tmp_path / "run", dtype=torch.bfloat16)
     # Updates of this size vanish if they are added to bfloat16 weights one by one.
-    train(run_dir=run, overrides=stages("trains: followers, steps: 30, learning_rate: 0.0001"), options=CPU)
+    train(run_dir=run, overrides=stages("trains: followers, steps: 40, learning_rate: 0.00001"), options=CPU)
     before, after = weights(run / "converted"), weights(run / "trained")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if CHANGED["followers"](name)}
     name = "model.layers.1.self_attn.v_proj.weight"
     moved = (before[name].float() - after[name].float()).abs()
-    assert moved.mean() > 3e-4
+    assert moved.mean() > 1e-4
     assert json.loads((run / "trained" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
