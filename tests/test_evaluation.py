@@ -17,9 +17,9 @@ from tiny import LAYOUTS, SIZES, make_base, make_layout, randomise_compensation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from uniattn_cli import checkpoint
+from uniattn_cli import checkpoint, heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
-from uniattn_cli.evaluation import cost, evaluate, figures, quality, speed, subjects, tasks, verdict, wording
+from uniattn_cli.evaluation import cost, evaluate, figures, speed, subjects, tasks, verdict, wording
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir, fingerprint
@@ -170,7 +170,7 @@ def test_damaged_model_is_worse(run, compared):
 
 def test_perplexity_is_that_of_the_windows(run, compared):
     recipe = Recipe.load(run / "recipe.yaml")
-    rows = quality.text_rows(recipe, make_tokenizer())
+    rows = heldout.text_rows(recipe, make_tokenizer())
     loss = window_loss(load(run, "converted"), torch.stack(rows.tokens))
     entry = compared.results["models"]["converted"]["quality"]["perplexity"]
     assert entry["value"] == pytest.approx(loss.perplexity, rel=1e-9)
@@ -181,14 +181,14 @@ def test_perplexity_is_that_of_the_windows(run, compared):
 def test_response_loss_counts_responses_only_and_ignores_padding(run):
     model, recipe = load(run, "base"), Recipe.load(run / "recipe.yaml")
     tokenizer = make_tokenizer()
-    rows = quality.response_rows(recipe, tokenizer)
+    rows = heldout.response_rows(recipe, tokenizer)
     assert len({len(row) for row in rows.tokens}) > 3
-    alone = quality.row_losses(model, rows, batch_size=1)
+    alone = heldout.row_losses(model, rows, batch_size=1)
     for batch_size in (3, len(rows)):
-        together = quality.row_losses(model, rows, batch_size=batch_size)
+        together = heldout.row_losses(model, rows, batch_size=batch_size)
         assert together.counts == alone.counts
         assert together.sums == pytest.approx(alone.sums, rel=1e-5)
-    text = tokenizer.decode(rows.tokens[0][rows.labels[0] != quality.IGNORED])
+    text = tokenizer.decode(rows.tokens[0][rows.labels[0] != heldout.IGNORED])
     assert text.endswith("<|end|>") and "<|user|>" not in text and alone.counts[0] == len(tokenizer(text).input_ids)
     ids = rows.tokens[0][None]
     start = len(ids[0]) - alone.counts[0]
@@ -230,7 +230,7 @@ def test_paired_standard_errors_match_a_bootstrap():
     picks = torch.randint(0, 60, (4000, 60), generator=rng)
     total = counts[picks].sum(1)
     losses = [(each[picks].sum(1) / total).double() for each in (model, base)]
-    rows = [quality.RowLosses(each.tolist(), counts.tolist()) for each in (model, base)]
+    rows = [heldout.RowLosses(each.tolist(), counts.tolist()) for each in (model, base)]
     loss = figures._loss_figure(rows[0], rows[1], "rows")["difference_to_base"]
     perplexity = figures._perplexity_figure(rows[0], rows[1])["difference_to_base"]
     assert loss["stderr"] == pytest.approx((losses[0] - losses[1]).std().item(), rel=0.08)

@@ -136,6 +136,15 @@ class LayoutSpec:
         common=True,
     )
     params: float | None = setting(None, "budget: keep at most this share of the parameters", above=0, maximum=1)
+    search: str = setting(
+        "fast",
+        "fast maximises measured similarity; thorough converts every candidate and measures, best on a GPU",
+        choices=("fast", "thorough"),
+    )
+    kinds: tuple[str, ...] = setting(
+        lambda: ("softmax",), "kinds that the thorough search may use: softmax, key, kv, pooled, linear, none"
+    )
+    score_tokens: int = setting(16384, "calibration tokens that judge candidates of the thorough search", minimum=64)
     head_map: str = setting(
         "grouped",
         "which heads a follower may use; grouped keeps ordinary grouped-query shapes",
@@ -292,6 +301,18 @@ class Recipe:
         budgets = [key for key in ("followers", "kv", "params") if getattr(self.layout, key) is not None]
         if len(budgets) > 1:
             faults.append(f"layout: only one budget can be given, not {' and '.join(budgets)}")
+        allowed = ("softmax", "key", "kv", "pooled", "linear", "none")
+        for kind in self.layout.kinds:
+            if kind not in allowed:
+                faults.append(
+                    f"layout.kinds: unknown kind '{kind}'{suggest(kind, allowed)} (known: {', '.join(allowed)})"
+                )
+        if not self.layout.kinds:
+            faults.append("layout.kinds is empty; name at least one kind")
+        if self.layout.search == "fast" and set(self.layout.kinds) - {"softmax"}:
+            faults.append("layout.kinds other than softmax need layout.search: thorough")
+        if self.layout.search == "thorough" and self.layout.max_group is not None:
+            faults.append("layout.max_group works with layout.search: fast only")
         if not self.train.stages:
             faults.append("train.stages is empty; list at least one stage")
         if self.train.batch_size % self.train.micro_batch_size:

@@ -33,6 +33,7 @@ def _words(name: str, key: str) -> Any:
 Dtype = _words("Dtype", "model.dtype")
 HeadMap = _words("HeadMap", "layout.head_map")
 Sources = _words("Sources", "layout.sources")
+Search = _words("Search", "layout.search")
 
 
 def _setting(key: str, flag: str, metavar: str | None = None) -> Any:
@@ -85,6 +86,16 @@ GroupsOption = Annotated[
 FollowersOption = Annotated[int | None, _setting("layout.followers", "--followers", "N")]
 KvOption = Annotated[float | None, _setting("layout.kv", "--kv", "SHARE")]
 HeadMapOption = Annotated[HeadMap | None, _setting("layout.head_map", "--head-map")]
+SearchOption = Annotated[Search | None, _setting("layout.search", "--search")]
+KindsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kinds",
+        metavar="KIND,...",
+        help="Kinds that the thorough search may use: softmax, key, kv, pooled, linear, none [recipe: layout.kinds].",
+        show_default=False,
+    ),
+]
 SourcesOption = Annotated[Sources | None, _setting("layout.sources", "--sources")]
 
 
@@ -95,12 +106,19 @@ def _overrides(**values: Any) -> list[str]:
 
 
 def _layout_overrides(
-    followers: int | None, kv: float | None, head_map: HeadMap | None, sources: Sources | None
+    followers: int | None,
+    kv: float | None,
+    search: Search | None,
+    kinds: str | None,
+    head_map: HeadMap | None,
+    sources: Sources | None,
 ) -> list[str]:
     """Overrides of `group` and `convert`; a budget replaces whichever budget the recipe has."""
     if followers is not None and kv is not None:
         raise typer.BadParameter("give one budget, not two", param_hint="--followers, --kv")
-    found = _overrides(layout__head_map=head_map, layout__sources=sources)
+    found = _overrides(layout__search=search, layout__head_map=head_map, layout__sources=sources)
+    if kinds is not None:
+        found.append(f"layout.kinds=[{kinds}]")
     if followers is not None or kv is not None:
         budgets = {"followers": followers, "kv": kv, "params": None}
         found += [f"layout.{key}={'null' if value is None else value}" for key, value in budgets.items()]
@@ -165,6 +183,8 @@ def group(
     groups: GroupsOption = None,
     followers: FollowersOption = None,
     kv: KvOption = None,
+    search: SearchOption = None,
+    kinds: KindsOption = None,
     head_map: HeadMapOption = None,
     sources: SourcesOption = None,
     run_dir: RunDirOption = Path("."),
@@ -187,7 +207,7 @@ def group(
 
         return group(groups=groups, overrides=overrides, options=options)
 
-    overrides = _layout_overrides(followers, kv, head_map, sources)
+    overrides = _layout_overrides(followers, kv, search, kinds, head_map, sources)
     run_stage("group", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 
 
@@ -196,6 +216,8 @@ def convert(
     groups: GroupsOption = None,
     followers: FollowersOption = None,
     kv: KvOption = None,
+    search: SearchOption = None,
+    kinds: KindsOption = None,
     head_map: HeadMapOption = None,
     sources: SourcesOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and savings; load and write nothing.")] = False,
@@ -220,7 +242,7 @@ def convert(
 
         return convert(groups=groups, dry_run=dry_run, overrides=overrides, options=options)
 
-    overrides = _layout_overrides(followers, kv, head_map, sources)
+    overrides = _layout_overrides(followers, kv, search, kinds, head_map, sources)
     run_stage("convert", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 
 

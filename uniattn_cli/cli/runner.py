@@ -80,16 +80,16 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
 
     Args:
         path: the run directory.
-        create: make it if it is missing; it is removed again if nothing was written.
+        create: make it if it is missing; what was made is removed again if nothing was written.
 
     Raises:
         StageError: it does not exist or cannot be entered.
     """
-    made = not path.exists() and create
     home = Path.cwd()
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()] if create else []
     try:
         with file_errors(path):
-            if made:
+            if missing:
                 path.mkdir(parents=True)
             os.chdir(path)
     except FileNotFoundError:
@@ -98,9 +98,9 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
         yield
     finally:
         os.chdir(home)
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
 
 
 @contextlib.contextmanager

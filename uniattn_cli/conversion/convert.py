@@ -98,7 +98,7 @@ def convert(
     source = locate(recipe.model.name, recipe.model.revision)
     config = load_config(source)
     fresh = groups is not None or recipe.layout.layers is None
-    grouping = choose(run, recipe, config) if fresh else _stored_layout(recipe, config)
+    grouping = choose(run, recipe, config, options, load=not dry_run) if fresh else _stored_layout(recipe, config)
     layout = grouping.layout
     element_size = _element_size(recipe, config)
     costs = _costs(config, layout, element_size)

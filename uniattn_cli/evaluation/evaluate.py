@@ -14,11 +14,11 @@ from uniattn_cli.errors import RecipeError
 from uniattn_cli.evaluation import figures, report
 from uniattn_cli.evaluation.measured import Material, Measured, items_file, measure
 from uniattn_cli.evaluation.plot import draw
-from uniattn_cli.evaluation.quality import response_rows, text_rows
 from uniattn_cli.evaluation.speed import Timing, describe_device, measure_speed, prompt_tokens
 from uniattn_cli.evaluation.subjects import BASE, ModelPool, Subject, check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
 from uniattn_cli.evaluation.verdict import verdict
+from uniattn_cli.heldout import response_rows, text_rows
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir

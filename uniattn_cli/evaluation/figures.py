@@ -40,8 +40,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.evaluation.quality import RowLosses
 from uniattn_cli.evaluation.tasks import MetricScores
+from uniattn_cli.heldout import RowLosses
 from uniattn_cli.scoring import summarise
 
 if TYPE_CHECKING:

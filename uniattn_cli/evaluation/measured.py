@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import ModelError
 from uniattn_cli.evaluation.cost import Size, measure_size
-from uniattn_cli.evaluation.quality import RowLosses, Rows, row_losses
 from uniattn_cli.evaluation.subjects import Subject
 from uniattn_cli.evaluation.tasks import MetricScores, TaskScores, TaskSet, run_tasks
+from uniattn_cli.heldout import RowLosses, Rows, row_losses
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe import EvaluationSpec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
-from uniattn_cli.checkpoint import load_config, locate
+from uniattn_cli.checkpoint import Source, load_config, locate
 from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.measured import Measured
@@ -57,7 +57,7 @@ def group(
         run_dir: holds `recipe.yaml` and `analysis/`.
         groups: a form of `shorthand.FORMS`; None takes the recipe's.
         overrides: `key.path=value` strings for the recipe.
-        options: unused settings of the run are ignored; nothing here needs a device.
+        options: device and progress, for the thorough search.
 
     Raises:
         RecipeError, StageError, LayoutError, ModelError: see the messages.
@@ -66,7 +66,7 @@ def group(
     overrides = [*overrides, *([f"layout.groups={groups}"] if groups else [])]
     recipe = Recipe.load(run.recipe, overrides)
     config = load_config(locate(recipe.model.name, recipe.model.revision))
-    grouping = choose(run, recipe, config)
+    grouping = choose(run, recipe, config, options or RunOptions())
     store_layout(run, grouping.layout, recipe)
     return grouping
 
@@ -92,8 +92,11 @@ def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> Measured:
     return measured
 
 
-def choose(run: RunDir, recipe: Recipe, config: Any) -> Grouping:
+def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, load: bool = True) -> Grouping:
     """The layout that the recipe asks for, without writing anything.
+
+    Args:
+        load: whether weights may be loaded, which the thorough search needs.
 
     Raises:
         LayoutError: the shorthand or the budget cannot be met.
@@ -105,13 +108,18 @@ def choose(run: RunDir, recipe: Recipe, config: Any) -> Grouping:
     fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
     if fixed is not None and (spec.head_map == "identity" or any(plan.heads for plan in fixed)):
         return _fixed(fixed, f"layout '{spec.groups}', heads as given")
-    fingerprint = locate(recipe.model.name, recipe.model.revision).fingerprint
-    measured = check_analysis(run, recipe, fingerprint)
+    source = locate(recipe.model.name, recipe.model.revision)
+    measured = check_analysis(run, recipe, source.fingerprint)
     if fixed is not None:
         layout = with_head_maps(fixed, measured, spec)
         return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' from the analysis")
+    _check_protected(spec, shape)
+    if spec.search == "thorough":
+        if not load:
+            raise LayoutError("a dry run cannot search thoroughly; run `uniattn group` first, or use --search fast")
+        return _thorough(recipe, source, config, measured, rank, options)
     matcher = Matcher(measured.score, shape, spec.head_map, spec.sources)
-    choices = frontier(matcher, protect=_protected(spec, shape), max_group=spec.max_group, compensation=rank)
+    choices = frontier(matcher, protect=spec.protect, max_group=spec.max_group, compensation=rank)
     counts = parameter_counts(config, choices)
     chosen, reason = _within_budget(choices, spec, shape, counts)
     table = candidates_table(choices, shape, measured.element_size, counts, chosen)
@@ -119,11 +127,25 @@ def choose(run: RunDir, recipe: Recipe, config: Any) -> Grouping:
     return Grouping(chosen.layout, draw_layout(chosen.layout), [table], [note])
 
 
-def _protected(spec: LayoutSpec, shape: Any) -> tuple[int, ...]:
+def _thorough(
+    recipe: Recipe, source: Source, config: Any, measured: Measured, rank: str | int, options: RunOptions
+) -> Grouping:
+    from uniattn_cli.grouping.thorough import budget_met, search, steps_table
+
+    met = budget_met(recipe.layout, measured.shape, config, DEFAULT_KV)
+    steps = search(recipe, source, measured, met, rank, options)
+    layout = steps[-1].layout if steps else Layout.own(measured.shape.layers)
+    divergence = steps[-1].divergence if steps else 0.0
+    note = (
+        f"{len(layout.changed)} layers changed by the thorough search: KL from the base {divergence:.4f} nats per token"
+    )
+    return Grouping(layout, draw_layout(layout), [steps_table(steps, measured)], [note])
+
+
+def _check_protected(spec: LayoutSpec, shape: Any) -> None:
     for layer in spec.protect:
         if not 0 <= layer < shape.layers:
             raise LayoutError(f"layout.protect: layer {layer} does not exist; the model has 0 to {shape.layers - 1}")
-    return spec.protect
 
 
 def _fixed(layout: Layout, note: str) -> Grouping:
@@ -209,7 +231,7 @@ def store_layout(run: RunDir, layout: Layout, recipe: Recipe) -> None:
 
     tree = read_tree(run.recipe)
     section = tree.setdefault("layout", CommentedMap())
-    for key in ("groups", "followers", "kv", "params", "head_map", "sources"):
+    for key in ("groups", "followers", "kv", "params", "search", "head_map", "sources"):
         value = getattr(recipe.layout, key)
         if section.get(key, getattr(LayoutSpec, key)) != value:
             section[key] = value

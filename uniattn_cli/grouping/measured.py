@@ -97,18 +97,29 @@ class Measured:
         try:
             content = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
             arrays = load_file(directory / ARRAY_FILE)
+            schema = content["schema"]
+            if schema != SCHEMA:
+                raise StageError(f"{directory} has schema {schema}; run `uniattn analyze --force` again")
+            return cls._from_files(content, arrays)
         except FileNotFoundError:
             raise StageError(f"{directory} has no complete analysis; run `uniattn analyze MODEL` first") from None
-        except (OSError, ValueError, SafetensorError) as error:
+        except KeyError as error:
+            raise StageError(f"{directory} is damaged ({error} is missing); run `uniattn analyze --force`") from None
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise StageError(f"{directory} is damaged ({error}); run `uniattn analyze --force`") from None
-        if content.get("schema") != SCHEMA:
-            raise StageError(f"{directory} has schema {content.get('schema')}; run `uniattn analyze --force` again")
-        shape = content["shape"] | {"mask_types": tuple(content["shape"]["mask_types"])}
+
+    @classmethod
+    def _from_files(cls, content: dict[str, Any], arrays: dict[str, np.ndarray]) -> Measured:
+        """Raises KeyError, TypeError or ValueError if something is missing or of the wrong shape."""
+        shape = AttentionShape(**content["shape"] | {"mask_types": tuple(content["shape"]["mask_types"])})
         names = {entry.name for entry in dataclasses.fields(cls)} - {"heads", "heads_stderr", "shape"}
         means = {key[6:]: value for key, value in arrays.items() if not key.endswith(".stderr")}
         stderrs = {key[6:-7]: value for key, value in arrays.items() if key.endswith(".stderr")}
-        fields = {name: content[name] for name in names}
-        return cls(**fields, shape=AttentionShape(**shape), heads=means, heads_stderr=stderrs)
+        measured = cls(**{name: content[name] for name in names}, shape=shape, heads=means, heads_stderr=stderrs)
+        expected = (shape.layers, measured.max_distance, shape.query_heads, shape.query_heads)
+        if measured.score.shape != expected:
+            raise ValueError(f"{ARRAY_FILE} has arrays of shape {measured.score.shape}, not {expected}")
+        return measured
 
 
 def _rounded(value: Any) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from uniattn_cli.checkpoint import Source
     from uniattn_cli.data import Tokenised
+    from uniattn_cli.heldout import Rows
     from uniattn_cli.training.runner import Job, StageResult
 
 REPORT_FILE = "uniattn_report.json"
@@ -118,10 +119,10 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
     return base, locate(str(run.output("convert").absolute()))
 
 
-def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, datasets.Dataset | None]:
+def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Rows | None]:
     """The tokenised training rows, checked and shown, and the held-out ones, None where there are none."""
     from uniattn_cli import data
-    from uniattn_cli.training.heldout import heldout_rows
+    from uniattn_cli.heldout import response_rows
     from uniattn_cli.training.preview import check_share, describe, mark
 
     spec = recipe.train
@@ -132,7 +133,7 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, dat
     progress.note(describe(rows, spec.max_length))
     progress.note(f"first row, what is learned in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
     try:
-        heldout = heldout_rows(recipe, tokenizer)
+        heldout = response_rows(recipe, tokenizer)
     except DataError as error:
         progress.warn(f"no loss on held-out responses: {error}")
         heldout = None
@@ -153,10 +154,10 @@ def _log(partial: Path, process):
     return Log(partial / LOG_FILE, process.is_main)
 
 
-def _train(job: Job, rows: Tokenised, heldout: datasets.Dataset | None, output: Path) -> Training:
+def _train(job: Job, rows: Tokenised, heldout: Rows | None, output: Path) -> Training:
     """Runs the stages and fills the output folder."""
     from uniattn_cli.checkpoint import save_checkpoint
-    from uniattn_cli.training.heldout import response_loss
+    from uniattn_cli.heldout import row_losses
     from uniattn_cli.training.runner import finished, load_after, run_stage
 
     recipe, progress = job.recipe, job.progress
@@ -164,8 +165,9 @@ def _train(job: Job, rows: Tokenised, heldout: datasets.Dataset | None, output: 
 
     def score(model, name: str) -> None:
         if heldout is not None:
-            size = recipe.evaluation.batch_size
-            losses[name] = response_loss(model, heldout, batch_size=size, progress=progress, what=name)
+            with progress.track(f"held-out responses, {name}", len(heldout)) as advance:
+                size = recipe.evaluation.batch_size
+                losses[name] = row_losses(model, heldout, batch_size=size, advance=advance).summary()
 
     score(load_after(job, 0), "converted")
     results, notes = [], []

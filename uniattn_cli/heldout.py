@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data import heldout_windows, load_rows, tokenize
+from uniattn_cli.data import IGNORED, heldout_windows, load_rows, tokenize
 from uniattn_cli.recipe import Recipe
-from uniattn_cli.scoring import token_losses
+from uniattn_cli.scoring import Loss, summarise, token_losses
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,12 @@ class RowLosses:
 
     sums: list[float]
     counts: list[int]
+
+    def summary(self) -> Loss:
+        """Mean over all scored tokens, with its standard error over rows."""
+        import torch
+
+        return summarise(torch.tensor(self.sums, dtype=torch.float64), torch.tensor(self.counts))
 
 
 def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
