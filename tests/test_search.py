@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, make_base
@@ -9,8 +10,11 @@ from tiny import FAMILIES, make_base
 from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.search import ThoroughSearch
-from uniattn_cli.modeling.layout_uniattn import LayerPlan
-from uniattn_cli.recipe import ConversionSpec
+from uniattn_cli.grouping.matching import Matcher
+from uniattn_cli.grouping.thorough import budget_met, proposer
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+from uniattn_cli.recipe import ConversionSpec, LayoutSpec
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +91,59 @@ def test_borrowers_of_a_changed_source_get_new_sources():
     assert layout[4].leader == 2 and layout[3].leader == 2
     assert layout.problems(search.shape) == []
     assert search.measure(layout) > 0
+
+
+def make_proposer(kinds, types=None):
+    similarity = np.random.default_rng(0).random((6, 3, 6, 6))
+    shape = AttentionShape(6, 3, 8, 48, types or ("full_attention",) * 6)
+    return proposer(Matcher(similarity, shape, "grouped", "several"), kinds, 4), shape
+
+
+def test_every_kind_is_proposed_legally():
+    kinds = ("softmax", "key", "kv", "pooled", "linear", "none")
+    propose, shape = make_proposer(kinds)
+    layout = Layout.from_list([{}, {}, {"kind": "linear"}, {}, {}, {}])
+    plans = propose(layout, 4)
+    assert tuple(plan.kind for plan in plans) == kinds
+    for plan in plans:
+        changed = Layout((*layout.plans[:4], plan, *layout.plans[5:]))
+        assert changed.problems(shape) == []
+        assert 2 not in plan.source_layers
+    assert plans[0].compensation == 4 and plans[4].compensation == "full"
+
+
+def test_the_first_layer_of_a_mask_type_is_never_changed():
+    types = ("sliding_attention", "sliding_attention", "full_attention") * 2
+    propose, _ = make_proposer(("linear", "none"), types)
+    assert propose(Layout.own(6), 0) == propose(Layout.own(6), 2) == []
+    assert len(propose(Layout.own(6), 1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "entries"),
+    [
+        (LayoutSpec(followers=2), [{}, {"leader": 0}, {"leader": 0}, {}, {}, {}]),
+        (LayoutSpec(kv=0.75), [{}, {"leader": 0}, {"leader": 0}, {"leader": 0}, {}, {}]),
+        (LayoutSpec(kv=0.75), [{}, {"leader": 0}, {"kind": "linear"}, {}, {}, {}]),
+        (LayoutSpec(params=0.97), [{}, {"kind": "none"}, {}, {}, {}, {}]),
+    ],
+)
+def test_budgets_are_met_exactly_when_they_are(spec, entries):
+    base = make_base(FAMILIES[0])
+    met = budget_met(spec, attention_shape(base.config), base.config, 0.8)
+    assert met(Layout.from_list(entries))
+    last = max(index for index, entry in enumerate(entries) if entry)
+    assert not met(Layout.from_list([{} if index == last else entry for index, entry in enumerate(entries)]))
+
+
+def test_mixed_kinds_are_searched_by_damage_per_byte():
+    base = make_base(FAMILIES[0])
+    propose, _ = make_proposer(("softmax", "kv", "linear", "none"))
+    search = ThoroughSearch(base, windows(24, 1), windows(4, 2), ConversionSpec(), propose, batch_size=8)
+    met = budget_met(LayoutSpec(kv=0.7), search.shape, base.config, 0.8)
+    steps = search.run(met)
+    assert met(steps[-1].layout) and steps[-1].layout.problems(search.shape) == []
+    assert all(not met(step.layout) for step in steps[:-1])
+    model = build_converted(base, steps[-1].layout)
+    fit_layers(base, model, windows(24, 1), ConversionSpec(), batch_size=8)
+    assert steps[-1].divergence == pytest.approx(divergence(base, model, windows(4, 2)), rel=1e-3)
