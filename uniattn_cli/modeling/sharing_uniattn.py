@@ -221,6 +221,8 @@ class SharedAttentionMixin:
             [batch, tokens, hidden], and the attention map where the backend returns it.
         """
         kind = self.plan.kind
+        if kind in ("kv", "linear", "none"):
+            self._keep_cache_in_step(hidden_states, past_key_values)
         if kind == "none":
             return torch.zeros_like(hidden_states), None
         if kind == "linear":
@@ -243,6 +245,15 @@ class SharedAttentionMixin:
         if self.compensation is not None:
             output = output + self.compensation(hidden_states)
         return output, weights
+
+    def _keep_cache_in_step(self, hidden_states: torch.Tensor, past_key_values) -> None:
+        """Lets a layer that caches nothing count tokens like the others, in tensors of zero width.
+
+        Before 5.18, transformers crops (prompt lookup, assisted decoding) layers that were never used and fails.
+        """
+        if past_key_values is not None:
+            nothing = hidden_states.new_empty(*hidden_states.shape[:2], 0).unsqueeze(1)
+            past_key_values.update(nothing, nothing, self.layer_idx)
 
     def _states(self, hidden_states, position_embeddings, past_key_values, shared):
         """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder."""
