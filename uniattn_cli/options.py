@@ -68,7 +68,8 @@ class RunOptions:
             return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError):
+            # A device without memory, such as `meta`, has nothing to read back.
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError):
             raise UsageError(f"--device {self.device}: no such device here; `uniattn doctor` lists them") from None
         return device

@@ -13,16 +13,21 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
+
 from uniattn_cli.errors import StageError
 from uniattn_cli.recipe import Recipe
 
 STAGE_FILE = "stage.json"
+# Stands in the hidden folder instead of `stage.json` until the stage is finished.
+STARTED_FILE = "started.json"
 SAMPLE_BYTES = 256
 OUTPUTS = {"analyze": "analysis", "convert": "converted", "train": "trained", "eval": "evaluation"}
 COMMANDS = {
@@ -61,20 +66,28 @@ class RunDir:
         """
         path = self.output(stage) / STAGE_FILE
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(content, dict) and isinstance(content.get("inputs"), dict)):
+                raise ValueError("it is not the record of a stage")
         except FileNotFoundError:
             raise StageError(f"{self.output(stage)} is missing; run `uniattn {COMMANDS[stage]}` first") from None
         except (OSError, ValueError) as error:
             raise StageError(
                 f"{path} is damaged ({error}); run `uniattn {COMMANDS[stage]}` again with --force"
             ) from None
+        return content
 
     def check_free(self, stage: str, force: bool) -> None:
-        """Refuses to overwrite.
+        """Refuses to overwrite, and to begin what could not be written in the end.
 
         Raises:
-            StageError: the output exists and `force` is off.
+            StageError: the output exists and `force` is off, or the run directory cannot be written to.
         """
+        if self.root.exists() and not os.access(self.root, os.W_OK):
+            raise StageError(
+                f"cannot write {self.root.absolute()}: the file system is read-only or permission is denied; choose "
+                "another run directory with -C DIR"
+            )
         output = self.output(stage)
         if output.exists() and not force:
             state = "is complete" if self.is_complete(stage) else "exists but was not written by uniattn"
@@ -107,21 +120,38 @@ class RunDir:
             "versions": versions(),
             "started": started,
         }
-        with file_errors(self.root):
-            if partial.exists() and not (resume and _same_run(partial / "started.json", record)):
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True, exist_ok=True)
-            (partial / "started.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        with file_errors(self.root):
-            yield partial
-        with file_errors(self.root):
-            record["finished"] = now()
-            (partial / "started.json").unlink()
-            (partial / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            output = self.output(stage)
-            if output.exists():
-                shutil.rmtree(output)
-            partial.rename(output)
+        try:
+            with file_errors(self.root):
+                if partial.exists() and not (resume and _same_run(partial / STARTED_FILE, record)):
+                    _remove(partial)
+                partial.mkdir(parents=True, exist_ok=True)
+                (partial / STARTED_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            with file_errors(self.root):
+                yield partial
+            with file_errors(self.root):
+                record["finished"] = now()
+                (partial / STARTED_FILE).unlink()
+                (partial / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                output = self.output(stage)
+                if output.exists() or output.is_symlink():
+                    _remove(output)
+                partial.rename(output)
+        finally:
+            # It is still there only after a failure; what can be resumed is kept.
+            if not (resume and _has_work(partial)):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder; of a link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _has_work(partial: Path) -> bool:
+    return any(path.is_file() and path.name != STARTED_FILE for path in partial.rglob("*"))
 
 
 def _same_run(path: Path, record: dict) -> bool:
@@ -134,7 +164,11 @@ def _same_run(path: Path, record: dict) -> bool:
 
 @contextlib.contextmanager
 def file_errors(root: Path) -> Iterator[None]:
-    """Turns the file-system errors that a user can mend into one clear line."""
+    """Turns the file-system errors that a user can mend into one clear line.
+
+    Raises:
+        StageError: what could not be written, why, and the next step.
+    """
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
         errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
@@ -145,10 +179,20 @@ def file_errors(root: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as error:
-        if error.errno not in reasons:
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in reasons:
             raise
-        raise StageError(f"cannot write {error.filename or root}: {reasons[error.errno]}") from error
+        place = getattr(error, "filename", None) or root.absolute()
+        raise StageError(f"cannot write {place}: {reasons[number]}") from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The system's error number; safetensors writes files itself and tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def now() -> str:
