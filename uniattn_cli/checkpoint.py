@@ -6,12 +6,12 @@ import contextlib
 import copy
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.errors import CheckpointError, ModelError
+from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.families import family_of
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.recipe import ModelSpec
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Fields that belong to one class or file and must not travel from the base's configuration to the converted one.
 UNPORTABLE_FIELDS = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
 
@@ -89,6 +90,7 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -96,27 +98,37 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
         RevisionNotFoundError,
     )
 
+    trouble = "cannot be reached"
     try:
         try:
             # Downloads retry for half a minute without a network; this one call tells at once.
             HfApi().model_info(name, revision=revision, timeout=10)
             offline = False
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+            raise
         except (*transport_errors(), OfflineModeIsEnabled):
             offline = True
+        except HfHubHTTPError as error:
+            offline, trouble = True, f"answers with HTTP status {error.response.status_code}"
+        except ValueError:
+            # A sign-in page or a proxy in the hub's place; it speaks no JSON.
+            offline, trouble = True, "does not answer like a hub"
         config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
     except GatedRepoError:
         raise ModelError(f"{name} is gated: accept its terms on its hub page, then run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise ModelError(f"{name}: no such model on the hub (private ones need `hf auth login`)") from None
     except RevisionNotFoundError:
-        raise ModelError(f"{name} has no revision '{revision}'") from None
+        raise ModelError(f"{name} has no revision '{revision or 'main'}'") from None
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"{name} is not a directory here, not in the cache {constants.HF_HUB_CACHE}, and the hub cannot be "
-            "reached; check the name, connect, or give a directory that holds the model"
+            f"{name} is not a directory here, not in the cache {constants.HF_HUB_CACHE}, and the hub {trouble}; "
+            "check the name, connect, or give a directory that holds the model"
         ) from None
     except EntryNotFoundError:
         raise ModelError(f"{name} has no config.json; it is not a transformers model") from None
+    except HfHubHTTPError as error:
+        raise ModelError(f"{name}: the hub answers with HTTP status {error.response.status_code}; try later") from None
     except HFValidationError:
         raise ModelError(f"'{name}' is neither a directory nor a valid hub id (OWNER/NAME)") from None
     return Source(name, config.parent, config.parent.name, on_hub=True)
@@ -152,10 +164,7 @@ def load_config(source: Source, *, converted: bool = False) -> Any:
         ModelError: not a causal LM, an unsupported family, or quantised weights.
         CheckpointError: the file is damaged, or of a newer format.
     """
-    try:
-        raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source.path / 'config.json'} cannot be read: {error}") from None
+    raw = _raw_config(source)
     model_type = raw.get("model_type") or "unknown"
     if converted and not model_type.startswith("uniattn_"):
         raise CheckpointError(f"{source.name} is not a converted checkpoint (model_type '{model_type}')")
@@ -178,26 +187,69 @@ def load_config(source: Source, *, converted: bool = False) -> Any:
         raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
 
 
+def _raw_config(source: Source) -> dict[str, Any]:
+    path = source.path / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds a {type(raw).__name__}, not an object")
+    return raw
+
+
 def _read_model_type(source: Source) -> str:
-    return json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("model_type") or ""
+    return _raw_config(source).get("model_type") or ""
+
+
+def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
+    """Refuses sequences that are longer than the model's window, where every model is equally bad.
+
+    Args:
+        config: of the model.
+        lengths: tokens by the setting that asks for them.
+
+    Raises:
+        RecipeError: one line for each setting that asks for too many.
+    """
+    window = getattr(config, "max_position_embeddings", None)
+    faults = [
+        f"{key} is {length}, but the model's window is {window}"
+        for key, length in lengths.items()
+        if window and length > window
+    ]
+    if faults:
+        raise RecipeError(faults)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that belongs to a model.
 
     Raises:
-        ModelError: the directory holds none.
+        ModelError: the directory holds none, or one with more tokens than the model knows.
     """
     from transformers import AutoTokenizer
 
-    model_type = _read_model_type(source)
+    raw = _raw_config(source)
+    model_type = raw.get("model_type") or ""
     if model_type.startswith("uniattn_"):
         # Tokenizers are chosen by the configuration; unless it is ours, the user is asked to trust the copied code.
         converted_classes(model_type)
+    path = _fetch(source)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
     try:
-        return AutoTokenizer.from_pretrained(_fetch(source))
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.name} has no tokenizer that can be loaded: {_last_line(error)}") from None
+    known = raw.get("vocab_size")
+    # Added tokens are not counted: some published models have one more of them than embeddings, and never use it.
+    if isinstance(known, int) and tokenizer.vocab_size > known:
+        raise ModelError(
+            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}; they do not "
+            "belong together"
+        )
+    return tokenizer
 
 
 def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrainedModel:
@@ -227,6 +279,8 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             dtype=dtype,
             attn_implementation=backend,
             output_loading_info=True,
+            # Reported below, in one line.
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ImportError, SafetensorError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {_last_line(error)}") from None
@@ -235,7 +289,10 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             f"{source.name} is damaged or does not fit its configuration: {_last_line(error)}"
         ) from None
     wrong = {key: sorted(str(name) for name in info.get(key) or ()) for key in ("missing_keys", "unexpected_keys")}
-    wrong["mismatched_keys"] = sorted(str(name) for name in info.get("mismatched_keys") or ())
+    wrong["mismatched_keys"] = sorted(
+        f"{name} (stored {list(stored)}, expected {list(expected)})"
+        for name, stored, expected in info.get("mismatched_keys") or ()
+    )
     for key, names in wrong.items():
         if names:
             word = key.removesuffix("_keys")

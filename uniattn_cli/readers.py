@@ -169,7 +169,7 @@ def _offline_at_once(name: str) -> Iterator[None]:
     """Lets `datasets` go straight to its cache without a network; left alone it retries for half a minute."""
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     from uniattn_cli.checkpoint import transport_errors
 
@@ -178,8 +178,11 @@ def _offline_at_once(name: str) -> Iterator[None]:
         HfApi().dataset_info(name, timeout=10)
     except (*transport_errors(), OfflineModeIsEnabled):
         datasets.config.HF_HUB_OFFLINE = True
-    except HfHubHTTPError:
+    except (HfHubHTTPError, HFValidationError):
         pass  # unknown or gated: load_dataset says so
+    except ValueError:
+        # A sign-in page or a proxy in the hub's place; it speaks no JSON.
+        datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:

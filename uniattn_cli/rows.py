@@ -75,7 +75,9 @@ def _from_messages(raw: dict[str, Any], where: str) -> dict[str, Any]:
 def _from_prompt(raw: dict[str, Any], where: str) -> dict[str, Any]:
     turns = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = raw.get(column)
+        if column not in raw:
+            raise DataError(f"{where}: no column '{column}' (it has: {', '.join(sorted(raw))})")
+        value = raw[column]
         if isinstance(value, str):
             turns.append({"role": role, "content": value})
         else:
