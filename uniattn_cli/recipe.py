@@ -257,7 +257,7 @@ class Recipe:
     """Every setting of a run."""
 
     format: int = setting(RECIPE_FORMAT, "format of this file", minimum=1, maximum=RECIPE_FORMAT, common=True)
-    seed: int = setting(0, "seed of everything random", minimum=0, common=True)
+    seed: int = setting(0, "seed of everything random", minimum=0, maximum=2**32 - 1, common=True)
     model: ModelSpec = setting(ModelSpec, "the base model", common=True)
     data: DataSpec = setting(DataSpec, "data", common=True)
     analysis: AnalysisSpec = setting(AnalysisSpec, "uniattn analyze", common=True)
@@ -313,6 +313,13 @@ class Recipe:
             faults.append("layout.kinds other than softmax need layout.search: thorough")
         if self.layout.search == "thorough" and self.layout.max_group is not None:
             faults.append("layout.max_group works with layout.search: fast only")
+        if self.layout.max_group is not None and self.layout.sources == "several":
+            faults.append(
+                "layout.max_group needs layout.sources: one (a follower of several layers is in no one group)"
+            )
+        for key in ("train", "calibration", "text"):
+            if getattr(self.data, key) == ():
+                faults.append(f"data.{key} is empty; name at least one data set, or `builtin`")
         if not self.train.stages:
             faults.append("train.stages is empty; list at least one stage")
         if self.train.batch_size % self.train.micro_batch_size:
@@ -382,8 +389,11 @@ def write_tree(tree: Any, path: Path) -> None:
     buffer = io.StringIO()
     _yaml().dump(tree, buffer)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(buffer.getvalue(), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(buffer.getvalue(), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> dict[tuple[int, Any], str]:
@@ -427,13 +437,12 @@ def _places(value: Any) -> typing.Iterator[tuple[int, Any]]:
             yield from _places(item)
 
 
-def default_tree(model_name: str, overrides: typing.Sequence[str] = ()) -> Any:
+def default_tree(model_name: str) -> Any:
     """The commented recipe that `uniattn analyze` writes: common settings only, one comment each."""
     tree = _commented(Recipe(model=ModelSpec(name=model_name)), 0, 0)
     tree.yaml_set_start_comment(
         "Settings of this run. Delete a line to get its default; `uniattn recipe` lists all settings."
     )
-    apply_overrides(tree, overrides)
     return tree
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError, StageError
-from uniattn_cli.grouping.group import candidates_table, parameter_counts
+from uniattn_cli.grouping.group import candidates_table, check_protected, parameter_counts
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.grouping.search import Choice, frontier
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import Recipe, default_tree, read_tree, write_tree
+from uniattn_cli.recipe import ModelSpec, Recipe, default_tree, read_tree, write_tree
 from uniattn_cli.rundir import RunDir, file_errors
 from uniattn_cli.tables import Table
 
@@ -65,10 +67,8 @@ def analyze(
     Raises:
         UniAttnError: one of the subclasses in `uniattn_cli.errors`, with one clear line.
     """
-    import torch
-
     from uniattn_cli import data
-    from uniattn_cli.checkpoint import load_config, load_model, load_tokenizer, locate
+    from uniattn_cli.checkpoint import check_lengths, load_config, load_model, load_tokenizer, locate
 
     options = options or RunOptions()
     run = RunDir(run_dir)
@@ -76,13 +76,17 @@ def analyze(
     run.check_free("analyze", options.force)
     source = locate(recipe.model.name, recipe.model.revision)
     config = load_config(source)
+    spec = recipe.analysis
+    check_lengths(config, {"analysis.length": spec.length})
+    check_protected(recipe.layout, attention_shape(config))
     device = options.torch_device()
     tokenizer = load_tokenizer(source)
-    spec = recipe.analysis
     windows = data.calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
     notes = _check_text(windows, tokenizer, spec.tokens)
+    import torch  # a slow import; faults of the settings are told before it
+
     options.progress.note(f"loading {recipe.model.name} on {device}")
-    loaded = load_model(source, recipe.model, device)
+    loaded = load_model(source, _readable(recipe.model), device)
     inputs = {"model": source.fingerprint}
     with run.write("analyze", recipe, inputs, force=options.force) as directory:
         with options.progress.track("analyzing", len(windows)) as advance, torch.no_grad():
@@ -101,26 +105,35 @@ def analyze(
 
 def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrides: Sequence[str]):
     """The recipe, and the tree to write if there is none yet."""
-    if model is not None and Path(model).expanduser().is_dir():
-        model = str(Path(model).expanduser().resolve())
+    model = None if model is None else _resolved(model)
     if run.recipe.exists():
         if template is not None:
             raise StageError(f"{run.recipe} exists; --recipe starts a new one, so use another run directory (-C DIR)")
         recipe = Recipe.load(run.recipe, overrides)
-        if model is not None and recipe.model.name != model:
+        if model is not None and _resolved(recipe.model.name) != model:
             raise StageError(
                 f"{run.recipe} is for {recipe.model.name}, not {model}; use another run directory (-C DIR) or edit it"
             )
         return recipe, None
     if template is not None:
         tree, name = read_tree(Path(template)), Path(template).name
-        if model is not None and isinstance(tree, dict):
-            tree.setdefault("model", {})["name"] = model
-        return Recipe.from_tree(tree, name, overrides), tree
+        named = [] if model is None else [f"model.name={json.dumps(model)}"]
+        return Recipe.from_tree(tree, name, [*named, *overrides]), tree
     if model is None:
         raise StageError(f"{run.recipe} does not exist; name the model: `uniattn analyze MODEL`")
-    tree = default_tree(model, overrides)
-    return Recipe.from_tree(tree, "recipe.yaml"), tree
+    tree = default_tree(model)
+    return Recipe.from_tree(tree, "recipe.yaml", overrides), tree
+
+
+def _resolved(model: str) -> str:
+    """The absolute path of a directory, so that other stages find it from anywhere; hub ids as they are."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def _readable(spec: ModelSpec) -> ModelSpec:
+    """FlexAttention gets block masks, from which maps cannot be computed; the maps are the same with any backend."""
+    return replace(spec, attention="auto") if spec.attention == "flex_attention" else spec
 
 
 def _check_text(windows: torch.Tensor, tokenizer, wanted: int) -> list[str]:
@@ -140,7 +153,6 @@ def measure(model: PreTrainedModel, windows: torch.Tensor, recipe: Recipe, sourc
     """Runs the model over windows [sequences, length] and accumulates all similarities."""
     from uniattn_cli.analysis.capture import capture
     from uniattn_cli.analysis.statistics import MapStatistics
-    from uniattn_cli.modeling.configuration_uniattn import attention_shape
 
     spec = recipe.analysis
     shape = attention_shape(model.config)

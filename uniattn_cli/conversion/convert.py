@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
-from uniattn_cli.grouping.group import Grouping, choose, compensation_of, store_layout
+from uniattn_cli.grouping.group import (
+    Grouping,
+    check_analysis,
+    check_protected,
+    choose,
+    chooses_layout,
+    compensation_of,
+    layout_overrides,
+    store_layout,
+)
 from uniattn_cli.grouping.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -80,7 +89,8 @@ def convert(
 
     Args:
         run_dir: holds `recipe.yaml`, and `analysis/` where the layout or head maps come from it.
-        groups: a form of `--groups`; None takes the recipe's layout, or chooses one as the recipe says.
+        groups: a form of `--groups`; None takes the recipe's layout, unless an override of `layout` asks for another
+            or there is none; then it chooses one as the recipe says.
         dry_run: only say what would be done and saved; no weights are loaded and nothing is written.
         overrides: `key.path=value` strings for the recipe.
         options: device, force, progress.
@@ -88,16 +98,23 @@ def convert(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    from uniattn_cli.checkpoint import load_config, locate, prove_parity
+    from uniattn_cli.checkpoint import check_lengths, load_config, locate, prove_parity
 
     options = options or RunOptions()
     run = RunDir(run_dir)
-    recipe = Recipe.load(run.recipe, [*overrides, *([f"layout.groups={groups}"] if groups else [])])
+    overrides = layout_overrides(groups, overrides)
+    recipe = Recipe.load(run.recipe, overrides)
     if not dry_run:
         run.check_free("convert", options.force)
     source = locate(recipe.model.name, recipe.model.revision)
     config = load_config(source)
-    fresh = groups is not None or recipe.layout.layers is None
+    lengths = {"conversion.length": recipe.conversion.length, "evaluation.length": recipe.evaluation.length}
+    check_lengths(config, lengths)
+    device = options.torch_device()
+    if run.is_complete("analyze"):
+        # The layout in the recipe was most likely chosen from it.
+        check_analysis(run, recipe, source.fingerprint)
+    fresh = recipe.layout.layers is None or chooses_layout(overrides)
     grouping = choose(run, recipe, config, options, load=not dry_run) if fresh else _stored_layout(recipe, config)
     layout = grouping.layout
     element_size = _element_size(recipe, config)
@@ -107,7 +124,6 @@ def convert(
         notes.append("dry run: nothing was written")
         return Conversion(layout, costs, [], {}, None, grouping.picture, [_cost_table(costs, {})], notes)
     prove_parity(config)
-    device = options.torch_device()
     with run.write("convert", recipe, {"model": source.fingerprint}, force=options.force) as directory:
         fits, losses, more = _convert(recipe, source, layout, device, directory, options)
         _write_report(directory, layout, costs, fits, losses)
@@ -121,14 +137,15 @@ def convert(
 
 def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
     """The layout that the recipe holds, checked against the model."""
+    shape = attention_shape(config)
     try:
         layout = Layout.from_list(recipe.layout.layers, compensation_of(recipe))
-    except ValueError as error:
+        problems = layout.problems(shape)
+        if problems:
+            raise ValueError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        check_protected(recipe.layout, shape, layout)
+    except (ValueError, LayoutError) as error:
         raise LayoutError(f"recipe.yaml, layout.layers: {error}") from None
-    problems = layout.problems(attention_shape(config))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise LayoutError(f"recipe.yaml, layout.layers: {problems[0]}{more}")
     note = f"layout of the recipe, {len(layout.changed)} layers changed (--groups chooses anew)"
     return Grouping(layout, draw_layout(layout), [], [note])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,20 +11,21 @@ from typing import Any
 
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
 from uniattn_cli.checkpoint import Source, load_config, locate
-from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.errors import LayoutError, StageError, UsageError
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.grouping.picture import draw_layout
 from uniattn_cli.grouping.search import Choice, frontier, plan_of
 from uniattn_cli.grouping.shorthand import parse_groups
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import LayoutSpec, Recipe, read_tree, write_tree
 from uniattn_cli.rundir import RunDir, file_errors
 from uniattn_cli.tables import Table
 
 DEFAULT_KV = 0.8
+BUDGETS = ("layout.followers", "layout.kv", "layout.params")
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,35 @@ def group(
         RecipeError, StageError, LayoutError, ModelError: see the messages.
     """
     run = RunDir(run_dir)
-    overrides = [*overrides, *([f"layout.groups={groups}"] if groups else [])]
-    recipe = Recipe.load(run.recipe, overrides)
+    recipe = Recipe.load(run.recipe, layout_overrides(groups, overrides))
     config = load_config(locate(recipe.model.name, recipe.model.revision))
     grouping = choose(run, recipe, config, options or RunOptions())
     store_layout(run, grouping.layout, recipe)
     return grouping
+
+
+def layout_overrides(groups: str | None, overrides: Sequence[str]) -> list[str]:
+    """The overrides with `groups` among them.
+
+    A budget asks for a choice: with one, `groups` is `auto` unless it is given too, whatever the recipe has.
+
+    Raises:
+        UsageError: a budget together with a fixed layout.
+    """
+    given = {key: value.strip() for key, _, value in (override.partition("=") for override in overrides)}
+    budgets = [key for key in BUDGETS if given.get(key, "null") not in ("", "~", "null")]
+    fixed = given.get("layout.groups") if groups is None else groups
+    if budgets and fixed not in (None, "auto"):
+        raise UsageError(f"--groups {fixed} leaves nothing to choose; leave {budgets[0]} out, or use --groups auto")
+    if budgets and fixed is None:
+        groups = "auto"
+    return [*overrides, *([] if groups is None else [f"layout.groups={json.dumps(groups)}"])]
+
+
+def chooses_layout(overrides: Sequence[str]) -> bool:
+    """Whether a setting asks for another layout than the one that the recipe holds."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return any(key.startswith("layout.") and key != "layout.layers" for key in keys)
 
 
 def compensation_of(recipe: Recipe) -> str | int:
@@ -76,20 +101,20 @@ def compensation_of(recipe: Recipe) -> str | int:
     return recipe.conversion.rank if recipe.conversion.solve in ("both", "compensation") else "none"
 
 
-def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> Measured:
-    """Reads `analysis/` and makes sure that it is of the recipe's model.
+def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> None:
+    """Makes sure that `analysis/` is of the recipe's model.
 
     Raises:
         StageError: it is missing, damaged or of another model.
     """
-    run.record("analyze")
-    measured = Measured.load(run.output("analyze"))
-    if measured.fingerprint != fingerprint:
+    record = run.record("analyze")
+    measured = record["inputs"].get("model")
+    if measured != fingerprint:
+        name = record.get("settings", {}).get("model", {}).get("name", "another model")
         raise StageError(
-            f"{run.output('analyze')} is of {measured.model} ({measured.fingerprint}), the recipe's model is "
-            f"{recipe.model.name} ({fingerprint}); use another run directory or run `uniattn analyze --force`"
+            f"{run.output('analyze')} is of {name} ({measured}), the recipe's model is {recipe.model.name} "
+            f"({fingerprint}); use another run directory or run `uniattn analyze --force`"
         )
-    return measured
 
 
 def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, load: bool = True) -> Grouping:
@@ -105,15 +130,18 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     spec = recipe.layout
     shape = attention_shape(config)
     rank = compensation_of(recipe)
+    if isinstance(rank, int) and rank > shape.hidden_size:
+        raise LayoutError(f"conversion.rank is {rank}, but the model is only {shape.hidden_size} wide; use full")
     fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
+    check_protected(spec, shape, fixed)
     if fixed is not None and (spec.head_map == "identity" or any(plan.heads for plan in fixed)):
         return _fixed(fixed, f"layout '{spec.groups}', heads as given")
     source = locate(recipe.model.name, recipe.model.revision)
-    measured = check_analysis(run, recipe, source.fingerprint)
+    check_analysis(run, recipe, source.fingerprint)
+    measured = Measured.load(run.output("analyze"))
     if fixed is not None:
         layout = with_head_maps(fixed, measured, spec)
         return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' from the analysis")
-    _check_protected(spec, shape)
     if spec.search == "thorough":
         if not load:
             raise LayoutError("a dry run cannot search thoroughly; run `uniattn group` first, or use --search fast")
@@ -142,10 +170,13 @@ def _thorough(
     return Grouping(layout, draw_layout(layout), [steps_table(steps, measured)], [note])
 
 
-def _check_protected(spec: LayoutSpec, shape: Any) -> None:
+def check_protected(spec: LayoutSpec, shape: AttentionShape, layout: Layout | None = None) -> None:
+    """Raises `LayoutError` if a layer that is to stay as it is does not exist, or is changed by a fixed layout."""
     for layer in spec.protect:
         if not 0 <= layer < shape.layers:
             raise LayoutError(f"layout.protect: layer {layer} does not exist; the model has 0 to {shape.layers - 1}")
+        if layout is not None and layout[layer].kind != "own":
+            raise LayoutError(f"layer {layer} is in layout.protect, but the layout makes it '{layout[layer].kind}'")
 
 
 def _fixed(layout: Layout, note: str) -> Grouping:
