@@ -24,7 +24,8 @@ COMMANDS = (
 )
 SHORT = {
     "analyze": "--tokens 1024 --length 256",
-    "convert": "--set conversion.tokens=2048 --set conversion.length=256",
+    "convert": "--set conversion.tokens=2048 --set conversion.length=256 "
+    "--set evaluation.tokens=1024 --set evaluation.length=256",
     "train": "--set 'train.stages=[{trains: compensation, steps: 2}, {trains: all, steps: 2}]' "
     "--set train.batch_size=4 --set train.max_length=256",
     "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
