@@ -1,0 +1,306 @@
+"""The four commands one after the other, each reading what the one before wrote; and the same from Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, command
+from safetensors.torch import load_file
+from tiny_run import ENVIRONMENT, make_model, settings, write_data
+
+import uniattn_cli
+from uniattn_cli import checkpoint
+from uniattn_cli.grouping.measured import Measured
+from uniattn_cli.recipe import ModelSpec, Recipe, read_tree, write_tree
+from uniattn_cli.rundir import RunDir, fingerprint
+
+CPU = torch.device("cpu")
+REMARK = "# as few as will do"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def uniattn(folder: Path, *arguments: str) -> str:
+    """Runs the installed command in a folder; returns what it printed."""
+    done = subprocess.run(
+        [*command(), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shrink(recipe: Path) -> None:
+    """Edits a recipe as a user would: small settings, a remark, and lines in an order of their own."""
+    tree = read_tree(recipe)
+    tree["conversion"]["tokens"] = 2048
+    tree["conversion"].yaml_add_eol_comment(REMARK, "tokens")
+    tree["train"]["stages"] = [
+        {"trains": "compensation", "steps": 2, "learning_rate": 0.01},
+        {"trains": "all", "steps": 3, "learning_rate": 0.01},
+    ]
+    tree["evaluation"].update(tokens=2048, length=256, responses=8, limit=4)
+    tree["evaluation"]["speed"].update(prompt=16, new=4, repeats=2)
+    write_tree(tree, recipe)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run directory after the four commands, and what they printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = make_model(folder / "model")
+    run = folder / "run"
+    run.mkdir()
+    printed = {"analyze": uniattn(run, "analyze", "../model")}
+    written = (run / "recipe.yaml").read_text()
+    shrink(run / "recipe.yaml")
+    printed["convert"] = uniattn(run, "convert", "--groups", "auto")
+    printed["train"] = uniattn(run, "train", "recipe.yaml")
+    printed["eval"] = uniattn(run, "eval")
+    return SimpleNamespace(model=model, run=run, printed=printed, written=written)
+
+
+# --- the four commands ------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_leaves_its_directory_and_nothing_else(whole):
+    found = {path.name for path in whole.run.iterdir()}
+    assert found == {"recipe.yaml", "analysis", "converted", "trained", "evaluation"}
+
+
+def test_each_stage_records_what_it_read(whole):
+    run = RunDir(whole.run)
+    base, converted = fingerprint(whole.model), fingerprint(run.output("convert"))
+    records = {stage: run.record(stage) for stage in ("analyze", "convert", "train", "eval")}
+    assert {record["inputs"]["model"] for record in records.values()} == {base}
+    assert records["train"]["inputs"]["converted"] == converted
+    models = {"base": base, "converted": converted, "trained": fingerprint(run.output("train"))}
+    assert records["eval"]["inputs"]["models"] == models
+    for stage, record in records.items():
+        assert record["stage"] == stage
+        assert record["settings"]["model"]["name"] == str(whole.model)
+        assert record["finished"] >= record["started"]
+        assert {"python", "torch", "transformers"} <= set(record["versions"])
+
+
+def test_the_analysis_is_as_documented(whole):
+    folder = whole.run / "analysis"
+    content = json.loads((folder / "analysis.json").read_text())
+    documented = {
+        *("schema", "model", "fingerprint", "model_type", "shape", "element_size", "tokens", "sequences", "length"),
+        *("max_distance", "seconds", "forward_ratio", "layers", "sink", "neighbours", "candidates"),
+    }
+    assert set(content) == documented
+    assert (content["tokens"], content["length"], content["shape"]["query_heads"]) == (16384, 512, 6)
+    measured = Measured.load(folder)
+    assert measured.score.shape == (6, 5, 6, 6)
+    assert [row["layers"] for row in content["neighbours"]] == ["0, 1", "1, 2", "2, 3", "3, 4", "4, 5"]
+    assert [row["followers"] for row in content["candidates"]] == list("012345")
+    for row in (*content["neighbours"], *content["candidates"]):
+        for cell in row.values():
+            assert cell in whole.printed["analyze"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["analysis/similarity.png", "analysis/depth.png", "trained/loss.png", "evaluation/quality_vs_kv.png"],
+)
+def test_pictures(name, whole):
+    data = (whole.run / name).read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
+    width, height = struct.unpack(">II", data[16:24])
+    assert width >= 600 and height >= 300
+    # A picture of one colour would be a few hundred bytes.
+    assert len(data) > 8000
+
+
+def test_the_recipe_keeps_comments_and_order(whole):
+    text = (whole.run / "recipe.yaml").read_text()
+    assert REMARK in text
+    kept = [line for line in whole.written.splitlines() if line.lstrip().startswith("#")]
+    assert [line for line in text.splitlines() if line.lstrip().startswith("#")] == kept
+    tops = re.findall(r"^\w+", whole.written, re.MULTILINE)
+    assert re.findall(r"^\w+", text, re.MULTILINE) == tops
+    recipe = Recipe.load(whole.run / "recipe.yaml")
+    assert recipe.model.name == str(whole.model)
+    assert len(recipe.layout.layers) == 6
+
+
+def test_converted_and_trained_load_and_differ_where_they_should(whole):
+    models = {}
+    for name in ("converted", "trained"):
+        source = checkpoint.locate(str(whole.run / name))
+        models[name] = checkpoint.load_model(source, ModelSpec(), CPU)
+        assert len(checkpoint.load_tokenizer(source)) == 300
+    layout = models["converted"].config.layout
+    assert layout == models["trained"].config.layout
+    # 0.8 of the KV bytes of six layers is met with three followers.
+    assert len(layout.followers) == 3
+    weights = {name: model.state_dict() for name, model in models.items()}
+    assert set(weights["converted"]) == set(weights["trained"])
+    for layer in layout.followers:
+        assert not any(f"layers.{layer}.self_attn.{name}_proj" in key for key in weights["trained"] for name in "qk")
+    changed = {key for key, value in weights["converted"].items() if not torch.equal(value, weights["trained"][key])}
+    assert changed == {key for key in weights["converted"] if "embed_tokens" not in key and "lm_head" not in key}
+
+
+def test_the_evaluation_compares_all_three(whole):
+    results = json.loads((whole.run / "evaluation" / "results.json").read_text())
+    assert list(results["models"]) == ["base", "converted", "trained"]
+    printed, report = whole.printed["eval"], (whole.run / "evaluation" / "report.md").read_text()
+    for name in results["models"]:
+        assert name in printed and name in report
+    cost = {name: model["cost"]["kv_bytes_per_token"]["value"] for name, model in results["models"].items()}
+    # Six layers, three KV heads of eight float32 values; the followers lack their keys.
+    assert cost == {"base": 6 * 2 * 3 * 8 * 4, "converted": 9 * 3 * 8 * 4, "trained": 9 * 3 * 8 * 4}
+    text = {name: model["quality"]["perplexity"]["value"] for name, model in results["models"].items()}
+    assert text["trained"] < text["converted"]
+
+
+def test_every_command_says_what_comes_next(whole):
+    for verb, following in (("analyze", "convert --groups auto"), ("convert", "train recipe.yaml"), ("train", "eval")):
+        assert f"next: uniattn {following}" in whole.printed[verb]
+    for words in (
+        "parameters",
+        "bytes of weights",
+        "KV bytes per token",
+        "perplexity, not fitted",
+        "perplexity, fitted",
+    ):
+        assert words in whole.printed["convert"]
+
+
+def test_a_finished_stage_is_left_alone(whole):
+    run = RunDir(whole.run)
+    for stage, call in (("analyze", uniattn_cli.analyze), ("convert", uniattn_cli.convert)):
+        with pytest.raises(uniattn_cli.errors.StageError, match="is complete; use --force"):
+            call(run_dir=run.root)
+        assert run.is_complete(stage)
+
+
+# --- one stage at a time, and from elsewhere --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    """`model/`, and `run/` with data, analysis and a recipe of small settings, made by the command from elsewhere."""
+    folder = tmp_path_factory.mktemp("analysed")
+    model = make_model(folder / "model")
+    (folder / "run").mkdir()
+    write_data(folder / "run")
+    overrides = [word for one in settings() for word in ("--set", one)]
+    uniattn(folder, "analyze", model, "-C", "run", *overrides)
+    return folder
+
+
+@pytest.fixture
+def run(analysed, tmp_path):
+    return Path(shutil.copytree(analysed / "run", tmp_path / "run"))
+
+
+def test_convert_uses_what_group_chose(run, tmp_path):
+    """All from another folder than the run directory, whose relative paths hold nevertheless."""
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("\nlayout:", f"\n{REMARK}\nlayout:"))
+    printed = uniattn(tmp_path, "group", "--followers", "2", "-C", "run")
+    assert "2 followers: budget followers 2" in printed
+    assert REMARK in recipe.read_text()
+    before = recipe.read_text()
+    stored = Recipe.load(recipe).layout
+    assert (stored.followers, stored.groups, len(stored.layers)) == (2, "auto", 6)
+    printed = uniattn(tmp_path, "convert", "-C", "run")
+    assert "layout of the recipe, 2 layers changed" in printed
+    assert recipe.read_text() == before
+    config = checkpoint.load_config(checkpoint.locate(str(run / "converted")), converted=True)
+    kinds = [entry["kind"] for entry in stored.layers]
+    assert [plan.kind for plan in config.layout] == kinds
+    assert kinds.count("softmax") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_python_does_what_the_command_does(analysed, run, tmp_path, monkeypatch):
+    uniattn(tmp_path, "group", "--kv", "0.7", "-C", "run")
+    uniattn(tmp_path, "convert", "-C", "run")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    write_data(mine)
+    monkeypatch.chdir(mine)
+    analysis = uniattn_cli.analyze(str(analysed / "model"), overrides=settings())
+    grouping = uniattn_cli.group(overrides=["layout.kv=0.7"])
+    conversion = uniattn_cli.convert()
+    assert analysis.directory.absolute() == mine / "analysis"
+    contents = [json.loads((folder / "analysis" / "analysis.json").read_text()) for folder in (run, mine)]
+    for content in contents:
+        assert content.pop("seconds") > 0 and content.pop("forward_ratio") > 0
+    assert contents[0] == contents[1]
+    assert (mine / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
+    assert conversion.layout == grouping.layout
+    assert conversion.losses["converted"].mean < conversion.losses["uncompensated"].mean
+    ours, theirs = (load_file(folder / "converted" / "model.safetensors") for folder in (mine, run))
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_every_stage_is_a_function_of_the_package():
+    for name in uniattn_cli.__all__:
+        assert getattr(uniattn_cli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'anlyze'"):
+        _ = uniattn_cli.anlyze
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_model():
+    given = os.environ.get("UNIATTN_TEST_MODEL")
+    path = Path(given) if given else ROOT / "demo" / "SmolLM2-135M-Instruct"
+    if not (path / "config.json").is_file():
+        pytest.skip(
+            f"{path} is not there: `make demo` makes demo/SmolLM2-135M-Instruct; UNIATTN_TEST_MODEL names another"
+        )
+    return path.absolute()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_four_commands_on_a_real_model(real_model, tmp_path):
+    uniattn(tmp_path, "analyze", real_model, "--tokens", "1024", "--length", "128")
+    tree = read_tree(tmp_path / "recipe.yaml")
+    tree["conversion"].update(tokens=3072, length=128)
+    tree["train"].update(batch_size=4, max_length=128)
+    tree["train"]["stages"] = [{"trains": "all", "steps": 5, "learning_rate": 0.0003}]
+    tree["evaluation"].update(tokens=1024, length=128, responses=8, limit=4)
+    tree["evaluation"]["speed"].update(prompt=32, new=8, repeats=2)
+    write_tree(tree, tmp_path / "recipe.yaml")
+    uniattn(tmp_path, "convert", "--groups", "auto")
+    uniattn(tmp_path, "train", "recipe.yaml")
+    uniattn(tmp_path, "eval")
+    report = json.loads((tmp_path / "converted" / "uniattn_report.json").read_text())
+    losses = {name: entry["mean"] for name, entry in report["losses"].items()}
+    assert losses["base"] < losses["converted"] < losses["uncompensated"]
+    models = json.loads((tmp_path / "evaluation" / "results.json").read_text())["models"]
+    assert list(models) == ["base", "converted", "trained"]
+    cost = {name: model["cost"]["kv_bytes_per_token"]["value"] for name, model in models.items()}
+    assert cost["trained"] == cost["converted"] <= 0.8 * cost["base"]
+    responses = {name: model["quality"]["response_loss"]["value"] for name, model in models.items()}
+    assert responses["trained"] < responses["converted"]
