@@ -10,8 +10,9 @@ from tiny import FAMILIES, make_base
 from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.search import ThoroughSearch
+from uniattn_cli.grouping.budget import Budget
 from uniattn_cli.grouping.matching import Matcher
-from uniattn_cli.grouping.thorough import budget_met, proposer
+from uniattn_cli.grouping.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
 from uniattn_cli.recipe import ConversionSpec, LayoutSpec
@@ -130,7 +131,7 @@ def test_the_first_layer_of_a_mask_type_is_never_changed():
 )
 def test_budgets_are_met_exactly_when_they_are(spec, entries):
     base = make_base(FAMILIES[0])
-    met = budget_met(spec, attention_shape(base.config), base.config, 0.8)
+    met = Budget.of(spec, attention_shape(base.config), base.config).met
     assert met(Layout.from_list(entries))
     last = max(index for index, entry in enumerate(entries) if entry)
     assert not met(Layout.from_list([{} if index == last else entry for index, entry in enumerate(entries)]))
@@ -140,7 +141,7 @@ def test_mixed_kinds_are_searched_by_damage_per_byte():
     base = make_base(FAMILIES[0])
     propose, _ = make_proposer(("softmax", "kv", "linear", "none"))
     search = ThoroughSearch(base, windows(24, 1), windows(4, 2), ConversionSpec(), propose, batch_size=8)
-    met = budget_met(LayoutSpec(kv=0.7), search.shape, base.config, 0.8)
+    met = Budget.of(LayoutSpec(kv=0.7), search.shape, base.config).met
     steps = search.run(met)
     assert met(steps[-1].layout) and steps[-1].layout.problems(search.shape) == []
     assert all(not met(step.layout) for step in steps[:-1])

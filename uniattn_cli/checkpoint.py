@@ -339,6 +339,27 @@ def build_converted(base: PreTrainedModel, layout: Layout) -> PreTrainedModel:
     return model.eval()
 
 
+def build_attention(base: PreTrainedModel, layout: Layout, index: int) -> torch.nn.Module:
+    """The attention module of one layer of a converted model, as `build_converted` would make it.
+
+    It takes its place in a model that was built with another layout; unchanged weights are shared with the base.
+    """
+    import torch
+
+    with torch.device("meta"):
+        classes = converted_classes(base.config.model_type)
+        attention = classes.model.attention_class(make_config(base.config, layout), index)
+    stock_attention = base.model.layers[index].self_attn
+    stock = dict(stock_attention.named_parameters())
+    for name, parameter in list(attention.named_parameters()):
+        if name in stock and stock[name].shape == parameter.shape:
+            _set_tensor(attention, name, stock[name])
+    for name, buffer in stock_attention.named_buffers():
+        _set_tensor(attention, name, buffer)
+    attention.take_weights(stock_attention)
+    return attention.eval()
+
+
 def _set_tensor(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     *parents, last = name.split(".")
     module = model.get_submodule(".".join(parents))

@@ -151,6 +151,14 @@ class LayoutSpec:
         choices=("identity", "grouped", "free"),
         common=True,
     )
+    match: str = setting(
+        "output",
+        "heads are matched by what the refitted W_o can make of them (output), or by similar maps alone (maps; faster)",
+        choices=("output", "maps"),
+    )
+    shortlist: int = setting(
+        3, "layouts that are converted and compared on held-out text before one is taken; 1 compares nothing", minimum=1
+    )
     sources: str = setting(
         "several", "whether a follower's heads may borrow from several layers", choices=("one", "several")
     )
@@ -169,8 +177,8 @@ class ConversionSpec:
     length: int = setting(512, "tokens per sequence", minimum=16)
     solve: str = setting(
         "both",
-        "what is solved for each follower: both (W_o and W_c), compensation, output or none",
-        choices=("both", "compensation", "output", "none"),
+        "what is solved: both (W_o and W_c), compensation, output, none, or reference (W_c as the paper starts it)",
+        choices=("both", "compensation", "output", "none", "reference"),
         common=True,
     )
     rank: int | str = setting("full", "rank of W_c", choices=("full",), minimum=1)
@@ -180,6 +188,11 @@ class ConversionSpec:
         choices=("attention", "residual"),
     )
     holdout: float = setting(0.15, "share of the sequences on which the ridge strength is chosen", above=0, maximum=0.5)
+    offload: str = setting(
+        "auto",
+        "keep the model in the computer's memory and one layer on the GPU; auto does so where it would not fit",
+        choices=("auto", "always", "never"),
+    )
 
 
 @dataclass(frozen=True)
@@ -311,12 +324,12 @@ class Recipe:
             faults.append("layout.kinds is empty; name at least one kind")
         if self.layout.search == "fast" and set(self.layout.kinds) - {"softmax"}:
             faults.append("layout.kinds other than softmax need layout.search: thorough")
-        if self.layout.search == "thorough" and self.layout.max_group is not None:
-            faults.append("layout.max_group works with layout.search: fast only")
         if self.layout.max_group is not None and self.layout.sources == "several":
             faults.append(
                 "layout.max_group needs layout.sources: one (a follower of several layers is in no one group)"
             )
+        if self.conversion.solve == "reference" and self.conversion.rank != "full":
+            faults.append("conversion.solve: reference has a full W_c; leave conversion.rank out")
         for key in ("train", "calibration", "text"):
             if getattr(self.data, key) == ():
                 faults.append(f"data.{key} is empty; name at least one data set, or `builtin`")

@@ -29,9 +29,10 @@ STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
 STARTED_FILE = "started.json"
 SAMPLE_BYTES = 256
-OUTPUTS = {"analyze": "analysis", "convert": "converted", "train": "trained", "eval": "evaluation"}
+OUTPUTS = {"analyze": "analysis", "group": "grouping", "convert": "converted", "train": "trained", "eval": "evaluation"}
 COMMANDS = {
     "analyze": "analyze MODEL",
+    "group": "group",
     "convert": "convert --groups auto",
     "train": "train recipe.yaml",
     "eval": "eval",

@@ -96,3 +96,32 @@ def window_loss(
             advance(len(losses))
     total = torch.cat(sums)
     return summarise(total, torch.full_like(total, windows.shape[1] - 1))
+
+
+def window_divergences(
+    base: PreTrainedModel, model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int = 8
+) -> torch.Tensor:
+    """KL(base || model) of the next-token distributions, in nats per token, averaged within each window.
+
+    Args:
+        windows: [rows, length] token ids.
+
+    Returns:
+        float64 [rows], on the CPU.
+    """
+    import torch
+
+    device = next(base.parameters()).device
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(windows), batch_size):
+            tokens = windows[start : start + batch_size].to(device)
+            pair = (base(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+            found += [kl_divergence(base_row, row).mean() for base_row, row in zip(*pair, strict=True)]
+    return torch.stack(found).double().cpu()
+
+
+def kl_divergence(base_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(base || model) along the last dimension, float32, of logits [..., vocabulary]."""
+    base_logp, logp = base_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (base_logp.exp() * (base_logp - logp)).sum(-1)

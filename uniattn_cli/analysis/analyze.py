@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError, StageError
-from uniattn_cli.grouping.group import candidates_table, check_protected, parameter_counts
+from uniattn_cli.grouping.choose import candidates_table, check_protected, parameter_counts
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.grouping.search import Choice, frontier

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
-from uniattn_cli.grouping.group import (
-    Grouping,
-    check_analysis,
-    check_protected,
-    choose,
-    chooses_layout,
-    compensation_of,
-    layout_overrides,
-    store_layout,
-)
+from uniattn_cli.grouping.choose import Grouping, check_analysis, check_protected, choose, compensation_of
+from uniattn_cli.grouping.group import chooses_layout, layout_overrides, store_layout, write_considered
 from uniattn_cli.grouping.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -128,6 +120,7 @@ def convert(
         fits, losses, more = _convert(recipe, source, layout, device, directory, options)
         _write_report(directory, layout, costs, fits, losses)
         if fresh:
+            write_considered(run, recipe, grouping)
             store_layout(run, layout, recipe)
     notes += more
     notes.append(f"checkpoint: {run.output('convert')}; next: uniattn train recipe.yaml")

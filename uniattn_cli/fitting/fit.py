@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank
+from uniattn_cli.checkpoint import build_attention
+from uniattn_cli.fitting.moments import Moments, PositionSums, RidgeFit, fit_ridge, reduce_rank
+from uniattn_cli.fitting.sources import SourceChooser
 from uniattn_cli.fitting.stream import (
     Batch,
     attention_features,
@@ -57,6 +59,7 @@ def fit_layers(
     windows: torch.Tensor,
     spec: ConversionSpec,
     *,
+    chooser: SourceChooser | None = None,
     batch_size: int = 8,
     advance: Callable[..., None] = lambda steps=1, text="": None,
 ) -> list[LayerFit]:
@@ -67,6 +70,7 @@ def fit_layers(
         converted: result of `checkpoint.build_converted`; its unchanged weights are those of the base.
         windows: [sequences, length] calibration tokens without padding.
         spec: what is solved, the rank, the target and the share of sequences held out for the ridge strength.
+        chooser: chooses the sources of borrowing layers anew, and changes the layout of `converted`.
         batch_size: sequences that run at once; the result depends on it only by rounding.
         advance: told about each finished layer.
 
@@ -75,6 +79,9 @@ def fit_layers(
     """
     layout: Layout = converted.config.layout
     batches = start_batches(base, windows, spec.holdout, batch_size)
+    if chooser is not None:
+        for layer in converted.model.layers:
+            layer.self_attn.is_source = layer.self_attn.plan.kind == "own"
     fits = []
     diverged = False
     for index, plan in enumerate(layout):
@@ -83,15 +90,21 @@ def fit_layers(
             for batch in batches:
                 batch.converted = batch.base
             diverged = True
+        if chooser is not None and plan.kind != "own":
+            layout = layout.with_plan(index, chooser.plan(layout, index, base, converted, batches))
+            layer.self_attn = build_attention(base, layout, index)
         if not diverged:
             for batch in batches:
                 batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
-                release(batch.shared, layout, index)
         else:
             fits += step_layer(base_layer, layer, index, batches, spec)
-            for batch in batches:
-                release(batch.shared, layout, index)
+        for batch in batches:
+            release(batch.shared, layout, index, chooser.max_distance if chooser else None)
         advance(1, f"layer {index}")
+    if chooser is not None:
+        converted.config.set_layout(layout)
+        for index, layer in enumerate(converted.model.layers):
+            layer.self_attn.is_source = index in layout.last_use
     return fits
 
 
@@ -107,9 +120,9 @@ def step_layer(
         before = batch.base
         batch.base, target = base_step(base_layer, batch.base, batch.kwargs[index])
         if any(solved):
-            if spec.target == "residual":
+            if spec.target == "residual" or spec.solve == "reference":
                 target = target.float() + before.float() - batch.converted.float()
-            problem = _add(problem, layer, index, batch, target, solved)
+            problem = _add(problem, layer, index, batch, target, solved, spec.solve == "reference")
     if problem is not None:
         fits.append(_solve(attention, index, problem, solved))
     for batch in batches:
@@ -119,15 +132,22 @@ def step_layer(
 
 @dataclass
 class _Problem:
-    """Moments of one layer's fit; features are [heads, x] or a part of it, targets are what is missing."""
+    """Moments of one layer's fit; features are [heads, x] or a part of it, targets are what is missing.
+
+    `positions` are the sums over sequences from which the paper's initialisation is computed, where it is asked for.
+    """
 
     fit: Moments
     held: Moments
     blocks: list[int]
     energy: float = 0.0
+    positions: PositionSums | None = None
 
     def add(self, features: torch.Tensor, missing: torch.Tensor, held: bool) -> None:
-        (self.held if held else self.fit).add(features, missing)
+        """Adds tokens: features [rows, length, p], missing [rows, length, d]."""
+        (self.held if held else self.fit).add(features.flatten(0, 1), missing.flatten(0, 1))
+        if self.positions is not None:
+            self.positions.add(features, missing)
 
     @property
     def judge(self) -> Moments:
@@ -135,9 +155,9 @@ class _Problem:
         return self.held if self.held.tokens else self.fit
 
     @classmethod
-    def like(cls, features: torch.Tensor, missing: torch.Tensor, blocks: list[int]) -> _Problem:
-        sizes = (features.shape[1], missing.shape[1], features.device)
-        return cls(Moments(*sizes), Moments(*sizes), blocks)
+    def like(cls, features: torch.Tensor, missing: torch.Tensor, blocks: list[int], reference: bool) -> _Problem:
+        sizes = (features.shape[-1], missing.shape[-1], features.device)
+        return cls(Moments(*sizes), Moments(*sizes), blocks, positions=PositionSums() if reference else None)
 
 
 def _add(
@@ -147,6 +167,7 @@ def _add(
     batch: Batch,
     target: torch.Tensor,
     solved: tuple[bool, bool],
+    reference: bool,
 ) -> _Problem:
     attention = layer.self_attn
     normed, heads = attention_features(layer, batch.converted, batch.kwargs[index], batch.shared)
@@ -154,10 +175,9 @@ def _add(
     if heads is not None:
         missing = missing - getattr(attention, attention.output_name)(heads).float()
     parts = [part for part, wanted in zip((heads, normed), solved, strict=True) if wanted]
-    features = torch.cat([part.flatten(0, 1).float() for part in parts], dim=1)
-    missing = missing.flatten(0, 1)
+    features = torch.cat([part.float() for part in parts], dim=-1)
     if problem is None:
-        problem = _Problem.like(features, missing, [part.shape[-1] for part in parts])
+        problem = _Problem.like(features, missing, [part.shape[-1] for part in parts], reference)
     problem.add(features, missing, batch.held)
     if batch.held:
         problem.energy += target.double().square().sum().item()
@@ -169,15 +189,19 @@ def solved_parts(attention: nn.Module, spec: ConversionSpec) -> tuple[bool, bool
     changed = attention.plan.kind != "own"
     output = changed and hasattr(attention, attention.output_name) and spec.solve in ("both", "output")
     compensation = attention.compensation is not None and (
-        spec.solve in ("both", "compensation") or attention.plan.kind == "linear"
+        spec.solve in ("both", "compensation", "reference") or attention.plan.kind == "linear"
     )
     return output, compensation
 
 
 def _solve(attention: nn.Module, index: int, problem: _Problem, solved: tuple[bool, bool]) -> LayerFit:
     """Solves one layer's problem and writes the weights."""
-    result = fit_ridge(problem.fit, problem.judge, problem.blocks)
     judge = problem.judge
+    if problem.positions is not None:
+        weights = problem.positions.solve()
+        result = RidgeFit(weights, 0.0, judge.yy.item() / judge.tokens, judge.error(weights))
+    else:
+        result = fit_ridge(problem.fit, judge, problem.blocks)
     energy = problem.energy / judge.tokens if problem.energy else judge.yy.item() / judge.tokens
     heads = problem.blocks[0] if solved[0] else 0
     output, after = result.weights[:heads], result.error_after

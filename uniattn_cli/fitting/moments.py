@@ -53,6 +53,29 @@ class Moments:
         return max(residual.item(), 0.0) / self.tokens
 
 
+class PositionSums:
+    """Sums over sequences at each position, for the paper's own initialisation of W_c.
+
+    UniAttn (arXiv 2502.00439) averages inputs and missing outputs over calibration sequences position by position and
+    takes the least-squares solution of smallest norm through those averages. It is here to be compared with: a few
+    hundred averages say much less than the tokens that they are made of.
+    """
+
+    def __init__(self) -> None:
+        self.features: torch.Tensor | None = None
+        self.targets: torch.Tensor | None = None
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        """Adds sequences of one length: features [rows, length, p], targets [rows, length, d]."""
+        features, targets = features.double().sum(0), targets.double().sum(0)
+        self.features = features if self.features is None else self.features + features
+        self.targets = targets if self.targets is None else self.targets + targets
+
+    def solve(self) -> torch.Tensor:
+        """pinv(mean features) mean targets, [p, d]; the number of sequences cancels out."""
+        return torch.linalg.pinv(self.features) @ self.targets
+
+
 def solve_ridge(moments: Moments, strength: float, blocks: list[int]) -> torch.Tensor:
     """argmin over W of sum |y - W^T f|^2 + strength * penalty, [p, d].
 

@@ -126,9 +126,32 @@ def attention_features(
     return seen["x"], seen.get("heads")
 
 
-def release(shared: SharedStates, layout: Layout, index: int) -> None:
-    """Forgets what no layer after `index` borrows."""
-    for source, last in layout.last_use.items():
+def attention_inputs(
+    layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates
+) -> dict[str, Any]:
+    """The keyword arguments with which a converted layer calls its attention module, `hidden_states` among them."""
+    seen: dict[str, Any] = {}
+
+    def keep(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
+        seen.update(given)
+        if args:
+            seen["hidden_states"] = args[0]
+        raise _ForwardStoppedError
+
+    with _hooks(layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)):
+        with contextlib.suppress(_ForwardStoppedError):
+            run_layer(layer, hidden, kwargs, uniattn_shared=shared)
+    return seen
+
+
+def release(shared: SharedStates, layout: Layout, index: int, max_distance: int | None = None) -> None:
+    """Forgets what no layer after `index` borrows.
+
+    Args:
+        max_distance: the layout may still change, so that each of so many layers after a layer may borrow from it.
+    """
+    for source in list(shared.queries):
+        last = layout.last_use.get(source, -1) if max_distance is None else source + max_distance
         if last <= index:
             for states in (shared.queries, shared.keys, shared.values):
                 states.pop(source, None)

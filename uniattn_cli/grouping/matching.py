@@ -6,11 +6,12 @@ head g of layer j - d; larger is more alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from uniattn_cli.modeling.layout_uniattn import AttentionShape
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,21 @@ class Matcher:
         first = max(0, layer - self.max_distance)
         same = self.shape.mask_types[layer]
         return [other for other in range(layer - 1, first - 1, -1) if self.shape.mask_types[other] == same]
+
+    def lenders(self, layout: Layout, layer: int, max_group: int | None = None) -> list[int]:
+        """Layers that can lend to `layer` in a layout, nearest first.
+
+        Args:
+            max_group: largest number of layers that one layer may lend to; `layer` itself does not count.
+        """
+        borrowers = Counter(
+            source for index, plan in enumerate(layout) if index != layer for source in plan.source_layers
+        )
+        return [
+            other
+            for other in self.candidates(layer)
+            if layout[other].kind == "own" and (max_group is None or borrowers[other] < max_group)
+        ]
 
     def match(self, layer: int, sources: list[int]) -> Match | None:
         """The best head map of `layer` onto `sources`; None if there are none.

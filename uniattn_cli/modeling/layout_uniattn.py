@@ -167,6 +167,10 @@ class Layout:
     def __getitem__(self, index: int) -> LayerPlan:
         return self.plans[index]
 
+    def with_plan(self, index: int, plan: LayerPlan) -> Layout:
+        """The same layout but for one layer."""
+        return Layout((*self.plans[:index], plan, *self.plans[index + 1 :]))
+
     @property
     def changed(self) -> list[int]:
         """Layers that are not `own`."""

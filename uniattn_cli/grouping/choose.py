@@ -1,0 +1,253 @@
+"""The choice of a layout: given, by dynamic programming over similarities, or by conversion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
+from uniattn_cli.checkpoint import locate
+from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.grouping.budget import Budget
+from uniattn_cli.grouping.candidates import Considered, Point
+from uniattn_cli.grouping.matching import Matcher
+from uniattn_cli.grouping.measured import Measured
+from uniattn_cli.grouping.picture import draw_layout
+from uniattn_cli.grouping.search import Choice, frontier, plan_of
+from uniattn_cli.grouping.shorthand import parse_groups
+from uniattn_cli.grouping.thorough import Workbench, frontier_table, points_of, search, steps_table
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import LayoutSpec, Recipe
+from uniattn_cli.rundir import RunDir
+from uniattn_cli.tables import Table
+
+# Similarities that propose other layouts for the shortlist of the fast search, and their names.
+SHORTLIST_METRICS = {"cosine_no_sink": "cosine without the sink", "js_no_sink": "Jensen-Shannon without the sink"}
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A chosen layout.
+
+    Attributes:
+        layout: one plan per layer.
+        picture: the layout drawn with characters.
+        tables: candidates over budgets.
+        notes: what was chosen and why.
+        considered: what the choice was made from; None for a layout that was given.
+    """
+
+    layout: Layout
+    picture: str
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    considered: Considered | None = None
+    title: str = "layout"
+
+
+def compensation_of(recipe: Recipe) -> str | int:
+    """The W_c that changed layers get unless their own entry says otherwise."""
+    return recipe.conversion.rank if recipe.conversion.solve in ("both", "compensation", "reference") else "none"
+
+
+def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> None:
+    """Makes sure that `analysis/` is of the recipe's model.
+
+    Raises:
+        StageError: it is missing, damaged or of another model.
+    """
+    record = run.record("analyze")
+    measured = record["inputs"].get("model")
+    if measured != fingerprint:
+        name = record.get("settings", {}).get("model", {}).get("name", "another model")
+        raise StageError(
+            f"{run.output('analyze')} is of {name} ({measured}), the recipe's model is {recipe.model.name} "
+            f"({fingerprint}); use another run directory or run `uniattn analyze --force`"
+        )
+
+
+def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, load: bool = True) -> Grouping:
+    """The layout that the recipe asks for, without writing anything.
+
+    Args:
+        load: whether weights may be loaded, which the thorough search needs.
+
+    Raises:
+        LayoutError: the shorthand or the budget cannot be met.
+        StageError: `auto` or a measured head map without an analysis of this model.
+    """
+    spec = recipe.layout
+    shape = attention_shape(config)
+    rank = compensation_of(recipe)
+    if isinstance(rank, int) and rank > shape.hidden_size:
+        raise LayoutError(f"conversion.rank is {rank}, but the model is only {shape.hidden_size} wide; use full")
+    fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
+    check_protected(spec, shape, fixed)
+    if fixed is not None and (spec.head_map == "identity" or any(plan.heads for plan in fixed)):
+        return _fixed(fixed, f"layout '{spec.groups}', heads as given")
+    source = locate(recipe.model.name, recipe.model.revision)
+    check_analysis(run, recipe, source.fingerprint)
+    measured = Measured.load(run.output("analyze"))
+    bench = Workbench(recipe, source, measured, options)
+    if fixed is not None:
+        layout = with_head_maps(fixed, measured, spec)
+        how = "similar maps"
+        if load and matches_by_output(recipe):
+            layout, how = bench.validate({"given": layout}, fixed=True)[0].layout, "attention output"
+        return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' matched by {how}")
+    budget = Budget.of(spec, shape, config)
+    if spec.search == "thorough":
+        if not load:
+            raise LayoutError("a dry run cannot search thoroughly; run `uniattn group` first, or use --search fast")
+        return _thorough(bench, budget, rank)
+    return _fast(bench, budget, rank, config, load)
+
+
+def matches_by_output(recipe: Recipe) -> bool:
+    """Whether heads are matched in a conversion, for which W_o has to be solved."""
+    spec = recipe.layout
+    return spec.match == "output" and spec.head_map != "identity" and recipe.conversion.solve in ("both", "output")
+
+
+def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: bool) -> Grouping:
+    """Dynamic programming over similarities, and a comparison of what different similarities propose."""
+    spec, measured = bench.recipe.layout, bench.measured
+    shape = measured.shape
+    settings = {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank}
+    choices = frontier(bench.matcher, **settings)
+    counts = parameter_counts(config, choices)
+    chosen = _within_budget(choices, budget, shape, counts)
+    proposals = {"fast": chosen.layout}
+    for name in SHORTLIST_METRICS if load else ():
+        matcher = Matcher(measured.heads[name], shape, spec.head_map, spec.sources)
+        other = _within_budget(frontier(matcher, **settings), budget, shape, counts).layout
+        if len(proposals) < spec.shortlist and all(other.changed != known.changed for known in proposals.values()):
+            proposals[f"fast, by {SHORTLIST_METRICS[name]}"] = other
+    shortlist = []
+    if load and (len(proposals) > 1 or matches_by_output(bench.recipe)):
+        shortlist = bench.validate(proposals)
+    layout = shortlist[0].layout if shortlist else chosen.layout
+    points = [Point("fast", choice.layout, choice.followers - sum(choice.scores.values())) for choice in choices]
+    considered = Considered("sum over followers of 1 - similarity", points, shortlist, bench.check_tokens, layout)
+    note = f"{chosen.followers} followers: {budget.words}; mean similarity of the borrowed maps {chosen.mean_score:.3f}"
+    tables = [candidates_table(choices, shape, measured.element_size, counts, chosen)]
+    return _grouping(considered, measured, tables, [note])
+
+
+def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
+    """Greedy search by conversion; its mix of kinds is compared with each kind alone and with the fast choice."""
+    spec, measured = bench.recipe.layout, bench.measured
+    own = Layout.own(measured.shape.layers)
+    runs = search(bench, budget, rank)
+    ends = {name: steps[-1].layout if steps else own for name, steps in runs.items()}
+    meeting = {name: layout for name, layout in ends.items() if budget.met(layout)}
+    if not meeting:
+        raise LayoutError(
+            f"{budget.words} cannot be met: nothing is left to change with kinds {', '.join(spec.kinds)}; loosen the "
+            "budget, layout.protect, layout.kinds or analysis.max_distance"
+        )
+    if spec.shortlist > 1 and "softmax" in spec.kinds:
+        choices = frontier(bench.matcher, protect=spec.protect, max_group=spec.max_group, compensation=rank)
+        fast = next((choice.layout for choice in choices if budget.met(choice.layout)), None)
+        meeting |= {} if fast is None else {"fast": fast}
+    proposals = {}
+    for name, layout in meeting.items():
+        if layout not in proposals.values():
+            proposals[name] = layout
+    shortlist = bench.validate(proposals, fixed=False) if len(proposals) > 1 else []
+    layout = shortlist[0].layout if shortlist else next(iter(proposals.values()))
+    points = points_of(runs, measured.shape.layers)
+    considered = Considered("KL from the base, nats per token", points, shortlist, bench.check_tokens, layout)
+    note = f"{len(layout.changed)} layers changed: {budget.words}"
+    taken = shortlist[0].name if shortlist else next(iter(proposals))
+    tables = [steps_table(runs[taken], measured)] if taken in runs else []
+    if len(runs) > 1:
+        tables.append(frontier_table(points, measured))
+    return _grouping(considered, measured, tables, [note])
+
+
+def _grouping(considered: Considered, measured: Measured, tables: list[Table], notes: list[str]) -> Grouping:
+    table = considered.table(measured.shape, measured.element_size)
+    if table is not None and len(considered.shortlist) > 1:
+        tables = [*tables, table]
+        notes = [*notes, considered.reason()]
+    layout = considered.chosen
+    return Grouping(layout, draw_layout(layout), tables, notes, considered)
+
+
+def check_protected(spec: LayoutSpec, shape: AttentionShape, layout: Layout | None = None) -> None:
+    """Raises `LayoutError` if a layer that is to stay as it is does not exist, or is changed by a fixed layout."""
+    for layer in spec.protect:
+        if not 0 <= layer < shape.layers:
+            raise LayoutError(f"layout.protect: layer {layer} does not exist; the model has 0 to {shape.layers - 1}")
+        if layout is not None and layout[layer].kind != "own":
+            raise LayoutError(f"layer {layer} is in layout.protect, but the layout makes it '{layout[layer].kind}'")
+
+
+def _fixed(layout: Layout, note: str) -> Grouping:
+    return Grouping(layout, draw_layout(layout), [], [f"{len(layout.changed)} layers changed: {note}"])
+
+
+def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layout:
+    """Gives the followers of a fixed layout the measured head maps onto their own leaders.
+
+    Followers farther from their leader than was measured keep the plain map.
+    """
+    matcher = Matcher(measured.score, measured.shape, spec.head_map, "one")
+    plans = list(layout)
+    for index, plan in enumerate(plans):
+        if plan.kind == "softmax" and plan.leader is not None and index - plan.leader <= measured.max_distance:
+            plans[index] = plan_of(matcher.match(index, [plan.leader]), plan.compensation)
+    return Layout(tuple(plans))
+
+
+def parameter_counts(config: Any, choices: Sequence[Choice]) -> dict[int, int]:
+    """Parameters by number of followers; every follower of one family saves the same, so two counts are enough."""
+    own = count_parameters(config, choices[0].layout)
+    if len(choices) == 1:
+        return {0: own}
+    saved = own - count_parameters(config, choices[1].layout)
+    return {choice.followers: own - choice.followers * saved for choice in choices}
+
+
+def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape, counts: dict[int, int]) -> Choice:
+    """The choice with the fewest followers that meets the budget."""
+    meets = [choice for choice in choices if budget.met(choice.layout)]
+    if not meets:
+        most = choices[-1]
+        least_kv = kv_bytes_per_token(most.layout, shape, 1) / kv_bytes_per_token(choices[0].layout, shape, 1)
+        least_parameters = counts[most.followers] / counts[0]
+        raise LayoutError(
+            f"{budget.words} cannot be met: at most {most.followers} layers can follow (KV bytes {least_kv:.3f}, "
+            f"parameters {least_parameters:.3f} of the base's); loosen the budget, layout.protect or "
+            "analysis.max_distance"
+        )
+    return meets[0]
+
+
+def candidates_table(
+    choices: list[Choice], shape: Any, element_size: int, counts: dict[int, int], chosen: Choice | None = None
+) -> Table:
+    """The frontier at a handful of budgets."""
+    steps = max(1, math.ceil((len(choices) - 1) / 8))
+    shown = [choice for choice in choices if choice.followers % steps == 0 or choice is chosen]
+    own_kv = kv_bytes_per_token(choices[0].layout, shape, element_size)
+    rows = []
+    for choice in shown:
+        kv = kv_bytes_per_token(choice.layout, shape, element_size)
+        worst = min(choice.scores.items(), key=lambda item: item[1], default=None)
+        rows.append(
+            [
+                f"{choice.followers}{' *' if choice is chosen else ''}",
+                f"{choice.mean_score:.3f}" if choice.scores else "-",
+                f"{worst[1]:.3f} (layer {worst[0]})" if worst else "-",
+                f"{kv:,} ({kv / own_kv:.0%})",
+                f"{counts[choice.followers] / counts[0]:.1%}",
+            ]
+        )
+    columns = ["followers", "similarity", "least similar", "KV bytes/token", "parameters"]
+    return Table("candidate layouts" + (" (* chosen)" if chosen else ""), columns, rows)
