@@ -98,7 +98,8 @@ def convert(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    from uniattn_cli.checkpoint import check_lengths, load_config, locate, prove_parity
+    from uniattn_cli.checkpoint import check_lengths, load_config, locate
+    from uniattn_cli.parity import prove_parity
 
     options = options or RunOptions()
     run = RunDir(run_dir)
