@@ -117,7 +117,9 @@ class ThoroughSearch:
             store[position] = states
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.base.lm_head(self.base.model.norm(hidden)).float()
+        logits = self.base.lm_head(self.base.model.norm(hidden)).float()
+        cap = getattr(self.base.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _kl(self, finals: list[torch.Tensor]) -> float:
         """Mean KL(base || converted) in nats per token from hidden states after the last layer."""
