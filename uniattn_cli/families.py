@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uniattn_cli.errors import ModelError
+from uniattn_cli.errors import ModelError, RecipeError
 
 BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -80,3 +80,16 @@ def family_of(model_type: str) -> Family:
         raise ModelError(f"the model is already converted ('{model_type}'); give the base model it was made from")
     known = ", ".join(sorted(FAMILIES))
     raise ModelError(f"models of type '{model_type}' are not supported; supported: {known}")
+
+
+def check_target(model_type: str, target: str) -> None:
+    """Refuses a target of the fit that a family has no use for.
+
+    Raises:
+        RecipeError: the residual stream, where the attention output is normed before it gets there.
+    """
+    if target == "residual" and family_of(model_type).post_norm:
+        raise RecipeError(
+            f"conversion.target: models of type '{model_type}' norm the attention output before adding it to the "
+            "residual stream, so a fit cannot aim at that; use attention"
+        )

@@ -31,7 +31,8 @@ from uniattn_cli.tables import Table
 if TYPE_CHECKING:
     import torch
 
-    from uniattn_cli.fitting.fit import LayerFit
+    from uniattn_cli.families import check_target
+from uniattn_cli.fitting.fit import LayerFit
 
 REPORT_FILE = "uniattn_report.json"
 # Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
@@ -111,6 +112,7 @@ def convert(
     config = load_config(source)
     lengths = {"conversion.length": recipe.conversion.length, "evaluation.length": recipe.evaluation.length}
     check_lengths(config, lengths)
+    check_target(config.model_type, recipe.conversion.target)
     device = options.torch_device()
     if run.is_complete("analyze"):
         # The layout in the recipe was most likely chosen from it.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
+from uniattn_cli.families import check_target
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.search import plan_of
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
@@ -90,6 +91,7 @@ def search(
     from uniattn_cli.fitting.search import ThoroughSearch
 
     spec, fit = recipe.layout, recipe.conversion
+    check_target(measured.model_type, fit.target)
     tokenizer = load_tokenizer(source)
 
     def windows(tokens: int, skip: int) -> Any:
