@@ -51,7 +51,7 @@ WITHOUT_SDPA = tuple(name for name in BACKENDS if name != "sdpa")
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "UniAttnLlama", "Llama 1 to 3.x, SmolLM2, TinyLlama, Yi, DeepSeek-LLM"),
+        Family("llama", "UniAttnLlama", "Llama 1 to 3.x, SmolLM2, TinyLlama, Yi"),
         Family("mistral", "UniAttnMistral", "Mistral 7B, Mistral NeMo, Zephyr", "full or sliding"),
         Family("mixtral", "UniAttnMixtral", "Mixtral 8x7B, 8x22B", "full or sliding"),
         Family("qwen2", "UniAttnQwen2", "Qwen2, Qwen2.5, QwQ", "full, or sliding from some layer on"),
@@ -63,7 +63,7 @@ FAMILIES = {
         Family("gemma3_text", "UniAttnGemma3Text", "Gemma 3 270M, 1B", "five sliding, then one full", post_norm=True),
         Family("phi3", "UniAttnPhi3", "Phi-3, Phi-3.5, Phi-4, Phi-4-mini", "full or sliding"),
         Family("olmo2", "UniAttnOlmo2", "OLMo 2 1B to 32B", post_norm=True),
-        Family("smollm3", "UniAttnSmolLM3", "SmolLM3 3B", "full; every fourth layer without positions"),
+        Family("smollm3", "UniAttnSmolLM3", "SmolLM3 3B", "full, some without positions"),
     )
 }
 
