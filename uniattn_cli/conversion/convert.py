@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
+from uniattn_cli.families import check_target
 from uniattn_cli.grouping.group import (
     Grouping,
     check_analysis,
@@ -31,7 +32,6 @@ from uniattn_cli.tables import Table
 if TYPE_CHECKING:
     import torch
 
-    from uniattn_cli.families import check_target
 from uniattn_cli.fitting.fit import LayerFit
 
 REPORT_FILE = "uniattn_report.json"
