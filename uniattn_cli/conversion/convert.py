@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
+from uniattn_cli.accounting import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
 from uniattn_cli.families import check_target
 from uniattn_cli.grouping.group import (
@@ -21,7 +21,7 @@ from uniattn_cli.grouping.group import (
     store_layout,
 )
 from uniattn_cli.grouping.picture import draw_layout
-from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
@@ -122,7 +122,7 @@ def convert(
     layout = grouping.layout
     element_size = _element_size(recipe, config)
     costs = _costs(config, layout, element_size)
-    notes = list(grouping.notes)
+    notes = [*grouping.notes, *_window_notes(config, layout, element_size)]
     if dry_run:
         notes.append("dry run: nothing was written")
         return Conversion(layout, costs, [], {}, None, grouping.picture, [_cost_table(costs, {})], notes)
@@ -169,6 +169,19 @@ def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
         weight_bytes=tuple(count * element_size for count in parameters),
         kv_bytes=tuple(kv_bytes_per_token(entry, shape, element_size) for entry in pair),
     )
+
+
+def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
+    """What is saved at full length, where sliding layers keep their window only and bytes per token mislead."""
+    windows = [window for window in layer_windows(config) if window is not None]
+    tokens = getattr(config, "max_position_embeddings", None)
+    if not windows or not tokens or tokens <= min(windows):
+        return []
+    before, after = (kv_bytes(config, entry, tokens, element_size) for entry in (Layout.own(len(layout)), layout))
+    return [
+        f"KV cache of {tokens:,} tokens: {before / 1e6:,.1f} MB, converted {after / 1e6:,.1f} MB "
+        f"({after / before - 1:+.1%}); {len(windows)} of {len(layout)} layers keep {min(windows):,} tokens at most"
+    ]
 
 
 def _convert(
