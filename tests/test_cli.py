@@ -19,6 +19,8 @@ import uniattn_cli
 from uniattn_cli.cli import app as app_module
 from uniattn_cli.cli import console, doctor, runner
 from uniattn_cli.errors import DataError, RecipeError, UsageError
+from uniattn_cli.families import FAMILIES
+from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.options import RunOptions
 from uniattn_cli.tables import Table, to_markdown
 
@@ -30,7 +32,7 @@ STAGES = {
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
 }
-COMMANDS = [*STAGES, "recipe", "doctor"]
+COMMANDS = [*STAGES, "recipe", "families", "doctor"]
 
 
 # --- help, version, speed ---------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def test_help_is_quick(uniattn):
         assert min(seconds(*arguments) for _ in range(3)) < 1.5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"], ["families"]])
 def test_nothing_heavy_is_imported_for_help(arguments):
     code = (
         "import sys\nfrom uniattn_cli.cli.app import app\n"
@@ -286,6 +288,27 @@ def test_doctor_shows_versions_devices_and_caches(uniattn):
     assert (done.returncode, done.stderr) == (0, "")
     for part in ("torch", "transformers", "cpu", "float32", "sdpa", "HF_HOME", "GiB"):
         assert part in done.stdout
+
+
+def test_families_lists_every_family_with_models_masks_and_backends(uniattn):
+    done = uniattn("families")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    for name, family in FAMILIES.items():
+        for part in (family.models, family.masks, *[backend.split("_")[0] for backend in family.backends]):
+            assert part in lines[name]
+    assert "sdpa" in lines["llama"] and "sdpa" not in lines["gemma2"]
+    assert all(kind in done.stdout for kind in KINDS)
+
+
+def test_a_family_that_is_not_there_is_refused_with_the_list(uniattn, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}', encoding="utf-8")
+    done = uniattn("analyze", str(tmp_path), "-C", "run")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: models of type 'mamba' are not supported; supported: ")
+    assert all(name in line for name in FAMILIES)
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_names_the_command_that_installs_a_missing_extra(monkeypatch):

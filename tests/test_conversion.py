@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, LAYOUTS, make_base, make_layout
+from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
 
 from uniattn_cli.checkpoint import build_converted
+from uniattn_cli.errors import RecipeError
+from uniattn_cli.families import check_target, family_of
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank, solve_ridge
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.recipe import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
+cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)
 
 
 @pytest.fixture(autouse=True)
@@ -95,22 +97,25 @@ def test_low_rank_is_optimal_among_low_ranks():
     assert moments.error(torch.cat([whole, (up @ down).T])) == pytest.approx(moments.error(full), rel=1e-6)
 
 
-@families
-@layouts
+@cases
 @pytest.mark.parametrize("target", ["attention", "residual"])
 def test_fitted_error_is_smaller_on_tokens_never_seen(entry, layout, target, windows):
     base = make_base(entry)
-    unfitted = build_converted(base, make_layout(layout))
-    fitted = build_converted(base, make_layout(layout))
+    if target == "residual" and family_of(base.config.model_type).post_norm:
+        with pytest.raises(RecipeError, match=r"conversion\.target"):
+            check_target(base.config.model_type, target)
+        return
+    layout = make_layout(layout, base.config)
+    unfitted = build_converted(base, layout)
+    fitted = build_converted(base, layout)
     fits = fit_layers(base, fitted, windows[:64], ConversionSpec(target=target))
-    assert [fit.layer for fit in fits] == [index for index in make_layout(layout).changed if fitted_kind(layout, index)]
-    assert all(fit.error_after < fit.error_before for fit in fits)
+    assert [fit.layer for fit in fits] == [index for index in layout.changed if layout[index].kind != "none"]
+    # A layer is left as it is where no change helps on tokens held out from its fit.
+    better = [fit.error_after < fit.error_before for fit in fits]
+    assert all(done or fit.ridge == float("inf") for done, fit in zip(better, fits, strict=True))
+    assert sum(better) >= len(fits) - 1
     unseen = windows[64:]
     assert attention_errors(base, fitted, unseen) < attention_errors(base, unfitted, unseen)
-
-
-def fitted_kind(layout, index):
-    return make_layout(layout)[index].kind != "none"
 
 
 @families
@@ -118,7 +123,7 @@ def test_the_base_is_left_as_it_was(entry, windows):
     base = make_base(entry)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     logits = base(windows[:2]).logits
-    fit_layers(base, build_converted(base, make_layout("mixed")), windows, ConversionSpec())
+    fit_layers(base, build_converted(base, make_layout("mixed", base.config)), windows, ConversionSpec())
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert torch.equal(base(windows[:2]).logits, logits)

@@ -37,6 +37,13 @@ def test_a_layout_survives_writing_and_reading():
     assert layout.followers == [1, 2]
 
 
+def test_layers_without_positions_share_the_cache_length_of_the_others_but_no_maps():
+    shape = AttentionShape(4, 2, 8, 32, ("full", "full/no_rope", "full", "full/no_rope"))
+    assert Layout.from_list([{}, {"kind": "none"}, {"leader": 0}, {"kind": "linear"}]).problems(shape) == []
+    (problem,) = Layout.from_list([{}, {"leader": 0}, {}, {}]).problems(shape)
+    assert problem == "layer 1: borrows from layer 0, whose mask type is 'full', not 'full/no_rope'"
+
+
 @pytest.mark.parametrize(
     ("entries", "words"),
     [

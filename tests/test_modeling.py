@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
-from tiny import FAMILIES, LAYOUTS, make_base, make_layout, randomise_compensation
-from transformers import DynamicCache
+from tiny import CASE_IDS, CASES, FAMILIES, backends, make_base, make_layout, randomise_compensation
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+    StaticCache,
+)
 
-from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
-from uniattn_cli.checkpoint import build_converted, prove_parity
-from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.accounting import count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.checkpoint import build_converted
+from uniattn_cli.evaluation.cost import cache_bytes
+from uniattn_cli.families import FAMILIES as RECORDS
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import REMOVED_PROJECTIONS, Layout
+from uniattn_cli.parity import prove_parity, shrink_config
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
-backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
+cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)
+families_and_backends = pytest.mark.parametrize(
+    ("entry", "backend"),
+    [pytest.param(entry, name, id=f"{entry[0]}-{name}") for entry in FAMILIES for name in backends(entry[1]())],
+)
+cases_and_backends = pytest.mark.parametrize(
+    ("entry", "layout", "backend"),
+    [
+        pytest.param(entry, layout, name, id=f"{case}-{name}")
+        for (entry, layout), case in zip(CASES, CASE_IDS, strict=True)
+        for name in backends(entry[1]())
+    ],
+)
 TOKENS = 12
 
 
@@ -27,10 +55,11 @@ def one_thread():
         yield
 
 
-def converted_model(entry, layout, backend="sdpa"):
+def converted_model(entry, layout, backend=None):
     base = make_base(entry)
-    base.set_attn_implementation(backend)
-    return randomise_compensation(build_converted(base, make_layout(layout)))
+    if backend is not None:
+        base.set_attn_implementation(backend)
+    return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
 
 
 def random_tokens(rows=2, tokens=TOKENS, seed=1):
@@ -43,12 +72,11 @@ def assert_close(actual, expected):
     assert difference.max() < 2e-5, f"max {difference.max():.1e}, mean {difference.mean():.1e}"
 
 
-@families
-@backends
+@families_and_backends
 def test_identity_layout_is_stock_bit_for_bit(entry, backend):
     base = make_base(entry)
     base.set_attn_implementation(backend)
-    ours = build_converted(base, Layout.own(6))
+    ours = build_converted(base, Layout.own(base.config.num_hidden_layers))
     tokens = random_tokens()
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0
@@ -70,22 +98,75 @@ def test_parity_proof_accepts_the_real_code_and_notices_a_wrong_one(entry, monke
     monkeypatch.setattr(SharedAttentionMixin, "embed_positions", right)
 
 
-@families
-@layouts
+PUBLISHED = {
+    "Gemma 3 270M": Gemma3TextConfig(
+        num_hidden_layers=18, hidden_size=640, num_attention_heads=4, num_key_value_heads=1, sliding_window=512
+    ),
+    "Gemma 2 2B": Gemma2Config(),
+    "Qwen2.5 with windows": Qwen2Config(use_sliding_window=True, max_window_layers=21, num_key_value_heads=4),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(num_hidden_layers=48, head_dim=128, mlp_only_layers=[0, 40]),
+    "Mixtral 8x7B": MixtralConfig(),
+    "Mistral 7B v0.1": MistralConfig(),
+    "SmolLM3 3B": SmolLM3Config(),
+    "Phi-4-mini": Phi3Config(
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        sliding_window=262144,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+        rope_scaling={
+            "rope_type": "longrope",
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0] * 48,
+            "long_factor": [float(n) for n in range(1, 49)],
+        },
+    ),
+    "OLMo 2 7B": Olmo2Config(),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parity_is_proven_for_published_shapes_in_little_time(name):
+    config = PUBLISHED[name]
+    tiny, shape = shrink_config(config), attention_shape(config)
+    small = attention_shape(tiny)
+    assert small.layers == 4 and set(small.mask_types) == set(shape.mask_types)
+    assert small.group_size == shape.group_size and (small.kv_heads > 1) == (shape.kv_heads > 1)
+    assert (small.head_dim * small.query_heads == small.hidden_size) == (
+        shape.head_dim * shape.query_heads == shape.hidden_size
+    )
+    assert bool(getattr(tiny, "sliding_window", None)) == bool(getattr(config, "sliding_window", None))
+    assert tiny.tie_word_embeddings == config.tie_word_embeddings
+    with torch.device("meta"):
+        assert sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny).parameters()) < 2_000_000
+    prove_parity(config)
+
+
+@cases
 def test_removed_projections_are_gone_and_counts_are_predicted(entry, layout):
     model = converted_model(entry, layout)
+    config = model.config
+    shape, layout = attention_shape(config), make_layout(layout, config)
     names = {name for name, _ in model.named_parameters()}
-    for index, plan in enumerate(make_layout(layout)):
+    for index, plan in enumerate(layout):
+        attention = model.model.layers[index].self_attn
         for projection in REMOVED_PROJECTIONS[plan.kind]:
-            assert not hasattr(model.model.layers[index].self_attn, projection)
+            assert not hasattr(attention, projection)
             assert not any(f"layers.{index}.self_attn.{projection}" in name for name in names)
-    predicted = count_parameters(make_base(entry).config, make_layout(layout))
+        heads = {"q_proj": shape.query_heads, "k_proj": plan.kv_heads or shape.kv_heads}
+        heads["v_proj"] = heads["k_proj"]
+        rows = sum(count for name, count in heads.items() if name not in REMOVED_PROJECTIONS[plan.kind])
+        assert sum(_rows(attention)) == rows * shape.head_dim
+    predicted = count_parameters(make_base(entry).config, layout)
     assert sum(parameter.numel() for parameter in model.parameters()) == predicted
 
 
-@families
-@layouts
-@backends
+def _rows(attention):
+    names = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+    return [getattr(attention, name).weight.shape[0] for name in names if hasattr(attention, name)]
+
+
+@cases_and_backends
 def test_equals_the_formula_from_materialised_maps(entry, layout, backend):
     """Runs the model with every follower's map taken from the source heads' materialised maps instead."""
     model = converted_model(entry, layout, backend)
@@ -121,9 +202,7 @@ def _from_maps(attention, maps, sources):
     return forward
 
 
-@families
-@layouts
-@backends
+@cases_and_backends
 def test_cached_modes_equal_uncached(entry, layout, backend):
     model = converted_model(entry, layout, backend)
     tokens = random_tokens()
@@ -135,13 +214,13 @@ def test_cached_modes_equal_uncached(entry, layout, backend):
     chunks = DynamicCache(config=model.config)
     parts = [model(part, past_key_values=chunks).logits for part in (tokens[:, :5], tokens[:, 5:7], tokens[:, 7:])]
     assert_close(torch.cat(parts, 1), expected)
-    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in steps.layers if layer.is_initialized)
-    predicted = kv_bytes_per_token(make_layout(layout), attention_shape(model.config), 4)
-    assert stored == predicted * tokens.numel()
+    assert cache_bytes(steps) == kv_bytes(model.config, model.config.layout, TOKENS, 4) * len(tokens)
+    if not any(layer_windows(model.config)):
+        predicted = kv_bytes_per_token(model.config.layout, attention_shape(model.config), 4)
+        assert cache_bytes(steps) == predicted * tokens.numel()
 
 
-@families
-@layouts
+@cases
 def test_left_padded_rows_equal_rows_alone(entry, layout):
     model = converted_model(entry, layout)
     tokens = random_tokens()
@@ -153,8 +232,7 @@ def test_left_padded_rows_equal_rows_alone(entry, layout):
     assert_close(batch[1], model(tokens[1:], use_cache=False).logits[0])
 
 
-@families
-@layouts
+@cases
 def test_packed_sequences_equal_sequences_alone(entry, layout):
     model = converted_model(entry, layout)
     tokens = random_tokens(rows=1, tokens=20)
@@ -164,8 +242,7 @@ def test_packed_sequences_equal_sequences_alone(entry, layout):
     assert_close(packed[:, 8:], model(tokens[:, 8:], use_cache=False).logits)
 
 
-@families
-@layouts
+@cases
 @pytest.mark.parametrize(
     "mode",
     [
@@ -187,8 +264,7 @@ def test_generation_with_cache_equals_without(entry, layout, mode):
     assert torch.equal(cached, model.generate(prompt, **(common | plain), use_cache=False))
 
 
-@families
-@layouts
+@cases
 def test_gradients_with_checkpointing_equal_gradients_without(entry, layout):
     model = converted_model(entry, layout).train()
     tokens = random_tokens()
@@ -196,7 +272,9 @@ def test_gradients_with_checkpointing_equal_gradients_without(entry, layout):
         model(tokens, labels=tokens, use_cache=False).loss.backward()
     # The norm before a dropped attention block is not used by anything.
     plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert all("layers.4.input_layernorm" in n for n, _ in model.named_parameters() if n not in plain)
+    dropped = [index for index, plan in enumerate(model.config.layout) if plan.kind == "none"]
+    unused = [name for name, _ in model.named_parameters() if name not in plain]
+    assert all(any(f"layers.{index}.input_layernorm" in name for index in dropped) for name in unused), unused
     assert all(gradient.abs().max() > 0 for name, gradient in plain.items() if "self_attn" in name)
     model.zero_grad()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -215,12 +293,20 @@ def test_reentrant_checkpointing_is_refused():
 @families
 def test_unchanged_weights_are_shared_with_the_base(entry):
     base = make_base(entry)
-    model = build_converted(base, make_layout("leader"))
-    assert model.model.layers[0].mlp.up_proj.weight is base.model.layers[0].mlp.up_proj.weight
-    changed = model.model.layers[2].self_attn
-    assert changed.v_proj.weight is base.model.layers[2].self_attn.v_proj.weight
-    assert changed.o_proj.weight.data_ptr() != base.model.layers[2].self_attn.o_proj.weight.data_ptr()
-    assert changed.compensation.weight.abs().max() == 0
+    layout = make_layout("mixed", base.config)
+    model = build_converted(base, layout)
+    ours, theirs = dict(model.named_parameters()), dict(base.named_parameters())
+    for name, parameter in ours.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        changed = layer is not None and layout[layer].kind != "own" and "self_attn" in name
+        if not changed:
+            assert parameter is theirs[name], name
+        elif "compensation" in name:
+            assert parameter.abs().max() == 0
+        elif "o_proj" in name:
+            assert parameter.data_ptr() != theirs[name].data_ptr() and torch.equal(parameter, theirs[name])
+        elif "qkv_proj" not in name:
+            assert parameter is theirs[name], name
 
 
 def test_pooled_heads_are_means_of_their_group():
@@ -230,13 +316,65 @@ def test_pooled_heads_are_means_of_their_group():
     assert_close(model.model.layers[1].self_attn.k_proj.weight, expected)
 
 
-def test_compiled_static_decoding_has_no_graph_break():
-    model = converted_model(FAMILIES[0], "mixed")
-    tokens = random_tokens()
-    from transformers import StaticCache
+def test_a_fused_projection_keeps_the_rows_of_its_kind():
+    base = make_base(by_name("phi3"))
+    kinds = [{}, {}, {"leader": 1}, {"kind": "key", "leader": 1}, {"kind": "kv", "leader": 1}, {"kind": "pooled"}]
+    kinds[5]["kv_heads"] = 1
+    model = build_converted(base, Layout.from_list(kinds))
+    rows = [layer.self_attn.qkv_proj.weight.split([48, 24, 24]) for layer in base.model.layers]
+    ours = [layer.self_attn.qkv_proj.weight for layer in model.model.layers]
+    assert torch.equal(ours[2], rows[2][2])
+    assert torch.equal(ours[3], torch.cat([rows[3][0], rows[3][2]]))
+    assert torch.equal(ours[4], rows[4][0])
+    means = [part.view(3, 8, 48).mean(0) for part in rows[5][1:]]
+    assert_close(ours[5], torch.cat([rows[5][0], *means]))
 
+
+def test_norms_over_all_heads_shrink_with_pooled_heads():
+    base = make_base(by_name("olmo2"))
+    attention = build_converted(base, make_layout("pooled")).model.layers[1].self_attn
+    assert_close(attention.k_norm.weight, base.model.layers[1].self_attn.k_norm.weight.view(3, 8).mean(0))
+
+
+def test_borrowing_across_sorts_of_layers_is_refused():
+    for name in ("gemma2", "gemma3_text", "smollm3"):
+        base = make_base(by_name(name))
+        layout = Layout.from_list([{}, {}, {"leader": 1}] + [{}] * 9)
+        with pytest.raises(ValueError, match="borrows from layer 1, whose mask type is"):
+            build_converted(base, layout)
+
+
+def test_every_family_has_a_tiny_model():
+    assert {entry[1]().model_type for entry in FAMILIES} == set(RECORDS)
+
+
+def test_a_sliding_cache_is_bounded_by_its_window():
+    model = converted_model(by_name("gemma3_text"), "mixed")
+    cache = DynamicCache(config=model.config)
+    tokens = random_tokens(rows=1, tokens=40)
+    model(tokens[:, :30], past_key_values=cache)
+    sizes = []
+    for position in range(30, 40):
+        model(tokens[:, position : position + 1], past_key_values=cache)
+        assert cache_bytes(cache) == kv_bytes(model.config, model.config.layout, position + 1, 4)
+        sizes.append(cache_bytes(cache))
+    # Only full layers grow: two own ones, two softmax followers; three heads of size 12 in float32.
+    assert set(b - a for a, b in itertools.pairwise(sizes)) == {(2 * 2 + 2) * 3 * 12 * 4}
+    static = StaticCache(config=model.config, max_cache_len=40)
+    model(tokens, past_key_values=static)
+    assert cache_bytes(static) == kv_bytes(model.config, model.config.layout, 40, 4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "olmo2"])
+def test_compiled_static_decoding_has_no_graph_break(name):
+    model = converted_model(by_name(name), "mixed")
+    tokens = random_tokens()
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(tokens[:, :8], past_key_values=cache)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     step = compiled(tokens[:, 8:9], past_key_values=cache).logits
     assert_close(step[:, 0], model(tokens[:, :9], use_cache=False).logits[:, -1])
+
+
+def by_name(name):
+    return next(entry for entry in FAMILIES if entry[0] == name)

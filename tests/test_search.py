@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, make_base
+from tiny import FAMILIES, make_base, make_layout
 
 from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.fitting.fit import fit_layers
@@ -51,6 +51,19 @@ def test_divergence_is_that_of_the_converted_model():
     model = build_converted(base, steps[-1].layout)
     fit_layers(base, model, fit, spec, batch_size=8)
     assert steps[-1].divergence == pytest.approx(divergence(base, model, score), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "olmo2"])
+def test_divergence_is_that_of_the_converted_model_in_other_families(name):
+    """Capped logits, fused projections, norms after the attention block."""
+    base = make_base(next(entry for entry in FAMILIES if entry[0] == name))
+    layout = make_layout("mixed", base.config)
+    fit, score, spec = windows(24, 1), windows(4, 2), ConversionSpec()
+    search = ThoroughSearch(base, fit, score, spec, nearest_leader, batch_size=8)
+    measured = search.measure(layout)
+    model = build_converted(base, layout)
+    fit_layers(base, model, fit, spec, batch_size=8)
+    assert measured == pytest.approx(divergence(base, model, score), rel=1e-3)
 
 
 def test_a_candidate_leaves_no_trace():

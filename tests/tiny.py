@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
+from uniattn_cli.families import family_of
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
 
 SIZES = {
@@ -20,13 +45,51 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Six layers of each sort, heads that are not hidden / heads, and a window shorter than the tests' sequences.
+ALTERNATING = SIZES | {"num_hidden_layers": 12, "head_dim": 12, "sliding_window": 5}
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 6
+GEMMA = ALTERNATING | {"layer_types": SLIDING_AND_FULL, "query_pre_attn_scalar": 9, "tie_word_embeddings": True}
+LONGROPE = {
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+}
+EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 
-# One entry per family: name, configuration, model class.
+# One entry per family, with the flags that it brings: name, configuration, model class.
 FAMILIES = [
     ("llama", lambda: LlamaConfig(**SIZES, tie_word_embeddings=False), LlamaForCausalLM),
     ("llama_tied_bias", lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True), LlamaForCausalLM),
+    ("mistral", lambda: MistralConfig(**SIZES | {"head_dim": 12}, sliding_window=5), MistralForCausalLM),
+    ("mixtral", lambda: MixtralConfig(**SIZES, **EXPERTS, num_local_experts=4), MixtralForCausalLM),
+    ("qwen2", lambda: Qwen2Config(**SIZES, tie_word_embeddings=True), Qwen2ForCausalLM),
+    ("qwen3", lambda: Qwen3Config(**SIZES | {"head_dim": 12}), Qwen3ForCausalLM),
+    (
+        "qwen3_moe",
+        lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, moe_intermediate_size=16, mlp_only_layers=[1]),
+        Qwen3MoeForCausalLM,
+    ),
+    (
+        "gemma2",
+        lambda: Gemma2Config(**GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=4.0),
+        Gemma2ForCausalLM,
+    ),
+    (
+        "gemma3_text",
+        lambda: Gemma3TextConfig(**GEMMA, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+        Gemma3ForCausalLM,
+    ),
+    ("phi3", lambda: Phi3Config(**SIZES, rope_scaling=dict(LONGROPE), sliding_window=64), Phi3ForCausalLM),
+    ("olmo2", lambda: Olmo2Config(**SIZES), Olmo2ForCausalLM),
+    (
+        "smollm3",
+        lambda: SmolLM3Config(**SIZES | {"num_hidden_layers": 12}, no_rope_layers=[1, 0] * 6),
+        SmolLM3ForCausalLM,
+    ),
 ]
 
+# For six layers of one sort; `make_layout` applies them to each sort of layers that a model has.
 LAYOUTS = {
     "leader": [{}, {}, {"leader": 1}, {"leader": 1}, {}, {"leader": 4}],
     "low_rank": [{}, {"leader": 0, "compensation": 4}, {}, {"leader": 2, "compensation": "none"}, {}, {}],
@@ -36,6 +99,14 @@ LAYOUTS = {
     "kv": [{}, {}, {"kind": "kv", "leader": 1}, {}, {"kind": "kv", "heads": "3:1 1:1 3:0"}, {}],
     "pooled": [{}, {"kind": "pooled", "kv_heads": 1}, {}, {"kind": "pooled", "kv_heads": 1}, {}, {}],
     "linear_none": [{}, {"kind": "linear"}, {}, {"kind": "linear", "compensation": 8}, {"kind": "none"}, {}],
+    "others": [
+        {},
+        {},
+        {"kind": "key", "heads": "0:1 1:0 1:1"},
+        {"kind": "pooled", "kv_heads": 1},
+        {"kind": "none"},
+        {"heads": "0:5 1:4 1:3 0:0 1:0 0:2", "compensation": 4},
+    ],
     "mixed": [
         {},
         {},
@@ -47,22 +118,62 @@ LAYOUTS = {
 }
 
 
+# Together they have every kind; `LAYOUTS` in full is for one family.
+REDUCED = ("mixed", "others")
+CASES = [(entry, name) for entry in FAMILIES for name in (LAYOUTS if entry[0] == "llama" else REDUCED)]
+CASE_IDS = [f"{entry[0]}-{name}" for entry, name in CASES]
+
+
 def make_base(entry, seed: int = 0):
-    """A random stock model in float32, with attention sharp enough that its maps matter."""
+    """A random stock model in float32, with attention sharp enough that its maps matter, and no weight that is idle."""
     _, config, model_class = entry
     torch.manual_seed(seed)
-    model = model_class(config()).eval()
+    config = config()
+    config._attn_implementation = backends(config)[-1]
+    model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "q_proj.weight" in name or "k_proj.weight" in name:
+            if "self_attn" in name and "norm" in name:
+                # Queries and keys have the length that their norm gives them.
+                parameter.add_(1 + 0.3 * torch.randn_like(parameter))
+            elif "self_attn" in name and "bias" in name:
+                parameter.normal_(std=0.3)
+            elif "q_proj.weight" in name or "k_proj.weight" in name:
                 parameter.mul_(12)
+            elif "qkv_proj.weight" in name:
+                parameter.mul_(10)
             elif "v_proj.weight" in name or "o_proj.weight" in name:
                 parameter.mul_(4)
     return model
 
 
-def make_layout(name: str) -> Layout:
-    return Layout.from_list(LAYOUTS[name])
+def backends(config) -> tuple[str, ...]:
+    """The attention backends of a CPU that a family can use."""
+    known = family_of(config.model_type.removeprefix("uniattn_")).backends
+    return tuple(name for name in ("eager", "sdpa") if name in known)
+
+
+def make_layout(name: str, config=None) -> Layout:
+    """A layout of `LAYOUTS`, for six layers of one sort or for each sort of layers that a configuration has."""
+    if config is None:
+        return Layout.from_list(LAYOUTS[name])
+    types = attention_shape(config).mask_types
+    entries = [{}] * len(types)
+    for sort in set(types):
+        layers = [layer for layer, other in enumerate(types) if other == sort]
+        for layer, entry in zip(layers, LAYOUTS[name], strict=True):
+            entries[layer] = _renumber(entry, layers)
+    return Layout.from_list(entries)
+
+
+def _renumber(entry: dict, layers: list[int]) -> dict:
+    changed = dict(entry)
+    if "leader" in entry:
+        changed["leader"] = layers[entry["leader"]]
+    if "heads" in entry:
+        pairs = [pair.split(":") for pair in entry["heads"].split()]
+        changed["heads"] = " ".join(f"{layers[int(layer)]}:{head}" for layer, head in pairs)
+    return changed
 
 
 def randomise_compensation(model, scale: float = 0.05):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tiny import SIZES, make_base
+from tiny import FAMILIES, make_base
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -57,12 +57,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(directory: Path, seed: int = 0) -> Path:
-    """Saves a random six-layer Llama, and its tokenizer, as an ordinary model directory."""
+def make_model(directory: Path, seed: int = 0, family: str = "llama") -> Path:
+    """Saves a random model of a family, by default a six-layer Llama, and its tokenizer, as an ordinary directory."""
     tokenizer = make_tokenizer()
-    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "bos_token_id": 1}
-    sizes["eos_token_id"] = 1
-    make_base(("tiny", lambda: LlamaConfig(**sizes), LlamaForCausalLM), seed).save_pretrained(directory)
+    _, make_config, model_class = next(entry for entry in FAMILIES if entry[0] == family)
+
+    def config():
+        fields = make_config().to_dict()
+        fields |= {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 1}
+        return type(make_config())(**fields)
+
+    make_base(("tiny", config, model_class), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
 
 
@@ -20,12 +21,28 @@ def cached_heads(plan: LayerPlan, shape: AttentionShape) -> int:
 def kv_bytes_per_token(layout: Layout, shape: AttentionShape, element_size: int) -> int:
     """Bytes that one token adds to the KV cache of all layers.
 
-    Sliding layers count like full ones: below their window they cost the same.
+    Sliding layers count like full ones: below their window they cost the same. `kv_bytes` knows the windows.
 
     Args:
         element_size: bytes per element of the cache's dtype.
     """
     return sum(cached_heads(plan, shape) for plan in layout) * shape.head_dim * element_size
+
+
+def kv_bytes(config: Any, layout: Layout, tokens: int, element_size: int) -> int:
+    """Bytes of the KV cache of one sequence while its next token is decoded; sliding layers keep their window only.
+
+    Args:
+        config: of the base or of a converted model.
+        tokens: length of the sequence.
+        element_size: bytes per element of the cache's dtype.
+    """
+    shape = attention_shape(config)
+    heads = sum(
+        cached_heads(plan, shape) * (tokens if window is None else min(tokens, window))
+        for plan, window in zip(layout, layer_windows(config), strict=True)
+    )
+    return heads * shape.head_dim * element_size
 
 
 def count_parameters(config: Any, layout: Layout) -> int:

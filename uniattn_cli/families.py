@@ -1,14 +1,17 @@
 """The model families that can be converted, as data. torch is not imported here.
 
 To add one: write `modeling/modeling_uniattn_NAME.py` (see the Llama file; what differs is how queries, keys and values
-come out of the hidden states), add a record here, and add a tiny model to `tests/tiny.py`.
+come out of the hidden states), add a record here, and add a tiny model with the family's flags to `tests/tiny.py`: the
+tests of every family then run on it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uniattn_cli.errors import ModelError
+from uniattn_cli.errors import ModelError, RecipeError
+
+BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -17,20 +20,51 @@ class Family:
 
     Attributes:
         model_type: `model_type` of the stock configuration.
-        module: file of the portable model code, without `.py`.
-        prefix: beginning of its class names, as in `UniAttnLlamaForCausalLM`.
-        attention: the backend to use where `auto` is asked for; None leaves it to transformers.
+        prefix: beginning of the class names of the portable model code, as in `UniAttnLlamaForCausalLM`.
+        models: well-known models of the family.
+        masks: what its layers attend to: `full`, `sliding` (a window), or how layers of both sorts are mixed.
+        backends: attention backends that give the family's own numbers.
+        post_norm: the attention output is normed before it is added to the residual stream.
     """
 
     model_type: str
-    module: str
     prefix: str
-    attention: str | None = None
+    models: str
+    masks: str = "full"
+    backends: tuple[str, ...] = BACKENDS
+    post_norm: bool = False
 
+    @property
+    def module(self) -> str:
+        """File of the portable model code, without `.py`."""
+        return f"modeling_uniattn_{self.model_type}"
+
+    @property
+    def attention(self) -> str | None:
+        """The backend to use where `auto` is asked for; None leaves it to transformers."""
+        return None if "sdpa" in self.backends else self.backends[0]
+
+
+# SDPA knows no soft-capping of the scores.
+WITHOUT_SDPA = tuple(name for name in BACKENDS if name != "sdpa")
 
 FAMILIES = {
     family.model_type: family
-    for family in (Family(model_type="llama", module="modeling_uniattn_llama", prefix="UniAttnLlama"),)
+    for family in (
+        Family("llama", "UniAttnLlama", "Llama 1 to 3.x, SmolLM2, TinyLlama, Yi"),
+        Family("mistral", "UniAttnMistral", "Mistral 7B, Mistral NeMo, Zephyr", "full or sliding"),
+        Family("mixtral", "UniAttnMixtral", "Mixtral 8x7B, 8x22B", "full or sliding"),
+        Family("qwen2", "UniAttnQwen2", "Qwen2, Qwen2.5, QwQ", "full, or sliding from some layer on"),
+        Family("qwen3", "UniAttnQwen3", "Qwen3 0.6B to 32B", "full, or sliding from some layer on"),
+        Family("qwen3_moe", "UniAttnQwen3Moe", "Qwen3-30B-A3B, Qwen3-235B-A22B"),
+        Family(
+            "gemma2", "UniAttnGemma2", "Gemma 2 2B to 27B", "sliding and full in turn", WITHOUT_SDPA, post_norm=True
+        ),
+        Family("gemma3_text", "UniAttnGemma3Text", "Gemma 3 270M, 1B", "five sliding, then one full", post_norm=True),
+        Family("phi3", "UniAttnPhi3", "Phi-3, Phi-3.5, Phi-4, Phi-4-mini", "full or sliding"),
+        Family("olmo2", "UniAttnOlmo2", "OLMo 2 1B to 32B", post_norm=True),
+        Family("smollm3", "UniAttnSmolLM3", "SmolLM3 3B", "full, some without positions"),
+    )
 }
 
 
@@ -46,3 +80,16 @@ def family_of(model_type: str) -> Family:
         raise ModelError(f"the model is already converted ('{model_type}'); give the base model it was made from")
     known = ", ".join(sorted(FAMILIES))
     raise ModelError(f"models of type '{model_type}' are not supported; supported: {known}")
+
+
+def check_target(model_type: str, target: str) -> None:
+    """Refuses a target of the fit that a family has no use for.
+
+    Raises:
+        RecipeError: the residual stream, where the attention output is normed before it gets there.
+    """
+    if target == "residual" and family_of(model_type).post_norm:
+        raise RecipeError(
+            f"conversion.target: models of type '{model_type}' norm the attention output before adding it to the "
+            "residual stream, so a fit cannot aim at that; use attention"
+        )

@@ -194,6 +194,11 @@ class ConversionSpec:
         choices=("auto", "always", "never"),
     )
 
+    @property
+    def aim(self) -> str:
+        """What the fit really aims at: the paper's initialisation always takes the residual stream."""
+        return "residual" if self.solve == "reference" else self.target
+
 
 @dataclass(frozen=True)
 class TrainStage:

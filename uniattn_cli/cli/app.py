@@ -328,6 +328,23 @@ def recipe(
 
 
 @app.command()
+def families(debug: DebugOption = False) -> None:
+    """List the model families that can be converted.
+
+    With well-known models, what their layers attend to, and the attention backends that they can use.
+
+    \b
+    Example:
+      uniattn families
+    """
+    with guard("families", debug):
+        from uniattn_cli.cli.console import show
+        from uniattn_cli.cli.families import list_families
+
+        show(list_families())
+
+
+@app.command()
 def doctor(debug: DebugOption = False) -> None:
     """Show what this machine has and lacks.
 

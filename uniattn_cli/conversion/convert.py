@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
+from uniattn_cli.accounting import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
+from uniattn_cli.families import check_target
 from uniattn_cli.grouping.choose import Grouping, check_analysis, check_protected, choose, compensation_of
 from uniattn_cli.grouping.group import chooses_layout, layout_overrides, store_layout, write_considered
 from uniattn_cli.grouping.picture import draw_layout
-from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
@@ -23,7 +24,7 @@ from uniattn_cli.tables import Table
 if TYPE_CHECKING:
     import torch
 
-    from uniattn_cli.fitting.fit import LayerFit
+from uniattn_cli.fitting.fit import LayerFit
 
 REPORT_FILE = "uniattn_report.json"
 # Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
@@ -90,7 +91,8 @@ def convert(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    from uniattn_cli.checkpoint import check_lengths, load_config, locate, prove_parity
+    from uniattn_cli.checkpoint import check_lengths, load_config, locate
+    from uniattn_cli.parity import prove_parity
 
     options = options or RunOptions()
     run = RunDir(run_dir)
@@ -102,6 +104,7 @@ def convert(
     config = load_config(source)
     lengths = {"conversion.length": recipe.conversion.length, "evaluation.length": recipe.evaluation.length}
     check_lengths(config, lengths)
+    check_target(config.model_type, recipe.conversion.aim)
     device = options.torch_device()
     if run.is_complete("analyze"):
         # The layout in the recipe was most likely chosen from it.
@@ -111,7 +114,7 @@ def convert(
     layout = grouping.layout
     element_size = _element_size(recipe, config)
     costs = _costs(config, layout, element_size)
-    notes = list(grouping.notes)
+    notes = [*grouping.notes, *_window_notes(config, layout, element_size)]
     if dry_run:
         notes.append("dry run: nothing was written")
         return Conversion(layout, costs, [], {}, None, grouping.picture, [_cost_table(costs, {})], notes)
@@ -159,6 +162,19 @@ def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
         weight_bytes=tuple(count * element_size for count in parameters),
         kv_bytes=tuple(kv_bytes_per_token(entry, shape, element_size) for entry in pair),
     )
+
+
+def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
+    """What is saved at full length, where sliding layers keep their window only and bytes per token mislead."""
+    windows = [window for window in layer_windows(config) if window is not None]
+    tokens = getattr(config, "max_position_embeddings", None)
+    if not windows or not tokens or tokens <= min(windows):
+        return []
+    before, after = (kv_bytes(config, entry, tokens, element_size) for entry in (Layout.own(len(layout)), layout))
+    return [
+        f"KV cache of {tokens:,} tokens: {before / 1e6:,.1f} MB, converted {after / 1e6:,.1f} MB "
+        f"({after / before - 1:+.1%}); {len(windows)} of {len(layout)} layers keep {min(windows):,} tokens at most"
+    ]
 
 
 def _convert(

@@ -120,7 +120,7 @@ def step_layer(
         before = batch.base
         batch.base, target = base_step(base_layer, batch.base, batch.kwargs[index])
         if any(solved):
-            if spec.target == "residual" or spec.solve == "reference":
+            if spec.aim == "residual":
                 target = target.float() + before.float() - batch.converted.float()
             problem = _add(problem, layer, index, batch, target, solved, spec.solve == "reference")
     if problem is not None:

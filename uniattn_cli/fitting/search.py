@@ -102,7 +102,9 @@ class ThoroughSearch:
         self.base_final = [states[-1] for states in self.score_states]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.base.lm_head(self.base.model.norm(hidden))
+        logits = self.base.lm_head(self.base.model.norm(hidden))
+        cap = getattr(self.base.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _kl(self, finals: list[torch.Tensor]) -> float:
         """Mean KL(base || converted) in nats per token from hidden states after the last layer."""

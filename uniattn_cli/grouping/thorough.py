@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from uniattn_cli.accounting import kv_bytes_per_token
+from uniattn_cli.families import check_target
 from uniattn_cli.grouping.budget import Budget
 from uniattn_cli.grouping.candidates import Point, Validated
 from uniattn_cli.grouping.matching import Matcher
@@ -47,6 +48,7 @@ class Workbench:
     def base(self) -> PreTrainedModel:
         from uniattn_cli.checkpoint import load_model
 
+        check_target(self.measured.model_type, self.recipe.conversion.aim)
         self.options.progress.note(f"loading {self.recipe.model.name} to convert candidates")
         return load_model(self.source, self.recipe.model, self.options.torch_device())
 

@@ -30,6 +30,13 @@ def attention_shape(config) -> AttentionShape:
     )
 
 
+def layer_windows(config) -> tuple[int | None, ...]:
+    """For each layer the number of keys that a query sees at most; None where it sees all."""
+    window = getattr(config, "sliding_window", None)
+    types = attention_shape(config).mask_types
+    return tuple(window if name.startswith("sliding_attention") else None for name in types)
+
+
 class UniAttnConfigMixin:
     """Adds the field `uniattn` to a family's configuration class.
 

@@ -195,7 +195,9 @@ class Layout:
         if len(self) != shape.layers:
             return [f"the layout has {len(self)} entries, the model has {shape.layers} layers"]
         found = []
-        first_of_type = {name: shape.mask_types.index(name) for name in shape.mask_types}
+        # Masks are made from the lengths of the first cache layer of each sort, whatever the positions in it.
+        caches = [name.partition("/")[0] for name in shape.mask_types]
+        first_of_type = {name: caches.index(name) for name in caches}
         for index, plan in enumerate(self.plans):
             for problem in self._plan_problems(index, plan, shape, first_of_type):
                 found.append(f"layer {index}: {problem}")
@@ -215,9 +217,10 @@ class Layout:
             if plan.source_layers:
                 yield "an 'own' layer borrows nothing, but a leader is given"
             return
-        if first_of_type[shape.mask_types[index]] == index:
+        cache = shape.mask_types[index].partition("/")[0]
+        if first_of_type[cache] == index:
             yield (
-                f"the first layer with mask type '{shape.mask_types[index]}' must be 'own', not '{plan.kind}', "
+                f"the first layer with mask type '{cache}' must be 'own', not '{plan.kind}', "
                 "because the cache takes its length from it"
             )
         if plan.kind == "none" and rank != "none":

@@ -92,12 +92,14 @@ def make_compensation(plan: LayerPlan, hidden_size: int) -> nn.Module | None:
 class SharedAttentionMixin:
     """Turns a family's own attention class into one that follows a `LayerPlan`; put before it in the bases.
 
-    A family gives `rotate` and `eager_attention` (its own functions) and overrides `project` where queries, keys and
-    values come out of the hidden states in another way.
+    A family gives `rotate` and `eager_attention` (its own functions), names in `attention_arguments` what its attention
+    call is given, and overrides `project` where queries, keys and values come out of the hidden states in another way.
     """
 
     output_name = "o_proj"
     removable: ClassVar[dict] = {"q_proj": ("q_proj", "q_norm"), "k_proj": ("k_proj", "k_norm"), "v_proj": ("v_proj",)}
+    # Modules with `head_dim` outputs per key/value head; a `pooled` layer starts from means of the base's.
+    pooled_names: ClassVar[tuple] = ("k_proj", "v_proj")
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -107,11 +109,7 @@ class SharedAttentionMixin:
         self.plan = plan
         self.is_source = layer_idx in last_use
         self.value_groups = 1
-        for projection in REMOVED_PROJECTIONS[plan.kind]:
-            names = (self.output_name,) if projection == "o_proj" else self.removable[projection]
-            for name in names:
-                if hasattr(self, name):
-                    delattr(self, name)
+        self.drop_projections(REMOVED_PROJECTIONS[plan.kind])
         self.compensation = make_compensation(plan, shape.hidden_size)
         if plan.kind == "pooled":
             self.shrink_kv_heads(plan.kv_heads)
@@ -131,6 +129,14 @@ class SharedAttentionMixin:
             self.key_sources = keys
             self.value_groups = group
             self.num_key_value_groups = 1
+
+    def drop_projections(self, removed: tuple[str, ...]) -> None:
+        """Deletes the modules that a layer of this kind does not have."""
+        for projection in removed:
+            names = (self.output_name,) if projection == "o_proj" else self.removable[projection]
+            for name in names:
+                if hasattr(self, name):
+                    delattr(self, name)
 
     def shrink_kv_heads(self, kept: int) -> None:
         """Makes the key and value projections of a `pooled` layer narrower."""
@@ -153,10 +159,9 @@ class SharedAttentionMixin:
             for name, parameter in stock_output.named_parameters():
                 setattr(output, name, nn.Parameter(parameter.detach().clone()))
         if self.plan.kind == "pooled":
-            for name in ("k_proj", "v_proj"):
+            for name in self.pooled_names:
                 for kind, parameter in getattr(stock, name).named_parameters():
-                    pooled = parameter.view(self.plan.kv_heads, -1, self.head_dim, *parameter.shape[1:]).mean(1)
-                    setattr(getattr(self, name), kind, nn.Parameter(pooled.flatten(0, 1)))
+                    setattr(getattr(self, name), kind, nn.Parameter(self.pool_heads(parameter)))
         if self.compensation is not None:
             like = next(stock.parameters())
             for parameter_name, parameter in list(self.compensation.named_parameters()):
@@ -165,6 +170,10 @@ class SharedAttentionMixin:
                     value.normal_(std=parameter.shape[1] ** -0.5)
                 module_name, _, last = parameter_name.rpartition(".")
                 setattr(self.compensation.get_submodule(module_name), last, nn.Parameter(value))
+
+    def pool_heads(self, rows: torch.Tensor) -> torch.Tensor:
+        """Means of neighbouring key/value heads: [kv_heads * head_dim, ...] becomes [kept * head_dim, ...]."""
+        return rows.view(self.plan.kv_heads, -1, self.head_dim, *rows.shape[1:]).mean(1).flatten(0, 1)
 
     def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
         """Queries, keys and values before rotary embedding.

@@ -1,0 +1,24 @@
+"""`uniattn families`: the models that can be converted."""
+
+from __future__ import annotations
+
+from uniattn_cli.cli.settings import Listing
+from uniattn_cli.families import FAMILIES
+from uniattn_cli.modeling.layout_uniattn import KINDS
+from uniattn_cli.tables import Table
+
+
+def list_families() -> Listing:
+    """One row per family."""
+    rows = []
+    for family in FAMILIES.values():
+        # flash_attention_2 and _3 are one thing to a reader.
+        backends = dict.fromkeys(name.split("_")[0] for name in family.backends)
+        rows.append([family.model_type, family.models, family.masks, ", ".join(backends)])
+    table = Table("", ["model_type", "models", "what layers attend to", "attention backends"], rows)
+    notes = [
+        f"Every kind of layer works in every family: {', '.join(KINDS)}.",
+        "Layers share with layers of the same sort only: full, sliding, with or without positions.",
+        "`uniattn convert` proves on a tiny model of the same configuration that nothing else is changed.",
+    ]
+    return Listing(f"{len(rows)} model families", [table], notes)
