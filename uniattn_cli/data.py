@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,7 +248,8 @@ def calibration_windows(
 
     From `data.calibration` if given, else from the training rows, rendered with the chat template. Where these are
     the built-in ones, built-in text and instructions are mixed about 2:1, so that the fit sees both text and chat.
-    Documents are shuffled by the seed. For `skip` and errors see `windows`.
+    Documents are shuffled by the seed. In a share `data.repeat` of the windows, evenly spread, the second half repeats
+    the first. For `skip` and errors see `windows`.
     """
     specs = data.train if data.calibration is None else data.calibration
     if all(spec.source == BUILTIN for spec in specs):
@@ -260,7 +262,20 @@ def calibration_windows(
     else:
         documents = list(_documents(specs, tokenizer, "calibration"))
         random.Random(seed).shuffle(documents)
-    return windows(documents, tokenizer, tokens=tokens, length=length, skip=skip)
+    return repeat_passages(windows(documents, tokenizer, tokens=tokens, length=length, skip=skip), data.repeat)
+
+
+def repeat_passages(windows: torch.Tensor, share: float) -> torch.Tensor:
+    """Windows [n, length] of which a share, evenly spread, hold their first half twice.
+
+    Heads that copy from earlier text hardly act in short passages, so that their loss would go unnoticed.
+    """
+    windows = windows.clone()
+    half = windows.shape[1] // 2
+    for index, window in enumerate(windows):
+        if math.floor((index + 1) * share) > math.floor(index * share):
+            window[half : 2 * half] = window[:half].clone()
+    return windows
 
 
 def heldout_windows(data: DataSpec, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int) -> torch.Tensor:

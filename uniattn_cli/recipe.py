@@ -98,6 +98,12 @@ class DataSpec:
     calibration: tuple[DatasetSpec, ...] | None = setting(
         None, "text for analysis and fit; null takes the training rows, or the built-in text for built-in rows"
     )
+    repeat: float = setting(
+        0.2,
+        "share of the calibration windows that hold a passage twice, so that copying is measured",
+        minimum=0,
+        maximum=1,
+    )
     text: tuple[DatasetSpec, ...] = setting(
         lambda: (DatasetSpec(),), "held-out text for perplexity; never used for calibration or training", common=True
     )

@@ -22,9 +22,9 @@ from uniattn_cli.scoring import Loss, window_loss
 from uniattn_cli.tables import Table
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
-from uniattn_cli.fitting.fit import LayerFit
+    from uniattn_cli.fitting.fit import LayerFit
 
 REPORT_FILE = "uniattn_report.json"
 # Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
@@ -105,7 +105,7 @@ def convert(
     lengths = {"conversion.length": recipe.conversion.length, "evaluation.length": recipe.evaluation.length}
     check_lengths(config, lengths)
     check_target(config.model_type, recipe.conversion.aim)
-    device = options.torch_device()
+    options.torch_device()  # a device that is not there is told before any work
     if run.is_complete("analyze"):
         # The layout in the recipe was most likely chosen from it.
         check_analysis(run, recipe, source.fingerprint)
@@ -120,7 +120,7 @@ def convert(
         return Conversion(layout, costs, [], {}, None, grouping.picture, [_cost_table(costs, {})], notes)
     prove_parity(config)
     with run.write("convert", recipe, {"model": source.fingerprint}, force=options.force) as directory:
-        fits, losses, more = _convert(recipe, source, layout, device, directory, options)
+        fits, losses, more = _convert(recipe, source, layout, costs.weight_bytes[0], directory, options)
         _write_report(directory, layout, costs, fits, losses)
         if fresh:
             write_considered(run, recipe, grouping)
@@ -178,7 +178,7 @@ def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
 
 
 def _convert(
-    recipe: Recipe, source: Any, layout: Layout, device: torch.device, directory: Path, options: RunOptions
+    recipe: Recipe, source: Any, layout: Layout, weight_bytes: int, directory: Path, options: RunOptions
 ) -> tuple[list[LayerFit], dict[str, Loss], list[str]]:
     """Loads, scores, fits, scores again and saves. Returns fits, losses and notes."""
     import torch
@@ -186,6 +186,7 @@ def _convert(
     from uniattn_cli import data
     from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, save_checkpoint
     from uniattn_cli.fitting.fit import fit_layers
+    from uniattn_cli.fitting.stream import layer_by_layer, placement
 
     spec = recipe.conversion
     progress = options.progress
@@ -197,19 +198,26 @@ def _convert(
     notes = []
     if windows.numel() < spec.tokens - spec.length:
         notes.append(f"the calibration text holds {windows.numel():,} tokens, {spec.tokens:,} were asked for")
-    progress.note(f"loading {recipe.model.name} on {device}")
-    base = load_model(source, recipe.model, device)
+    home, device = placement(spec.offload, weight_bytes, options.torch_device())
+    where = f"on {home}" if device is None else f"in memory, one layer at a time on {device}"
+    progress.note(f"loading {recipe.model.name} {where}")
+    base = load_model(source, recipe.model, home)
     torch.manual_seed(recipe.seed)
     converted = build_converted(base, layout)
     batch_size = recipe.evaluation.batch_size
     losses = {}
+
+    def score(model: PreTrainedModel, advance: Any) -> Loss:
+        with layer_by_layer(model, device):
+            return window_loss(model, heldout, batch_size=batch_size, advance=advance)
+
     with progress.track("scoring base and unfitted model", 2 * len(heldout)) as advance:
-        losses["base"] = window_loss(base, heldout, batch_size=batch_size, advance=advance)
-        losses["uncompensated"] = window_loss(converted, heldout, batch_size=batch_size, advance=advance)
+        losses["base"] = score(base, advance)
+        losses["uncompensated"] = score(converted, advance)
     with progress.track("fitting", len(layout)) as advance:
-        fits = fit_layers(base, converted, windows, spec, batch_size=batch_size, advance=advance)
+        fits = fit_layers(base, converted, windows, spec, device=device, batch_size=batch_size, advance=advance)
     with progress.track("scoring converted model", len(heldout)) as advance:
-        losses["converted"] = window_loss(converted, heldout, batch_size=batch_size, advance=advance)
+        losses["converted"] = score(converted, advance)
     save_checkpoint(converted, tokenizer, directory)
     return fits, losses, notes
 

@@ -22,6 +22,7 @@ from uniattn_cli.fitting.stream import (
     attention_features,
     base_step,
     release,
+    resident,
     run_layer,
     start_batches,
 )
@@ -60,6 +61,7 @@ def fit_layers(
     spec: ConversionSpec,
     *,
     chooser: SourceChooser | None = None,
+    device: torch.device | None = None,
     batch_size: int = 8,
     advance: Callable[..., None] = lambda steps=1, text="": None,
 ) -> list[LayerFit]:
@@ -71,6 +73,7 @@ def fit_layers(
         windows: [sequences, length] calibration tokens without padding.
         spec: what is solved, the rank, the target and the share of sequences held out for the ridge strength.
         chooser: chooses the sources of borrowing layers anew, and changes the layout of `converted`.
+        device: where layers run, one at a time, while the models stay where they are; None: all where the base is.
         batch_size: sequences that run at once; the result depends on it only by rounding.
         advance: told about each finished layer.
 
@@ -78,7 +81,7 @@ def fit_layers(
         One `LayerFit` per fitted layer, in order.
     """
     layout: Layout = converted.config.layout
-    batches = start_batches(base, windows, spec.holdout, batch_size)
+    batches = start_batches(base, windows, spec.holdout, batch_size, device)
     if chooser is not None:
         for layer in converted.model.layers:
             layer.self_attn.is_source = layer.self_attn.plan.kind == "own"
@@ -90,14 +93,15 @@ def fit_layers(
             for batch in batches:
                 batch.converted = batch.base
             diverged = True
-        if chooser is not None and plan.kind != "own":
-            layout = layout.with_plan(index, chooser.plan(layout, index, base, converted, batches))
-            layer.self_attn = build_attention(base, layout, index)
-        if not diverged:
-            for batch in batches:
-                batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
-        else:
-            fits += step_layer(base_layer, layer, index, batches, spec)
+        with resident(device, base_layer, layer):
+            if chooser is not None and plan.kind != "own":
+                layout = layout.with_plan(index, chooser.plan(layout, index, base, converted, batches))
+                layer.self_attn = build_attention(base, layout, index)
+            if not diverged:
+                for batch in batches:
+                    batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
+            else:
+                fits += step_layer(base_layer, layer, index, batches, spec)
         for batch in batches:
             release(batch.shared, layout, index, chooser.max_distance if chooser else None)
         advance(1, f"layer {index}")

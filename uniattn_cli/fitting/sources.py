@@ -143,6 +143,15 @@ class Borrowing:
 
     def moments(self, batches: Sequence[Batch], blocks: Sequence[Block], tokens: int) -> Moments:
         """Second moments of [all blocks, x] with the base's attention output."""
+        # Blocks are only compared here, for which ten bits of mantissa in the products are plenty.
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return self._sum_moments(batches, blocks, tokens)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def _sum_moments(self, batches: Sequence[Batch], blocks: Sequence[Block], tokens: int) -> Moments:
         moments: Moments | None = None
         for batch in batches:
             _, target = base_step(self.base_layer, batch.base, batch.kwargs[self.index])
@@ -262,35 +271,58 @@ class SourceChooser:
 
 
 class BlockChoice:
-    """Coordinate descent over blocks of equal size with x always among the features."""
+    """Coordinate descent over blocks of equal size; x is always among the features and eliminated beforehand.
+
+    Args:
+        moments: of features [all blocks, x] and the target.
+        hidden: width of x.
+        blocks: what the features are.
+    """
 
     def __init__(self, moments: Moments, hidden: int, blocks: Sequence[Block]):
-        self.blocks, self.size = blocks, (len(moments.ff) - hidden) // len(blocks)
+        self.blocks = blocks
+        start = len(moments.ff) - hidden
+        self.size = start // len(blocks)
         diagonal = moments.ff.diagonal()
-        start = len(diagonal) - hidden
-        scale = torch.cat([diagonal[:start].mean().expand(start), diagonal[start:].mean().expand(hidden)])
-        self.system = moments.ff + torch.diag(scale.clamp_min(1e-30) * RIDGE)
-        self.target = moments.fy
-        self.inputs = torch.arange(start, len(diagonal), device=diagonal.device)
+        # What is zero everywhere gets a unit penalty, so that factors exist.
+        ridge = [
+            torch.where(part > 0, part * RIDGE, 1.0) for part in (diagonal[:start].mean(), diagonal[start:].mean())
+        ]
+        eye = torch.eye(hidden, dtype=torch.float64, device=diagonal.device)
+        factor = torch.linalg.cholesky(moments.ff[start:, start:] + ridge[1] * eye)
+        cross = torch.linalg.solve_triangular(factor, moments.ff[start:, :start], upper=False)
+        known = torch.linalg.solve_triangular(factor, moments.fy[start:], upper=False)
+        self.system = moments.ff[:start, :start] - cross.T @ cross
+        self.system.diagonal().add_(ridge[0])
+        self.target = moments.fy[:start] - cross.T @ known
 
     def _places(self, numbers: Sequence[int]) -> torch.Tensor:
-        starts = torch.tensor(list(numbers), device=self.inputs.device) * self.size
+        starts = torch.tensor(list(numbers), device=self.system.device) * self.size
         return (starts[:, None] + torch.arange(self.size, device=starts.device)).flatten()
 
     def gains(self, chosen: Sequence[int], candidates: Sequence[int]) -> torch.Tensor:
         """Explained energy that each candidate adds to x and the chosen blocks, [candidates]."""
-        kept = torch.cat([self._places(chosen), self.inputs]) if chosen else self.inputs
         places = self._places(candidates)
-        factor = torch.linalg.cholesky_ex(self.system[kept][:, kept]).L
-        cross = torch.linalg.solve_triangular(factor, self.system[kept][:, places], upper=False)
-        known = torch.linalg.solve_triangular(factor, self.target[kept], upper=False)
-        rest = (self.target[places] - cross.T @ known).unflatten(0, (-1, self.size))
-        cross = cross.unflatten(1, (-1, self.size)).transpose(0, 1)
         diagonal = places.unflatten(0, (-1, self.size))
-        own = self.system[diagonal[:, :, None], diagonal[:, None, :]] - cross.transpose(1, 2) @ cross
-        factors = torch.linalg.cholesky_ex(own).L
-        explained = torch.linalg.solve_triangular(factors, rest, upper=False).square().sum((1, 2))
-        return torch.nan_to_num(explained, nan=0.0)
+        own = self.system[diagonal[:, :, None], diagonal[:, None, :]]
+        rest = self.target[places]
+        if chosen:
+            kept = self._places(chosen)
+            factor = torch.linalg.cholesky(self.system[kept][:, kept])
+            cross = torch.linalg.solve_triangular(factor, self.system[kept][:, places], upper=False)
+            rest = rest - cross.T @ torch.linalg.solve_triangular(factor, self.target[kept], upper=False)
+            cross = cross.unflatten(1, (-1, self.size)).transpose(0, 1)
+            own = own - cross.transpose(1, 2) @ cross
+        # A block that the chosen ones contain already leaves nothing to factor, and adds nothing.
+        factors, failed = torch.linalg.cholesky_ex(own)
+        explained = torch.linalg.solve_triangular(factors, rest.unflatten(0, (-1, self.size)), upper=False)
+        return explained.square().sum((1, 2)).masked_fill(failed > 0, 0.0)
+
+    def explained(self, chosen: Sequence[int]) -> float:
+        """Energy of the target that the chosen blocks explain beside x."""
+        kept = self._places(chosen)
+        factor = torch.linalg.cholesky(self.system[kept][:, kept])
+        return torch.linalg.solve_triangular(factor, self.target[kept], upper=False).square().sum().item()
 
     def descend(self, numbers: Sequence[int]) -> tuple[float, list[Block]]:
         """(explained energy, one block for each unit) among the candidates with these numbers."""
@@ -306,7 +338,4 @@ class BlockChoice:
             if chosen == before:
                 break
         picked = [chosen[unit] for unit in sorted(chosen)]
-        kept = torch.cat([self._places(picked), self.inputs])
-        factor = torch.linalg.cholesky_ex(self.system[kept][:, kept]).L
-        explained = torch.linalg.solve_triangular(factor, self.target[kept], upper=False).square().sum()
-        return explained.item(), [self.blocks[number] for number in picked]
+        return self.explained(picked), [self.blocks[number] for number in picked]

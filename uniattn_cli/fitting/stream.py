@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -20,6 +21,10 @@ from uniattn_cli.modeling.sharing_uniattn import SharedStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Share of the free memory that weights may take; the rest is for hidden states, queries, keys and moments.
+MOST_OF_MEMORY = 0.6
 
 
 class _ForwardStoppedError(Exception):
@@ -45,7 +50,13 @@ class Batch:
     held: bool
 
 
-def start_batches(base: PreTrainedModel, windows: torch.Tensor, holdout: float, batch_size: int) -> list[Batch]:
+def start_batches(
+    base: PreTrainedModel,
+    windows: torch.Tensor,
+    holdout: float,
+    batch_size: int,
+    device: torch.device | None = None,
+) -> list[Batch]:
     """Embeds all tokens.
 
     Args:
@@ -53,16 +64,100 @@ def start_batches(base: PreTrainedModel, windows: torch.Tensor, holdout: float, 
         windows: [sequences, length] token ids.
         holdout: share of the sequences, the last ones, that are held out; they never share a batch with others.
         batch_size: sequences per batch.
+        device: where the layers will run; None if that is where the model is.
     """
-    device = next(base.parameters()).device
+    home = next(base.parameters()).device
     held = min(len(windows) - 1, math.ceil(len(windows) * holdout)) if len(windows) > 1 else 0
     parts = [(windows[: len(windows) - held], False), (windows[len(windows) - held :], True)]
     batches = []
     for part, is_held in parts:
         for start in range(0, len(part), batch_size):
-            hidden, kwargs = layer_inputs(base, part[start : start + batch_size].to(device))
+            inputs = layer_inputs(base, part[start : start + batch_size].to(home))
+            hidden, kwargs = inputs if device is None else send_to_device(inputs, device)
             batches.append(Batch(hidden, hidden, kwargs, SharedStates(), is_held))
     return batches
+
+
+def placement(offload: str, weight_bytes: int, device: torch.device) -> tuple[torch.device, torch.device | None]:
+    """Where a model is kept, and where its layers run one at a time (None: where it is kept).
+
+    Args:
+        offload: `conversion.offload` of the recipe.
+        weight_bytes: of the whole model.
+        device: the one asked for.
+    """
+    if device.type != "cuda" or offload == "never":
+        return device, None
+    free, _ = torch.cuda.mem_get_info(device)
+    if offload == "auto" and weight_bytes < MOST_OF_MEMORY * free:
+        return device, None
+    return torch.device("cpu"), device
+
+
+@contextlib.contextmanager
+def resident(device: torch.device | None, *modules: nn.Module) -> Iterator[None]:
+    """Keeps the modules' weights on a device for a while, so that one layer at a time is enough.
+
+    Weights that were changed or added meanwhile are taken back to where the others came from, unchanged ones are
+    simply forgotten. Modules may share weights.
+
+    Args:
+        device: None leaves everything where it is.
+    """
+    if device is None:
+        yield
+        return
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    for tensor in _tensors(modules):
+        if id(tensor) not in moved and tensor.device != device:
+            at_home = tensor.data
+            tensor.data = at_home.to(device)
+            moved[id(tensor)] = (tensor, at_home, tensor._version)
+    try:
+        yield
+    finally:
+        for tensor, at_home, version in moved.values():
+            if tensor._version != version:
+                at_home.copy_(tensor.data)
+            tensor.data = at_home
+        home = next((at_home.device for _, at_home, _ in moved.values()), device)
+        for tensor in _tensors(modules):
+            if tensor.device != home:
+                tensor.data = tensor.data.to(home)
+
+
+def _tensors(modules: tuple[nn.Module, ...]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+@contextlib.contextmanager
+def layer_by_layer(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]:
+    """Lets a model that is in the computer's memory run on a device that holds one of its layers at a time.
+
+    Args:
+        device: None leaves the model as it is.
+    """
+    if device is None:
+        yield
+        return
+    others = [module for name, module in model.model.named_children() if name != "layers"]
+    others += [module for name, module in model.named_children() if name != "model"]
+    handles, open_layers = [], []
+
+    def enter(layer: nn.Module, args: tuple) -> None:
+        visit = resident(device, layer)
+        visit.__enter__()
+        open_layers.append(visit)
+
+    def leave(layer: nn.Module, args: tuple, output: Any) -> None:
+        open_layers.pop().__exit__(None, None, None)
+
+    for layer in model.model.layers:
+        handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    with resident(device, *others), _hooks(*handles):
+        yield
 
 
 def layer_inputs(base: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from uniattn_cli.accounting import kv_bytes_per_token
+from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
+from uniattn_cli.errors import LayoutError
 from uniattn_cli.families import check_target
 from uniattn_cli.grouping.budget import Budget
 from uniattn_cli.grouping.candidates import Point, Validated
@@ -50,7 +51,17 @@ class Workbench:
 
         check_target(self.measured.model_type, self.recipe.conversion.aim)
         self.options.progress.note(f"loading {self.recipe.model.name} to convert candidates")
-        return load_model(self.source, self.recipe.model, self.options.torch_device())
+        return load_model(self.source, self.recipe.model, self.placement[0])
+
+    @cached_property
+    def placement(self) -> tuple[torch.device, torch.device | None]:
+        """Where the model is kept and where its layers run, see `fitting.stream.placement`."""
+        from uniattn_cli.checkpoint import load_config
+        from uniattn_cli.fitting.stream import placement
+
+        parameters = count_parameters(load_config(self.source), Layout.own(self.measured.shape.layers))
+        device = self.options.torch_device()
+        return placement(self.recipe.conversion.offload, parameters * self.measured.element_size, device)
 
     @cached_property
     def matcher(self) -> Matcher:
@@ -96,12 +107,13 @@ class Workbench:
         from uniattn_cli.checkpoint import build_converted
         from uniattn_cli.fitting.fit import fit_layers
         from uniattn_cli.fitting.sources import Limits
+        from uniattn_cli.fitting.stream import layer_by_layer
         from uniattn_cli.scoring import window_divergences
 
-        recipe, base = self.recipe, self.base
+        recipe, base, device = self.recipe, self.base, self.placement[1]
         spec, batch_size = recipe.conversion, recipe.evaluation.batch_size
         # A layout alone is converted only to match its heads.
-        enough = SHORTLIST_TOKENS if len(layouts) > 1 else Limits.of(base.device).tokens
+        enough = SHORTLIST_TOKENS if len(layouts) > 1 else Limits.of(self.options.torch_device()).tokens
         fit, check = self.windows(min(spec.tokens, enough)), None
         if len(layouts) > 1:
             check = self.windows(recipe.layout.score_tokens, spec.tokens + recipe.layout.score_tokens)
@@ -111,10 +123,11 @@ class Workbench:
                 torch.manual_seed(recipe.seed)
                 model = build_converted(base, layout)
                 chooser = self.chooser(self.leaders if fixed else self.lenders)
-                fit_layers(base, model, fit, spec, chooser=chooser, batch_size=batch_size)
-                rows = (
-                    torch.zeros(1) if check is None else window_divergences(base, model, check, batch_size=batch_size)
-                )
+                fit_layers(base, model, fit, spec, chooser=chooser, device=device, batch_size=batch_size)
+                rows = torch.zeros(1)
+                if check is not None:
+                    with layer_by_layer(base, device), layer_by_layer(model, device):
+                        rows = window_divergences(base, model, check, batch_size=batch_size)
                 found.append((name, model.config.layout, rows))
                 advance(1, name)
         found.sort(key=lambda entry: entry[2].mean().item())
@@ -181,6 +194,8 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
     """
     from uniattn_cli.fitting.search import ThoroughSearch
 
+    if bench.placement[1] is not None:
+        raise LayoutError("the thorough search needs the whole model on the GPU; use --search fast")
     recipe = bench.recipe
     spec, fit, progress = recipe.layout, recipe.conversion, bench.options.progress
     propose = proposer(bench.matcher, spec.kinds, compensation, spec.max_group)

@@ -1,0 +1,332 @@
+"""What layouts, head maps, compensations and kinds cost before any training, as ratios of perplexity to the base's.
+
+    python scripts/benchmark_layouts.py MODEL --text c4.jsonl --wikitext wiki.tokens \\
+        --calibration wikipedia.jsonl chat.jsonl:120 --out docs/benchmarks/layouts.json
+
+Rows already in the output are not measured again, so that a run can be continued or extended; `--parts` picks some. A
+table of the same name with `.md` is written beside the JSON. Evaluation: the first 30,720 tokens of the pages of
+`--text` (`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`), in windows of
+1,024. Needs a GPU for the searches to end in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from uniattn_cli import data
+from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
+from uniattn_cli.analysis.analyze import measure
+from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, locate
+from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.search import ThoroughSearch
+from uniattn_cli.fitting.sources import Limits, SourceChooser
+from uniattn_cli.grouping.budget import Budget
+from uniattn_cli.grouping.matching import Matcher
+from uniattn_cli.grouping.search import frontier
+from uniattn_cli.grouping.shorthand import parse_groups
+from uniattn_cli.grouping.thorough import proposer
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
+from uniattn_cli.recipe import AnalysisSpec, ConversionSpec, DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
+from uniattn_cli.scoring import window_loss
+
+LENGTH = 1024
+TEXT_TOKENS, WIKITEXT_TOKENS = 30 * LENGTH, 64 * LENGTH
+ANALYSIS_TOKENS, SEARCH_TOKENS, SCORE_TOKENS = 80 * LENGTH, 80 * LENGTH, 24 * LENGTH
+KINDS = ("softmax", "kv", "linear", "none")
+PARTS = ("layouts", "compensation", "heads", "kinds")
+
+
+class Bench:
+    """The base, its texts and the results so far."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.out = Path(arguments.out)
+        self.device = torch.device(arguments.device)
+        self.fit_tokens = arguments.fit_tokens
+        source = locate(arguments.model)
+        self.tokenizer = load_tokenizer(source)
+        self.base = load_model(source, ModelSpec(name=arguments.model, dtype="float32"), self.device)
+        self.shape = attention_shape(self.base.config)
+        self.folder = tempfile.TemporaryDirectory()
+        text, rest = self._split(Path(arguments.text))
+        wikitext = data.encode(self.tokenizer, Path(arguments.wikitext).read_text(encoding="utf-8"))
+        self.texts = {"c4": text, "wt": torch.tensor(wikitext[:WIKITEXT_TOKENS]).view(-1, LENGTH)}
+        specs = [DatasetSpec(source=str(rest), format="text")]
+        for name in arguments.calibration:
+            path, _, limit = name.partition(":")
+            specs.append(DatasetSpec(source=path, limit=int(limit) if limit else None))
+        self.recipe = Recipe(
+            model=ModelSpec(name=arguments.model, dtype="float32"),
+            data=DataSpec(calibration=tuple(specs)),
+            analysis=AnalysisSpec(tokens=ANALYSIS_TOKENS, length=LENGTH),
+        )
+        self.content = json.loads(self.out.read_text()) if self.out.exists() else {"layouts": {}, "rows": {}}
+        base = {name: window_loss(self.base, windows).perplexity for name, windows in self.texts.items()}
+        self.content |= {"base": base, "setting": self._setting(arguments)}
+        print("base", base, flush=True)
+        self.perplexities = base
+        self.measured = self._analysis(source)
+
+    def _setting(self, arguments: argparse.Namespace) -> dict:
+        on_gpu = self.device.type == "cuda"
+        return {
+            "model": Path(arguments.model).name,
+            "dtype": "float32",
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "window": LENGTH,
+            "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
+            "tokens": {
+                "analysis": ANALYSIS_TOKENS,
+                "search fit": SEARCH_TOKENS,
+                "search score": SCORE_TOKENS,
+                "final fit": self.fit_tokens,
+            },
+        }
+
+    def _split(self, path: Path) -> tuple[torch.Tensor, Path]:
+        """Evaluation windows from the first pages, and a file with the other pages."""
+        pages = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+        ids: list[int] = []
+        used = 0
+        while len(ids) < TEXT_TOKENS:
+            ids += [*data.encode(self.tokenizer, pages[used]), self.tokenizer.eos_token_id]
+            used += 1
+        rest = Path(self.folder.name) / "rest.jsonl"
+        rest.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages[used:]), encoding="utf-8")
+        return torch.tensor(ids[:TEXT_TOKENS]).view(-1, LENGTH), rest
+
+    def _analysis(self, source) -> object:
+        started = time.perf_counter()
+        with torch.no_grad():
+            measured = measure(self.base, self.windows(ANALYSIS_TOKENS), self.recipe, source, lambda: None)
+        self.content["analysis"] = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "times_a_plain_forward": round(measured.forward_ratio, 2),
+        }
+        print("analysis", self.content["analysis"], flush=True)
+        return measured
+
+    def windows(self, tokens: int, skip: int = 0, seed: int = 0) -> torch.Tensor:
+        return data.calibration_windows(
+            self.recipe.data, self.tokenizer, tokens=tokens, length=LENGTH, seed=seed, skip=skip
+        )
+
+    def matcher(self, head_map: str = "grouped", sources: str = "several", metric: str | None = None) -> Matcher:
+        similarity = self.measured.score if metric is None else self.measured.heads[metric]
+        return Matcher(similarity, self.shape, head_map, sources)
+
+    def chooser(self, head_map: str = "grouped", sources: str = "several", *, leaders: bool = False) -> SourceChooser:
+        matcher = self.matcher(head_map, sources)
+        lenders = (lambda layout, layer: list(layout[layer].source_layers)) if leaders else matcher.lenders
+        return SourceChooser(matcher, lenders, Limits.of(self.device))
+
+    def fast(self, followers: int, **kwargs) -> Layout:
+        return next(c.layout for c in frontier(self.matcher(**kwargs)) if c.followers == followers)
+
+    def searched(self, name: str, kinds: tuple[str, ...], budget: LayoutSpec, head_map: str) -> list[Layout]:
+        """The layouts of all steps of a thorough search; from the file if it has been run before."""
+        if name not in self.content["layouts"]:
+            started = time.perf_counter()
+            search = ThoroughSearch(
+                self.base,
+                self.windows(SEARCH_TOKENS),
+                self.windows(SCORE_TOKENS, SEARCH_TOKENS),
+                ConversionSpec(),
+                proposer(self.matcher(head_map), kinds, "full"),
+                chooser=self.chooser(head_map),
+            )
+            limit = Budget.of(budget, self.shape, self.base.config)
+            steps = search.run(limit.met, saved=limit.saved)
+            seconds = round(time.perf_counter() - started, 1)
+            self.content["layouts"][name] = {
+                "seconds": seconds,
+                "measured": sum(step.measured for step in steps),
+                "divergences": [round(step.divergence, 5) for step in steps],
+                "steps": [step.layout.to_list() for step in steps],
+            }
+            print("search", name, seconds, "s", flush=True)
+            self.save()
+        return [Layout.from_list(step) for step in self.content["layouts"][name]["steps"]]
+
+    def row(
+        self,
+        name: str,
+        layout: Callable[[], Layout],
+        seeds: list[int],
+        *,
+        chooser: SourceChooser | None = None,
+        tokens: int | None = None,
+        **spec,
+    ) -> None:
+        """Converts, evaluates and stores one row for each seed, unless it is there already."""
+        for seed in seeds:
+            key = f"{name} | seed {seed}"
+            if key in self.content["rows"]:
+                continue
+            torch.manual_seed(seed)
+            given = with_compensation(layout(), spec)
+            model = build_converted(self.base, given)
+            started = time.perf_counter()
+            windows = self.windows(tokens or self.fit_tokens, seed=seed)
+            fit_layers(self.base, model, windows, ConversionSpec(**spec), chooser=chooser, batch_size=16)
+            seconds = time.perf_counter() - started
+            result = {text: window_loss(model, w, batch_size=16).perplexity for text, w in self.texts.items()}
+            final = model.config.layout
+            own = Layout.own(self.shape.layers)
+            self.content["rows"][key] = {
+                "changed": len(final.changed),
+                "kv_share": kv_bytes_per_token(final, self.shape, 1) / kv_bytes_per_token(own, self.shape, 1),
+                "parameter_share": count_parameters(self.base.config, final) / count_parameters(self.base.config, own),
+                "fit_tokens": windows.numel(),
+                "fit_seconds": round(seconds, 1),
+                "perplexity": {text: round(value, 3) for text, value in result.items()},
+                "ratio": {text: round(value / self.perplexities[text], 4) for text, value in result.items()},
+            }
+            print(key, self.content["rows"][key]["ratio"], f"{seconds:.1f} s", flush=True)
+            self.save()
+
+    def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        self.out.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+
+    def markdown(self) -> str:
+        """One line per row, seeds averaged."""
+        grouped: dict[str, list[dict]] = {}
+        for key, row in self.content["rows"].items():
+            grouped.setdefault(key.split(" | seed")[0], []).append(row)
+        setting, base = self.content["setting"], self.content["base"]
+        lines = [
+            f"# {setting['model']}: layouts, head maps, compensations and kinds before any training",
+            "",
+            f"Ratios of perplexity to the base's (c4 {base['c4']:.2f}, wt {base['wt']:.2f}); {setting['dtype']}, "
+            f"{setting['device']}, windows of {setting['window']:,} tokens. Made by "
+            "`scripts/benchmark_layouts.py` says what is measured and writes all numbers to the JSON file beside this one.",
+            "",
+            "| what | changed | KV bytes | parameters | tokens of the fit | c4 | wt | seeds |",
+            "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for name, rows in grouped.items():
+            cells = [
+                name.replace("|", "/"),
+                str(rows[0]["changed"]),
+                f"{rows[0]['kv_share']:.1%}",
+                f"{rows[0]['parameter_share']:.1%}",
+                f"{rows[0]['fit_tokens']:,}",
+            ]
+            for text in ("c4", "wt"):
+                values = [row["ratio"][text] for row in rows]
+                spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.3f}{spread}")
+            lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def with_compensation(layout: Layout, spec: dict) -> Layout:
+    """The layout with the W_c that a fit asks for."""
+    rank = spec.get("rank", "full") if spec.get("solve", "both") in ("both", "compensation", "reference") else "none"
+    return Layout(
+        tuple(plan if plan.kind in ("own", "linear", "none") else replace(plan, compensation=rank) for plan in layout)
+    )
+
+
+def run(bench: Bench, parts: list[str], seeds: list[int]) -> None:
+    """All rows of the parts."""
+    free = bench.searched("softmax, free", ("softmax",), LayoutSpec(followers=12), "free")
+    grouped = bench.searched("softmax, grouped", ("softmax",), LayoutSpec(followers=12), "grouped")
+    if "layouts" in parts:
+        for count in (12, 8):
+            paper = parse_groups("paper" if count == 12 else "14-29:2", bench.shape, "full")
+            bench.row(
+                f"{count} paper, free", lambda g=paper: g, seeds, chooser=bench.chooser("free", "one", leaders=True)
+            )
+            bench.row(
+                f"{count} paper, grouped", lambda g=paper: g, seeds, chooser=bench.chooser(sources="one", leaders=True)
+            )
+            bench.row(f"{count} similarity alone", lambda c=count: bench.fast(c), seeds)
+            bench.row(f"{count} fast, grouped", lambda c=count: bench.fast(c), seeds, chooser=bench.chooser())
+            bench.row(f"{count} fast, free", lambda c=count: bench.fast(c), seeds, chooser=bench.chooser("free"))
+            bench.row(f"{count} thorough, grouped", lambda c=count: grouped[c - 1], seeds)
+            bench.row(f"{count} thorough, free", lambda c=count: free[c - 1], seeds)
+    if "compensation" in parts:
+        for count in (12, 8):
+            for solve in ("none", "reference", "compensation", "output", "both"):
+                bench.row(
+                    f"{count} thorough, solve {solve}",
+                    lambda c=count: grouped[c - 1],
+                    [0],
+                    tokens=80 * LENGTH,
+                    solve=solve,
+                )
+            for rank in (32, 64, 128):
+                bench.row(
+                    f"{count} thorough, rank {rank}", lambda c=count: grouped[c - 1], [0], tokens=80 * LENGTH, rank=rank
+                )
+        paper = parse_groups("paper", bench.shape, "full")
+        for solve in ("none", "reference", "compensation", "both"):
+            bench.row(f"12 paper identity, solve {solve}", lambda: paper, [0], tokens=80 * LENGTH, solve=solve)
+    if "heads" in parts:
+        for count in (12, 8):
+            layout = grouped[count - 1]
+            identity = nearest(layout)
+            bench.row(f"{count} thorough, heads identity", lambda g=identity: g, [0], tokens=80 * LENGTH)
+            for head_map in ("grouped", "free"):
+                for sources in ("one", "several"):
+                    chooser = bench.chooser(head_map, sources)
+                    name = f"{count} thorough, heads {head_map} from {sources}"
+                    bench.row(name, lambda g=layout: g, [0], tokens=80 * LENGTH, chooser=chooser)
+    if "kinds" in parts:
+        budget = LayoutSpec(kv=0.8)
+        for kind in KINDS[1:]:
+            steps = bench.searched(kind, (kind,), budget, "grouped")
+            bench.row(f"KV 80 %, {kind} alone", lambda s=steps: s[-1], seeds)
+        bench.row("KV 80 %, softmax alone", lambda: free[11], seeds)
+        steps = bench.searched("mixed", ("softmax", "kv", "linear"), budget, "free")
+        bench.row("KV 80 %, softmax + kv + linear", lambda: steps[-1], seeds)
+
+
+def nearest(layout: Layout) -> Layout:
+    """The same followers with all heads from the nearest layer before that computes its own map."""
+    own = [index for index, plan in enumerate(layout) if plan.kind == "own"]
+    return Layout(
+        tuple(
+            plan if plan.kind == "own" else LayerPlan("softmax", leader=max(o for o in own if o < index))
+            for index, plan in enumerate(layout)
+        )
+    )
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument("--text", required=True, help="JSONL with a column `text`")
+    parser.add_argument("--wikitext", required=True, help="plain text")
+    parser.add_argument("--calibration", nargs="*", default=[], help="more calibration text, FILE or FILE:ROWS")
+    parser.add_argument("--out", default="docs/benchmarks/layouts.json")
+    parser.add_argument("--fit-tokens", type=int, default=320 * LENGTH, help="tokens of the fits that are not compared")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    run(bench, arguments.parts, arguments.seeds)
+    bench.save()
+
+
+if __name__ == "__main__":
+    main()
