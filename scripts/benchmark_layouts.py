@@ -215,7 +215,7 @@ class Bench:
             "",
             f"Ratios of perplexity to the base's (c4 {base['c4']:.2f}, wt {base['wt']:.2f}); {setting['dtype']}, "
             f"{setting['device']}, windows of {setting['window']:,} tokens. Made by "
-            "`scripts/benchmark_layouts.py` says what is measured and writes all numbers to the JSON file beside this one.",
+            "`scripts/benchmark_layouts.py` says what is measured, and writes all numbers to the JSON file beside.",
             "",
             "| what | changed | KV bytes | parameters | tokens of the fit | c4 | wt | seeds |",
             "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

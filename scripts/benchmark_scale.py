@@ -2,8 +2,8 @@
 
     python scripts/benchmark_scale.py --out docs/benchmarks/scale.json
 
-Needs one GPU of 80 GB; `--layers` makes the model shallower. What has been measured is in the output and is not measured
-again. Layouts of a random model mean nothing; time and memory do not depend on the weights.
+Needs one GPU of 80 GB; `--layers` makes the model shallower. Parts already in the output stay unless they are measured
+again (`--parts`). Layouts of a random model mean nothing; time and memory do not depend on the weights.
 """
 
 from __future__ import annotations
