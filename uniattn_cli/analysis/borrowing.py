@@ -23,8 +23,9 @@ from torch import nn
 from uniattn_cli.analysis.capture import LayerStates
 
 SKETCH = 256
-# Relative to the mean square of the inputs.
-RIDGE = 1e-2
+# Relative to the mean square of the inputs. On a few thousand tokens of SmolLM2-135M the errors are within 5 % of each
+# other from 1e-2 to 3e-1.
+RIDGE = 3e-2
 TILE_BYTES = 96 << 20
 # Sums for the compensation beyond this size would not fit beside a model on any one device.
 MOMENT_BYTES = 16 << 30
@@ -141,8 +142,10 @@ class BorrowingError:
 
     def _parts(self, source: int, state: LayerStates) -> Iterator[tuple[list[int], tuple[torch.Tensor, torch.Tensor]]]:
         """Borrowers of a layer that are computed together, as many as fit a tile, and where their sums are kept."""
-        size = 4 * (state.output.numel() + len(state.output) * self.projections.shape[2])
-        step = max(1, TILE_BYTES // size)
+        tokens, heads = state.output.shape[:2]
+        size = state.output.numel() + tokens * self.projections.shape[2]
+        size += heads * tokens**2 if state.materialises else 0
+        step = max(1, TILE_BYTES // (4 * size))
         for start in range(0, len(self.borrowers[source]), step):
             index = self._indices[source][start : start + step]
             yield self.borrowers[source][start : start + step], (index, index - source - 1)

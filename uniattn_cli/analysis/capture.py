@@ -40,6 +40,7 @@ class LayerStates:
         window: a query sees so many keys, itself included, where the mask does not say it; None for all.
         output: [tokens, query_heads, head_dim], what the backend answered.
         inputs: [tokens, hidden], what the attention module received; None if it cannot be told.
+        materialises: whether the backend holds whole maps in memory.
         call: the backend: values [n, kv_heads, tokens, head_dim] to outputs [n, tokens, query_heads, head_dim].
     """
 
@@ -52,6 +53,7 @@ class LayerStates:
     window: int | None
     output: torch.Tensor
     inputs: torch.Tensor | None
+    materialises: bool
     call: Callable[[LayerStates, torch.Tensor], torch.Tensor] = field(repr=False)
 
     def attend(self, values: torch.Tensor) -> torch.Tensor:
@@ -79,6 +81,7 @@ class _Call:
     softcap: float | None
     options: dict[str, Any]
     backend: Callable
+    materialises: bool
     inputs: torch.Tensor | None = None
     output: torch.Tensor | None = None
 
@@ -116,6 +119,7 @@ class _Call:
             window=self.options.get("sliding_window") if mask is None else None,
             output=real(self.output, 0),
             inputs=None if self.inputs is None else real(self.inputs, 0),
+            materialises=self.materialises,
             call=self._attend,
         )
 
@@ -165,7 +169,9 @@ class Captured:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = _Call(module, query, key, value, attention_mask, scaling, softcap, options, backend)
+        # In float32 no fused kernel of CUDA takes grouped queries, so that SDPA computes them step by step.
+        materialises = self.original == "eager" or (query.is_cuda and query.dtype == torch.float32)
+        call = _Call(module, query, key, value, attention_mask, scaling, softcap, options, backend, materialises)
         call.inputs = self._inputs.pop(module.layer_idx, None)
         self._calls[module.layer_idx] = call
         return call.run()
