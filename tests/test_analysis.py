@@ -141,6 +141,25 @@ def test_streaming_equals_direct_computation(entry, tile, monkeypatch):
     torch.testing.assert_close(result.sink.mean, sink, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("tile", [1, 4000, 1 << 30])
+def test_products_by_rows_are_the_same_products(tile, monkeypatch):
+    monkeypatch.setattr(statistics, "TILE_BYTES", tile)
+    features = torch.rand(12, 7, 31)
+    torch.testing.assert_close(statistics.gram_by_rows(features), statistics.gram(features))
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_the_same():
+    model = make_base(FAMILIES[0])
+    here, _ = analysed(model, length=60)
+    there, _ = analysed(model.cuda(), length=60)
+    for name, values in here.heads.items():
+        torch.testing.assert_close(torch.tensor(there.heads[name]), torch.tensor(values), atol=1e-4, rtol=0)
+    for name, values in here.output_error.items():
+        found, expected = torch.tensor(there.output_error[name]), torch.tensor(values)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3, equal_nan=True)
+
+
 def test_top_k_overlap_counts_common_keys():
     model = make_base(FAMILIES[0])
     (sequence,) = tokens_of(30)

@@ -63,9 +63,14 @@ def gram(features: torch.Tensor) -> torch.Tensor:
     Returns:
         [maps, maps].
     """
-    if not features.is_cuda:
-        flat = features.flatten(1)
-        return flat @ flat.T
+    if features.is_cuda:
+        return gram_by_rows(features)
+    flat = features.flatten(1)
+    return flat @ flat.T
+
+
+def gram_by_rows(features: torch.Tensor) -> torch.Tensor:
+    """`gram`, row by row; the products of the rows take no more than a tile at a time."""
     maps = len(features)
     result = features.new_zeros(maps, maps)
     for part in features.transpose(0, 1).split(max(1, TILE_BYTES // (4 * maps * maps))):
