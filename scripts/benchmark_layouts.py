@@ -26,7 +26,7 @@ import transformers
 
 from uniattn_cli import data
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
-from uniattn_cli.analysis.analyze import measure
+from uniattn_cli.analysis.measure import measure
 from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, locate
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.search import ThoroughSearch
@@ -112,7 +112,7 @@ class Bench:
     def _analysis(self, source) -> object:
         started = time.perf_counter()
         with torch.no_grad():
-            measured = measure(self.base, self.windows(ANALYSIS_TOKENS), self.recipe, source, lambda: None)
+            measured, _ = measure(self.base, self.windows(ANALYSIS_TOKENS), self.recipe.analysis, source)
         self.content["analysis"] = {
             "seconds": round(time.perf_counter() - started, 1),
             "times_a_plain_forward": round(measured.forward_ratio, 2),

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from uniattn_cli.analysis.analyze import measure
+from uniattn_cli.analysis.measure import measure
 from uniattn_cli.checkpoint import Source, build_converted
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.search import ThoroughSearch
@@ -27,7 +27,7 @@ from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.search import frontier
 from uniattn_cli.grouping.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.recipe import AnalysisSpec, ConversionSpec, Recipe
+from uniattn_cli.recipe import AnalysisSpec, ConversionSpec
 
 LENGTH = 1024
 TOKENS = 131072
@@ -96,13 +96,13 @@ def main() -> None:
         out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return result
 
-    recipe = Recipe(analysis=AnalysisSpec(tokens=TOKENS, length=LENGTH))
+    spec = AnalysisSpec(tokens=TOKENS, length=LENGTH)
     source = Source("random", Path("."), "random")
     parts = arguments.parts
     with torch.no_grad():
         analysed = windows if "analysis" in parts else windows[:4]
         name = "analysis" if "analysis" in parts else "short analysis"
-        measured = timed(name, lambda: measure(model, analysed, recipe, source, lambda: None), tokens=analysed.numel())
+        measured = timed(name, lambda: measure(model, analysed, spec, source)[0], tokens=analysed.numel())
     content[name]["times_a_plain_forward"] = round(measured.forward_ratio, 2)
     shape = attention_shape(model.config)
     matcher = Matcher(measured.score, shape, "grouped", "several")

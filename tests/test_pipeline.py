@@ -107,7 +107,7 @@ def test_the_analysis_is_as_documented(whole):
     content = json.loads((folder / "analysis.json").read_text())
     documented = {
         *("schema", "model", "fingerprint", "model_type", "shape", "element_size", "tokens", "sequences", "length"),
-        *("max_distance", "seconds", "forward_ratio", "layers", "sink", "neighbours", "candidates"),
+        *("max_distance", "seconds", "forward_ratio", "layers", "sink", "output_error", "neighbours", "candidates"),
     }
     assert set(content) == documented
     assert (content["tokens"], content["length"], content["shape"]["query_heads"]) == (16384, 512, 6)

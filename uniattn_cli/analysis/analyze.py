@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError, StageError
@@ -23,10 +22,9 @@ from uniattn_cli.tables import Table
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
-# Sequences that are also run plainly, to state the cost of measuring.
-TIMED_SEQUENCES = 3
+# A sample is too small if the usual 95 % half-width of a score exceeds this share of the spread between scores.
+RESOLVED = 0.25
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,14 @@ def analyze(
     tokenizer = load_tokenizer(source)
     windows = data.calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
     notes = _check_text(windows, tokenizer, spec.tokens)
-    import torch  # a slow import; faults of the settings are told before it
+    from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
 
     options.progress.note(f"loading {recipe.model.name} on {device}")
     loaded = load_model(source, _readable(recipe.model), device)
     inputs = {"model": source.fingerprint}
     with run.write("analyze", recipe, inputs, force=options.force) as directory:
-        with options.progress.track("analyzing", len(windows)) as advance, torch.no_grad():
-            measured = measure(loaded, windows, recipe, source, advance)
+        with options.progress.track("analyzing", len(windows)) as advance:
+            measured, left_out = measure(loaded, windows, spec, source, advance)
         matcher = Matcher(measured.score, measured.shape, recipe.layout.head_map, recipe.layout.sources)
         choices = frontier(matcher, protect=recipe.layout.protect, max_group=recipe.layout.max_group)
         tables = [neighbours_table(measured), _candidates(measured, config, choices)]
@@ -98,6 +96,7 @@ def analyze(
         if new_tree is not None:
             with file_errors(run.root):
                 write_tree(new_tree, run.recipe)
+    notes += [*left_out, *resolution_note(measured)]
     notes.append(f"{measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.forward_ratio:.1f}x plain forward")
     notes.append(f"pictures and numbers: {run.output('analyze')}; next: uniattn convert --groups auto")
     return Analysis(measured, run.output("analyze"), tables, notes)
@@ -149,70 +148,60 @@ def _check_text(windows: torch.Tensor, tokenizer, wanted: int) -> list[str]:
     return []
 
 
-def measure(model: PreTrainedModel, windows: torch.Tensor, recipe: Recipe, source, advance) -> Measured:
-    """Runs the model over windows [sequences, length] and accumulates all similarities."""
-    from uniattn_cli.analysis.capture import capture
-    from uniattn_cli.analysis.statistics import MapStatistics
-
-    spec = recipe.analysis
-    shape = attention_shape(model.config)
-    distance = min(spec.max_distance, shape.layers - 1)
-    statistics = MapStatistics(distance, spec.rows, spec.top_k)
-    device = next(model.parameters()).device
-    backbone = model.base_model
-    measuring, plain = [], []
-    with capture(model) as captured:
-        for window in windows:
-            started = time.perf_counter()
-            backbone(window[None].to(device), use_cache=False)
-            statistics.add([captured.layers[layer] for layer in range(shape.layers)])
-            captured.layers.clear()
-            measuring.append(time.perf_counter() - started)
-            advance()
-    for window in windows[:TIMED_SEQUENCES]:
-        started = time.perf_counter()
-        backbone(window[None].to(device), use_cache=False).last_hidden_state[0, -1, 0].item()
-        plain.append(time.perf_counter() - started)
-    return Measured(
-        model=source.name,
-        fingerprint=source.fingerprint,
-        model_type=model.config.model_type,
-        shape=shape,
-        element_size=model.dtype.itemsize,
-        tokens=windows.numel(),
-        sequences=len(windows),
-        length=windows.shape[1],
-        max_distance=distance,
-        seconds=sum(measuring),
-        forward_ratio=median(measuring) / median(plain),
-        layers={
-            name: {"mean": entry.mean.tolist(), "stderr": entry.stderr.tolist()}
-            for name, entry in sorted(statistics.layers.items())
-        },
-        sink=statistics.sink.mean.tolist(),
-        heads={name: entry.mean.numpy() for name, entry in statistics.heads.items()},
-        heads_stderr={name: entry.stderr.numpy() for name, entry in statistics.heads.items()},
-    )
+def resolution_note(measured: Measured) -> list[str]:
+    """A warning if the sample is too small to tell borrowings apart, with the tokens that would do."""
+    width, spread = measured.resolution()
+    # NaN for a single sequence compares as false.
+    if not width > RESOLVED * spread > 0:
+        return []
+    # Errors fall with the root of the number of sequences. Two digits are all that the estimate is worth.
+    wanted = measured.tokens * (width / (RESOLVED * spread)) ** 2
+    unit = 10 ** (math.floor(math.log10(wanted)) - 1)
+    return [
+        f"few tokens: similarities are known to ± {width:.3f} (95 %) but differ by only {spread:.3f} between heads; "
+        f"for a sound choice: --tokens {math.ceil(wanted / unit) * unit}"
+    ]
 
 
 def neighbours_table(measured: Measured, most: int = 8) -> Table:
     """The pairs of neighbouring layers whose maps are most alike."""
     names = ("averaged_cosine", "cosine", "cosine_no_sink", "js", "top_k")
-    means = {name: measured.layers[name]["mean"] for name in names}
-    errors = measured.layers["cosine_no_sink"]["stderr"]
-    pairs = sorted(range(1, measured.shape.layers), key=lambda j: -means["cosine_no_sink"][j][j - 1])[:most]
-    rows = []
-    for layer in sorted(pairs):
-        cells = [f"{means[name][layer][layer - 1]:.3f}" for name in names]
-        if measured.sequences > 1:
-            cells[2] += f" ± {1.96 * errors[layer][layer - 1]:.3f}"
-        rows.append([f"{layer - 1}, {layer}", *cells])
-    columns = ["layers", "head-averaged", "same heads", "no sink (95 %)", "1 - JS", "top-k"]
-    return Table("most similar neighbours", columns, rows)
+    columns = ["layers", "head-averaged", "same heads", "no sink", "1 - JS", "top-k"]
+    shown = [measured.layers[name] for name in names]
+    if measured.output_error is not None:
+        errors = measured.output_error
+        shown += [{"mean": errors[name], "stderr": errors[name + "_stderr"]} for name in ("before", "after")]
+        columns += ["output error", "compensated"]
+    likeness = measured.layers["cosine_no_sink"]["mean"]
+    pairs = sorted(sorted(range(1, measured.shape.layers), key=lambda j: -likeness[j][j - 1])[:most])
+    rows = [[f"{j - 1}, {j}", *(_number(entry["mean"][j][j - 1]) for entry in shown)] for j in pairs]
+    widths = [1.96 * value for j in pairs for entry in shown if _known(value := entry["stderr"][j][j - 1])]
+    return Table("most similar neighbours" + _within(widths), columns, rows)
 
 
 def _candidates(measured: Measured, config, choices: list[Choice]) -> Table:
-    return candidates_table(choices, measured.shape, measured.element_size, parameter_counts(config, choices))
+    table = candidates_table(choices, measured.shape, measured.element_size, parameter_counts(config, choices))
+    heads, errors = measured.shape.query_heads, measured.score_stderr
+    widths = []
+    for choice in choices:
+        for layer in choice.layout.changed:
+            sources = enumerate(choice.layout[layer].sources(heads))
+            total = sum(errors[layer, layer - other - 1, own, head] for own, (other, head) in sources)
+            widths.append(1.96 * float(total) / heads)
+    return replace(table, title=table.title + _within([width for width in widths if _known(width)]))
+
+
+def _known(value: float | None) -> bool:
+    """Whether there is a number: null where an analysis was read from its file, NaN before it was written."""
+    return value is not None and not math.isnan(value)
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.3f}" if _known(value) else "-"
+
+
+def _within(widths: list[float]) -> str:
+    return f" (95 % intervals: ± {max(widths):.3f} or less)" if widths else ""
 
 
 def _write(directory: Path, measured: Measured, tables: list[Table]) -> None:

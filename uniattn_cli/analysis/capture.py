@@ -1,35 +1,47 @@
-"""Reads queries, keys and values of every layer as they arrive at the attention backend, whatever the family."""
+"""Reads what every layer gives to the attention backend, whatever the family, and asks the backend again."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from uniattn_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BACKEND = "uniattn_capture"
+# What families call the projection from the heads to the residual stream.
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
+# Options of a call that are about where its tokens stand in a batch; a mask or a causal call says all that matters.
+POSITION_OPTIONS = ("position_ids", "cache_position")
 
 
 @dataclass
 class LayerStates:
-    """What one layer gave to the attention backend for one sequence.
+    """What one layer gave to the attention backend for one sequence, and what it got; padding is left out.
 
     Attributes:
         queries: [query_heads, tokens, head_dim], after rotary embedding and norms.
         keys: [kv_heads, tokens, head_dim].
         values: [kv_heads, tokens, head_dim].
-        mask: what the backend was given: None for plain causal attention, else [1, 1, tokens, tokens].
+        mask: None for plain causal attention, else [1, 1 or query_heads, tokens, tokens], boolean or added to scores.
         scaling: factor on the scores.
         softcap: bound of the scores, or None.
+        window: a query sees so many keys, itself included, where the mask does not say it; None for all.
+        output: [tokens, query_heads, head_dim], what the backend answered.
+        inputs: [tokens, hidden], what the attention module received; None if it cannot be told.
+        materialises: whether the backend holds whole maps in memory.
+        call: the backend: values [n, kv_heads, tokens, head_dim] to outputs [n, tokens, query_heads, head_dim].
     """
 
     queries: torch.Tensor
@@ -38,36 +50,182 @@ class LayerStates:
     mask: torch.Tensor | None
     scaling: float
     softcap: float | None
+    window: int | None
+    output: torch.Tensor
+    inputs: torch.Tensor | None
+    materialises: bool
+    call: Callable[[LayerStates, torch.Tensor], torch.Tensor] = field(repr=False)
+
+    def attend(self, values: torch.Tensor) -> torch.Tensor:
+        """This layer's maps, applied by its own backend to n other sets of values.
+
+        Args:
+            values: [n, kv_heads, tokens, head_dim].
+
+        Returns:
+            [n, tokens, query_heads, head_dim].
+        """
+        return self.call(self, values)
+
+
+@dataclass
+class _Call:
+    """One call of the attention backend, for a whole batch."""
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    options: dict[str, Any]
+    backend: Callable
+    materialises: bool
+    inputs: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None:
+            self.options["softcap"] = self.softcap
+
+    def run(self) -> tuple:
+        result = self.backend(
+            self.module, self.query, self.key, self.value, self.mask, scaling=self.scaling, **self.options
+        )
+        self.output = result[0]
+        return result
+
+    def sequence(self, index: int, keep: torch.Tensor | None) -> LayerStates:
+        """The states of one sequence of the batch; `keep` are the positions of its real tokens, None for all."""
+        mask = self.mask
+        if mask is not None and mask.dim() == 4:
+            mask = mask[index : index + 1] if len(mask) > 1 else mask
+            if keep is not None:
+                mask = mask[..., keep, :][..., keep]
+        else:  # a mask of tokens, as FlashAttention takes it, says nothing more once the padding is gone
+            mask = None
+
+        def real(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            return tensor[index] if keep is None else tensor[index].index_select(dim, keep)
+
+        return LayerStates(
+            queries=real(self.query, 1),
+            keys=real(self.key, 1),
+            values=real(self.value, 1),
+            mask=mask,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            window=self.options.get("sliding_window") if mask is None else None,
+            output=real(self.output, 0),
+            inputs=None if self.inputs is None else real(self.inputs, 0),
+            materialises=self.materialises,
+            call=self._attend,
+        )
+
+    def _attend(self, states: LayerStates, values: torch.Tensor) -> torch.Tensor:
+        options = {name: value for name, value in self.options.items() if name not in POSITION_OPTIONS}
+        size = (len(values), -1, -1, -1)
+        queries, keys = states.queries.expand(size), states.keys.expand(size)
+        return self.backend(self.module, queries, keys, values, states.mask, scaling=states.scaling, **options)[0]
 
 
 @dataclass
 class Captured:
-    """States by layer; emptied by the reader after each sequence."""
+    """Calls by layer, replaced by each forward pass.
 
-    layers: dict[int, LayerStates] = field(default_factory=dict)
-    original: str = "sdpa"
+    Attributes:
+        original: the model's own attention backend.
+        projections: output projections by layer, where they are known.
+        gated: layers that do something to the backend's answer before they project it.
+    """
 
-    def attention(self, module, query, key, value, attention_mask, *, scaling, softcap=None, **kwargs):
-        """The registered attention function: keeps the states, then lets the original backend answer."""
-        self.layers[module.layer_idx] = LayerStates(query[0], key[0], value[0], attention_mask, scaling, softcap)
-        if softcap is not None:
-            kwargs["softcap"] = softcap
+    original: str
+    projections: dict[int, nn.Linear] = field(default_factory=dict)
+    gated: set[int] = field(default_factory=set)
+    _calls: dict[int, _Call] = field(default_factory=dict)
+    _inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    _checked: set[int] = field(default_factory=set)
+
+    def take(self, attention_mask: torch.Tensor | None = None, index: int = 0) -> list[LayerStates]:
+        """The states of one sequence of the last forward pass, one entry per layer, without its padding.
+
+        Args:
+            attention_mask: [batch, tokens] of the forward pass, 0 for padding; None if there was none.
+            index: row of the batch.
+        """
+        keep = None
+        if attention_mask is not None and not attention_mask[index].all():
+            keep = attention_mask[index].nonzero().squeeze(1)
+        return [self._calls[layer].sequence(index, keep) for layer in sorted(self._calls)]
+
+    def clear(self) -> None:
+        """Lets go of the last forward pass."""
+        self._calls.clear()
+        self._inputs.clear()
+
+    def attention(self, module, query, key, value, attention_mask, *, scaling=None, softcap=None, **options):
+        """The registered attention function: keeps the call, then lets the original backend answer."""
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)
-        return backend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # In float32 no fused kernel of CUDA takes grouped queries, so that SDPA computes them step by step.
+        materialises = self.original == "eager" or (query.is_cuda and query.dtype == torch.float32)
+        call = _Call(module, query, key, value, attention_mask, scaling, softcap, options, backend, materialises)
+        call.inputs = self._inputs.pop(module.layer_idx, None)
+        self._calls[module.layer_idx] = call
+        return call.run()
+
+    def hooks(self, model: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Puts hooks on the attention modules whose output projection has a known name."""
+        for module in model.modules():
+            layer = getattr(module, "layer_idx", None)
+            projection = next((getattr(module, name) for name in OUTPUT_PROJECTIONS if hasattr(module, name)), None)
+            if isinstance(layer, int) and isinstance(projection, nn.Linear) and projection.weight.is_floating_point():
+                self.projections[layer] = projection
+                yield module.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
+                yield projection.register_forward_pre_hook(self._compare_with(layer))
+
+    def _keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(args), None)
+        if hidden is not None:
+            self._inputs[module.layer_idx] = hidden
+
+    def _compare_with(self, layer: int) -> Callable:
+        """Once per layer: is what is projected what the backend answered?"""
+
+        def hook(module: nn.Module, args: tuple) -> None:
+            if layer in self._checked or layer not in self._calls:
+                return
+            self._checked.add(layer)
+            output = self._calls[layer].output.flatten(2)
+            if output.shape != args[0].shape or not torch.equal(output, args[0]):
+                self.gated.add(layer)
+
+        return hook
 
 
 @contextlib.contextmanager
 def capture(model: PreTrainedModel) -> Iterator[Captured]:
-    """While active, each forward call of the model (batch size 1) fills the yielded `Captured`."""
+    """While active, each forward call of the model fills the yielded `Captured`.
+
+    Raises:
+        ModelError: the model computes attention by itself, so that nothing can be captured.
+    """
     original = model.config._attn_implementation
+    if original not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ModelError(f"attention backend '{original}' cannot be analysed; set model.attention to sdpa or eager")
     captured = Captured(original=original)
     AttentionInterface.register(BACKEND, captured.attention)
     # Without a mask function of its own a registered backend gets no mask at all, and padding would be ignored.
     AttentionMaskInterface.register(BACKEND, ALL_MASK_ATTENTION_FUNCTIONS[original])
     model.config._attn_implementation = BACKEND
+    hooks = []
     try:
+        hooks.extend(captured.hooks(model))
         yield captured
     finally:
+        for hook in hooks:
+            hook.remove()
         model.config._attn_implementation = original
-        captured.layers.clear()
+        captured.clear()

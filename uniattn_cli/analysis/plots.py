@@ -38,33 +38,56 @@ def plot_heatmap(measured: Measured, path: Path) -> None:
 
 
 def plot_depth(measured: Measured, path: Path) -> None:
-    """Similarity of each layer to the one before, best possible head map, and weight of the first key, over depth."""
+    """Similarity of each layer to the one before over depth; below it, what borrowing from that layer does."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     layers = measured.shape.layers
-    depth = np.arange(1, layers)
-    figure = Figure(figsize=(float(np.clip(layers * 0.2, 7.5, 14)), 5.2), layout="constrained")
+    panels = 1 if measured.output_error is None else 2
+    figure = Figure(figsize=(float(np.clip(layers * 0.2, 7.5, 14)), 5.2 + 3 * (panels - 1)), layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[5, 3][:panels])[:, 0]
+    _draw_similarities(measured, axes[0])
+    if panels == 2:
+        _draw_errors(measured, axes[1])
+    axes[-1].set_xlabel("layer (compared with the layer before)")
+    axes[0].set_title(f"{Path(measured.model).name}: attention over depth")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_similarities(measured: Measured, axis) -> None:
+    """Layer similarity, best possible head map, and weight of the first key."""
+    layers = measured.shape.layers
     for name, label in (
         ("averaged_cosine", "cosine, maps averaged over heads"),
         ("cosine", "cosine, same heads"),
         ("cosine_no_sink", "cosine, same heads, without the first key"),
         ("js", "1 - Jensen-Shannon, same heads"),
     ):
-        mean = np.array(measured.layers[name]["mean"], dtype=float)
-        error = np.array(measured.layers[name]["stderr"], dtype=float)
-        line = mean[depth, depth - 1]
-        axis.plot(depth, line, marker=".", label=label)
-        axis.fill_between(
-            depth, line - 1.96 * error[depth, depth - 1], line + 1.96 * error[depth, depth - 1], alpha=0.2
-        )
+        _draw_line(axis, measured.layers[name]["mean"], measured.layers[name]["stderr"], label)
     best = measured.heads["cosine_no_sink"][1:].max(axis=(1, 3)).mean(axis=1)
-    axis.plot(depth, best, "k--", linewidth=1, label="cosine without the first key, best earlier head in reach")
+    axis.plot(
+        np.arange(1, layers), best, "k--", linewidth=1, label="cosine without the first key, best earlier head in reach"
+    )
     axis.plot(np.arange(layers), measured.sink, ":", color="grey", label="weight of the first key")
-    axis.set(xlabel="layer (compared with the layer before)", ylabel="similarity", ylim=(0, 1.02), xlim=(0, layers - 1))
+    axis.set(ylabel="similarity", ylim=(0, 1.02), xlim=(0, layers - 1))
     axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    axis.set_title(f"{Path(measured.model).name}: attention over depth")
-    figure.savefig(path, dpi=110)
+
+
+def _draw_errors(measured: Measured, axis) -> None:
+    """Relative squared error of the attention block's output when it borrows from the layer before."""
+    for name, label in (("before", "as it is"), ("after", "with the best compensation, held-out tokens")):
+        _draw_line(axis, measured.output_error[name], measured.output_error[name + "_stderr"], label)
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set(ylabel="error of the output\nwith borrowed maps", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _draw_line(axis, mean: list, stderr: list, label: str) -> None:
+    """Each layer against the one before, with its 95 % interval; nothing where nothing was measured."""
+    depth = np.arange(1, len(mean))
+    line, width = (np.array(values, dtype=float)[depth, depth - 1] for values in (mean, stderr))
+    axis.plot(depth, line, marker=".", label=label)
+    axis.fill_between(depth, line - 1.96 * width, line + 1.96 * width, alpha=0.2)

@@ -17,6 +17,7 @@ import math
 import torch
 
 from uniattn_cli.analysis.capture import LayerStates
+from uniattn_cli.analysis.maps import SMALLEST, SequenceMaps, drop_sink
 
 # Rows of the first queries have so few keys that they are alike whatever the layers do.
 FIRST_ROW = 8
@@ -32,7 +33,7 @@ class SequenceMean:
         self.squares: torch.Tensor | None = None
 
     def add(self, value: torch.Tensor) -> None:
-        value = value.double()
+        value = value.cpu().double()
         self.count += 1
         self.total = value.clone() if self.total is None else self.total.add_(value)
         self.squares = value.square() if self.squares is None else self.squares.add_(value.square())
@@ -50,57 +51,52 @@ class SequenceMean:
         return (variance.clamp_min(0) / self.count).sqrt()
 
 
-def attention_maps(layers: list[LayerStates], rows: torch.Tensor, keys: int) -> torch.Tensor:
-    """Materialises rows of the attention maps.
+def gram(features: torch.Tensor) -> torch.Tensor:
+    """Inner products of all maps with all maps.
+
+    One product of all maps at once: products of a pair of layers, a few heads by a very long row of features, would
+    leave a GPU nearly idle. There each map row is a product of its own, so that enough of them run at the same time.
 
     Args:
-        layers: captured states, one per layer.
-        rows: query positions [rows].
-        keys: number of keys that these rows can see at most.
+        features: float32 [maps, rows, keys].
 
     Returns:
-        float32 [layers, query_heads, rows, keys].
+        [maps, maps].
     """
-    maps = []
-    for state in layers:
-        heads, group = state.queries.shape[0], state.queries.shape[0] // state.keys.shape[0]
-        queries = state.queries[:, rows].float().unflatten(0, (-1, group)).flatten(1, 2)
-        scores = queries @ state.keys[:, :keys].float().transpose(1, 2) * state.scaling
-        scores = scores.view(heads, len(rows), keys)
-        if state.softcap is not None:
-            scores = torch.tanh(scores / state.softcap) * state.softcap
-        maps.append(_masked(scores, state.mask, rows, keys).softmax(-1))
-    return torch.stack(maps)
+    if features.is_cuda:
+        return gram_by_rows(features)
+    flat = features.flatten(1)
+    return flat @ flat.T
 
 
-def _masked(scores: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor, keys: int) -> torch.Tensor:
-    if mask is None:
-        positions = torch.arange(keys, device=scores.device)
-        return scores.masked_fill(positions > rows[:, None], -math.inf)
-    mask = mask[0, 0][rows][:, :keys]
-    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
+def gram_by_rows(features: torch.Tensor) -> torch.Tensor:
+    """`gram`, row by row; the products of the rows take no more than a tile at a time."""
+    maps = len(features)
+    result = features.new_zeros(maps, maps)
+    for part in features.transpose(0, 1).split(max(1, TILE_BYTES // (4 * maps * maps))):
+        result += (part @ part.transpose(1, 2)).sum(0)
+    return result
 
 
-def drop_sink(maps: torch.Tensor) -> torch.Tensor:
-    """The maps without their first key, each row made to sum to 1 again."""
-    rest = maps[..., 1:]
-    return rest / rest.sum(-1, keepdim=True).clamp_min(1e-12)
-
-
-def banded(left: torch.Tensor, max_distance: int) -> torch.Tensor:
+def banded(products: torch.Tensor, max_distance: int) -> torch.Tensor:
     """Products of all heads of each layer with all heads of the layers just before it.
 
     Args:
-        left: [layers, heads, features].
+        products: [layers, heads, layers, heads].
 
     Returns:
         [layers, max_distance, heads, heads]: entry [j, d - 1, h, g] is head h of layer j times head g of layer j - d.
     """
-    layers, heads, _ = left.shape
-    result = left.new_zeros(layers, max_distance, heads, heads)
+    layers, heads = products.shape[:2]
+    result = products.new_zeros(layers, max_distance, heads, heads)
     for distance in range(1, min(max_distance, layers - 1) + 1):
-        result[distance:, distance - 1] = left[distance:] @ left[:-distance].transpose(1, 2)
+        result[distance:, distance - 1] = products.diagonal(-distance, 0, 2).permute(2, 0, 1)
     return result
+
+
+def same_heads(products: torch.Tensor) -> torch.Tensor:
+    """[layers, layers] from [layers, heads, layers, heads]: same head of both layers, averaged over heads."""
+    return products.diagonal(0, 1, 3).mean(-1)
 
 
 class MapStatistics:
@@ -121,72 +117,112 @@ class MapStatistics:
         self.sink = SequenceMean()
 
     def add(self, layers: list[LayerStates]) -> None:
-        """Adds one sequence of at least `FIRST_ROW` + 2 tokens."""
-        tokens = layers[0].queries.shape[1]
-        device = layers[0].queries.device
-        sums: dict[tuple[str, str], torch.Tensor] = {}
-        count, sink = 0, 0.0
-        heads = sum(state.queries.shape[0] for state in layers)
-        step = max(1, TILE_BYTES // (4 * heads * tokens))
-        for start in range(FIRST_ROW, tokens, step):
-            rows = torch.arange(start, min(start + step, tokens), device=device)
-            maps = attention_maps(layers, rows, int(rows[-1]) + 1)
-            count += len(rows)
-            sink = sink + maps[..., 0].sum(2).mean(1)
-            for suffix, part in (("", maps), ("_no_sink", drop_sink(maps))):
-                self._add_cosines(sums, suffix, part)
-        self.sink.add((sink / count).cpu())
-        for (level, name), total in sums.items():
-            self._store(level, name, total / count)
-        self._add_sampled(layers, tokens, device)
+        """Adds one sequence. One with fewer than `FIRST_ROW` + 2 tokens has no rows to compare and is passed over."""
+        maps = SequenceMaps(layers)
+        if maps.tokens < FIRST_ROW + 2:
+            return
+        sums: dict[str, torch.Tensor] = {}
+        step = max(1, TILE_BYTES // (4 * len(layers) * maps.heads * maps.tokens))
+        for start in range(FIRST_ROW, maps.tokens, step):
+            end = min(start + step, maps.tokens)
+            _add_cosines(sums, maps.rows(slice(start, end), end))
+        count = maps.tokens - FIRST_ROW
+        self.sink.add(sums.pop("sink") / count)
+        for name, total in sums.items():
+            self._store(name, total / count)
+        self._add_sampled(maps)
 
-    def _add_cosines(self, sums: dict, suffix: str, maps: torch.Tensor) -> None:
-        unit = torch.nn.functional.normalize(maps, dim=-1).flatten(2)
-        _accumulate(sums, ("heads", "cosine" + suffix), banded(unit, self.max_distance))
-        by_head = unit.transpose(0, 1)
-        _accumulate(sums, ("layers", "cosine" + suffix), (by_head @ by_head.transpose(1, 2)).mean(0))
-        averaged = torch.nn.functional.normalize(maps.mean(1), dim=-1).flatten(1)
-        _accumulate(sums, ("layers", "averaged_cosine" + suffix), averaged @ averaged.T)
-
-    def _add_sampled(self, layers: list[LayerStates], tokens: int, device: torch.device) -> None:
+    def _add_sampled(self, maps: SequenceMaps) -> None:
         """Jensen-Shannon similarity and top-k overlap on evenly spread rows."""
-        rows = torch.linspace(FIRST_ROW, tokens - 1, self.rows, device=device).long()
-        maps = attention_maps(layers, rows, tokens)
-        for suffix, part in (("", maps), ("_no_sink", drop_sink(maps))):
-            self._store("heads", "js" + suffix, self._js_heads(part))
-            same = [self._js(part, part[layer : layer + 1]) for layer in range(len(part))]
-            self._store("layers", "js" + suffix, torch.stack(same, 1).mean(-1).mean(-1))
+        rows = torch.linspace(FIRST_ROW, maps.tokens - 1, self.rows, device=maps.device).long()
+        part = maps.rows(rows, maps.tokens)
+        for suffix in ("", "_no_sink"):
+            part = drop_sink(part) if suffix else part
+            heads, layers = js_similarities(part, self.max_distance)
+            self.heads.setdefault("js" + suffix, SequenceMean()).add(heads)
+            self.layers.setdefault("js" + suffix, SequenceMean()).add(layers)
             chosen = torch.zeros_like(part).scatter_(-1, part.topk(min(self.top_k, part.shape[-1])).indices, 1.0)
             # Early rows see fewer than k keys; what they cannot see is no match.
-            chosen = (chosen * (part > 0)).flatten(2)
-            size = chosen.sum(-1).clamp_min(1)
-            scale = size.unflatten(1, (-1,))
-            overlap = banded(chosen / scale.sqrt()[..., None], self.max_distance)
-            self._store("heads", "top_k" + suffix, overlap)
-            by_head = (chosen / scale.sqrt()[..., None]).transpose(0, 1)
-            self._store("layers", "top_k" + suffix, (by_head @ by_head.transpose(1, 2)).mean(0))
+            chosen = chosen.mul_(part > 0).flatten(0, 1)
+            scale = chosen.sum((1, 2)).clamp_min(1).rsqrt()
+            overlap = gram(chosen) * scale[:, None] * scale
+            self._store("top_k" + suffix, overlap.view(*part.shape[:2], *part.shape[:2]))
 
-    @staticmethod
-    def _js(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """1 - JS / ln 2 of distributions along the last dimension, broadcast over the others."""
-        entropy = torch.special.entr
-        mixed = entropy((left + right) / 2).sum(-1)
-        divergence = mixed - (entropy(left).sum(-1) + entropy(right).sum(-1)) / 2
-        return 1 - divergence / math.log(2)
-
-    def _js_heads(self, maps: torch.Tensor) -> torch.Tensor:
-        layers, heads = maps.shape[:2]
-        result = maps.new_zeros(layers, self.max_distance, heads, heads)
-        for layer in range(1, layers):
-            first = max(0, layer - self.max_distance)
-            # [earlier layers, heads of the later layer, heads of the earlier layer, rows]
-            similarity = self._js(maps[layer][None, :, None], maps[first:layer, None]).mean(-1)
-            result[layer, : layer - first] = similarity.flip(0)
-        return result
-
-    def _store(self, level: str, name: str, value: torch.Tensor) -> None:
-        getattr(self, level).setdefault(name, SequenceMean()).add(value.cpu())
+    def _store(self, name: str, products: torch.Tensor) -> None:
+        """Keeps products [layers, heads, layers, heads] by head and by layer, or [layers, layers] as it is."""
+        if products.dim() == 4:
+            self.heads.setdefault(name, SequenceMean()).add(banded(products, self.max_distance))
+            products = same_heads(products)
+        self.layers.setdefault(name, SequenceMean()).add(products)
 
 
-def _accumulate(sums: dict, key: tuple[str, str], value: torch.Tensor) -> None:
-    sums[key] = sums[key] + value if key in sums else value
+def _add_cosines(sums: dict[str, torch.Tensor], maps: torch.Tensor) -> None:
+    """Adds the rows of a tile of maps [layers, heads, rows, keys], which it overwrites, to the sums.
+
+    Both variants are scalings of the same tile, row by row; one buffer beside it is all that is needed.
+    """
+    sink, rest = maps[..., 0].clone(), maps[..., 1:]
+    _accumulate(sums, "sink", sink.sum(2).mean(1))
+    weight = rest.sum(-1).clamp_min_(SMALLEST)
+    # Not from the norm with the first key, of which a strong sink leaves nothing but rounding.
+    norm = torch.linalg.vector_norm(rest, dim=-1).clamp_min_(SMALLEST)
+    _accumulate(sums, "averaged_cosine", _averaged(maps))
+    scaled = maps * torch.hypot(norm, sink).reciprocal_()[..., None]
+    _accumulate(sums, "cosine", _products(scaled))
+    maps[..., 0] = 0
+    _accumulate(sums, "averaged_cosine_no_sink", _averaged(torch.mul(maps, (1 / weight)[..., None], out=scaled)))
+    _accumulate(sums, "cosine_no_sink", _products(maps.mul_((1 / norm)[..., None])))
+
+
+def _products(unit: torch.Tensor) -> torch.Tensor:
+    """[layers, heads, layers, heads] from [layers, heads, rows, keys]."""
+    return gram(unit.flatten(0, 1)).view(*unit.shape[:2], *unit.shape[:2])
+
+
+def _averaged(maps: torch.Tensor) -> torch.Tensor:
+    """Cosines [layers, layers] of maps averaged over heads."""
+    mean = maps.mean(1)
+    return gram(mean.div_(torch.linalg.vector_norm(mean, dim=-1, keepdim=True).clamp_min_(SMALLEST)))
+
+
+def js_similarities(maps: torch.Tensor, max_distance: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 - JS / ln 2, averaged over rows.
+
+    With s = p + q and H the entropy, JS = H(s / 2) - (H(p) + H(q)) / 2 takes one logarithm per key and pair: H(s / 2)
+    follows from the sum of -s ln s, and H(p) is computed once per map.
+
+    Args:
+        maps: [layers, heads, rows, keys].
+
+    Returns:
+        Head pairs as in `banded` [layers, max_distance, heads, heads], and same heads averaged [layers, layers].
+    """
+    layers, heads, rows, keys = maps.shape
+    alone = torch.special.entr(maps).sum(-1) / (2 * math.log(2)) - maps.sum(-1) / 2
+    pairs = max(1, TILE_BYTES // (4 * rows * keys))
+
+    def similarity(left: slice | int, right: slice | int, dim: int, other: int) -> torch.Tensor:
+        both = maps[left].unsqueeze(dim) + maps[right].unsqueeze(other)
+        mixed = torch.special.entr(both, out=both).sum(-1) / (2 * math.log(2))
+        return (alone[left].unsqueeze(dim) + alone[right].unsqueeze(other) - mixed).mean(-1) + 1
+
+    by_head = maps.new_zeros(layers, max_distance, heads, heads)
+    some_heads, some_layers = min(heads, max(1, pairs // heads)), max(1, pairs // heads**2)
+    for distance in range(1, min(max_distance, layers - 1) + 1):
+        for first in range(distance, layers, some_layers):
+            last = min(first + some_layers, layers)
+            for head in range(0, heads, some_heads):
+                left = (slice(first, last), slice(head, head + some_heads))
+                right = slice(first - distance, last - distance)
+                by_head[first:last, distance - 1, head : head + some_heads] = similarity(left, right, 2, 1)
+    by_layer = maps.new_zeros(layers, layers)
+    some_layers = max(1, pairs // (layers * heads))
+    for first in range(0, layers, some_layers):
+        by_layer[first : first + some_layers] = similarity(slice(first, first + some_layers), slice(None), 1, 0).mean(
+            -1
+        )
+    return by_head, by_layer
+
+
+def _accumulate(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value

@@ -18,7 +18,7 @@ import numpy as np
 from uniattn_cli.errors import StageError
 from uniattn_cli.modeling.layout_uniattn import AttentionShape
 
-SCHEMA = 1
+SCHEMA = 2
 JSON_FILE = "analysis.json"
 ARRAY_FILE = "maps.safetensors"
 # Similarities whose weighted mean scores a borrowing in the fast search. Of the metrics and mixtures tried on
@@ -42,6 +42,8 @@ class Measured:
         forward_ratio: that time over the time of plain forward passes on the same tokens.
         layers: per metric, `mean` and `stderr` as [layers][layers] lists.
         sink: mean weight of the first key, per layer.
+        output_error: `before` and `after` compensation and their `_stderr`, [borrower][source] lists with NaN where
+            nothing was measured (see `analysis.borrowing`); None if the family's output projection is not known.
         heads: per metric, [layers, max_distance, heads, heads]; kept in the array file.
         heads_stderr: the same for the standard errors over sequences.
     """
@@ -59,6 +61,7 @@ class Measured:
     forward_ratio: float
     layers: dict[str, dict[str, list]]
     sink: list[float]
+    output_error: dict[str, list] | None
     heads: dict[str, np.ndarray] = field(repr=False)
     heads_stderr: dict[str, np.ndarray] = field(repr=False)
 
@@ -66,6 +69,17 @@ class Measured:
     def score(self) -> np.ndarray:
         """Similarity that the search maximises, [layers, max_distance, heads, heads], in [0, 1]."""
         return sum(weight * self.heads[name] for name, weight in SCORE_WEIGHTS.items())
+
+    @property
+    def score_stderr(self) -> np.ndarray:
+        """Standard error of `score`; an upper bound, as if the errors of its parts were the same."""
+        return sum(weight * self.heads_stderr[name] for name, weight in SCORE_WEIGHTS.items())
+
+    def resolution(self) -> tuple[float, float]:
+        """(median 95 % half-width, standard deviation between pairs) of the scores of all measured head pairs."""
+        layers, distances = np.indices(self.score.shape[:2])
+        measured = layers > distances
+        return 1.96 * float(np.median(self.score_stderr[measured])), float(np.std(self.score[measured]))
 
     def save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Writes both files; `extra` adds keys to the JSON for readers."""

@@ -1,0 +1,170 @@
+"""The pass over calibration text: runs the model, feeds the accumulators and keeps the time."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from uniattn_cli.analysis.borrowing import MOMENT_BYTES, BorrowingError, compensation_bytes, held_out
+from uniattn_cli.analysis.capture import OUTPUT_PROJECTIONS, Captured, LayerStates, capture
+from uniattn_cli.analysis.statistics import MapStatistics
+from uniattn_cli.errors import ModelError
+from uniattn_cli.grouping.measured import Measured
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from uniattn_cli.modeling.layout_uniattn import AttentionShape
+    from uniattn_cli.recipe import AnalysisSpec
+
+# Sequences that are also run plainly, to state the cost of measuring.
+TIMED_SEQUENCES = 3
+
+
+def measure(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    spec: AnalysisSpec,
+    source,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Measured, list[str]]:
+    """Runs the model over windows and accumulates all similarities and errors.
+
+    Args:
+        model: any whose attention goes through transformers' AttentionInterface.
+        windows: tokens [sequences, length], none of them padding.
+        spec: what is measured.
+        source: where the model came from; its `name` and `fingerprint` are kept.
+        advance: called after each sequence.
+
+    Returns:
+        What was measured, and notes on what was not.
+
+    Raises:
+        ModelError: some layers' attention does not go through the interface.
+    """
+    shape = attention_shape(model.config)
+    survey = _Survey(model, shape, spec, len(windows))
+    judges = held_out(len(windows))
+    plain: list[float] = []
+    with torch.no_grad(), capture(model) as captured:
+        for index in (index for index in range(len(windows)) if index not in judges):
+            survey.add(captured, windows[index])
+            advance()
+        survey.solve()
+        for index in judges:
+            survey.add(captured, windows[index])
+            advance()
+    with torch.no_grad():
+        for window in windows[:TIMED_SEQUENCES]:
+            with _timed(plain, survey.device):
+                survey.forward(window)
+    heads, layers = survey.statistics.heads, survey.statistics.layers
+    measured = Measured(
+        model=source.name,
+        fingerprint=source.fingerprint,
+        model_type=model.config.model_type,
+        shape=shape,
+        element_size=model.dtype.itemsize,
+        tokens=windows.numel(),
+        sequences=len(windows),
+        length=windows.shape[1],
+        max_distance=survey.statistics.max_distance,
+        seconds=sum(survey.times) + sum(survey.solving),
+        # Medians, since the first passes of a process are slow for reasons of their own.
+        forward_ratio=(median(survey.times) + sum(survey.solving) / len(windows)) / median(plain),
+        layers={
+            name: {"mean": entry.mean.tolist(), "stderr": entry.stderr.tolist()}
+            for name, entry in sorted(layers.items())
+        },
+        sink=survey.statistics.sink.mean.tolist(),
+        output_error=None if survey.borrowing is None else survey.borrowing.results(),
+        heads={name: entry.mean.numpy() for name, entry in heads.items()},
+        heads_stderr={name: entry.stderr.numpy() for name, entry in heads.items()},
+    )
+    return measured, survey.notes
+
+
+class _Survey:
+    """All accumulators of one pass, and the time it took."""
+
+    def __init__(self, model: PreTrainedModel, shape: AttentionShape, spec: AnalysisSpec, sequences: int):
+        self.model = model
+        self.shape = shape
+        self.sequences = sequences
+        self.device = next(model.parameters()).device
+        self.statistics = MapStatistics(min(spec.max_distance, shape.layers - 1), spec.rows, spec.top_k)
+        self.borrowing: BorrowingError | None = None
+        self.notes: list[str] = []
+        self.times: list[float] = []
+        self.solving: list[float] = []
+
+    def forward(self, window: torch.Tensor) -> None:
+        self.model.base_model(window[None].to(self.device), use_cache=False)
+
+    def add(self, captured: Captured, window: torch.Tensor) -> None:
+        """Runs and adds one sequence; its states are let go before the next one is run."""
+        with _timed(self.times, self.device):
+            self.forward(window)
+            layers = captured.take()
+            if not self.times:
+                self._begin(captured, layers)
+            self.statistics.add(layers)
+            if self.borrowing is not None:
+                self.borrowing.add(layers)
+            del layers
+            captured.clear()
+
+    def solve(self) -> None:
+        with _timed(self.solving, self.device):
+            if self.borrowing is not None:
+                self.borrowing.solve()
+
+    def _begin(self, captured: Captured, layers: list[LayerStates]) -> None:
+        """Looks at the first sequence: what can be measured of this model?"""
+        if len(layers) != self.shape.layers:
+            raise ModelError(
+                f"only {len(layers)} of {self.shape.layers} layers have an attention that can be captured; "
+                "models of other layers cannot be analysed"
+            )
+        reason = _unknown_output(captured, layers)
+        if reason is not None:
+            self.notes.append(f"the output error of borrowing is left out: {reason}")
+            return
+        distance, compensate = self.statistics.max_distance, self.sequences > 1
+        size = compensation_bytes(self.shape.layers, layers[0].inputs.shape[1], distance)
+        if not compensate:
+            self.notes.append("one sequence: no confidence intervals, and no errors after compensation")
+        elif size > MOMENT_BYTES:
+            compensate = False
+            self.notes.append(f"errors after compensation are left out: fitting would take {size / 2**30:.0f} GiB")
+        projections = [captured.projections[layer] for layer in range(self.shape.layers)]
+        self.borrowing = BorrowingError(projections, self.shape.mask_types, distance, compensate)
+
+
+def _unknown_output(captured: Captured, layers: list[LayerStates]) -> str | None:
+    """Why the attention block's output cannot be computed from the heads; None if it can."""
+    for index, state in enumerate(layers):
+        if index not in captured.projections or state.inputs is None:
+            return f"layer {index} has no linear output projection named {', '.join(OUTPUT_PROJECTIONS)}"
+        if index in captured.gated:
+            return f"layer {index} changes what its heads found before projecting it"
+    return None
+
+
+@contextlib.contextmanager
+def _timed(times: list[float], device: torch.device) -> Iterator[None]:
+    """Appends the seconds that the block took, work queued on a GPU included."""
+    started = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    times.append(time.perf_counter() - started)
