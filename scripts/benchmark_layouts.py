@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--wikitext", required=True, help="plain text")
     parser.add_argument("--calibration", nargs="*", default=[], help="more calibration text, FILE or FILE:ROWS")
     parser.add_argument("--out", default="docs/benchmarks/layouts.json")
-    parser.add_argument("--fit-tokens", type=int, default=320 * LENGTH, help="tokens of the fits that are not compared")
+    parser.add_argument("--fit-tokens", type=int, default=448 * LENGTH, help="tokens of the fits that are not compared")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
