@@ -63,7 +63,7 @@ def borrow(model, sequences, distance=DISTANCE):
     judges = held_out(len(sequences))
     types = attention_shape(model.config).mask_types
     with capture(model) as captured:
-        projections = [captured.projections[layer] for layer in range(LAYERS)]
+        projections = [captured.projections[layer] for layer in range(model.config.num_hidden_layers)]
         result = BorrowingError(projections, types, distance)
         for group in ([i for i in range(len(sequences)) if i not in judges], judges):
             for index in group:
@@ -86,7 +86,7 @@ def direct_maps(model, sequence):
     model.set_attn_implementation("eager")
     maps = model(sequence[None], use_cache=False, output_attentions=True).attentions
     model.set_attn_implementation(original)
-    assert len(maps) == LAYERS
+    assert len(maps) == model.config.num_hidden_layers
     return torch.stack([entry[0] for entry in maps]).double()
 
 
@@ -111,17 +111,16 @@ def without_sink(maps):
 def test_streaming_equals_direct_computation(entry, tile, monkeypatch):
     monkeypatch.setattr(statistics, "TILE_BYTES", tile)
     model = make_base(entry)
+    depth = model.config.num_hidden_layers
     sequences = tokens_of(24, 40, 31)
     result = stream(model, sequences)
     for suffix, change in (("", lambda maps: maps), ("_no_sink", without_sink)):
-        heads = {name: torch.zeros(LAYERS, DISTANCE, HEADS, HEADS, dtype=torch.float64) for name in ("cosine", "js")}
-        layers = {
-            name: torch.zeros(LAYERS, LAYERS, dtype=torch.float64) for name in ("cosine", "js", "averaged_cosine")
-        }
+        heads = {name: torch.zeros(depth, DISTANCE, HEADS, HEADS, dtype=torch.float64) for name in ("cosine", "js")}
+        layers = {name: torch.zeros(depth, depth, dtype=torch.float64) for name in ("cosine", "js", "averaged_cosine")}
         for sequence in sequences:
             maps = change(direct_maps(model, sequence))
             rows = torch.linspace(FIRST_ROW, len(sequence) - 1, ROWS).long()
-            for later in range(LAYERS):
+            for later in range(depth):
                 for distance in range(1, min(DISTANCE, later) + 1):
                     p, q = maps[later][:, None], maps[later - distance][None]
                     cosines = cosine(p, q)[..., FIRST_ROW:].mean(-1)
@@ -262,8 +261,8 @@ def test_half_precision_is_accumulated_in_float32_and_scores_do_not_overflow(dty
     kinds = (lambda layers: layers), (lambda layers: [in_float32(state) for state in layers])
     statistics = [MapStatistics(DISTANCE, ROWS, TOP) for _ in kinds]
     with capture(model) as captured:
-        projections = [captured.projections[layer] for layer in range(LAYERS)]
-        errors = [BorrowingError(projections, ["full"] * LAYERS, DISTANCE) for _ in kinds]
+        projections = [captured.projections[layer] for layer in sorted(captured.projections)]
+        errors = [BorrowingError(projections, ["full"] * len(projections), DISTANCE) for _ in kinds]
         for held, sequence in enumerate(tokens_of(24, 24)):
             model(sequence[None], use_cache=False)
             states = captured.take()
@@ -289,13 +288,14 @@ def test_half_precision_is_accumulated_in_float32_and_scores_do_not_overflow(dty
 @families
 def test_capturing_changes_nothing_and_cleans_up(entry):
     model = make_base(entry)
+    backend = model.config._attn_implementation
     (sequence,) = tokens_of(24)
     plain = model(sequence[None]).logits
     with capture(model) as captured:
         assert torch.equal(model(sequence[None]).logits, plain)
-        assert len(captured.take()) == LAYERS
+        assert len(captured.take()) == model.config.num_hidden_layers
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == backend
     assert torch.equal(model(sequence[None]).logits, plain)
 
 
@@ -305,6 +305,7 @@ def test_capturing_changes_nothing_and_cleans_up(entry):
 def direct_borrowing(model, sequences):
     """`before` and `after` by the book in float64: maps of the eager backend, values and inputs from hooks."""
     types = attention_shape(model.config).mask_types
+    depth = len(types)
     judges = held_out(len(sequences))
     tokens = []
     for sequence in sequences:
@@ -315,13 +316,13 @@ def direct_borrowing(model, sequences):
         values = [state.values.double().repeat_interleave(HEADS // len(state.values), 0) for state in states]
         projections = [layer.self_attn.o_proj.weight.double().T for layer in model.model.layers]
         outputs = [
-            [(maps[i] @ values[j]).transpose(0, 1).flatten(1) @ projections[j] for i in range(LAYERS)]
-            for j in range(LAYERS)
+            [(maps[i] @ values[j]).transpose(0, 1).flatten(1) @ projections[j] for i in range(depth)]
+            for j in range(depth)
         ]
         tokens.append(([state.inputs.double() for state in states], outputs))
-    before = torch.full((LAYERS, LAYERS), math.nan, dtype=torch.float64)
+    before = torch.full((depth, depth), math.nan, dtype=torch.float64)
     after = before.clone()
-    for j in range(LAYERS):
+    for j in range(depth):
         for i in range(max(0, j - DISTANCE), j):
             if types[i] != types[j]:
                 continue
@@ -392,8 +393,8 @@ def test_inputs_of_one_direction_still_give_a_compensation():
     """Moments of rank one from inputs that have nothing to do with the outputs, as a dead norm would leave them."""
     model = make_base(FAMILIES[0])
     with capture(model) as captured:
-        projections = [captured.projections[layer] for layer in range(LAYERS)]
-        result = BorrowingError(projections, ["full"] * LAYERS, DISTANCE)
+        projections = [captured.projections[layer] for layer in sorted(captured.projections)]
+        result = BorrowingError(projections, ["full"] * len(projections), DISTANCE)
         for sequence in tokens_of(30, 26):
             model(sequence[None], use_cache=False)
             states = captured.take()
@@ -458,7 +459,7 @@ def test_padding_counts_for_nothing(entry, side):
         padded[row, place], mask[row, place] = sequence, 1
     result = MapStatistics(DISTANCE, ROWS, TOP)
     with capture(model) as captured:
-        projections = [captured.projections[layer] for layer in range(LAYERS)]
+        projections = [captured.projections[layer] for layer in sorted(captured.projections)]
         borrowed = BorrowingError(projections, attention_shape(model.config).mask_types, DISTANCE)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         model(padded, attention_mask=mask, position_ids=positions, use_cache=False)
@@ -525,8 +526,8 @@ def test_memory_does_not_grow_with_the_number_of_sequences():
     model = make_base(FAMILIES[0])
     held, result = [], MapStatistics(DISTANCE, ROWS, TOP)
     with capture(model) as captured:
-        projections = [captured.projections[layer] for layer in range(LAYERS)]
-        errors = BorrowingError(projections, ["full"] * LAYERS, DISTANCE)
+        projections = [captured.projections[layer] for layer in sorted(captured.projections)]
+        errors = BorrowingError(projections, ["full"] * len(projections), DISTANCE)
         for index, sequence in enumerate(tokens_of(*[64] * 8)):
             if index == 6:
                 errors.solve()
@@ -559,8 +560,8 @@ def test_maps_are_never_held_beyond_a_tile(monkeypatch):
     monkeypatch.setattr(borrowing, "TILE_BYTES", 1 << 16)
     model = make_base(FAMILIES[0])
     with capture(model) as captured:
-        projections = [captured.projections[layer] for layer in range(LAYERS)]
-        errors = BorrowingError(projections, ["full"] * LAYERS, DISTANCE)
+        projections = [captured.projections[layer] for layer in sorted(captured.projections)]
+        errors = BorrowingError(projections, ["full"] * len(projections), DISTANCE)
         model(tokens_of(240)[0][None], use_cache=False)
         states = captured.take()
         with LargestTensor() as largest:
