@@ -99,7 +99,7 @@ class DataSpec:
         None, "text for analysis and fit; null takes the training rows, or the built-in text for built-in rows"
     )
     repeat: float = setting(
-        0.2,
+        0.0,
         "share of the calibration windows that hold a passage twice, so that copying is measured",
         minimum=0,
         maximum=1,
@@ -163,7 +163,7 @@ class LayoutSpec:
         choices=("output", "maps"),
     )
     shortlist: int = setting(
-        3, "layouts that are converted and compared on held-out text before one is taken; 1 compares nothing", minimum=1
+        1, "layouts that are converted and compared on held-out text before one is taken; 1 compares nothing", minimum=1
     )
     sources: str = setting(
         "several", "whether a follower's heads may borrow from several layers", choices=("one", "several")
