@@ -84,7 +84,7 @@ def whole(tmp_path_factory):
 
 def test_each_stage_leaves_its_directory_and_nothing_else(whole):
     found = {path.name for path in whole.run.iterdir()}
-    assert found == {"recipe.yaml", "analysis", "converted", "trained", "evaluation"}
+    assert found == {"recipe.yaml", "analysis", "grouping", "converted", "trained", "evaluation"}
 
 
 def test_each_stage_records_what_it_read(whole):

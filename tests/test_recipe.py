@@ -50,8 +50,8 @@ def test_all_faults_are_reported_at_once_with_line_and_nearest_name(tmp_path):
         "recipe.yaml, line 4: unknown key 'analysis.tokns' (did you mean 'tokens'?)",
         "recipe.yaml, line 5: analysis.length must be at least 16, not 8",
         "recipe.yaml, line 6: analysis.top_k must be a whole number, not 'many'",
-        "recipe.yaml, line 8: conversion.solve must be one of both, compensation, output, none, not 'bth' "
-        "(did you mean 'both'?)",
+        "recipe.yaml, line 8: conversion.solve must be one of both, compensation, output, none, reference, "
+        "not 'bth' (did you mean 'both'?)",
     ]
 
 
