@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from uniattn_cli.fitting.search import ThoroughSearch
 from uniattn_cli.fitting.sources import Limits, SourceChooser
 from uniattn_cli.grouping.budget import Budget
 from uniattn_cli.grouping.matching import Matcher
+from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.grouping.search import frontier
 from uniattn_cli.grouping.shorthand import parse_groups
 from uniattn_cli.grouping.thorough import proposer
@@ -63,6 +65,7 @@ class Bench:
         text, rest = self._split(Path(arguments.text))
         wikitext = data.encode(self.tokenizer, Path(arguments.wikitext).read_text(encoding="utf-8"))
         self.texts = {"c4": text, "wt": torch.tensor(wikitext[:WIKITEXT_TOKENS]).view(-1, LENGTH)}
+        self.calibration = [Path(arguments.text).name, *(Path(name).name for name in arguments.calibration)]
         specs = [DatasetSpec(source=str(rest), format="text")]
         for name in arguments.calibration:
             path, _, limit = name.partition(":")
@@ -77,7 +80,7 @@ class Bench:
         self.content |= {"base": base, "setting": self._setting(arguments)}
         print("base", base, flush=True)
         self.perplexities = base
-        self.measured = self._analysis(source)
+        self.source = source
 
     def _setting(self, arguments: argparse.Namespace) -> dict:
         on_gpu = self.device.type == "cuda"
@@ -109,10 +112,12 @@ class Bench:
         rest.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages[used:]), encoding="utf-8")
         return torch.tensor(ids[:TEXT_TOKENS]).view(-1, LENGTH), rest
 
-    def _analysis(self, source) -> object:
+    @cached_property
+    def measured(self) -> Measured:
+        """The analysis, made when the first part needs it."""
         started = time.perf_counter()
         with torch.no_grad():
-            measured, _ = measure(self.base, self.windows(ANALYSIS_TOKENS), self.recipe.analysis, source)
+            measured, _ = measure(self.base, self.windows(ANALYSIS_TOKENS), self.recipe.analysis, self.source)
         self.content["analysis"] = {
             "seconds": round(time.perf_counter() - started, 1),
             "times_a_plain_forward": round(measured.forward_ratio, 2),
@@ -191,6 +196,7 @@ class Bench:
                 "changed": len(final.changed),
                 "kv_share": kv_bytes_per_token(final, self.shape, 1) / kv_bytes_per_token(own, self.shape, 1),
                 "parameter_share": count_parameters(self.base.config, final) / count_parameters(self.base.config, own),
+                "calibration": self.calibration,
                 "fit_tokens": windows.numel(),
                 "fit_seconds": round(seconds, 1),
                 "perplexity": {text: round(value, 3) for text, value in result.items()},
@@ -204,18 +210,25 @@ class Bench:
         self.out.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         self.out.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
+    def _bases(self, text: str) -> str:
+        """The base's perplexity in all rows; runs may have had other pages."""
+        found = [row["perplexity"][text] / row["ratio"][text] for row in self.content["rows"].values()]
+        least, most = (f"{value:.1f}" for value in (min(found), max(found)))
+        return least if least == most else f"{least} to {most}"
+
     def markdown(self) -> str:
         """One line per row, seeds averaged."""
         grouped: dict[str, list[dict]] = {}
         for key, row in self.content["rows"].items():
             grouped.setdefault(key.split(" | seed")[0], []).append(row)
-        setting, base = self.content["setting"], self.content["base"]
+        setting = self.content["setting"]
+        bases = {text: self._bases(text) for text in ("c4", "wt")}
         lines = [
             f"# {setting['model']}: layouts, head maps, compensations and kinds before any training",
             "",
-            f"Ratios of perplexity to the base's (c4 {base['c4']:.2f}, wt {base['wt']:.2f}); {setting['dtype']}, "
-            f"{setting['device']}, windows of {setting['window']:,} tokens. Made by "
-            "`scripts/benchmark_layouts.py` says what is measured, and writes all numbers to the JSON file beside.",
+            f"Ratios of perplexity to the base's on the same tokens (c4 {bases['c4']}, wt {bases['wt']}); "
+            f"{setting['dtype']}, {setting['device']}, windows of {setting['window']:,} tokens. Made by "
+            "`scripts/benchmark_layouts.py`, which says what is measured; all numbers are in the JSON file beside.",
             "",
             "| what | changed | KV bytes | parameters | tokens of the fit | c4 | wt | seeds |",
             "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
