@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -113,7 +114,8 @@ class ThoroughSearch:
             for row, base_row in zip(ours, theirs, strict=True):
                 total += kl_divergence(self._logits(base_row), self._logits(row)).sum().item()
                 tokens += len(row)
-        return total / tokens
+        # A candidate that overflows is the worst of all, not one that compares with nothing.
+        return total / tokens if math.isfinite(total) else math.inf
 
     def candidate_layout(self, layer: int, plan: LayerPlan) -> Layout | None:
         """The current layout with one layer changed; borrowers of a layer that stops lending get new sources."""
@@ -249,7 +251,7 @@ class ThoroughSearch:
                 break
             layout = self.candidate_layout(layer, plan)
             self.measure(layout, keep=True)
-            steps.append(Step(layer, plan, self.layout, self.divergence, measured))
+            steps.append(Step(layer, self.layout[layer], self.layout, self.divergence, measured))
             report(steps[-1])
         return steps
 
