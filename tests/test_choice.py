@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import make_model, settings, write_data
+from tiny_run import make_analysed, settings
 
-import uniattn_cli
 from uniattn_cli.checkpoint import build_converted, load_config, load_model, locate
 from uniattn_cli.errors import DataError, LayoutError, ModelError, RecipeError
 from uniattn_cli.fitting.fit import fit_layers
@@ -49,14 +48,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("choice")
-    model = make_model(folder / "model")
-    (folder / "run").mkdir()
-    write_data(folder / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder / "run")
-        uniattn_cli.analyze(str(model), overrides=settings(), options=CPU)
-    return folder / "run"
+    return make_analysed(tmp_path_factory.mktemp("choice"))
 
 
 @pytest.fixture
