@@ -171,7 +171,10 @@ def test_a_search_after_another_is_as_if_it_were_the_first():
     def done(layout):
         return len(layout.changed) >= 3
 
-    first = two[0].run(done, kinds=("kv", "linear"))
+    tried = []
+    first = two[0].run(done, kinds=("kv", "linear"), tried=lambda layer, plan: tried.append((layer, plan.kind)))
+    assert len(tried) == sum(step.measured for step in first)
+    assert set(tried) == {(layer, kind) for layer in range(1, 6) for kind in ("kv", "linear")}
     before = {name: value.clone() for name, value in base.state_dict().items()}
     two[0].reset()
     assert two[0].layout == Layout.own(6) and two[0].divergence == 0

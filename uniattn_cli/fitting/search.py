@@ -214,6 +214,7 @@ class ThoroughSearch:
         kinds: Sequence[str] | None = None,
         protect: Sequence[int] = (),
         report: Callable[[Step], None] = lambda s: None,
+        tried: Callable[[int, LayerPlan], None] = lambda layer, plan: None,
     ) -> list[Step]:
         """Greedy steps until `done` says that the budget is met, or nothing is left to change.
 
@@ -226,6 +227,7 @@ class ThoroughSearch:
             kinds: kinds to use of those proposed; all if None.
             protect: layers that stay as they are.
             report: told about each step.
+            tried: told about each candidate that was measured.
 
         Returns:
             The accepted steps, in order.
@@ -246,6 +248,8 @@ class ThoroughSearch:
                     continue
                 added, was_measured = self._added(layout, layer, fresh)
                 measured += was_measured
+                if was_measured:
+                    tried(layer, fresh)
                 heapq.heappush(queue, (added / gain, len(steps), layer, index, fresh))
             else:
                 break

@@ -76,7 +76,7 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
     if spec.compared != 1:
         names |= {series_name((kind,)): (kind,) for kind in spec.kinds}
     found = {}
-    with progress.track("searching", None) as advance:
+    with progress.track("converting candidates", None) as advance:
         runner = ThoroughSearch(
             bench.base,
             bench.texts.fit,
@@ -93,7 +93,10 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
                 saved=budget.saved,
                 kinds=kinds,
                 protect=spec.protect,
-                report=lambda step: advance(1, f"layer {step.layer} {step.plan.kind}, KL {step.divergence:.4f}"),
+                report=lambda step, name=name: advance(
+                    0, f"{name}: {len(step.layout.changed)} layers changed, KL {step.divergence:.4f}"
+                ),
+                tried=lambda layer, plan, name=name: advance(1, f"{name}: layer {layer} {plan.kind} tried"),
             )
     return found
 

@@ -185,13 +185,15 @@ class Workbench:
         base, device, batch_size = self.base, self.placement[1], self.recipe.evaluation.batch_size
         fit = self.texts.fit[: max(1, SHORTLIST_TOKENS // self.recipe.conversion.length)]
         found: list[tuple[str, Layout, torch.Tensor]] = []
-        with self.options.progress.track("converting the shortlist", len(layouts)) as advance:
+        layers = self.measured.shape.layers
+        with self.options.progress.track("converting the shortlist", len(layouts) * layers) as advance:
             for name, layout in layouts.items():
-                model = self.converted(layout, fit)
+                model = self.converted(
+                    layout, fit, advance=lambda steps=1, text="", name=name: advance(steps, f"{name}, {text}")
+                )
                 with layer_by_layer(base, device), layer_by_layer(model, device):
                     rows = window_divergences(base, model, self.texts.check, batch_size=batch_size)
                 found.append((name, model.config.layout, rows))
-                advance(1, name)
         found.sort(key=lambda entry: entry[2].mean().nan_to_num(nan=math.inf).item())
         best = found[0][2]
         if not best.isfinite().all():
