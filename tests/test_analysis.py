@@ -21,7 +21,7 @@ from uniattn_cli.analysis.maps import SequenceMaps
 from uniattn_cli.analysis.measure import measure
 from uniattn_cli.analysis.plots import plot_depth
 from uniattn_cli.analysis.statistics import FIRST_ROW, MapStatistics, SequenceMean
-from uniattn_cli.errors import StageError
+from uniattn_cli.errors import ModelError, StageError
 from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.recipe import AnalysisSpec
@@ -642,3 +642,12 @@ def test_compensation_is_left_out_where_its_sums_would_not_fit(monkeypatch):
     measured, (note,) = analysed(make_base(FAMILIES[0]))
     assert "errors after compensation are left out" in note
     assert measured.output_error["before"][1][0] > 0 and math.isnan(measured.output_error["after"][1][0])
+
+
+def test_maps_that_overflow_are_an_error():
+    model = make_base(FAMILIES[0]).to(torch.float16)
+    for projection in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+        projection.weight.mul_(1000)
+    model.model.layers[1].mlp.down_proj.weight.mul_(1000)
+    with pytest.raises(ModelError, match=r"not finite: hidden states overflow in float16; use --dtype bfloat16"):
+        analysed(model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
 
 from uniattn_cli.checkpoint import build_converted
-from uniattn_cli.errors import RecipeError
+from uniattn_cli.errors import ModelError, RecipeError
 from uniattn_cli.families import check_target, family_of
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank, solve_ridge
@@ -192,3 +194,121 @@ def test_a_single_sequence_is_enough(windows):
     model = build_converted(base, make_layout("leader"))
     assert len(fit_layers(base, model, windows[:1], ConversionSpec())) == 3
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_errors_are_relative_to_what_the_base_gives(count, windows):
+    """On the held-out sequences where there are any, else on the only one."""
+    base = make_base(FAMILIES[0])
+    layout = Layout.from_list([{}, {}, {}, {"leader": 1}, {}, {}])
+    (fit,) = fit_layers(base, build_converted(base, layout), windows[:count], ConversionSpec())
+    outputs = []
+    for model in (base, build_converted(base, layout)):
+        attention = model.model.layers[3].self_attn
+        handle = attention.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        with torch.no_grad():
+            model(windows[count - max(1, count // 4) : count], use_cache=False)
+        handle.remove()
+    theirs, ours = outputs
+    expected = ((theirs - ours).square().sum() / theirs.square().sum()).item()
+    assert fit.error_before == pytest.approx(expected, rel=1e-4) and expected != 1
+
+
+def test_the_reference_is_the_solution_through_means_of_positions(windows):
+    """UniAttn's own start: pinv of the mean inputs times the mean of what the residual stream lacks, W_o untouched."""
+    base = make_base(FAMILIES[0])
+    layout = Layout.from_list([{}, {}, {"leader": 1}, {}, {"leader": 3}, {}])
+    spec = ConversionSpec(solve="reference")
+    assert spec.aim == "residual"
+    model = build_converted(base, layout)
+    fits = fit_layers(base, model, windows[:20], spec)
+    hand = build_converted(base, layout)
+    with torch.no_grad():
+        for layer in (2, 4):
+            seen = {}
+
+            def keep(name, module, args, output, seen=seen):
+                seen[name] = (output[0] if isinstance(output, tuple) else output).double()
+
+            def keep_normed(module, args, given, seen=seen):
+                seen["x"] = given["hidden_states"].double()
+
+            ours, theirs = hand.model.layers[layer], base.model.layers[layer]
+            handles = [
+                ours.self_attn.register_forward_hook(functools.partial(keep, "borrowed")),
+                ours.self_attn.register_forward_pre_hook(keep_normed, with_kwargs=True),
+                theirs.self_attn.register_forward_hook(functools.partial(keep, "own")),
+                hand.model.layers[layer - 1].register_forward_hook(functools.partial(keep, "ours")),
+                base.model.layers[layer - 1].register_forward_hook(functools.partial(keep, "theirs")),
+            ]
+            for entry in (base, hand):
+                entry(windows[:20], use_cache=False)
+            for handle in handles:
+                handle.remove()
+            missing = seen["theirs"] + seen["own"] - seen["ours"] - seen["borrowed"]
+            weight = torch.linalg.pinv(seen["x"].mean(0)) @ missing.mean(0)
+            ours.self_attn.compensation.weight.copy_(weight.T)
+            fitted = model.model.layers[layer].self_attn
+            torch.testing.assert_close(
+                fitted.compensation.weight, ours.self_attn.compensation.weight, atol=1e-3, rtol=1e-2
+            )
+            assert torch.equal(fitted.o_proj.weight, theirs.self_attn.o_proj.weight)
+    assert [(fit.layer, fit.ridge) for fit in fits] == [(2, 0.0), (4, 0.0)]
+
+
+def test_inputs_that_span_one_direction_give_finite_weights(windows):
+    """All tokens alike, so that every second-moment matrix is singular."""
+    base = make_base(FAMILIES[0])
+    with torch.no_grad():
+        base.model.embed_tokens.weight.copy_(base.model.embed_tokens.weight[5].expand(97, -1))
+        for name in ("mixed", "others"):
+            for solve in ("both", "reference"):
+                model = build_converted(base, make_layout(name))
+                fits = fit_layers(base, model, windows[:12], ConversionSpec(solve=solve))
+                assert all(parameter.isfinite().all() for parameter in model.parameters())
+                if solve == "both":
+                    # What is the same for all tokens, x alone can make up for.
+                    assert all(fit.error_after <= min(1e-4, fit.error_before) for fit in fits), fits
+                if solve == "both" and name == "mixed":
+                    expected, found = base(windows[12:14]).logits, model(windows[12:14]).logits
+                    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_sums_of_half_precision_states_do_not_overflow(windows):
+    """Hidden states near the largest float16 number, as some models have them in a few channels."""
+    base = make_base(FAMILIES[0])
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.input_layernorm.weight[:3] = 200
+            layer.self_attn.v_proj.weight[:, :3] *= 8
+            layer.self_attn.o_proj.weight.mul_(4)
+    fits = {}
+    for dtype in (torch.float32, torch.float16):
+        model = build_converted(base.to(dtype), make_layout("mixed"))
+        fits[dtype] = fit_layers(base, model, windows[:40], ConversionSpec())
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        largest = max(base.model.layers[2].self_attn(**_inputs(base, windows[:4], 2))[0].abs().max().item(), 0)
+        assert largest**2 > torch.finfo(torch.float16).max
+    for full, half in zip(*fits.values(), strict=True):
+        assert half.error_after == pytest.approx(full.error_after, rel=0.2, abs=0.02)
+
+
+def _inputs(model, tokens, layer):
+    """What the attention module of a layer is called with."""
+    seen = {}
+    handle = model.model.layers[layer].self_attn.register_forward_pre_hook(
+        lambda module, args, given: seen.update(given), with_kwargs=True
+    )
+    model(tokens, use_cache=False)
+    handle.remove()
+    return seen
+
+
+def test_hidden_states_that_overflow_are_told(windows):
+    base = make_base(FAMILIES[0]).to(torch.float16)
+    with torch.no_grad():
+        for projection in (base.model.layers[1].mlp.gate_proj, base.model.layers[1].mlp.up_proj):
+            projection.weight.mul_(1000)
+        base.model.layers[1].mlp.down_proj.weight.mul_(1000)
+    with pytest.raises(ModelError, match=r"layer 2 cannot be fitted: .* overflow in float16; set model\.dtype"):
+        fit_layers(base, build_converted(base, make_layout("leader")), windows[:8], ConversionSpec())

@@ -518,3 +518,20 @@ def test_whole_text_is_one_document(tmp_path):
     (tmp_path / "t.txt").write_text("a\n\nb", encoding="utf-8")
     spec = DatasetSpec(source=str(tmp_path / "t.txt"))
     assert [row["text"] for row in rows.read_rows(spec, whole_text=True)] == ["a\n\nb"]
+
+
+# --- repeated passages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "repeated"), [(0, []), (1, list(range(8))), (0.25, [3, 7]), (0.5, [1, 3, 5, 7])])
+@pytest.mark.parametrize("length", [6, 7])
+def test_passages_are_repeated_evenly(share, repeated, length):
+    windows = torch.arange(8 * length).view(8, length)
+    found = data.repeat_passages(windows, share)
+    assert torch.equal(windows, torch.arange(8 * length).view(8, length))
+    for index, (before, after) in enumerate(zip(windows, found, strict=True)):
+        if index in repeated:
+            assert torch.equal(after[:3], before[:3]) and torch.equal(after[3:6], before[:3])
+            assert torch.equal(after[6:], before[6:])
+        else:
+            assert torch.equal(after, before)

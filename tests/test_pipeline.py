@@ -268,6 +268,51 @@ def test_every_stage_is_a_function_of_the_package():
         _ = uniattn_cli.anlyze
 
 
+def test_a_layout_without_followers_is_the_base(run, tmp_path):
+    printed = uniattn(tmp_path, "convert", "--followers", "0", "-C", "run")
+    assert "0 followers: budget followers 0" in printed
+    source = checkpoint.locate(str(run / "converted"))
+    converted = checkpoint.load_model(source, ModelSpec(), CPU)
+    base = checkpoint.load_model(checkpoint.locate(Recipe.load(run / "recipe.yaml").model.name), ModelSpec(), CPU)
+    assert converted.config.layout.changed == []
+    tokens = torch.arange(3, 40)[None]
+    assert torch.equal(converted(tokens).logits, base(tokens).logits)
+    report = json.loads((run / "converted" / "uniattn_report.json").read_text())
+    assert report["fits"] == [] and report["losses"]["base"] == report["losses"]["converted"]
+    assert all(pair["base"] == pair["converted"] for pair in report["costs"].values())
+
+
+def test_rows_of_all_lengths_are_packed_without_padding(analysed, tmp_path, monkeypatch):
+    """Rows of one word and of many; neither analysis nor fit sees a padding token."""
+    from uniattn_cli import data
+
+    seen = []
+    packed = data.calibration_windows
+    monkeypatch.setattr(data, "calibration_windows", lambda *a, **k: seen.append(packed(*a, **k)) or seen[-1])
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    rows = [{"text": " ".join(f"word {n}" for n in range(length))} for length in (1, 60, 2, 30, 7, 90, 11) * 12]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    analysis = uniattn_cli.analyze(str(analysed / "model"), overrides=settings())
+    conversion = uniattn_cli.convert()
+    assert analysis.measured.tokens == 1024 and analysis.measured.sequences == 16
+    assert all(fit.error_after <= fit.error_before for fit in conversion.fits) and conversion.fits
+    tokenizer = checkpoint.load_tokenizer(checkpoint.locate(str(analysed / "model")))
+    assert len(seen) >= 2 and all(windows.shape[1] == 64 for windows in seen)
+    assert not any((windows == tokenizer.pad_token_id).any() for windows in seen)
+    assert any((windows == tokenizer.eos_token_id).any() for windows in seen)
+
+
+def test_one_calibration_sequence_is_told(analysed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    analysis = uniattn_cli.analyze(str(analysed / "model"), overrides=settings(analysis__tokens=64))
+    assert analysis.measured.sequences == 1
+    conversion = uniattn_cli.convert(overrides=["conversion.tokens=64"])
+    assert len(conversion.fits) == 3
+    assert any("one calibration sequence: nothing is held out" in note for note in conversion.notes)
+
+
 # --- other families ---------------------------------------------------------------------------------------------------
 
 

@@ -161,3 +161,38 @@ def test_mixed_kinds_are_searched_by_damage_per_byte():
     model = build_converted(base, steps[-1].layout)
     fit_layers(base, model, windows(24, 1), ConversionSpec(), batch_size=8)
     assert steps[-1].divergence == pytest.approx(divergence(base, model, windows(4, 2)), rel=1e-3)
+
+
+def test_a_search_after_another_is_as_if_it_were_the_first():
+    base = make_base(FAMILIES[0])
+    propose, _ = make_proposer(("softmax", "kv", "linear"))
+    two = [ThoroughSearch(base, windows(16, 1), windows(4, 2), ConversionSpec(), propose, batch_size=8) for _ in "ab"]
+
+    def done(layout):
+        return len(layout.changed) >= 3
+
+    tried = []
+    first = two[0].run(done, kinds=("kv", "linear"), tried=lambda layer, plan: tried.append((layer, plan.kind)))
+    assert len(tried) == sum(step.measured for step in first)
+    assert set(tried) == {(layer, kind) for layer in range(1, 6) for kind in ("kv", "linear")}
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    two[0].reset()
+    assert two[0].layout == Layout.own(6) and two[0].divergence == 0
+    tokens = windows(2, 5)
+    assert torch.equal(two[0].model(tokens).logits, base(tokens).logits)
+    again, fresh = (search.run(done, kinds=("softmax",)) for search in two)
+    assert [(step.layout, step.divergence) for step in again] == [(step.layout, step.divergence) for step in fresh]
+    two[0].reset()
+    repeated = two[0].run(done, kinds=("kv", "linear"))
+    assert [(step.layout, step.divergence) for step in repeated] == [(step.layout, step.divergence) for step in first]
+    # What the first step measures is known from the first time.
+    assert repeated[0].measured == 0 < first[0].measured
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_a_candidate_that_overflows_is_the_worst():
+    base = make_base(FAMILIES[0])
+    search = ThoroughSearch(base, windows(12, 1), windows(4, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    finals = [states[-1].clone() for states in search.score_states]
+    finals[0][0, 3, 5] = float("nan")
+    assert search._kl(finals) == float("inf")

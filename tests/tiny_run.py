@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from tiny import FAMILIES, make_base
@@ -81,3 +82,20 @@ def write_data(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     paragraphs = [f"Paragraph {n} says that {n} times {n} is {n * n}." for n in range(200)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+
+
+def make_analysed(folder: Path) -> Path:
+    """A run directory `folder/run` with data, a recipe of the defaults and an analysis of `folder/model`."""
+    import uniattn_cli
+    from uniattn_cli.options import RunOptions
+
+    model, run = make_model(folder / "model"), folder / "run"
+    run.mkdir()
+    write_data(run)
+    before = Path.cwd()
+    os.chdir(run)  # from where data are named
+    try:
+        uniattn_cli.analyze(str(model), overrides=settings(), options=RunOptions(device="cpu"))
+    finally:
+        os.chdir(before)
+    return run

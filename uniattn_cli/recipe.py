@@ -150,7 +150,11 @@ class LayoutSpec:
     kinds: tuple[str, ...] = setting(
         lambda: ("softmax",), "kinds that the thorough search may use: softmax, key, kv, pooled, linear, none"
     )
-    score_tokens: int = setting(16384, "calibration tokens that judge candidates of the thorough search", minimum=64)
+    score_tokens: int = setting(
+        16384,
+        "calibration tokens that judge the candidates of a thorough search; as many others judge the shortlist",
+        minimum=64,
+    )
     head_map: str = setting(
         "grouped",
         "which heads a follower may use; grouped keeps ordinary grouped-query shapes",
@@ -162,8 +166,12 @@ class LayoutSpec:
         "heads are matched by what the refitted W_o can make of them (output), or by similar maps alone (maps; faster)",
         choices=("output", "maps"),
     )
-    shortlist: int = setting(
-        1, "layouts that are converted and compared on held-out text before one is taken; 1 compares nothing", minimum=1
+    shortlist: int | str = setting(
+        "auto",
+        "layouts, at most, that are converted and compared on text of their own before one is taken; auto compares the "
+        "mix, each kind alone and the fast choice in a thorough search, and nothing in a fast one; 1 compares nothing",
+        choices=("auto",),
+        minimum=1,
     )
     sources: str = setting(
         "several", "whether a follower's heads may borrow from several layers", choices=("one", "several")
@@ -173,6 +181,13 @@ class LayoutSpec:
     layers: tuple[dict, ...] | None = setting(
         None, "the chosen layout, one entry per layer; written by `uniattn group` and by `uniattn convert`"
     )
+
+    @property
+    def compared(self) -> int | None:
+        """Layouts that may be converted and compared; None for any number."""
+        if self.shortlist == "auto":
+            return 1 if self.search == "fast" else None
+        return int(self.shortlist)
 
 
 @dataclass(frozen=True)
@@ -333,6 +348,8 @@ class Recipe:
                 )
         if not self.layout.kinds:
             faults.append("layout.kinds is empty; name at least one kind")
+        if len(set(self.layout.kinds)) < len(self.layout.kinds):
+            faults.append("layout.kinds names a kind twice")
         if self.layout.search == "fast" and set(self.layout.kinds) - {"softmax"}:
             faults.append("layout.kinds other than softmax need layout.search: thorough")
         if self.layout.max_group is not None and self.layout.sources == "several":

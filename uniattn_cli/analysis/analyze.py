@@ -159,7 +159,7 @@ def resolution_note(measured: Measured) -> list[str]:
     unit = 10 ** (math.floor(math.log10(wanted)) - 1)
     return [
         f"few tokens: similarities are known to ± {width:.3f} (95 %) but differ by only {spread:.3f} between heads; "
-        f"for a sound choice: --tokens {math.ceil(wanted / unit) * unit}"
+        f"for a sound choice: uniattn analyze --force --tokens {math.ceil(wanted / unit) * unit}"
     ]
 
 

@@ -47,7 +47,7 @@ def measure(
         What was measured, and notes on what was not.
 
     Raises:
-        ModelError: some layers' attention does not go through the interface.
+        ModelError: some layers' attention does not go through the interface, or its maps are not finite.
     """
     shape = attention_shape(model.config)
     survey = _Survey(model, shape, spec, len(windows))
@@ -61,6 +61,11 @@ def measure(
         for index in judges:
             survey.add(captured, windows[index])
             advance()
+    if not all(entry.mean.isfinite().all() for entry in survey.statistics.heads.values()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"attention maps are not finite: hidden states overflow in {dtype}; use --dtype bfloat16 or float32"
+        )
     with torch.no_grad():
         for window in windows[:TIMED_SEQUENCES]:
             with _timed(plain, survey.device):

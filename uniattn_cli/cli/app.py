@@ -190,7 +190,6 @@ def group(
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
     device: DeviceOption = "auto",
-    force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Choose which layers share, under a budget.
@@ -208,7 +207,7 @@ def group(
         return group(groups=groups, overrides=overrides, options=options)
 
     overrides = _layout_overrides(followers, kv, search, kinds, head_map, sources)
-    run_stage("group", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_stage("group", Common(run_dir, set_ or (), device, False, debug), overrides, call)
 
 
 @app.command()

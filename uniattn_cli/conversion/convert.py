@@ -198,6 +198,8 @@ def _convert(
     notes = []
     if windows.numel() < spec.tokens - spec.length:
         notes.append(f"the calibration text holds {windows.numel():,} tokens, {spec.tokens:,} were asked for")
+    if len(windows) == 1 and layout.changed:
+        notes.append("one calibration sequence: nothing is held out from the fit, so its errors look too good")
     home, device = placement(spec.offload, weight_bytes, options.torch_device())
     where = f"on {home}" if device is None else f"in memory, one layer at a time on {device}"
     progress.note(f"loading {recipe.model.name} {where}")

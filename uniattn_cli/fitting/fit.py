@@ -8,13 +8,14 @@ already contain the errors of the changed layers before it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from uniattn_cli.checkpoint import build_attention
+from uniattn_cli.errors import ModelError
 from uniattn_cli.fitting.moments import Moments, PositionSums, RidgeFit, fit_ridge, reduce_rank
 from uniattn_cli.fitting.sources import SourceChooser
 from uniattn_cli.fitting.stream import (
@@ -36,13 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How well one layer was fitted, on tokens held out from its fit.
+    """How well one layer was fitted, on tokens held out from its fit (on its own, of a single sequence).
 
     Attributes:
         layer: number of the layer.
         kind: its kind.
         ridge: chosen ridge strength; infinity where the unfitted weights were best.
-        error_before: mean squared error of the attention output before the fit, relative to the target's.
+        error_before: mean squared error of the attention output before the fit, relative to the target's mean square.
         error_after: the same after the fit.
     """
 
@@ -79,6 +80,9 @@ def fit_layers(
 
     Returns:
         One `LayerFit` per fitted layer, in order.
+
+    Raises:
+        ModelError: hidden states are not finite.
     """
     layout: Layout = converted.config.layout
     batches = start_batches(base, windows, spec.holdout, batch_size, device)
@@ -144,14 +148,20 @@ class _Problem:
     fit: Moments
     held: Moments
     blocks: list[int]
-    energy: float = 0.0
+    energies: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
     positions: PositionSums | None = None
 
-    def add(self, features: torch.Tensor, missing: torch.Tensor, held: bool) -> None:
-        """Adds tokens: features [rows, length, p], missing [rows, length, d]."""
+    def add(self, features: torch.Tensor, missing: torch.Tensor, target: torch.Tensor, held: bool) -> None:
+        """Adds tokens: features [rows, length, p], missing and target [rows, length, d]."""
         (self.held if held else self.fit).add(features.flatten(0, 1), missing.flatten(0, 1))
+        self.energies[held] += target.double().square().sum().item()
         if self.positions is not None:
             self.positions.add(features, missing)
+
+    @property
+    def energy(self) -> float:
+        """Mean square of the target on the tokens of `judge`."""
+        return self.energies[self.held.tokens > 0] / self.judge.tokens
 
     @property
     def judge(self) -> Moments:
@@ -182,9 +192,7 @@ def _add(
     features = torch.cat([part.float() for part in parts], dim=-1)
     if problem is None:
         problem = _Problem.like(features, missing, [part.shape[-1] for part in parts], reference)
-    problem.add(features, missing, batch.held)
-    if batch.held:
-        problem.energy += target.double().square().sum().item()
+    problem.add(features, missing, target, batch.held)
     return problem
 
 
@@ -201,12 +209,16 @@ def solved_parts(attention: nn.Module, spec: ConversionSpec) -> tuple[bool, bool
 def _solve(attention: nn.Module, index: int, problem: _Problem, solved: tuple[bool, bool]) -> LayerFit:
     """Solves one layer's problem and writes the weights."""
     judge = problem.judge
+    if not (problem.fit.ff.isfinite().all() and problem.fit.fy.isfinite().all() and judge.yy.isfinite()):
+        raise ModelError(
+            f"layer {index} cannot be fitted: hidden states overflow in {_dtype(attention)}; set model.dtype to "
+            "bfloat16 or float32"
+        )
     if problem.positions is not None:
         weights = problem.positions.solve()
         result = RidgeFit(weights, 0.0, judge.yy.item() / judge.tokens, judge.error(weights))
     else:
         result = fit_ridge(problem.fit, judge, problem.blocks)
-    energy = problem.energy / judge.tokens if problem.energy else judge.yy.item() / judge.tokens
     heads = problem.blocks[0] if solved[0] else 0
     output, after = result.weights[:heads], result.error_after
     compensation = attention.compensation if solved[1] else None
@@ -221,8 +233,12 @@ def _solve(attention: nn.Module, index: int, problem: _Problem, solved: tuple[bo
         compensation.weight.copy_(result.weights[heads:].T)
     if heads:
         _correct(getattr(attention, attention.output_name), output)
-    energy = max(energy, 1e-30)
+    energy = max(problem.energy, 1e-30)
     return LayerFit(index, attention.plan.kind, result.strength, result.error_before / energy, after / energy)
+
+
+def _dtype(module: nn.Module) -> str:
+    return str(next(module.parameters()).dtype).removeprefix("torch.")
 
 
 def _correct(projection: nn.Linear, correction: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -113,7 +114,8 @@ class ThoroughSearch:
             for row, base_row in zip(ours, theirs, strict=True):
                 total += kl_divergence(self._logits(base_row), self._logits(row)).sum().item()
                 tokens += len(row)
-        return total / tokens
+        # A candidate that overflows is the worst of all, not one that compares with nothing.
+        return total / tokens if math.isfinite(total) else math.inf
 
     def candidate_layout(self, layer: int, plan: LayerPlan) -> Layout | None:
         """The current layout with one layer changed; borrowers of a layer that stops lending get new sources."""
@@ -212,6 +214,7 @@ class ThoroughSearch:
         kinds: Sequence[str] | None = None,
         protect: Sequence[int] = (),
         report: Callable[[Step], None] = lambda s: None,
+        tried: Callable[[int, LayerPlan], None] = lambda layer, plan: None,
     ) -> list[Step]:
         """Greedy steps until `done` says that the budget is met, or nothing is left to change.
 
@@ -224,6 +227,7 @@ class ThoroughSearch:
             kinds: kinds to use of those proposed; all if None.
             protect: layers that stay as they are.
             report: told about each step.
+            tried: told about each candidate that was measured.
 
         Returns:
             The accepted steps, in order.
@@ -244,12 +248,14 @@ class ThoroughSearch:
                     continue
                 added, was_measured = self._added(layout, layer, fresh)
                 measured += was_measured
+                if was_measured:
+                    tried(layer, fresh)
                 heapq.heappush(queue, (added / gain, len(steps), layer, index, fresh))
             else:
                 break
             layout = self.candidate_layout(layer, plan)
             self.measure(layout, keep=True)
-            steps.append(Step(layer, plan, self.layout, self.divergence, measured))
+            steps.append(Step(layer, self.layout[layer], self.layout, self.divergence, measured))
             report(steps[-1])
         return steps
 

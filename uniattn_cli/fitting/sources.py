@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from uniattn_cli.modeling.sharing_uniattn import SharedStates
 
 RIDGE = 1e-3
-SWEEPS = 3
+# Each sweep looks at every unit once; the descent ends where none changes, mostly after two or three.
+SWEEPS = 10
 
 
 @dataclass(frozen=True)
@@ -65,33 +66,46 @@ class Block:
     heads: tuple[int, ...]
 
 
-def candidate_blocks(matcher: Matcher, layer: int, lenders: Sequence[int], kind: str, features: int) -> list[Block]:
+def candidate_blocks(
+    matcher: Matcher, layer: int, lenders: Sequence[int], kind: str, features: int, *, one_source: bool = False
+) -> list[Block]:
     """The blocks that a layer may choose among, the most similar ones first for each unit.
 
     Args:
         lenders: layers that may lend.
         kind: `softmax`, `key` or `kv`.
         features: width of all blocks together, at most; each unit keeps two blocks at least.
+        one_source: a choice takes all its blocks from one layer, so that layers are kept or left out as a whole.
     """
     shape = matcher.shape
-    size = shape.group_size
-    free = matcher.head_map == "free" and kind == "softmax"
+    units = range(shape.query_heads if matcher.head_map == "free" and kind == "softmax" else shape.kv_heads)
     most = max(2, features // (shape.query_heads * shape.head_dim))
+    found = {(unit, source): _scored_blocks(matcher, layer, unit, source, kind) for unit in units for source in lenders}
+    if one_source:
+        best = {source: sum(found[unit, source][0][0] for unit in units) for source in lenders}
+        lenders = sorted(lenders, key=lambda source: -best[source])[:most]
+        each = max(1, most // len(lenders))
+        return [block for unit in units for source in lenders for _, block in found[unit, source][:each]]
     chosen = []
-    for unit in range(shape.query_heads if free else shape.kv_heads):
-        found = []
-        for source in lenders:
-            table = matcher.similarity[layer, layer - source - 1]
-            if free:
-                found += [(table[unit, head], Block(unit, source, (head,))) for head in range(shape.query_heads)]
-                continue
-            rows = table[unit * size : (unit + 1) * size].reshape(size, -1, size)
-            for group, score in enumerate(rows.max(2).sum(0)):
-                heads = tuple(range(group * size, (group + 1) * size)) if kind == "softmax" else (group,)
-                found.append((score, Block(unit, source, heads)))
-        found.sort(key=lambda entry: -entry[0])
-        chosen += [block for _, block in found[:most]]
+    for unit in units:
+        ranked = sorted((entry for source in lenders for entry in found[unit, source]), key=lambda entry: -entry[0])
+        chosen += [block for _, block in ranked[:most]]
     return chosen
+
+
+def _scored_blocks(matcher: Matcher, layer: int, unit: int, source: int, kind: str) -> list[tuple[float, Block]]:
+    """(similarity of the maps, block) for all blocks that one layer could lend to a unit, the best first."""
+    shape, size = matcher.shape, matcher.shape.group_size
+    table = matcher.similarity[layer, layer - source - 1]
+    if matcher.head_map == "free" and kind == "softmax":
+        found = [(float(table[unit, head]), Block(unit, source, (head,))) for head in range(shape.query_heads)]
+    else:
+        rows = table[unit * size : (unit + 1) * size].reshape(size, -1, size)
+        found = []
+        for group, score in enumerate(rows.max(2).sum(0)):
+            heads = tuple(range(group * size, (group + 1) * size)) if kind == "softmax" else (group,)
+            found.append((float(score), Block(unit, source, heads)))
+    return sorted(found, key=lambda entry: -entry[0])
 
 
 @dataclass(frozen=True)
@@ -243,11 +257,12 @@ class SourceChooser:
         lenders = self.lenders(layout, index)
         if not lenders:
             return plan
-        blocks = candidate_blocks(self.matcher, index, lenders, plan.kind, self.limits.features)
+        one_source = not self.matcher.several
+        blocks = candidate_blocks(self.matcher, index, lenders, plan.kind, self.limits.features, one_source=one_source)
         own = build_attention(base, Layout.own(self.matcher.shape.layers), index)
         layers = base.model.layers[index], converted.model.layers[index]
         problem = Borrowing(*layers, own, index, plan.kind, self.matcher.shape)
-        found = problem.choose(batches, blocks, self.limits.tokens, one_source=not self.matcher.several)
+        found = problem.choose(batches, blocks, self.limits.tokens, one_source=one_source)
         return replace(plan, leader=None, heads=self._heads(index, found, plan.kind))
 
     def _heads(self, layer: int, blocks: Sequence[Block], kind: str) -> tuple[tuple[int, int], ...]:

@@ -245,8 +245,9 @@ def release(shared: SharedStates, layout: Layout, index: int, max_distance: int 
     Args:
         max_distance: the layout may still change, so that each of so many layers after a layer may borrow from it.
     """
+    last_use = layout.last_use
     for source in list(shared.queries):
-        last = layout.last_use.get(source, -1) if max_distance is None else source + max_distance
+        last = max(last_use.get(source, -1), -1 if max_distance is None else source + max_distance)
         if last <= index:
             for states in (shared.queries, shared.keys, shared.values):
                 states.pop(source, None)

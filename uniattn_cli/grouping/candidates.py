@@ -126,13 +126,13 @@ class Considered:
         rows = []
         for entry in self.shortlist:
             kv = kv_bytes_per_token(entry.layout, shape, element_size)
-            behind = "-" if entry is self.shortlist[0] else f"+{entry.behind:.4f} ± {1.96 * entry.behind_stderr:.4f}"
+            behind = "-" if entry is self.shortlist[0] else f"+{_within(entry.behind, entry.behind_stderr)}"
             rows.append(
                 [
                     entry.name + (" *" if entry is self.shortlist[0] else ""),
                     kinds_in_words(entry.layout),
                     f"{kv:,} ({kv / own:.0%})",
-                    f"{entry.divergence:.4f} ± {1.96 * entry.stderr:.4f}",
+                    _within(entry.divergence, entry.stderr),
                     behind,
                 ]
             )
@@ -159,5 +159,10 @@ def lower_envelope(points: list[Point], shape: AttentionShape) -> list[Point]:
     return kept[::-1]
 
 
+def _within(value: float, stderr: float) -> str:
+    """With its 95 % half-width, where there is one."""
+    return f"{value:.4f}" if math.isnan(stderr) else f"{value:.4f} ± {1.96 * stderr:.4f}"
+
+
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(f"{value:.6g}")
+    return float(f"{value:.6g}") if math.isfinite(value) else None

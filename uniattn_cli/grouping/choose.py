@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
 from uniattn_cli.checkpoint import locate
 from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.grouping.budget import Budget
-from uniattn_cli.grouping.candidates import Considered, Point
+from uniattn_cli.grouping.candidates import Considered, Point, Validated
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.grouping.picture import draw_layout
 from uniattn_cli.grouping.search import Choice, frontier, plan_of
 from uniattn_cli.grouping.shorthand import parse_groups
-from uniattn_cli.grouping.thorough import Workbench, frontier_table, points_of, search, steps_table
+from uniattn_cli.grouping.thorough import frontier_table, points_of, search, steps_table
+from uniattn_cli.grouping.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, Layout
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import LayoutSpec, Recipe
 from uniattn_cli.rundir import RunDir
 from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    from uniattn_cli.fitting.search import Step
 
 # Similarities that propose other layouts for the shortlist of the fast search, and their names.
 SHORTLIST_METRICS = {"cosine_no_sink": "cosine without the sink", "js_no_sink": "Jensen-Shannon without the sink"}
@@ -87,7 +91,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
         raise LayoutError(f"conversion.rank is {rank}, but the model is only {shape.hidden_size} wide; use full")
     fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
     check_protected(spec, shape, fixed)
-    if fixed is not None and (spec.head_map == "identity" or any(plan.heads for plan in fixed)):
+    if fixed is not None and (spec.head_map == "identity" or not _plain_leaders(fixed)):
         return _fixed(fixed, f"layout '{spec.groups}', heads as given")
     source = locate(recipe.model.name, recipe.model.revision)
     check_analysis(run, recipe, source.fingerprint)
@@ -95,10 +99,9 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     bench = Workbench(recipe, source, measured, options)
     if fixed is not None:
         layout = with_head_maps(fixed, measured, spec)
-        how = "similar maps"
-        if load and matches_by_output(recipe):
-            layout, how = bench.validate({"given": layout}, fixed=True)[0].layout, "attention output"
-        return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' matched by {how}")
+        if load:
+            layout = bench.match_heads(layout, fixed=True)
+        return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' {_matched(recipe, load)}")
     budget = Budget.of(spec, shape, config)
     if spec.search == "thorough":
         if not load:
@@ -107,10 +110,22 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     return _fast(bench, budget, rank, config, load)
 
 
-def matches_by_output(recipe: Recipe) -> bool:
-    """Whether heads are matched in a conversion, for which W_o has to be solved."""
-    spec = recipe.layout
-    return spec.match == "output" and spec.head_map != "identity" and recipe.conversion.solve in ("both", "output")
+def _plain_leaders(layout: Layout) -> bool:
+    """Whether a layout borrows, and leaves open which heads."""
+    return _borrows(layout) and not any(plan.heads for plan in layout)
+
+
+def _borrows(layout: Layout) -> bool:
+    return any(plan.kind in BORROWING_KINDS for plan in layout)
+
+
+def _matched(recipe: Recipe, load: bool) -> str:
+    """How heads were matched, in words."""
+    if recipe.layout.head_map == "identity":
+        return "as they are"
+    if not matches_by_output(recipe):
+        return "matched by similar maps"
+    return "matched by attention output" if load else "matched by similar maps (a dry run converts nothing)"
 
 
 def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: bool) -> Grouping:
@@ -125,54 +140,81 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     for name in SHORTLIST_METRICS if load else ():
         matcher = Matcher(measured.heads[name], shape, spec.head_map, spec.sources)
         other = _within_budget(frontier(matcher, **settings), budget, shape, counts).layout
-        if len(proposals) < spec.shortlist and all(other.changed != known.changed for known in proposals.values()):
+        if all(other.changed != known.changed for known in proposals.values()):
             proposals[f"fast, by {SHORTLIST_METRICS[name]}"] = other
-    shortlist = []
-    if load and (len(proposals) > 1 or matches_by_output(bench.recipe)):
-        shortlist = bench.validate(proposals)
-    layout = shortlist[0].layout if shortlist else chosen.layout
+    proposals = dict(list(proposals.items())[: spec.compared])
+    shortlist = bench.validate(proposals) if len(proposals) > 1 else []
+    if shortlist:
+        layout = shortlist[0].layout
+    else:
+        layout = bench.match_heads(chosen.layout) if load else chosen.layout
     points = [Point("fast", choice.layout, choice.followers - sum(choice.scores.values())) for choice in choices]
-    considered = Considered("sum over followers of 1 - similarity", points, shortlist, bench.check_tokens, layout)
-    note = f"{chosen.followers} followers: {budget.words}; mean similarity of the borrowed maps {chosen.mean_score:.3f}"
-    tables = [candidates_table(choices, shape, measured.element_size, counts, chosen)]
+    considered = Considered(
+        "sum over followers of 1 - similarity", points, shortlist, _checked(bench, shortlist), layout
+    )
+    note = f"{chosen.followers} followers: {budget.words}"
+    if chosen.followers:
+        similar = bench.matcher.similarity_of(layout)
+        note += f"; heads {_matched(bench.recipe, load)}, mean similarity of the borrowed maps {similar:.3f}"
+    marked = chosen if not shortlist or shortlist[0].name == "fast" else None
+    tables = [candidates_table(choices, shape, measured.element_size, counts, marked)]
     return _grouping(considered, measured, tables, [note])
 
 
+def _checked(bench: Workbench, shortlist: list[Validated]) -> int:
+    """Tokens that a shortlist was compared on."""
+    return bench.texts.check.numel() if shortlist else 0
+
+
 def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
-    """Greedy search by conversion; its mix of kinds is compared with each kind alone and with the fast choice."""
+    """Greedy search by conversion; its mix of kinds is compared with each kind alone and with the fast choice.
+
+    The one that is closest to the base on text that no search has seen is taken, so that mixing is never worse there
+    than the best single kind.
+    """
     spec, measured = bench.recipe.layout, bench.measured
-    own = Layout.own(measured.shape.layers)
     runs = search(bench, budget, rank)
-    ends = {name: steps[-1].layout if steps else own for name, steps in runs.items()}
-    meeting = {name: layout for name, layout in ends.items() if budget.met(layout)}
-    if not meeting:
+    proposals = _proposals(bench, budget, rank, runs)
+    if not proposals:
         raise LayoutError(
             f"{budget.words} cannot be met: nothing is left to change with kinds {', '.join(spec.kinds)}; loosen the "
             "budget, layout.protect, layout.kinds or analysis.max_distance"
         )
-    if spec.shortlist > 1 and "softmax" in spec.kinds:
-        choices = frontier(bench.matcher, protect=spec.protect, max_group=spec.max_group, compensation=rank)
-        fast = next((choice.layout for choice in choices if budget.met(choice.layout)), None)
-        meeting |= {} if fast is None else {"fast": fast}
-    proposals = {}
-    for name, layout in meeting.items():
-        if layout not in proposals.values():
-            proposals[name] = layout
-    shortlist = bench.validate(proposals, fixed=False) if len(proposals) > 1 else []
+    shortlist = bench.validate(proposals) if len(proposals) > 1 else []
     layout = shortlist[0].layout if shortlist else next(iter(proposals.values()))
     points = points_of(runs, measured.shape.layers)
-    considered = Considered("KL from the base, nats per token", points, shortlist, bench.check_tokens, layout)
+    checked = _checked(bench, shortlist)
+    considered = Considered("KL from the base, nats per token", points, shortlist, checked, layout)
     note = f"{len(layout.changed)} layers changed: {budget.words}"
+    if _borrows(layout):
+        note += f"; heads {_matched(bench.recipe, True)}"
     taken = shortlist[0].name if shortlist else next(iter(proposals))
-    tables = [steps_table(runs[taken], measured)] if taken in runs else []
+    tables = [steps_table(runs[taken], measured)] if runs.get(taken) else []
     if len(runs) > 1:
         tables.append(frontier_table(points, measured))
     return _grouping(considered, measured, tables, [note])
 
 
+def _proposals(bench: Workbench, budget: Budget, rank: str | int, runs: dict[str, list[Step]]) -> dict[str, Layout]:
+    """The layouts that meet the budget, without repetitions: those searched, the best first, and the fast choice."""
+    spec, own = bench.recipe.layout, Layout.own(bench.measured.shape.layers)
+    ends = [
+        (steps[-1].divergence, name, steps[-1].layout) if steps else (0.0, name, own) for name, steps in runs.items()
+    ]
+    found = [(name, layout) for _, name, layout in sorted(ends, key=lambda end: end[0]) if budget.met(layout)]
+    if spec.compared != 1 and "softmax" in spec.kinds:
+        choices = frontier(bench.matcher, protect=spec.protect, max_group=spec.max_group, compensation=rank)
+        found += [("fast", choice.layout) for choice in choices if budget.met(choice.layout)][:1]
+    proposals: dict[str, Layout] = {}
+    for name, layout in found:
+        if layout not in proposals.values():
+            proposals[name] = layout
+    return dict(list(proposals.items())[: spec.compared])
+
+
 def _grouping(considered: Considered, measured: Measured, tables: list[Table], notes: list[str]) -> Grouping:
     table = considered.table(measured.shape, measured.element_size)
-    if table is not None and len(considered.shortlist) > 1:
+    if table is not None:
         tables = [*tables, table]
         notes = [*notes, considered.reason()]
     layout = considered.chosen

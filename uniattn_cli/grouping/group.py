@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from uniattn_cli.grouping.choose import Grouping, choose, compensation_of
 from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import LayoutSpec, Recipe, read_tree, write_tree
+from uniattn_cli.recipe import Recipe, read_tree, write_tree
 from uniattn_cli.rundir import RunDir, file_errors
 
 BUDGETS = ("layout.followers", "layout.kv", "layout.params")
@@ -43,7 +44,9 @@ def group(
     grouping = choose(run, recipe, config, options or RunOptions())
     write_considered(run, recipe, grouping)
     store_layout(run, grouping.layout, recipe)
-    return grouping
+    written = [] if grouping.considered is None else [f"candidates: {run.output('group')}"]
+    written.append(f"layout written to {run.recipe}; next: uniattn convert")
+    return replace(grouping, notes=[*grouping.notes, "; ".join(written)])
 
 
 def write_considered(run: RunDir, recipe: Recipe, grouping: Grouping) -> None:
@@ -88,10 +91,13 @@ def store_layout(run: RunDir, layout: Layout, recipe: Recipe) -> None:
 
     tree = read_tree(run.recipe)
     section = tree.setdefault("layout", CommentedMap())
-    for key in ("groups", "followers", "kv", "params", "search", "head_map", "sources"):
-        value = getattr(recipe.layout, key)
-        if section.get(key, getattr(LayoutSpec, key)) != value:
-            section[key] = value
+    defaults = Recipe().to_dict()["layout"]
+    for key, value in recipe.to_dict()["layout"].items():
+        if key != "layers" and section.get(key, defaults[key]) != value:
+            if key in section:
+                section[key] = value
+            else:  # the comment above the next section hangs on the last line of this one
+                section.insert(0, key, value)
     usual = compensation_of(recipe)
     entries = CommentedSeq()
     for index, plan in enumerate(layout):

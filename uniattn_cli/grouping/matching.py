@@ -59,6 +59,19 @@ class Matcher:
             if layout[other].kind == "own" and (max_group is None or borrowers[other] < max_group)
         ]
 
+    def similarity_of(self, layout: Layout) -> float:
+        """Mean similarity of the borrowed to the own maps over the heads of all Softmax followers; NaN without any.
+
+        Followers of layers farther away than was measured are left out.
+        """
+        found = [
+            self.similarity[layer, layer - source - 1, own, head]
+            for layer in layout.followers
+            for own, (source, head) in enumerate(layout[layer].sources(self.shape.query_heads))
+            if layer - source <= self.max_distance
+        ]
+        return float(np.mean(found)) if found else float("nan")
+
     def match(self, layer: int, sources: list[int]) -> Match | None:
         """The best head map of `layer` onto `sources`; None if there are none.
 

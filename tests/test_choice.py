@@ -1,0 +1,397 @@
+"""What a choice was made from is written down, and what is taken is the best of what was really converted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_run import make_analysed, settings
+
+from uniattn_cli.checkpoint import build_converted, load_config, load_model, locate
+from uniattn_cli.errors import DataError, LayoutError, ModelError, RecipeError
+from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.search import Step
+from uniattn_cli.grouping import choose as choosing
+from uniattn_cli.grouping.budget import Budget
+from uniattn_cli.grouping.candidates import Considered, Point, Validated, kinds_in_words, lower_envelope
+from uniattn_cli.grouping.choose import choose
+from uniattn_cli.grouping.group import group
+from uniattn_cli.grouping.measured import Measured
+from uniattn_cli.grouping.search import frontier
+from uniattn_cli.grouping.thorough import frontier_table, points_of
+from uniattn_cli.grouping.workbench import Workbench
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
+from uniattn_cli.options import RunOptions, Silent
+from uniattn_cli.recipe import LayoutSpec, Recipe
+from uniattn_cli.rundir import RunDir
+
+CPU = RunOptions(device="cpu")
+KINDS = ("softmax", "kv", "linear")
+SHAPE = AttentionShape(6, 3, 8, 48, ("full",) * 6)
+QUICK = ["layout.score_tokens=256", "conversion.tokens=512"]
+THOROUGH = ["layout.search=thorough", "layout.kinds=[softmax, kv, linear]", "layout.kv=0.7", *QUICK]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    return make_analysed(tmp_path_factory.mktemp("choice"))
+
+
+@pytest.fixture
+def run(analysed, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(analysed, tmp_path / "run"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def overridden(*more):
+    """The settings of a quick run, as a user would have them in the recipe, and more."""
+    return [entry for entry in settings() if entry.partition("=")[0] not in QUICK_KEYS] + [*QUICK, *more]
+
+
+QUICK_KEYS = {entry.partition("=")[0] for entry in QUICK}
+
+
+def bench_of(run, *more, options=CPU):
+    recipe = Recipe.load(run / "recipe.yaml", overridden(*more))
+    source = locate(recipe.model.name)
+    return Workbench(recipe, source, Measured.load(run / "analysis"), options)
+
+
+def chosen(run, *more):
+    recipe = Recipe.load(run / "recipe.yaml", overridden(*more))
+    return choose(RunDir(run), recipe, load_config(locate(recipe.model.name)), CPU)
+
+
+# --- the candidates, by themselves ------------------------------------------------------------------------------------
+
+
+def layout_of(*kinds):
+    """Kinds by initial: o own, s softmax, v kv, l linear, n none."""
+    entries = {
+        "o": {},
+        "s": {"kind": "softmax", "leader": 0},
+        "v": {"kind": "kv", "leader": 0},
+        "l": {"kind": "linear"},
+        "n": {"kind": "none"},
+    }
+    return Layout.from_list([entries[kind] for kind in kinds])
+
+
+def test_the_lower_envelope_has_what_nothing_else_beats():
+    """Seven points: two are dominated, one costs the same and is worse."""
+    sizes = [("oooooo", 0.0), ("osoooo", 0.3), ("ovoooo", 0.2), ("ossooo", 0.5), ("olvooo", 0.4), ("ovvvoo", 0.9)]
+    points = [Point(name, layout_of(*name), value) for name, value in sizes]
+    kept = lower_envelope([*points, Point("other", layout_of(*"ovoooo"), 0.25)], SHAPE)
+    assert [point.series for point in kept] == ["oooooo", "ovoooo", "olvooo", "ovvvoo"]
+
+
+def considered_of(*validated):
+    points = [Point("fast", layout_of(*"oooooo"), 0.0), Point("fast", layout_of(*"osoooo"), math.nan)]
+    return Considered(
+        "something", points, list(validated), 4096, validated[0].layout if validated else points[1].layout
+    )
+
+
+def test_what_was_considered_is_written_in_full(tmp_path):
+    best = Validated("mix", layout_of(*"osvooo"), 0.1234567, 0.01)
+    other = Validated("one kind", layout_of(*"ossooo"), 0.2, math.nan, 0.0765433, math.nan)
+    considered = considered_of(best, other)
+    considered.save(tmp_path, SHAPE)
+    content = json.loads((tmp_path / "grouping.json").read_text())
+    assert content["schema"] == 1 and content["measure"] == "something" and content["shortlist_tokens"] == 4096
+    assert content["chosen"] == best.layout.to_list()
+    assert [(p["series"], p["value"], p["changed"]) for p in content["frontier"]] == [("fast", 0, 0), ("fast", None, 1)]
+    assert content["frontier"][1]["kv_share"] == round(11 / 12, 6)
+    assert [Layout.from_list(p["layers"]) for p in content["frontier"]] == [p.layout for p in considered.frontier]
+    first, second = content["shortlist"]
+    assert (first["name"], first["divergence"], first["stderr"], first["behind"]) == ("mix", 0.123457, 0.01, 0)
+    assert (second["stderr"], second["behind"], second["behind_stderr"]) == (None, 0.0765433, None)
+    assert (first["changed"], first["kv_share"]) == (2, 0.75)
+    assert (tmp_path / "frontier.png").stat().st_size > 8000
+
+
+@pytest.mark.parametrize(("stderr", "words"), [(0.001, "0.2000)"), (0.1, "a difference within noise")])
+def test_the_reason_says_by_how_much_and_how_surely(stderr, words):
+    best = Validated("mix", layout_of(*"osvooo"), 0.1, 0.02)
+    second = Validated("one kind", layout_of(*"ossooo"), 0.2, 0.02, 0.1, stderr)
+    reason = considered_of(best, second, replace(second, name="third")).reason()
+    assert reason.startswith("'mix' taken: of 3 layouts converted and compared on 4,096 tokens")
+    assert "KL 0.1000; 'one kind' 0.2000" in reason and words in reason
+    assert considered_of().reason() == "" and considered_of().table(SHAPE, 2) is None
+
+
+def test_the_table_of_the_shortlist():
+    best = Validated("mix", layout_of(*"osvooo"), 0.1, 0.02)
+    second = Validated("one kind", layout_of(*"ossooo"), 0.2, 0.02, 0.1, 0.05)
+    table = considered_of(best, second, replace(second, stderr=math.nan, behind_stderr=math.nan)).table(SHAPE, 2)
+    assert table.rows[0] == ["mix *", "1 softmax, 1 kv", "432 (75%)", "0.1000 ± 0.0392", "-"]
+    assert table.rows[1] == ["one kind", "2 softmax", "480 (83%)", "0.2000 ± 0.0392", "+0.1000 ± 0.0980"]
+    assert table.rows[2][3:] == ["0.2000", "+0.1000"]
+    assert "4,096 tokens" in table.title
+    assert kinds_in_words(Layout.own(6)) == "none"
+
+
+# --- text for fit, search and comparison ------------------------------------------------------------------------------
+
+
+class Told(Silent):
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def test_fit_search_and_comparison_share_no_text(run):
+    told = Told()
+    bench = bench_of(run, options=RunOptions(device="cpu", progress=told))
+    texts = bench.texts
+    assert [len(part) for part in (texts.fit, texts.score, texts.check)] == [8, 4, 4]
+    together = torch.cat([texts.fit, texts.score, texts.check])
+    assert torch.equal(together, bench.windows(1024)) and torch.equal(texts.fit, bench.windows(512))
+    assert len({tuple(row.tolist()) for row in together}) == 16
+    assert told.warnings == []
+
+
+def test_a_short_text_is_shared_in_proportion(run, monkeypatch):
+    told = Told()
+    bench = bench_of(run, options=RunOptions(device="cpu", progress=told))
+    held = bench.windows(1024)
+    monkeypatch.setattr(Workbench, "windows", lambda self, tokens: held[: min(tokens // 64, 9)])
+    texts = bench.texts
+    assert [len(part) for part in (texts.fit, texts.score, texts.check)] == [5, 2, 2]
+    assert torch.equal(torch.cat([texts.fit, texts.score, texts.check]), held[:9])
+    assert told.warnings == [
+        "the calibration text holds 576 tokens only: 320, 128, 128 of them for fit, search, comparison"
+    ]
+    monkeypatch.setattr(Workbench, "windows", lambda self, tokens: held[:3])
+    with pytest.raises(DataError, match=r"holds 3 windows of 64 tokens.*at least 4; name more text"):
+        _ = bench_of(run).texts
+
+
+# --- the fast choice --------------------------------------------------------------------------------------------------
+
+
+def test_a_fast_choice_compares_nothing_and_says_so(run):
+    grouping = group(overrides=overridden("layout.followers=2"), options=CPU)
+    content = json.loads(Path("grouping/grouping.json").read_text())
+    assert content["shortlist"] == [] and content["shortlist_tokens"] == 0
+    assert content["measure"] == "sum over followers of 1 - similarity"
+    stored = Recipe.load("recipe.yaml").layout.layers
+    assert content["chosen"] == grouping.layout.to_list() and Layout.from_list(stored) == grouping.layout
+    bench = bench_of(run)
+    choices = frontier(bench.matcher)
+    values = [choice.followers - sum(choice.scores.values()) for choice in choices]
+    assert [point["value"] for point in content["frontier"]] == pytest.approx(values, rel=1e-5)
+    assert grouping.layout.changed == choices[2].layout.changed
+    similar = bench.matcher.similarity_of(grouping.layout)
+    assert f"matched by attention output, mean similarity of the borrowed maps {similar:.3f}" in grouping.notes[0]
+    assert "next: uniattn convert" in grouping.notes[-1]
+
+
+def test_heads_matched_by_maps_are_those_of_the_search(run, monkeypatch):
+    monkeypatch.setattr(Workbench, "base", property(lambda self: pytest.fail("a model was loaded")))
+    grouping = chosen(run, "layout.followers=2", "layout.match=maps")
+    choice = frontier(bench_of(run).matcher)[2]
+    assert grouping.layout == choice.layout
+    assert f"matched by similar maps, mean similarity of the borrowed maps {choice.mean_score:.3f}" in grouping.notes[0]
+
+
+def test_nothing_is_loaded_to_share_nothing(run, monkeypatch):
+    monkeypatch.setattr(Workbench, "base", property(lambda self: pytest.fail("a model was loaded")))
+    grouping = chosen(run, "layout.followers=0")
+    assert grouping.layout == Layout.own(6) and grouping.notes == ["0 followers: budget followers 0"]
+
+
+def test_a_layout_that_borrows_nothing_needs_no_analysis(run):
+    Path("layout.yaml").write_text("[{}, {kind: linear}, {}, {kind: none}, {}, {}]\n")
+    shutil.rmtree("analysis")
+    assert chosen(run, "layout.groups=layout.yaml").layout.changed == [1, 3]
+
+
+def test_similarities_propose_layouts_that_are_compared(run, monkeypatch):
+    arrays = Measured.load(run / "analysis").heads
+    # Similarities that disagree: each of them finds two other layers alike.
+    for layers, names in (((1, 2), ("js", "js_no_sink")), ((3, 4), ("cosine_no_sink",))):
+        for name in names:
+            arrays[name][:] = 0.5 * arrays[name]
+            arrays[name][list(layers)] = 1
+    arrays["js_no_sink"][[4, 5]] = 1.5
+    load = Measured.load
+    monkeypatch.setattr(Measured, "load", lambda folder: replace(load(folder), heads=arrays))
+    grouping = chosen(run, "layout.followers=2", "layout.shortlist=3")
+    shortlist = grouping.considered.shortlist
+    names = {"fast", "fast, by cosine without the sink", "fast, by Jensen-Shannon without the sink"}
+    assert {entry.name for entry in shortlist} == names
+    assert grouping.layout == shortlist[0].layout
+    assert len({tuple(entry.layout.changed) for entry in shortlist}) == 3
+    starred = any(row[0].endswith("*") for row in grouping.tables[0].rows)
+    assert starred == (shortlist[0].name == "fast")
+    assert len(chosen(run, "layout.followers=2", "layout.shortlist=2").considered.shortlist) == 2
+
+
+# --- the thorough choice ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thorough(analysed, tmp_path_factory):
+    folder = Path(shutil.copytree(analysed, tmp_path_factory.mktemp("thorough") / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        grouping = group(overrides=overridden(*THOROUGH), options=CPU)
+    return SimpleNamespace(run=folder, grouping=grouping, considered=grouping.considered)
+
+
+def test_each_kind_alone_and_the_fast_choice_stand_beside_the_mix(thorough):
+    names = {point.series for point in thorough.considered.frontier}
+    alone = {f"thorough, {kind}" for kind in KINDS}
+    assert names == {"thorough, softmax + kv + linear", *alone}
+    compared = {entry.name: entry.layout for entry in thorough.considered.shortlist}
+    assert set(compared) <= {*names, "fast"} and "fast" in compared
+    for kind in KINDS:
+        # A mix that turns out to be of one kind is converted once.
+        ends = [point.layout for point in thorough.considered.frontier if point.series == f"thorough, {kind}"]
+        assert {plan.kind for plan in ends[-1] if plan.kind != "own"} == {kind}
+
+
+def test_the_best_comes_first_and_is_what_is_written(thorough):
+    values = [entry.divergence for entry in thorough.considered.shortlist]
+    assert values == sorted(values) and values[0] < values[-1]
+    best = thorough.considered.shortlist[0]
+    assert thorough.grouping.layout == thorough.considered.chosen == best.layout
+    recipe = Recipe.load(thorough.run / "recipe.yaml")
+    assert Layout.from_list(recipe.layout.layers) == best.layout
+    content = json.loads((thorough.run / "grouping" / "grouping.json").read_text())
+    assert [entry["divergence"] for entry in content["shortlist"]] == pytest.approx(values, rel=1e-5)
+    assert content["shortlist"][0]["layers"] == content["chosen"] == best.layout.to_list()
+    assert content["shortlist_tokens"] == 256
+    assert any(note.startswith(f"'{best.name}' taken: of {len(values)}") for note in thorough.grouping.notes)
+    budget = Budget.of(LayoutSpec(kv=0.7), SHAPE, load_config(locate(recipe.model.name)))
+    assert all(budget.met(entry.layout) for entry in thorough.considered.shortlist)
+
+
+def test_the_shortlist_is_judged_by_really_converted_models(thorough, monkeypatch):
+    monkeypatch.chdir(thorough.run)
+    bench = bench_of(thorough.run, *THOROUGH)
+    base = load_model(bench.source, bench.recipe.model, torch.device("cpu"))
+    assert len(thorough.considered.shortlist) >= 3
+    rows = []
+    for entry in thorough.considered.shortlist:
+        model = build_converted(base, entry.layout)
+        fit_layers(base, model, bench.texts.fit, bench.recipe.conversion)
+        with torch.no_grad():
+            base_logp, logp = (m(bench.texts.check).logits.log_softmax(-1) for m in (base, model))
+        rows.append((base_logp.exp() * (base_logp - logp)).sum(-1).mean(-1).double())
+        assert entry.divergence == pytest.approx(rows[-1].mean().item(), rel=1e-3)
+        assert entry.stderr == pytest.approx(rows[-1].std().item() / 2, rel=1e-2)
+        assert entry.behind == pytest.approx((rows[-1] - rows[0]).mean().item(), abs=1e-4)
+        assert entry.behind_stderr == pytest.approx((rows[-1] - rows[0]).std().item() / 2, abs=1e-4)
+
+
+def test_the_frontier_shows_the_best_of_all_searches(thorough):
+    points = thorough.considered.frontier
+    best = {}
+    for point in points:
+        for budget in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+            if Budget.of(LayoutSpec(kv=budget), SHAPE, None).met(point.layout):
+                best[budget] = min(best.get(budget, math.inf), point.value)
+    kept = lower_envelope(points, SHAPE)
+    for budget, value in best.items():
+        met = Budget.of(LayoutSpec(kv=budget), SHAPE, None).met
+        assert min(point.value for point in kept if met(point.layout)) == value
+    table = frontier_table(points, Measured.load(thorough.run / "analysis"))
+    assert [row[3] for row in table.rows] == [f"{point.value:.4f}" for point in kept]
+
+
+def steps(*kinds):
+    layout = layout_of(*kinds)
+    return [Step(1, layout[1], layout, 0.01 if "n" in kinds else 0.02, 1)]
+
+
+def test_a_mix_that_went_astray_is_not_taken(run, monkeypatch):
+    """On the tokens of the search the mix is better; on others half of its layers are missed."""
+    runs = {"thorough, kv + none": steps(*"onnnno"), "thorough, kv": steps(*"ooooov")}
+    monkeypatch.setattr(choosing, "search", lambda *args: runs)
+    more = ("layout.search=thorough", "layout.kinds=[kv, none]", "layout.kv=0.9", "layout.match=maps")
+    grouping = chosen(run, *more)
+    assert [entry.name for entry in grouping.considered.shortlist] == ["thorough, kv", "thorough, kv + none"]
+    assert grouping.layout.changed == [5] and grouping.considered.shortlist[1].behind > 0
+    # One that is all that may be compared is the one that the search found best.
+    assert chosen(run, *more, "layout.shortlist=1").layout.changed == [1, 2, 3, 4]
+
+
+def test_only_as_many_are_compared_as_the_recipe_allows(run, monkeypatch):
+    searched = []
+    monkeypatch.setattr(
+        choosing,
+        "search",
+        lambda *args: searched.append(1) or {"a": steps(*"oooonn"), "b": steps(*"ooosss"), "c": steps(*"ooovvv")},
+    )
+    more = ("layout.search=thorough", "layout.kinds=[softmax, kv, none]", "layout.kv=0.9", "layout.match=maps")
+    assert [len(chosen(run, *more, f"layout.shortlist={n}").considered.shortlist) for n in (2, 3, 8)] == [2, 3, 4]
+
+
+def test_without_a_comparison_only_the_mix_is_searched(run):
+    grouping = chosen(run, *THOROUGH, "layout.kv=0.9", "layout.shortlist=1")
+    assert {point.series for point in grouping.considered.frontier} == {"thorough, softmax + kv + linear"}
+    assert grouping.considered.shortlist == [] and grouping.considered.tokens == 0
+    assert [table.title.split()[0] for table in grouping.tables] == ["steps"]
+
+
+def test_a_budget_that_no_search_meets(run):
+    with pytest.raises(LayoutError, match=r"budget kv 0.1 cannot be met: nothing is left to change with kinds softmax"):
+        chosen(run, "layout.search=thorough", "layout.kv=0.1", *QUICK)
+
+
+def test_predictions_that_overflow_are_no_choice(run, monkeypatch):
+    bench = bench_of(run)
+    broken = torch.tensor([math.nan, 1.0], dtype=torch.float64)
+    fine = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    answers = [broken, fine]
+    monkeypatch.setattr("uniattn_cli.scoring.window_divergences", lambda *a, **k: answers.pop(0))
+    found = bench.validate({"broken": layout_of(*"oooool"), "fine": layout_of(*"ooooon")})
+    assert [entry.name for entry in found] == ["fine", "broken"]
+    answers += [broken, broken]
+    with pytest.raises(ModelError, match="no layout of the shortlist gives finite predictions in float32"):
+        bench.validate({"broken": layout_of(*"oooool"), "too": layout_of(*"ooooon")})
+
+
+def test_points_begin_with_the_unchanged_model():
+    points = points_of({"a": steps(*"ovoooo"), "b": []}, 6)
+    assert [(point.series, point.value) for point in points] == [("a", 0.0), ("a", 0.02), ("b", 0.0)]
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_of_a_choice_are_stored_with_it(run):
+    """Otherwise a later choice by other settings would leave a recipe that contradicts itself."""
+    recipe = Path("recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("\nconversion:", "\n# what follows\nconversion:"))
+    group(overrides=overridden(*THOROUGH, "layout.shortlist=2", "layout.protect=[1]"), options=CPU)
+    stored = Recipe.load(recipe).layout
+    assert (stored.search, stored.kinds, stored.shortlist, stored.protect) == ("thorough", KINDS, 2, (1,))
+    group(overrides=overridden("layout.search=fast", "layout.kinds=[softmax]", "layout.match=maps"), options=CPU)
+    stored = Recipe.load(recipe).layout
+    assert (stored.search, stored.kinds, stored.match) == ("fast", ("softmax",), "maps")
+    assert "# what follows\nconversion:" in recipe.read_text()
+
+
+def test_kinds_named_twice_are_a_fault():
+    with pytest.raises(RecipeError, match=r"layout\.kinds names a kind twice"):
+        Recipe.from_tree({"model": {"name": "m"}, "layout": {"search": "thorough", "kinds": ["kv", "kv"]}})
