@@ -75,8 +75,9 @@ class Workbench:
 
         recipe = self.recipe
         length = recipe.conversion.length
+        tokenizer = load_tokenizer(self.source, recipe.data.chat_template)
         return data.calibration_windows(
-            recipe.data, load_tokenizer(self.source), tokens=tokens, length=length, seed=recipe.seed, skip=skip
+            recipe.data, tokenizer, tokens=tokens, length=length, seed=recipe.seed, skip=skip
         )
 
     def lenders(self, layout: Layout, layer: int) -> list[int]:

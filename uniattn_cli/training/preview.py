@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data import IGNORED, Tokenised
 from uniattn_cli.errors import DataError
+from uniattn_cli.sequences import Tokenised, runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,21 +16,23 @@ LONGEST = {True: 600, False: 400}  # characters shown of a learned piece and of 
 
 
 def describe(data: Tokenised, max_length: int) -> str:
-    """One line: rows, tokens, the learned share, what was cut and left out."""
+    """One line: rows, tokens, the learned share, what was split, cut and left out."""
+    split = f"{data.split:,} more from conversations that became one row per answer; " if data.split else ""
     return (
-        f"training rows: {data.used:,} with {data.tokens:,} tokens, {data.share:.1%} of them learned; "
+        f"training rows: {data.used:,} with {data.tokens:,} tokens, {data.share:.1%} of them learned; {split}"
         f"{data.truncated:,} rows cut at {max_length} tokens, {data.dropped:,} left out with nothing to learn"
+        + (f" ({data.lost_share:.1%} of all tokens lost)" if data.lost else "")
     )
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
+    """The decoded row in pieces that are learned or not; long ones are shortened in their middle."""
+    return [(_shorten(tokenizer.decode(run), LONGEST[learned]), learned) for run, learned in runs(ids, labels)]
+
+
 def mark(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
-    """The decoded row, learned tokens between ⟦ and ⟧; long pieces are shortened in their middle."""
-    pieces = []
-    pairs = zip(ids, labels, strict=True)
-    for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        text = _shorten(tokenizer.decode([token for token, _ in run]), LONGEST[learned])
-        pieces.append(f"{OPEN}{text}{CLOSE}" if learned else text)
-    return "".join(pieces)
+    """The decoded row as one text, learned tokens between ⟦ and ⟧."""
+    return "".join(f"{OPEN}{text}{CLOSE}" if learned else text for text, learned in pieces(tokenizer, ids, labels))
 
 
 def _shorten(text: str, longest: int) -> str:
