@@ -109,6 +109,23 @@ def test_a_model_without_template_says_so_and_what_will_be_refused_is_told(folde
     assert any("`uniattn train` will refuse these rows" in note for note in text.notes)
 
 
+def test_answers_at_which_generation_would_not_stop_are_told(folder, tmp_path):
+    turn = "{% for m in messages %}<|user|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|assistant|>{% endif %}"
+    (tmp_path / "turn.jinja").write_text(turn + "{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}")
+    named = [f"data.chat_template={tmp_path / 'turn.jinja'}", "train.max_length=512"]
+    notes = view_data(folder / "recipe.yaml", overrides=named).notes
+    assert [note for note in notes if "generation does not stop" in note and "'<|assistant|>'" in note]
+    assert not any("does not stop" in note for note in view_data(folder / "recipe.yaml").notes)
+    # Until the model's own settings name the token.
+    (tmp_path / "model").mkdir()
+    for path in (folder / "model").iterdir():
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    stop = load_tokenizer(locate(str(folder / "model"))).convert_tokens_to_ids("<|assistant|>")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, stop]}))
+    view = view_data(folder / "recipe.yaml", overrides=[*named, f"model.name={tmp_path / 'model'}"])
+    assert not any("does not stop" in note for note in view.notes)
+
+
 def test_the_command_marks_what_is_learned(folder, uniattn):
     done = uniattn("data", "recipe.yaml", "--samples", "2", cwd=folder, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Packed documents never see each other: logits and gradients equal those of each one alone, in every family and backend.
+"""Packed documents never see each other: logits and gradients are those of each one alone, in every family and backend.
 
 What is packed comes from TRL's packing and collator, as in training. FlashAttention needs a GPU; what it would be told
 (where documents begin and end, window, soft cap) is checked with an attention function that knows nothing else.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -149,9 +151,9 @@ def tokenize(
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
         inputs, labels = [], []
-        columns = (_column(batch, name) for name in ("messages", "text", "source"))
-        for messages, text, source in zip(*columns, strict=True):
-            sequences = encoder.sequences(messages, text)
+        with all_cores():
+            encoded = encoder.batch(_column(batch, "messages"), _column(batch, "text"))
+        for sequences, source in zip(encoded, _column(batch, "source"), strict=True):
             tally = tallies.setdefault(source or "", _Tally())
             tally.row(len(sequences))
             for ids, mask in sequences:
@@ -183,16 +185,47 @@ class RowEncoder:
         self.tokenizer, self.loss = tokenizer, loss
         self.renderer, self.bos, self.eos = ChatRenderer(tokenizer), bos_of(tokenizer), eos_of(tokenizer)
 
-    def sequences(self, messages: list[dict[str, str]] | None, text: str | None) -> list[Encoded]:
-        """The sequences of a row: one, or one per answer where the template asks for it."""
-        if messages is not None and self.loss == "responses":
-            return self.renderer.sequences(messages)
+    def batch(
+        self, messages: Sequence[list[dict[str, str]] | None], texts: Sequence[str | None]
+    ) -> list[list[Encoded]]:
+        """The sequences of each row: one, or one per answer where the template asks for it.
+
+        Args:
+            messages: conversation of each row, None where it is text.
+            texts: text of each row, None where it is a conversation.
+        """
+        if self.loss != "responses":
+            return [[self._whole(*row)] for row in zip(messages, texts, strict=True)]
+        rendered = [[] if row is None else self.renderer.rendered(row) for row in messages]
+        masked = iter(self.renderer.masked([text for row in rendered for text in row]))
+        return [
+            [self._whole(None, text)] if row is None else list(itertools.islice(masked, len(parts)))
+            for row, text, parts in zip(messages, texts, rendered, strict=True)
+        ]
+
+    def _whole(self, messages: list[dict[str, str]] | None, text: str | None) -> Encoded:
+        """A row of which everything is learned."""
         if messages is not None:
             ids = self.renderer.ids(messages)
         else:
             ids = add_eos(encode(self.tokenizer, text), self.eos)
             ids = ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
-        return [(ids, [True] * len(ids))]
+        return ids, [True] * len(ids)
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Lets tokenizers work on many texts at once; elsewhere it is told not to, so that processes can be forked."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _column(batch: dict[str, list], name: str) -> list:

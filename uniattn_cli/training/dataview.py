@@ -14,7 +14,7 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.tables import Table
 from uniattn_cli.training.order import stage_steps
-from uniattn_cli.training.preview import pieces
+from uniattn_cli.training.preview import check_share, endless, pieces
 
 if TYPE_CHECKING:
     import datasets
@@ -85,7 +85,8 @@ def view_data(
 
     progress = (options or RunOptions()).progress
     settings = Recipe.load(ready.resolve(recipe), overrides)
-    tokenizer = load_tokenizer(locate(settings.model.name, settings.model.revision), settings.data.chat_template)
+    source = locate(settings.model.name, settings.model.revision)
+    tokenizer = load_tokenizer(source, settings.data.chat_template)
     rows, shares = data.load_mix(settings.data.train, part, holdout=settings.data.holdout, seed=settings.seed)
     notes = []
     if not tokenizer.chat_template and "messages" in rows.column_names:
@@ -101,7 +102,9 @@ def view_data(
     tables = [_counted(counts, shares), _lengths(counts, settings.train.max_length), histogram(lengths)]
     if part == "train":
         tables += [_steps(settings, counts)] if counts.used else []
-        notes += _remarks(settings, tokenizer, counts)
+        notes += _remarks(settings, counts)
+        warning = endless(counts, tokenizer, source.path, settings.train.max_length)
+        notes += [warning] if warning else []
     title = f"{'training' if part == 'train' else 'held-out'} rows of {settings.model.name}"
     return DataView(shown, counts, shares, tables, notes, title)
 
@@ -122,7 +125,7 @@ def _samples(
     encoder, limit, shown = RowEncoder(tokenizer, recipe.train.loss), recipe.train.max_length, []
     for index in in_turn[:count]:
         row = rows[index]
-        sequences = encoder.sequences(row.get("messages"), row.get("text"))
+        sequences = encoder.batch([row.get("messages")], [row.get("text")])[0]
         for number, (ids, mask) in enumerate(sequences, 1):
             labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)][:limit]
             learned = sum(label != IGNORED for label in labels)
@@ -240,10 +243,8 @@ def _steps(recipe: Recipe, counts: Tokenised) -> Table:
     return Table(title, ["stage", "steps", "epochs", "sequences", "tokens, about"], rows)
 
 
-def _remarks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, counts: Tokenised) -> list[str]:
+def _remarks(recipe: Recipe, counts: Tokenised) -> list[str]:
     """What the user should know or change before training."""
-    from uniattn_cli.training.preview import check_share
-
     notes = []
     if counts.split:
         notes.append(

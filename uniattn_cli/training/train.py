@@ -70,6 +70,7 @@ def train(
     """
     from uniattn_cli.checkpoint import load_tokenizer
     from uniattn_cli.training.order import accumulation
+    from uniattn_cli.training.preview import endless
     from uniattn_cli.training.process import Process
 
     options = options or RunOptions()
@@ -82,6 +83,9 @@ def train(
     progress = process.progress(options)
     tokenizer = load_tokenizer(converted, settings.data.chat_template)
     rows, heldout = _data(settings, tokenizer, progress)
+    warning = endless(rows, tokenizer, converted.path, settings.train.max_length)
+    if warning:
+        progress.warn(warning)
     inputs = {"model": base.fingerprint, "converted": converted.fingerprint, "data": _digest(rows.dataset)}
 
     from uniattn_cli.training.runner import Job
