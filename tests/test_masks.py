@@ -85,6 +85,14 @@ def test_tool_results_and_empty_answers(name):
     assert [text for text, learned in pieces(tokenizer, result) if learned] == ["Calling." + end, "It is 42." + end]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_of_the_assistant_alone_is_left_out(name, tmp_path):
+    alone = {"messages": [{"role": "assistant", "content": "Hello"}]}
+    rows = load(write(tmp_path / "a.jsonl", alone, {"messages": turns("One?", "x")}))
+    result = data.tokenize(rows, make_tokenizer(FAMILIES[name][0]), max_length=400, loss="responses")
+    assert (result.rows, result.used, result.dropped) == (2, 1, 1)
+
+
 def test_thoughts_that_are_dropped_later_are_learned_where_they_are_seen():
     first, second = "<think>hm</think>four", "<think>well</think>six"
     row = turns("2 + 2?", first, "3 + 3?", second)

@@ -122,6 +122,8 @@ class ChatRenderer:
     def _render(self, messages: Messages, prompt: bool) -> str:
         from jinja2 import TemplateError
 
+        if not messages:
+            return ""  # nothing is left of a conversation in which only the assistant speaks
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
