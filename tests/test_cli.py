@@ -32,7 +32,7 @@ STAGES = {
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
 }
-COMMANDS = [*STAGES, "recipe", "families", "doctor"]
+COMMANDS = [*STAGES, "data", "recipe", "recipes", "families", "doctor"]
 
 
 # --- help, version, speed ---------------------------------------------------------------------------------------------
@@ -71,7 +71,9 @@ def test_help_is_quick(uniattn):
         assert min(seconds(*arguments) for _ in range(3)) < 1.5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"], ["families"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"], ["recipes"], ["families"]]
+)
 def test_nothing_heavy_is_imported_for_help(arguments):
     code = (
         "import sys\nfrom uniattn_cli.cli.app import app\n"

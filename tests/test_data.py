@@ -189,7 +189,7 @@ def test_builtin_rows_have_their_own_holdout(monkeypatch):
     heldout = load("builtin", "heldout", limit=4)
     assert {m[0]["content"] for m in heldout["messages"]} == {"heldout"} and len(heldout) == 4
     assert load("builtin", format="text")["text"][:] == ["text of train"]
-    with pytest.raises(DataError, match="no split or config"):
+    with pytest.raises(DataError, match="no split, config or columns"):
         load("builtin", split="train")
 
 
@@ -333,12 +333,20 @@ def test_headers_are_not_learned_where_the_template_has_no_generation_prompt():
     assert pieces(tokenizer, result)[1] == ("x y<|im_end|>", True)
 
 
-def test_a_template_that_changes_earlier_turns_is_refused():
+def test_a_template_that_changes_earlier_turns_gives_one_sequence_per_answer():
     tokenizer = make_tokenizer(THINKING)
     single = data.tokenize(chat_rows(turns("One?", "x")), tokenizer, max_length=500, loss="responses")
     assert pieces(tokenizer, single)[1] == ("<think>\n\n</think>\n\nx<|im_end|>", True)
-    with pytest.raises(DataError, match="renders turn 2 of a conversation differently"):
-        data.tokenize(chat_rows(turns("One?", "x", "Two?", "y")), tokenizer, max_length=500, loss="responses")
+    row = turns("One?", "x", "Two?", "y")
+    result = data.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
+    assert (result.rows, result.split, result.used, result.dropped) == (1, 1, 2, 0)
+    first, second = pieces(tokenizer, result), pieces(tokenizer, result, 1)
+    assert first == pieces(tokenizer, single)
+    # Each as the model sees it when it gives the answer: what it thought before is gone.
+    asked = tokenizer.apply_chat_template(row[:3], tokenize=False, add_generation_prompt=True)
+    assert second == [(asked, False), ("<think>\n\n</think>\n\ny<|im_end|>", True), ("\n", False)]
+    whole = data.tokenize(chat_rows(row), tokenizer, max_length=500, loss="all")
+    assert (whole.used, whole.split, whole.share) == (1, 0, 1.0)
 
 
 def test_a_base_model_without_template_gets_the_plain_form():

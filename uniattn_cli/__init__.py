@@ -14,6 +14,7 @@ _STAGES = {
     "analyze": "uniattn_cli.analysis.analyze",
     "group": "uniattn_cli.grouping.group",
     "convert": "uniattn_cli.conversion.convert",
+    "view_data": "uniattn_cli.training.dataview",
     "train": "uniattn_cli.training.train",
     "evaluate": "uniattn_cli.evaluation.evaluate",
     "Recipe": "uniattn_cli.recipe",

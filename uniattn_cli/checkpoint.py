@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli import templates
 from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.families import family_of
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -140,14 +141,14 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return tuple(importlib.import_module(name).TransportError for name in found)
 
 
-def _fetch(source: Source) -> Path:
-    """The directory with all files of a model; downloads what a hub model still lacks."""
+def _fetch(source: Source, *, weights: bool = True) -> Path:
+    """The directory with all files of a model; downloads what a hub model still lacks, with or without its weights."""
     if not source.on_hub:
         return source.path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(source.name, revision=source.fingerprint, allow_patterns=patterns))
     except (*transport_errors(), LocalEntryNotFoundError):
@@ -222,11 +223,16 @@ def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
         raise RecipeError(faults)
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Source, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that belongs to a model.
+
+    Args:
+        source: result of `locate`; weights of hub models are not downloaded.
+        chat_template: `data.chat_template` of the recipe, which replaces the tokenizer's own.
 
     Raises:
         ModelError: the directory holds none, or one with more tokens than the model knows.
+        DataError: there is no such template.
     """
     from transformers import AutoTokenizer
 
@@ -235,7 +241,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if model_type.startswith("uniattn_"):
         # Tokenizers are chosen by the configuration; unless it is ours, the user is asked to trust the copied code.
         converted_classes(model_type)
-    path = _fetch(source)
+    path = _fetch(source, weights=False)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
     try:
@@ -249,6 +255,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}; they do not "
             "belong together"
         )
+    templates.apply(tokenizer, chat_template)
     return tokenizer
 
 

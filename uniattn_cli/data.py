@@ -13,34 +13,49 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from uniattn_cli import corpus
 from uniattn_cli.errors import DataError
 from uniattn_cli.masks import ChatRenderer, add_eos, bos_of, encode, eos_of
+from uniattn_cli.mixing import Share, draw, shares
 from uniattn_cli.recipe import DatasetSpec, DataSpec
 from uniattn_cli.rows import BUILTIN, read_choices, read_rows
+from uniattn_cli.sequences import IGNORED, Tokenised, tokenize
 
 if TYPE_CHECKING:
     import datasets
     import torch
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token that is not learned
-_BATCH = 256  # rows tokenised at once
+__all__ = [
+    "IGNORED", "Tokenised", "calibration_windows", "heldout_windows", "load_choices", "load_mix", "load_rows",
+    "repeat_passages", "source_counts", "tokenize", "windows",
+]  # fmt: skip
 
 
 def load_rows(
-    specs: Sequence[DatasetSpec], part: Literal["train", "heldout"], *, holdout: float, seed: int
+    specs: Sequence[DatasetSpec], part: Literal["train", "heldout"], *, holdout: float, seed: int, repeat: bool = True
 ) -> datasets.Dataset:
-    """The training or the held-out rows of one or several sources, normalised.
+    """The training or the held-out rows of one or several sources, normalised; `load_mix` without its counts."""
+    return load_mix(specs, part, holdout=holdout, seed=seed, repeat=repeat)[0]
+
+
+def load_mix(
+    specs: Sequence[DatasetSpec], part: Literal["train", "heldout"], *, holdout: float, seed: int, repeat: bool = True
+) -> tuple[datasets.Dataset, list[Share]]:
+    """The training or the held-out rows of one or several sources, normalised, and what each source gave.
 
     A row is held out if a hash of its content falls below `holdout`: duplicates never straddle, the two parts are
     disjoint, and neither the seed nor other rows change the side of a row. Built-in rows have a held-out part of
     their own. The seed shuffles training rows; held-out rows come in the order of their hashes, so that any first
-    few are the same sample in every run.
+    few are the same sample in every run. Weights mix training rows (see `mixing`) and leave held-out ones alone, so
+    that losses of other mixes stay comparable.
+
+    Args:
+        repeat: whether a source with fewer rows than its share gives them several times; otherwise each row comes
+            once, and such a source runs out before the end.
 
     Returns:
         Columns `messages` (list of role and content) and `text`, one of them None per row (a column that is None
@@ -49,18 +64,33 @@ def load_rows(
     Raises:
         DataError: a source cannot be read, or no row is left in the part.
     """
-    import datasets
-
     heldout = part == "heldout"
-    found = [(_hash(row), row) for spec in specs for row in _part_rows(spec, heldout, holdout)]
-    if not found:
-        names = ", ".join(spec.source for spec in specs)
+    # In the order of hashes, so that the order of a file decides nothing.
+    read = [sorted(((_hash(row), row) for row in _part_rows(spec, heldout, holdout)), key=_first) for spec in specs]
+    names = [label(spec) for spec in specs]
+    weights = [None if heldout else spec.weight for spec in specs]
+    empty = [name for name, rows, weight in zip(names, read, weights, strict=True) if weight and not rows]
+    if empty or not any(read):
         hint = "raise data.holdout or name more rows" if heldout else "name more rows"
-        raise DataError(f"{names}: no {'held-out' if heldout else 'training'} row at data.holdout {holdout}; {hint}")
-    found.sort(key=lambda pair: pair[0])
+        raise DataError(
+            f"{', '.join(empty or names)}: no {'held-out' if heldout else 'training'} row at data.holdout {holdout}; "
+            f"{hint}"
+        )
+    drawn = shares([len(rows) for rows in read], weights)
+    mixed = [Share(*parts) for parts in zip(names, map(len, read), drawn, weights, strict=True)]
+    found = [pair for rows, count in zip(read, drawn, strict=True) if rows for pair in draw(rows, count, seed)]
+    found.sort(key=_first)
     if not heldout:
         random.Random(seed).shuffle(found)
-    columns: dict[str, list] = {key: [row[key] for _, row in found] for key in ("messages", "text", "source")}
+    if not repeat:
+        found = list({id(row): (digest, row) for digest, row in found}.values())
+    return _dataset([row for _, row in found]), mixed
+
+
+def _dataset(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
+    import datasets
+
+    columns: dict[str, list] = {key: [row[key] for row in rows] for key in ("messages", "text", "source")}
     features = {
         "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
         "text": datasets.Value("string"),
@@ -68,6 +98,16 @@ def load_rows(
     }
     used = {key: values for key, values in columns.items() if any(value is not None for value in values)}
     return datasets.Dataset.from_dict(used, features=datasets.Features({key: features[key] for key in used}))
+
+
+def _first(pair: tuple[str, Any]) -> str:
+    return pair[0]
+
+
+def label(spec: DatasetSpec) -> str:
+    """The name of a data set in counts: its source, and what else tells it from others of that source."""
+    details = [detail for detail in (spec.config, spec.split) if detail]
+    return spec.source + (f" ({', '.join(details)})" if details else "")
 
 
 def source_counts(rows: datasets.Dataset) -> dict[str, int]:
@@ -87,106 +127,19 @@ def _part_rows(spec: DatasetSpec, heldout: bool, holdout: float) -> Iterator[dic
         return
     for row in read_rows(spec):
         if (int(_hash(row)[:13], 16) / 16**13 < holdout) == heldout:
-            yield {**row, "source": spec.source}
+            yield {**row, "source": label(spec)}
 
 
 def _builtin_rows(spec: DatasetSpec, part: str) -> Iterator[dict[str, Any]]:
     """Rows of the built-in corpus: instructions, or its text where the format says so."""
-    if spec.split or spec.config or spec.format not in ("auto", "messages", "text"):
-        raise DataError("the built-in data has no split or config, and only the formats messages and text")
+    if spec.split or spec.config or spec.columns or spec.format not in ("auto", "messages", "text"):
+        raise DataError("the built-in data has no split, config or columns, and only the formats messages and text")
     if spec.format == "text":
         rows = [{"messages": None, "text": text} for text in corpus.text(part)]
     else:
         rows = [{"messages": row["messages"], "text": None} for row in corpus.instructions(part)]
     for row in rows[: spec.limit]:
         yield {**row, "source": BUILTIN}
-
-
-# Training rows
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """Tokenised rows and what became of them.
-
-    Attributes:
-        dataset: columns `input_ids` and `labels` (-100 where a token is not learned), lists of equal length.
-        rows: rows given.
-        used: rows in `dataset`.
-        dropped: rows left out because no supervised token was left.
-        truncated: rows longer than the limit, those dropped included.
-        tokens: tokens of the rows used.
-        supervised: tokens of the rows used that are learned.
-    """
-
-    dataset: datasets.Dataset
-    rows: int
-    used: int
-    dropped: int
-    truncated: int
-    tokens: int
-    supervised: int
-
-    @property
-    def share(self) -> float:
-        """Share of the tokens that are learned, 0 to 1."""
-        return self.supervised / self.tokens if self.tokens else 0.0
-
-
-def tokenize(
-    rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    loss: Literal["responses", "all"],
-) -> Tokenised:
-    """Tokens and labels of normalised rows.
-
-    With `responses` every assistant turn is learned, its end-of-turn token included and everything else masked; text
-    rows are learned in full. Conversations are rendered with the tokenizer's chat template (`masks.ChatRenderer`
-    tells what happens without one), text rows end with EOS. Longer rows are cut at `max_length` tokens.
-
-    Raises:
-        DataError: the chat template cannot be masked reliably, or no row has anything to learn.
-    """
-    import datasets
-
-    renderer, bos, eos = ChatRenderer(tokenizer), bos_of(tokenizer), eos_of(tokenizer)
-    inputs, labels, truncated = [], [], 0
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        for messages, text in zip(_column(batch, "messages"), _column(batch, "text"), strict=True):
-            if messages is None:
-                ids = add_eos(encode(tokenizer, text), eos)
-                ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-                mask = [True] * len(ids)
-            else:
-                ids, mask = renderer.tokens(messages)
-                mask = mask if loss == "responses" else [True] * len(ids)
-            truncated += len(ids) > max_length
-            ids, mask = ids[:max_length], mask[:max_length]
-            if any(mask):
-                inputs.append(ids)
-                labels.append([token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)])
-    if not inputs:
-        raise DataError(
-            f"none of the {len(rows)} rows has a token to learn within {max_length} tokens; "
-            "raise train.max_length, or check that the rows have assistant turns"
-        )
-    integers = datasets.Features({key: datasets.List(datasets.Value("int32")) for key in ("input_ids", "labels")})
-    return Tokenised(
-        dataset=datasets.Dataset.from_dict({"input_ids": inputs, "labels": labels}, features=integers),
-        rows=len(rows),
-        used=len(inputs),
-        dropped=len(rows) - len(inputs),
-        truncated=truncated,
-        tokens=sum(map(len, inputs)),
-        supervised=sum(label != IGNORED for row in labels for label in row),
-    )
-
-
-def _column(batch: dict[str, list], name: str) -> list:
-    return batch.get(name) or [None] * len(next(iter(batch.values())))
 
 
 # Windows of text
@@ -248,17 +201,18 @@ def calibration_windows(
 
     From `data.calibration` if given, else from the training rows, rendered with the chat template. Where these are
     the built-in ones, built-in text and instructions are mixed about 2:1, so that the fit sees both text and chat.
-    Documents are shuffled by the seed. In a share `data.repeat` of the windows, evenly spread, the second half repeats
-    the first. For `skip` and errors see `windows`.
+    Weights hold for calibration too, but no row comes twice. Documents are shuffled by the seed. In a share
+    `data.repeat` of the windows, evenly spread, the second half repeats the first. For `skip` and errors see `windows`.
     """
     specs = data.train if data.calibration is None else data.calibration
     if all(spec.source == BUILTIN for spec in specs):
-        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed)
+        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False)
         text = corpus.text("calibration")
         random.Random(seed).shuffle(text)
         documents: Iterable[str] = _mix(text, _texts(rows, tokenizer))
     elif data.calibration is None:
-        documents = _texts(load_rows(specs, "train", holdout=data.holdout, seed=seed), tokenizer)
+        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False)
+        documents = _texts(rows, tokenizer)
     else:
         documents = list(_documents(specs, tokenizer, "calibration"))
         random.Random(seed).shuffle(documents)

@@ -1,15 +1,19 @@
 """From conversations to tokens and the mask of what is learned.
 
 The mask comes from the chat template itself: what a template adds when an assistant turn is appended to the rendered
-prompt is that turn, its end-of-turn token included. Where a template does not render prefixes consistently that cannot
-be told, and an error is raised rather than a wrong mask returned.
+prompt is that turn, its end-of-turn token included. A template that changes earlier turns once more follow (which drops
+what a reasoning model thought, say) never shows the model all its answers in the form in which it gives them: such a
+conversation becomes one sequence per answer, each as the model will see it. Where it cannot be told what the assistant
+wrote, an error is raised rather than a wrong mask returned.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from uniattn_cli import templates
 from uniattn_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,6 +21,14 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 Span = tuple[int, int]
+# For templates that tell the model the date: with today's, no two days would train on the same tokens. A macro goes
+# before the function of that name.
+DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+SAME_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in DATE.items())
+    + " }}{%- endmacro %}{{ '' }}"
+)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -49,19 +61,20 @@ def add_eos(ids: list[int], eos: int) -> list[int]:
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template and marks the assistant's turns.
 
-    A tokenizer without chat template (a base model) gets the plainest one there is: system and user turns end with a
-    line end, assistant turns with EOS, nothing else is added: `{user}\\n{assistant}{eos}{user}\\n…`.
+    A tokenizer without chat template (a base model) gets the plainest one there is (`templates.PLAIN`): system and user
+    turns end with a line end, assistant turns with EOS, nothing else is added: `{user}\\n{assistant}{eos}{user}\\n…`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.plain = not tokenizer.chat_template
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else templates.default(tokenizer)
+        self.template = (SAME_DATE if "strftime_now" in template else "") + template
 
     @functools.cached_property
     def _has_generation_prompt(self) -> bool:
         """Whether the template can end with the header of a turn to be written; else the header comes with the turn."""
-        if self.plain:
-            return True
+        if self.template == templates.default(self.tokenizer):
+            return True  # a header of no characters
         probe = [{"role": "user", "content": "a"}]
         return self._render(probe, True) != self._render(probe, False)
 
@@ -69,61 +82,77 @@ class ChatRenderer:
         """The whole conversation as text."""
         return self._render(messages, False)
 
-    def tokens(self, messages: Messages) -> tuple[list[int], list[bool]]:
+    def ids(self, messages: Messages) -> list[int]:
+        """Token ids of the whole conversation."""
+        return encode(self.tokenizer, self.text(messages))
+
+    def sequences(self, messages: Messages) -> list[tuple[list[int], list[bool]]]:
         """Token ids of a conversation, and for each whether it belongs to an assistant turn.
 
+        Returns:
+            One pair; or one for each assistant turn, with only that turn marked, if the template changes a turn once
+            more turns follow.
+
         Raises:
-            DataError: the template does not render prefixes consistently, or refuses the conversation.
+            DataError: it cannot be told what the assistant wrote, or the template refuses the conversation.
         """
+        return self.masked(self.rendered(messages))
+
+    def rendered(self, messages: Messages) -> list[tuple[str, list[Span]]]:
+        """The texts of a conversation and the characters in them that are learned, for `masked`; see `sequences`."""
         text = self._render(messages, False)
-        spans = [self._span(messages, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if self.tokenizer.is_fast:
-            ids, mask = self._mask_by_offsets(text, spans)
-        else:
-            ids, mask = self._mask_by_prefixes(text, spans)
-        bos = bos_of(self.tokenizer) if self.plain else None  # a chat template writes its own
-        if bos is not None and ids[:1] != [bos]:
-            ids, mask = [bos, *ids], [False, *mask]
-        return ids, mask
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [self._turn(messages, index) for index in answers]
+        if all(text.startswith(upto) for upto, _ in turns):
+            return [(text, [span for _, span in turns])]
+        return [(upto, [span]) for upto, span in turns]
+
+    def masked(self, texts: Sequence[tuple[str, list[Span]]]) -> list[tuple[list[int], list[bool]]]:
+        """Token ids and masks of rendered texts; many at once are quicker, as all cores work on them."""
+        if not texts:
+            return []
+        if not self.tokenizer.is_fast:
+            return [self._mask_by_prefixes(text, spans) for text, spans in texts]
+        encoded = self.tokenizer(
+            [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        found = zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True)
+        return [(ids, _mask(offsets, spans)) for ids, offsets, (_, spans) in found]
 
     def _render(self, messages: Messages, prompt: bool) -> str:
-        if self.plain:
-            end = {"assistant": self.tokenizer.eos_token or ""}
-            return "".join(message["content"] + end.get(message["role"], "\n") for message in messages)
         from jinja2 import TemplateError
 
+        if not messages:
+            return ""  # nothing is left of a conversation in which only the assistant speaks
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except TemplateError as error:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        except (TemplateError, TypeError) as error:  # the second from an expression in the template
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
 
-    def _span(self, messages: Messages, index: int, text: str) -> Span:
-        """Characters of `text` that assistant turn `index` wrote, from its first one to its end-of-turn token."""
-        before = self._render(messages[:index], True)
-        after = self._render(messages[: index + 1], False)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise DataError(
-                f"the tokenizer's chat template renders turn {index + 1} of a conversation differently once more "
-                "turns follow, so what the assistant wrote cannot be told; use single-turn rows, loss: all, or a "
-                "tokenizer with another chat template"
-            )
-        turn = after[len(before) :]
-        start = len(before)
-        if not self._has_generation_prompt:
-            start += max(turn.find(messages[index]["content"].strip()), 0)
-        return start, len(before) + len(turn.rstrip())
+    def _turn(self, messages: Messages, index: int) -> tuple[str, Span]:
+        """The conversation up to assistant turn `index`, and the characters of it that this turn wrote.
 
-    def _mask_by_offsets(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        mask = [False] * len(encoded["input_ids"])
-        spans = iter(spans)
-        start, end = next(spans, (len(text) + 1, len(text) + 1))
-        for position, (first, last) in enumerate(encoded["offset_mapping"]):
-            while first >= end:
-                start, end = next(spans, (len(text) + 1, len(text) + 1))
-            mask[position] = first < last and last > start
-        return encoded["input_ids"], mask
+        They go from the first one after the header to the end-of-turn token.
+        """
+        before = self._render(messages[:index], True)
+        upto = self._render(messages[: index + 1], False)
+        turn = upto[len(before) :]
+        start = len(before) if upto.startswith(before) else -1
+        if start >= 0 and not self._has_generation_prompt:
+            skipped = turn.find(messages[index]["content"].strip())
+            start = start + skipped if skipped >= 0 else -1
+        if start < 0:
+            raise DataError(
+                f"the chat template does not go on from its own prompt in turn {index + 1} of a conversation, so what "
+                "the assistant wrote cannot be told; set data.chat_template to another one, or train.loss to all"
+            )
+        return upto, (start, len(before) + len(turn.rstrip()))
 
     def _mask_by_prefixes(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
         ids = encode(self.tokenizer, text)
@@ -137,3 +166,16 @@ class ChatRenderer:
                 borders.append(len(prefix))
             mask[borders[0] : borders[1]] = [True] * (borders[1] - borders[0])
         return ids, mask
+
+
+def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token, given by its characters, has part in one of the spans; both in order."""
+    beyond = (offsets[-1][1] + 1,) * 2 if offsets else (0, 0)
+    mask = []
+    coming = iter(spans)
+    start, end = next(coming, beyond)
+    for first, last in offsets:
+        while first >= end:
+            start, end = next(coming, beyond)
+        mask.append(first < last and last > start)
+    return mask

@@ -18,6 +18,8 @@ from typing import Any
 from uniattn_cli.errors import RecipeError, suggest
 
 RECIPE_FORMAT = 1
+# What a data set's columns may stand for.
+COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
 
 
 def setting(
@@ -83,7 +85,15 @@ class DatasetSpec:
         "auto looks at the columns",
         choices=("auto", "messages", "prompt_completion", "alpaca", "text"),
     )
-    limit: int | None = setting(None, "use at most this many rows", minimum=1)
+    columns: dict | None = setting(
+        None, "for other column names: which column is what, as in {prompt: question, completion: answer}"
+    )
+    limit: int | None = setting(None, "use at most this many rows, the first ones", minimum=1)
+    weight: float | None = setting(
+        None,
+        "share of the training rows, relative to the other data sets: a small one is repeated, a large one sampled",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,10 @@ class DataSpec:
         lambda: (DatasetSpec(),),
         "training rows: instructions and responses, conversations or plain text",
         common=True,
+    )
+    chat_template: str | None = setting(
+        None,
+        "how chats are written: a Jinja file, plain, chatml, zephyr, tulu or instruction; null: the model's own way",
     )
     calibration: tuple[DatasetSpec, ...] | None = setting(
         None, "text for analysis and fit; null takes the training rows, or the built-in text for built-in rows"
@@ -113,6 +127,25 @@ class DataSpec:
         above=0,
         maximum=0.5,
     )
+
+    def contradictions(self) -> list[str]:
+        """Settings of data sets that are valid alone but not together."""
+        faults = []
+        weighted = [spec.weight is not None for spec in self.train]
+        if any(weighted) and not all(weighted):
+            faults.append("data.train: give every data set a weight, or none of them")
+        for key in ("train", "calibration", "text"):
+            for index, spec in enumerate(getattr(self, key) or ()):
+                where = f"data.{key}[{index}]"
+                if key != "train" and spec.weight is not None:
+                    faults.append(f"{where}.weight: only the data sets of data.train are mixed by weight")
+                for name, column in (spec.columns or {}).items():
+                    if name not in COLUMNS:
+                        near = suggest(str(name), COLUMNS) or f" (known: {', '.join(COLUMNS)})"
+                        faults.append(f"{where}.columns: unknown name '{name}'{near}; write NAME: COLUMN OF YOUR DATA")
+                    if not isinstance(column, str):
+                        faults.append(f"{where}.columns.{name} must be the name of a column, not {column!r}")
+        return faults
 
 
 @dataclass(frozen=True)
@@ -361,6 +394,12 @@ class Recipe:
         for key in ("train", "calibration", "text"):
             if getattr(self.data, key) == ():
                 faults.append(f"data.{key} is empty; name at least one data set, or `builtin`")
+        faults.extend(self.data.contradictions())
+        if self.train.packing and self.model.attention == "flex_attention":
+            faults.append(
+                "train.packing does not keep rows apart with model.attention: flex_attention; use auto, eager, sdpa or "
+                "flash_attention_2"
+            )
         if not self.train.stages:
             faults.append("train.stages is empty; list at least one stage")
         if self.train.batch_size % self.train.micro_batch_size:
@@ -601,7 +640,7 @@ class _Reader:
                 if meta[name] is not None and broken(meta[name]):
                     self.fault(node, key, f"{path} must be {words} {meta[name]}, not {value}")
             return float(value) if isinstance(value, float) else int(value)
-        return value
+        return _plain(value) if isinstance(value, dict) else value
 
     def sequence(self, item_hint: Any, value: Any, path: str, node: Any, key: Any) -> tuple:
         # One data set may be written without the list, as its source or as its mapping.
@@ -628,7 +667,7 @@ class _Reader:
         return tuple(items)
 
 
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
 def _describe(value: Any) -> str:

@@ -5,11 +5,12 @@ A normalised row is a dict with `messages` (a list of `{"role", "content"}`) or 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.errors import DataError
+from uniattn_cli.errors import DataError, suggest
 from uniattn_cli.readers import raw_rows, read_objects
 from uniattn_cli.recipe import DatasetSpec
 
@@ -23,6 +24,28 @@ _COLUMNS = {
     "prompt_completion": "prompt and completion",
     "alpaca": "instruction and output (input is optional), or input and output",
     "text": "text",
+}
+# Names that each format can use, and those without which it is nothing.
+_USED = {
+    "messages": {"messages", "conversations"},
+    "prompt_completion": {"prompt", "completion"},
+    "alpaca": {"instruction", "input", "output"},
+    "text": {"text"},
+}
+_NEEDED = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+# What the same things are called elsewhere; only to suggest a mapping, never to guess one.
+_ALSO_CALLED = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "prompt": ("question", "query", "problem", "user", "input"),
+    "completion": ("answer", "response", "solution", "reply", "target", "assistant", "output"),
+    "instruction": ("task",),
+    "output": (),
+    "text": ("content", "document", "body", "article", "passage"),
 }
 
 
@@ -39,6 +62,7 @@ def read_rows(spec: DatasetSpec, *, whole_text: bool = False) -> Iterator[dict[s
     count = 0
     layout = None
     for where, raw in raw_rows(spec, whole_text):
+        raw = _renamed(raw, spec.columns, where) if spec.columns else raw
         layout = layout or _layout(spec, set(raw))
         row = _NORMALISE[layout](raw, where)
         if row["messages"] is None and not row["text"].strip():
@@ -51,6 +75,17 @@ def read_rows(spec: DatasetSpec, *, whole_text: bool = False) -> Iterator[dict[s
         raise DataError(f"{spec.source} has no rows; name a data set with at least one")
 
 
+def _renamed(raw: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, Any]:
+    """The row with the recipe's names for its columns (`columns: {prompt: question}`)."""
+    for name, column in columns.items():
+        if column not in raw:
+            have = ", ".join(sorted(raw)) or "none"
+            raise DataError(f"{where}: no column '{column}' for {name}{suggest(column, raw)} (it has: {have})")
+    taken = set(columns.values()) | set(columns)
+    others = {name: value for name, value in raw.items() if name not in taken}
+    return others | {name: raw[column] for name, column in columns.items()}
+
+
 def _layout(spec: DatasetSpec, columns: set[str]) -> str:
     """The column layout of a data set, from its first row."""
     fits = {
@@ -59,12 +94,44 @@ def _layout(spec: DatasetSpec, columns: set[str]) -> str:
         "alpaca": "output" in columns and bool({"instruction", "input"} & columns),
         "text": "text" in columns,
     }
-    wanted = list(fits) if spec.format == "auto" else [spec.format]
+    # Columns that the recipe names are there to be used.
+    auto = [layout for layout in fits if not spec.columns or _USED[layout] & set(spec.columns)]
+    wanted = auto if spec.format == "auto" else [spec.format]
     for layout in wanted:
         if fits[layout]:
             return layout
     needed = "; or ".join(_COLUMNS[layout] for layout in wanted)
-    raise DataError(f"{spec.source} lacks the needed columns: {needed}. It has: {', '.join(sorted(columns)) or 'none'}")
+    raise DataError(
+        f"{spec.source} lacks the needed columns: {needed}. It has: {', '.join(sorted(columns)) or 'none'}"
+        + _nearest(columns, wanted)
+    )
+
+
+def _nearest(columns: set[str], layouts: list[str]) -> str:
+    """A sentence with the format that the columns come nearest to, and the setting that would make them fit."""
+    best: tuple[float, str] = (0.0, "")
+    for layout in layouts:
+        found = {name: column for name in _NEEDED[layout] if (column := _like(name, columns)) is not None}
+        lacking = [name for name in _NEEDED[layout] if name not in found]
+        share = len(found) / len(_NEEDED[layout])
+        if share <= best[0]:
+            continue
+        if lacking:
+            best = share, f". Nearest is the format {layout}, which still needs {' and '.join(lacking)}"
+        else:
+            mapping = ", ".join(f"{name}: {column}" for name, column in found.items() if name != column)
+            best = share, f". Nearest is the format {layout}: add `columns: {{{mapping}}}` to the data set"
+    return best[1]
+
+
+def _like(name: str, columns: set[str]) -> str | None:
+    """The column that seems to hold what the format calls `name`."""
+    lower = {column.lower(): column for column in sorted(columns)}
+    for candidate in (name, *_ALSO_CALLED[name]):
+        if candidate in lower:
+            return lower[candidate]
+    near = difflib.get_close_matches(name, list(lower), n=1, cutoff=0.8)
+    return lower[near[0]] if near else None
 
 
 def _from_messages(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -137,6 +204,8 @@ def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
             content = "".join(part["text"] for part in content)
         if role not in _ROLES:
             raise DataError(f"{here}: unknown role {role!r}; known: {', '.join(_ROLES)}")
+        if message.get("tool_calls"):
+            raise DataError(f"{here} holds tool calls, which are not supported; leave such rows out")
         if not isinstance(content, str):
             raise DataError(f"{here} has no text content (only text can be trained on)")
         messages.append({"role": _ROLES[role], "content": content})

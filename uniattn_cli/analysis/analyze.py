@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uniattn_cli import ready
 from uniattn_cli.errors import DataError, StageError
 from uniattn_cli.grouping.choose import candidates_table, check_protected, parameter_counts
 from uniattn_cli.grouping.matching import Matcher
@@ -58,7 +59,8 @@ def analyze(
     Args:
         model: hub id or directory; None takes the recipe's.
         run_dir: where to write.
-        recipe: file that a new `recipe.yaml` starts from, with `model` put in; None starts from the defaults.
+        recipe: file or ready recipe that a new `recipe.yaml` starts from, with `model` put in; None starts from the
+            defaults.
         overrides: `key.path=value` strings for the recipe.
         options: device, force, progress.
 
@@ -78,7 +80,7 @@ def analyze(
     check_lengths(config, {"analysis.length": spec.length})
     check_protected(recipe.layout, attention_shape(config))
     device = options.torch_device()
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, recipe.data.chat_template)
     windows = data.calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
     notes = _check_text(windows, tokenizer, spec.tokens)
     from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
@@ -115,7 +117,8 @@ def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrid
             )
         return recipe, None
     if template is not None:
-        tree, name = read_tree(Path(template)), Path(template).name
+        path = ready.resolve(template)
+        tree, name = read_tree(path), path.name
         named = [] if model is None else [f"model.name={json.dumps(model)}"]
         return Recipe.from_tree(tree, name, [*named, *overrides]), tree
     if model is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from uniattn_cli import __version__
-from uniattn_cli.cli import settings
+from uniattn_cli.cli import recipes, settings
 from uniattn_cli.cli.runner import Common, guard, run_stage
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ def _words(name: str, key: str) -> Any:
 
 Dtype = _words("Dtype", "model.dtype")
 HeadMap = _words("HeadMap", "layout.head_map")
+Part = enum.Enum("Part", {"train": "train", "heldout": "heldout"}, type=str)
 Sources = _words("Sources", "layout.sources")
 Search = _words("Search", "layout.search")
 
@@ -45,6 +46,12 @@ def _setting(key: str, flag: str, metavar: str | None = None) -> Any:
 
 def _complete_setting(incomplete: str) -> list[str]:
     return [f"{entry.key}=" for entry in settings.settings() if entry.key.startswith(incomplete)]
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from uniattn_cli import ready
+
+    return [name for name in ready.names() if name.startswith(incomplete)]
 
 
 def _complete_groups(incomplete: str) -> list[str]:
@@ -150,7 +157,13 @@ def analyze(
     max_distance: Annotated[int | None, _setting("analysis.max_distance", "--max-distance", "N")] = None,
     dtype: Annotated[Dtype | None, _setting("model.dtype", "--dtype")] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="Start recipe.yaml from this file.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE|NAME",
+            autocompletion=_complete_recipe,
+            help="Start recipe.yaml from this file or ready recipe (`uniattn recipes`).",
+        ),
     ] = None,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
@@ -272,6 +285,38 @@ def train(
     run_stage("train", Common(run_dir, set_ or (), device, force, debug), [], call)
 
 
+@app.command()
+def data(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="The YAML file, or the name of a ready recipe.")
+    ] = "recipe.yaml",
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=0, help="Rows to show.")] = 3,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Show other rows; changes nothing else.")
+    ] = None,
+    split: Annotated[Part, typer.Option("--split", help="Rows that are trained on, or held-out ones.")] = Part.train,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show what training sees: rows, masks, lengths, steps.
+
+    Decodes some rows, what is learned of them in colour, and counts what is cut, left out or repeated. Needs the
+    model's tokenizer, not its weights, and nothing else to have been run.
+
+    \b
+    Example:
+      uniattn data recipe.yaml --samples 5 --set train.max_length=1024
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.training.dataview import view_data
+
+        return view_data(recipe, samples=samples, seed=seed, part=split.value, overrides=overrides, options=options)
+
+    run_stage("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoints: Annotated[
@@ -313,6 +358,8 @@ def recipe(
 ) -> None:
     """List all settings, or check a recipe.
 
+    Ready recipes to start from are another command, `uniattn recipes`.
+
     \b
     Example:
       uniattn recipe --check recipe.yaml
@@ -324,6 +371,9 @@ def recipe(
             show(settings.list_settings(section))
         else:
             show(settings.check(check, set_ or ()))
+
+
+app.add_typer(recipes.app, name="recipes")
 
 
 @app.command()

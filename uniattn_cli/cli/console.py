@@ -38,7 +38,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def show(result: Any, console: Console | None = None) -> None:
-    """Prints a stage's result: title, picture, tables, notes."""
+    """Prints a stage's result: title, picture, samples, text, tables, notes."""
     console = console or make_console()
     if result.title:
         console.print(Text(result.title, style="bold"), soft_wrap=True)
@@ -46,12 +46,31 @@ def show(result: Any, console: Console | None = None) -> None:
     if picture:
         console.print()
         console.print(Text(picture), soft_wrap=True)
+    for sample in getattr(result, "samples", ()):
+        show_sample(sample, console)
+    text = getattr(result, "text", "")
+    if text:
+        console.print(Text(text), soft_wrap=True)
     for table in result.tables:
         show_table(table, console)
     if result.notes:
         console.print()
     for note in result.notes:
         console.print(Text(note), soft_wrap=True)
+
+
+def show_sample(sample: Any, console: Console) -> None:
+    """Draws a row with its mask: what is learned in colour, or between ⟦ and ⟧ where there are no colours."""
+    console.print()
+    console.print(Text(sample.title, style="bold"), soft_wrap=True)
+    coloured = console.is_terminal and not console.no_color and console.color_system is not None
+    drawn = Text()
+    for text, learned in sample.pieces:
+        if coloured:
+            drawn.append(text, style="green" if learned else "dim")
+        else:
+            drawn.append(f"⟦{text}⟧" if learned else text)
+    console.print(drawn, soft_wrap=True)
 
 
 def show_table(table: Table, console: Console) -> None:

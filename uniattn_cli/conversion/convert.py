@@ -190,7 +190,7 @@ def _convert(
 
     spec = recipe.conversion
     progress = options.progress
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, recipe.data.chat_template)
     windows = data.calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
     heldout = data.heldout_windows(
         recipe.data, tokenizer, tokens=min(recipe.evaluation.tokens, QUICK_TOKENS), length=recipe.evaluation.length

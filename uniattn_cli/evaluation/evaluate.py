@@ -114,7 +114,7 @@ def _check_lengths(recipe: Recipe, config: Any) -> None:
 
 def _material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str]) -> Material:
     """Loads everything that the models are tested on, before anything slow begins."""
-    tokenizer = load_tokenizer(subjects[0].source)
+    tokenizer = load_tokenizer(subjects[0].source, recipe.data.chat_template)
     check_tokenizers(subjects[1:], tokenizer)
     tasks = TaskSet()
     if recipe.evaluation.tasks:

@@ -84,7 +84,11 @@ class Workbench:
         recipe = self.recipe
         length = recipe.conversion.length
         return data.calibration_windows(
-            recipe.data, load_tokenizer(self.source), tokens=tokens, length=length, seed=recipe.seed
+            recipe.data,
+            load_tokenizer(self.source, recipe.data.chat_template),
+            tokens=tokens,
+            length=length,
+            seed=recipe.seed,
         )
 
     @cached_property

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data import IGNORED, Tokenised
 from uniattn_cli.errors import DataError
+from uniattn_cli.sequences import Tokenised, runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
+CHECKED = 200  # rows looked at for the end of an answer
 LONGEST = {True: 600, False: 400}  # characters shown of a learned piece and of one that is not
 
 
 def describe(data: Tokenised, max_length: int) -> str:
-    """One line: rows, tokens, the learned share, what was cut and left out."""
+    """One line: rows, tokens, the learned share, what was split, cut and left out."""
+    split = f"{data.split:,} more from conversations that became one row per answer; " if data.split else ""
     return (
-        f"training rows: {data.used:,} with {data.tokens:,} tokens, {data.share:.1%} of them learned; "
+        f"training rows: {data.used:,} with {data.tokens:,} tokens, {data.share:.1%} of them learned; {split}"
         f"{data.truncated:,} rows cut at {max_length} tokens, {data.dropped:,} left out with nothing to learn"
+        + (f" ({data.lost_share:.1%} of all tokens lost)" if data.lost else "")
     )
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
+    """The decoded row in pieces that are learned or not; long ones are shortened in their middle."""
+    return [(_shorten(tokenizer.decode(run), LONGEST[learned]), learned) for run, learned in runs(ids, labels)]
+
+
 def mark(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
-    """The decoded row, learned tokens between ⟦ and ⟧; long pieces are shortened in their middle."""
-    pieces = []
-    pairs = zip(ids, labels, strict=True)
-    for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        text = _shorten(tokenizer.decode([token for token, _ in run]), LONGEST[learned])
-        pieces.append(f"{OPEN}{text}{CLOSE}" if learned else text)
-    return "".join(pieces)
+    """The decoded row as one text, learned tokens between ⟦ and ⟧."""
+    return "".join(f"{OPEN}{text}{CLOSE}" if learned else text for text, learned in pieces(tokenizer, ids, labels))
 
 
 def _shorten(text: str, longest: int) -> str:
@@ -52,3 +58,34 @@ def check_share(data: Tokenised, loss: str) -> None:
             "every token of the training rows would be learned, so they hold no prompts; give rows with prompts and "
             "responses, or set train.loss to all to learn plain text"
         )
+
+
+def endless(data: Tokenised, tokenizer: PreTrainedTokenizerBase, model: Path, max_length: int) -> str | None:
+    """A warning if most answers end with a token at which generation does not stop, else None.
+
+    Args:
+        model: folder of the model, whose `generation_config.json` may name more such tokens than the tokenizer does.
+        max_length: where rows are cut; how a row of this length would have ended is not known.
+    """
+    stops = {tokenizer.eos_token_id, *_generation_stops(model)}
+    ends: Counter[int] = Counter()
+    for row in itertools.islice(data.dataset, CHECKED):
+        if len(row["input_ids"]) < max_length:
+            ends[next(label for label in reversed(row["labels"]) if label >= 0)] += 1
+    wrong = Counter({token: count for token, count in ends.items() if token not in stops})
+    if not 2 * wrong.total() > ends.total():
+        return None
+    token = tokenizer.decode([wrong.most_common(1)[0][0]])
+    return (
+        f"answers end with {token!r}, at which generation does not stop; name it in eos_token_id of the model's "
+        "generation_config.json, or set data.chat_template to a template that ends answers with "
+        f"{tokenizer.eos_token!r}"
+    )
+
+
+def _generation_stops(model: Path) -> list[int]:
+    try:
+        found = json.loads((model / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except FileNotFoundError:
+        return []
+    return found if isinstance(found, list) else [] if found is None else [found]

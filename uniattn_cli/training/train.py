@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "uniattn_report.json"
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "loss.png"
+COUNTED = ("rows", "split", "used", "dropped", "truncated", "tokens", "lost", "supervised")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def train(
     """
     from uniattn_cli.checkpoint import load_tokenizer
     from uniattn_cli.training.order import accumulation
+    from uniattn_cli.training.preview import endless
     from uniattn_cli.training.process import Process
 
     options = options or RunOptions()
@@ -79,8 +81,11 @@ def train(
     process = Process.current(options)
     accumulation(settings.train, process.world)
     progress = process.progress(options)
-    tokenizer = load_tokenizer(converted)
+    tokenizer = load_tokenizer(converted, settings.data.chat_template)
     rows, heldout = _data(settings, tokenizer, progress)
+    warning = endless(rows, tokenizer, converted.path, settings.train.max_length)
+    if warning:
+        progress.warn(warning)
     inputs = {"model": base.fingerprint, "converted": converted.fingerprint, "data": _digest(rows.dataset)}
 
     from uniattn_cli.training.runner import Job
@@ -121,12 +126,16 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
 
 def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Rows | None]:
     """The tokenised training rows, checked and shown, and the held-out ones, None where there are none."""
-    from uniattn_cli import data
+    from uniattn_cli import data, templates
     from uniattn_cli.heldout import response_rows
     from uniattn_cli.training.preview import check_share, describe, mark
 
     spec = recipe.train
-    raw = data.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
+    raw, mixed = data.load_mix(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
+    for share in mixed if len(mixed) > 1 else ():
+        progress.note(str(share))
+    if not tokenizer.chat_template and "messages" in raw.column_names:
+        progress.note(templates.complete(tokenizer))
     rows = data.tokenize(raw, tokenizer, max_length=spec.max_length, loss=spec.loss)
     check_share(rows, spec.loss)
     first = rows.dataset[0]
@@ -197,7 +206,7 @@ def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses:
     """Writes `uniattn_report.json` (data, stages, held-out losses in nats) and `loss.png`."""
     from uniattn_cli.training.plots import plot_loss
 
-    counts = {name: getattr(rows, name) for name in ("rows", "used", "dropped", "truncated", "tokens", "supervised")}
+    counts = {name: getattr(rows, name) for name in COUNTED}
     content = {
         "schema": 1,
         "data": counts,

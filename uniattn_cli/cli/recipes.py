@@ -1,0 +1,97 @@
+"""`uniattn recipes`: the ready recipes that come with the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from uniattn_cli.cli.runner import guard
+from uniattn_cli.tables import Table
+
+app = typer.Typer(
+    help="Ready recipes to start from: list, show, copy.\n\nThe settings that a recipe can have are another command, "
+    "`uniattn recipe`.\n\n\b\nExample:\n  uniattn recipes copy qwen3-0.6b",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=lambda incomplete: _complete(incomplete))]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Ready recipes, in the form that the console prints."""
+
+    title: str
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    text: str = ""
+
+
+def _complete(incomplete: str) -> list[str]:
+    from uniattn_cli import ready
+
+    return [name for name in ready.names() if name.startswith(incomplete)]
+
+
+@app.callback()
+def _list(context: typer.Context, debug: DebugOption = False) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    with guard("recipes", debug):
+        from uniattn_cli import ready
+        from uniattn_cli.cli.console import show
+
+        found = [ready.load(name) for name in ready.names()]
+        rows = [[entry.name, entry.recipe.model.name, entry.purpose] for entry in found]
+        notes = [
+            "Start with one of them: uniattn analyze --recipe NAME",
+            "Change it first: uniattn recipes copy NAME (writes recipe.yaml; then uniattn data, uniattn analyze)",
+            "Look at one: uniattn recipes show NAME. What settings there are: uniattn recipe",
+        ]
+        show(Shelf(f"{len(rows)} ready recipes", [Table("", ["name", "model", "what it does"], rows)], notes))
+
+
+@app.command()
+def show(name: NameArgument, debug: DebugOption = False) -> None:
+    """Print a ready recipe.
+
+    \b
+    Example:
+      uniattn recipes show qwen3-0.6b
+    """
+    with guard("recipes", debug):
+        from uniattn_cli import ready
+
+        # As it is, so that it can be redirected into a file.
+        typer.echo(ready.find(name).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def copy(
+    name: NameArgument,
+    file: Annotated[
+        Path, typer.Argument(metavar="[FILE]", help="The new file, or a folder for it.", show_default="recipe.yaml")
+    ] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Copy a ready recipe into recipe.yaml or another file.
+
+    \b
+    Example:
+      uniattn recipes copy llama-3.1-8b-tulu3
+    """
+    with guard("recipes", debug):
+        from uniattn_cli import ready
+        from uniattn_cli.cli.console import show
+        from uniattn_cli.rundir import file_errors
+
+        with file_errors(Path(".")):
+            written = ready.copy(name, file, force=force)
+        default = written.resolve() == Path("recipe.yaml").resolve()
+        follow = "uniattn data, then uniattn analyze" if default else f"uniattn analyze --recipe {written}"
+        show(Shelf(f"wrote {written}", notes=[f"next: edit it at will; {follow}"]))
