@@ -16,6 +16,7 @@ _STAGES = {
     "convert": "uniattn_cli.conversion.convert",
     "train": "uniattn_cli.training.train",
     "evaluate": "uniattn_cli.evaluation.evaluate",
+    "push": "uniattn_cli.publishing.push",
     "Recipe": "uniattn_cli.recipe",
     "RunOptions": "uniattn_cli.options",
 }
