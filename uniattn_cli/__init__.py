@@ -17,6 +17,7 @@ _STAGES = {
     "view_data": "uniattn_cli.training.dataview",
     "train": "uniattn_cli.training.train",
     "evaluate": "uniattn_cli.evaluation.evaluate",
+    "push": "uniattn_cli.publishing.push",
     "Recipe": "uniattn_cli.recipe",
     "RunOptions": "uniattn_cli.options",
 }

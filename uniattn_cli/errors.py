@@ -50,6 +50,10 @@ class DataError(UniAttnError):
     """A data set that is missing, empty or lacks the needed columns."""
 
 
+class HubError(UniAttnError):
+    """A hub that cannot be reached, or that does not let the user write."""
+
+
 class StageError(UniAttnError):
     """A stage whose input is missing or of another run, or whose output is in the way."""
 

@@ -346,6 +346,51 @@ def evaluate(
 
 
 @app.command()
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A converted checkpoint, such as trained; its README.md is the card.")
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="Branch, made if it is missing; default: main.")
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="ID", help="Hub id of the base, where the recipe names a directory."),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Such as apache-2.0; default: what the base's card says."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the model card and the files; needs no network.")
+    ] = False,
+    run_dir: RunDirOption = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Add a commit to a repository that holds files.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Upload a checkpoint with a model card.
+
+    The card states base, layout, costs, figures of `uniattn eval`, data, training and licence. Everything goes up in
+    one commit, so that the repository is never half a model.
+
+    \b
+    Example:
+      uniattn push trained my-name/my-model --private --dry-run
+    """
+
+    def call(_: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.publishing.push import push
+
+        details = {"private": private, "revision": revision, "message": message, "base_model": base_model}
+        return push(directory, repo_id, **details, licence=licence, dry_run=dry_run, options=options)
+
+    run_stage("push", Common(run_dir, (), "auto", force, debug), [], call)
+
+
+@app.command()
 def recipe(
     section: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="Only this section, such as layout.")

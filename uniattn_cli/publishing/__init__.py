@@ -1,0 +1,1 @@
+"""Putting a checkpoint on a hub. Reads what the stages wrote; no stage knows of it."""

@@ -1,0 +1,195 @@
+"""What is known about a converted checkpoint, from its own files and from those of the run that it lies in.
+
+A figure counts only where the record beside it names the very files that are published: an evaluation of other weights,
+or a conversion that was repeated since, is left out, and a note says so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.checkpoint import Source, load_config, locate, transport_errors
+from uniattn_cli.errors import CheckpointError
+from uniattn_cli.rundir import OUTPUTS, STAGE_FILE, RunDir
+
+REPORT_FILE = "uniattn_report.json"
+RESULTS_FILE = "results.json"
+BASE = "base"
+CARD = "README.md"
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a checkpoint was made from.
+
+    Attributes:
+        name: hub id, or the last part of a local path; None where no record tells.
+        hub_id: what the card's metadata link to; None for a base that is known by a local path only.
+        revision: of the hub model, where the recipe names one.
+        licence: the fields `license`, `license_name` and `license_link` of its own card, as far as it has them.
+        folder: the local directory, where it is one.
+    """
+
+    name: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    licence: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that a model card states.
+
+    Attributes:
+        source: the checkpoint.
+        config: its configuration; holds the layout.
+        base: what it was made from.
+        conversion: report of the fit, or None.
+        conversion_settings: resolved recipe of the conversion, or None.
+        training: report of the training, or None for a checkpoint that was not trained.
+        training_settings: resolved recipe of the training, or None.
+        evaluation: `results.json` reduced to `base` and `this`, with the `name` that this had there; or None.
+        versions: of the packages that made the checkpoint.
+        notes: what was left out, and why.
+    """
+
+    source: Source
+    config: Any
+    base: Base
+    conversion: dict[str, Any] | None = None
+    conversion_settings: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    training_settings: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def gather(
+    directory: Path, *, base_model: str | None = None, licence: str | None = None, online: bool = False
+) -> Facts:
+    """Reads a checkpoint's configuration and the records of the stages that made it.
+
+    Args:
+        directory: a converted checkpoint, such as `trained/` of a run directory.
+        base_model: hub id of the base, where the run knew it by a local path.
+        licence: identifier that takes the place of what the base's card says.
+        online: the base's card may be fetched from the hub.
+
+    Raises:
+        ModelError: there is no model in the directory.
+        CheckpointError: it is not a converted checkpoint, or a record in it is damaged or belongs to another layout.
+    """
+    source = locate(str(directory.absolute()))
+    config = load_config(source, converted=True)
+    notes: list[str] = []
+    record = _read(directory / STAGE_FILE) or {}
+    report = _read(directory / REPORT_FILE)
+    found: dict[str, Any] = {"versions": record.get("versions", {})}
+    made = directory.absolute().parent / OUTPUTS["convert"]
+    if record.get("stage") == "train":
+        found |= {"training": report, "training_settings": record.get("settings")}
+        if not (made / "config.json").is_file():
+            notes.append(f"{made} is missing, so the card says nothing about the fit")
+            made = None
+        elif locate(str(made)).fingerprint != record.get("inputs", {}).get("converted"):
+            notes.append(f"{made} has changed since training, so the card says nothing about the fit")
+            made = None
+    elif record.get("stage") == "convert":
+        made = directory
+    else:
+        notes.append(f"{directory} was not written by a stage of uniattn, so the card has little to say")
+        made = None
+    if made is not None:
+        found["conversion"] = _read(made / REPORT_FILE)
+        found["conversion_settings"] = (_read(made / STAGE_FILE) or {}).get("settings")
+        if found["conversion"] and found["conversion"]["layout"] != config.layout.to_list():
+            raise CheckpointError(f"{made / REPORT_FILE} belongs to another layout than the checkpoint; convert again")
+    found["evaluation"] = _evaluation(source, notes)
+    settings = found.get("training_settings") or found.get("conversion_settings") or {}
+    base = _base(settings.get("model") or {}, base_model, licence, online)
+    return Facts(source, config, base, notes=notes, **found)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
+    """The figures of this checkpoint, if `evaluation/` beside it has any, under the names `base` and `this`."""
+    folder = RunDir(source.path.parent).output("eval")
+    results = _read(folder / RESULTS_FILE)
+    if results is None:
+        notes.append("the checkpoint was not evaluated; `uniattn eval` in its run directory measures it")
+        return None
+    models = results["models"]
+    found = [name for name, entry in models.items() if name != BASE and entry["fingerprint"] == source.fingerprint]
+    if not found:
+        notes.append(
+            f"{folder} holds no figures of these very weights; run `uniattn eval --force` for figures in the card"
+        )
+        return None
+    return results | {"models": {BASE: models[BASE], "this": models[found[0]]}, "name": found[0]}
+
+
+def _base(model: dict[str, Any], hub_id: str | None, licence: str | None, online: bool) -> Base:
+    name, revision = model.get("name"), model.get("revision")
+    folder = Path(name).expanduser() if name else None
+    # What is named by a path was local, whether or not it is still there; a path tells strangers nothing.
+    local = folder is not None and (folder.is_absolute() or folder.is_dir())
+    if hub_id is None and name and not local:
+        hub_id = name
+    if licence:
+        stated = {"license": licence}
+    elif local and (folder / CARD).is_file():
+        stated = _licence(_metadata(folder / CARD))
+    else:
+        stated = _licence(_hub_metadata(hub_id, revision, online)) if hub_id else {}
+    shown = hub_id or (folder.name if folder is not None else None)
+    return Base(shown, hub_id, None if local else revision, stated, folder if local and folder.is_dir() else None)
+
+
+def _licence(metadata: dict[str, Any]) -> dict[str, str]:
+    return {key: str(metadata[key]) for key in LICENCE_FIELDS if metadata.get(key)}
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The metadata at the head of a model card."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{card} cannot be read ({reason}); mend it, or give --license") from None
+
+
+def _hub_metadata(name: str, revision: str | None, online: bool) -> dict[str, Any]:
+    """The metadata of a hub model's card: from the cache, or with one question to the hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        cached = try_to_load_from_cache(name, CARD, revision=revision)
+        if isinstance(cached, str):
+            return _metadata(Path(cached))
+        card = HfApi().model_info(name, revision=revision, timeout=10).card_data if online else None
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, *transport_errors()):
+        # Whether the hub can be written to is told later; a base that cannot be asked has no known licence.
+        return {}
+    return card.to_dict() if card is not None else {}
