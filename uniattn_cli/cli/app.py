@@ -288,7 +288,7 @@ def evaluate(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare base, converted and trained model.
+    """Compare base, control, converted and trained model.
 
     Measures quality, size and speed side by side and writes evaluation/.
 
