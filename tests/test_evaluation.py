@@ -356,6 +356,7 @@ def test_every_figure_has_the_whole_schema(compared):
     results = json.loads((compared.directory / "results.json").read_text())
     assert results == compared.results and results["schema"] == 1
     keys = {"value", "unit", "better", "n", "of", "stderr", "range", "difference_to_base", "ratio_to_base"}
+    keys.add("difference_to_control")
     for name, model in results["models"].items():
         for figure in all_figures(model).values():
             assert set(figure) == keys

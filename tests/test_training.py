@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -12,114 +11,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from training_run import (
+    CPU,
+    KILLED,
+    ROOT,
+    Interrupting,
+    Recorder,
+    log_of,
+    losses_of,
+    make_run,
+    make_tokenizer,
+    stages,
+    weights,
+    without_times,
+)
 
-from uniattn_cli.checkpoint import build_converted, locate, save_checkpoint
+from uniattn_cli.checkpoint import locate
 from uniattn_cli.data import IGNORED, Tokenised
 from uniattn_cli.errors import DataError, RecipeError, StageError
-from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.options import RunOptions, Silent
+from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import TrainSpec, TrainStage
 from uniattn_cli.training.order import accumulation, batches, stage_steps
 from uniattn_cli.training.preview import check_share, mark
 from uniattn_cli.training.train import Training, train
 
-ROOT = Path(__file__).resolve().parent.parent
-LAYOUT = [{}, {"leader": 0}, {}, {"leader": 2, "compensation": 4}]
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
-    "{% else %}<|assistant|>{{ m['content'] }}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-CPU = RunOptions(device="cpu")
-
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
-    vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-def make_rows(count: int = 240) -> list[dict]:
-    """Prompts whose responses follow from them by a rule that a tiny model learns in a few steps."""
-    rows = []
-    for number in range(count):
-        word = "abcdefgh"[number % 8] * (1 + number % 5)
-        prompt = f"{number} {word}?"
-        rows.append({"prompt": prompt, "completion": f"it is {word[0].upper()}, so it is."})
-    return rows
-
-
-def make_run(folder: Path, *, layout: list[dict] = LAYOUT, dtype: torch.dtype = torch.float32, rows=None) -> Path:
-    """A run directory with `base/`, `converted/`, `data.jsonl` and `recipe.yaml`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=len(layout),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-        dtype=dtype,
-    )
-    base = LlamaForCausalLM(config).to(dtype)
-    save_checkpoint(base, tokenizer, folder / "base")
-    save_checkpoint(build_converted(base, Layout.from_list(layout)), tokenizer, folder / "converted")
-    record = {
-        "stage": "convert",
-        "settings": {"model": {"name": str(folder / "base")}},
-        "inputs": {"model": locate(str(folder / "base")).fingerprint},
-    }
-    (folder / "converted" / "stage.json").write_text(json.dumps(record))
-    lines = [json.dumps(row) for row in (make_rows() if rows is None else rows)]
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "recipe.yaml").write_text(
-        f"model: {{name: {folder / 'base'}}}\n"
-        f"data: {{train: [{{source: {folder / 'data.jsonl'}}}], holdout: 0.15}}\n"
-        "train:\n"
-        "  batch_size: 8\n  micro_batch_size: 4\n  max_length: 64\n  save_steps: 3\n  log_steps: 2\n  warmup: 0\n"
-        "  stages:\n"
-        "    - {trains: compensation, learning_rate: 0.01, steps: 4}\n"
-        "    - {trains: all, learning_rate: 0.003, steps: 8}\n"
-        "evaluation: {responses: 16}\n"
-    )
-    return folder
-
-
-def stages(*entries: str) -> list[str]:
-    return [f"train.stages=[{', '.join('{' + entry + '}' for entry in entries)}]"]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -134,26 +53,6 @@ def run(template: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-class Recorder(Silent):
-    """Keeps what a stage says."""
-
-    def __init__(self):
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-        self.bars: dict[str, list[str]] = {}
-
-    @contextlib.contextmanager
-    def track(self, description, total):
-        texts = self.bars.setdefault(description, [])
-        yield lambda steps=1, text="": texts.append(text)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 @pytest.fixture(scope="module")
 def whole(template: Path, tmp_path_factory) -> tuple[Path, Training, Recorder]:
     """A run that was never interrupted, its result and what it said. Tests only read it."""
@@ -164,22 +63,30 @@ def whole(template: Path, tmp_path_factory) -> tuple[Path, Training, Recorder]:
     return run, train(run_dir=run, options=RunOptions(device="cpu", progress=said)), said
 
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# For each sort of stage, whether it changes a parameter, by its name in the checkpoint.
 CHANGED = {
-    "compensation": lambda name: ".compensation." in name,
-    "followers": lambda name: ".layers.1.self_attn." in name or ".layers.3.self_attn." in name,
-    "attention": lambda name: ".self_attn." in name,
-    "all": lambda name: "embed_tokens" not in name and "lm_head" not in name,
-    "everything": lambda name: True,
+    "trains: compensation": lambda name: ".compensation." in name,
+    "trains: followers": lambda name: ".layers.1.self_attn." in name or ".layers.3.self_attn." in name,
+    "trains: attention": lambda name: ".self_attn." in name,
+    "trains: all": lambda name: "embed_tokens" not in name and "lm_head" not in name,
+    "trains: everything": lambda name: True,
+    "trains: lora": lambda name: any(part in name for part in (*LINEAR, "compensation")),
+    "trains: lora, lora: {targets: [v_proj, down_proj], compensation: full, rank: 2}": lambda name: any(
+        part in name for part in ("v_proj", "mlp.down_proj", "compensation")
+    ),
+    "trains: all, loss: distillation": lambda name: "embed_tokens" not in name and "lm_head" not in name,
 }
 
 
-@pytest.mark.parametrize("trains", CHANGED)
-def test_exactly_the_named_parameters_change(run, trains):
-    train(run_dir=run, overrides=stages(f"trains: {trains}, steps: 3, learning_rate: 0.01"), options=CPU)
+@pytest.mark.parametrize("stage", CHANGED)
+def test_exactly_the_named_parameters_change(run, stage):
+    settings = [*stages(f"{stage}, steps: 3, learning_rate: 0.01"), "train.keep=last"]
+    train(run_dir=run, overrides=settings, options=CPU)
     before, after = weights(run / "converted"), weights(run / "trained")
     assert list(before) == list(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if CHANGED[trains](name)}
+    assert changed == {name for name in before if CHANGED[stage](name)}
     assert changed
 
 
@@ -204,11 +111,15 @@ def test_output_is_complete_and_clean(whole):
         assert (trained / name).read_text() == (run / "converted" / name).read_text(), name
     assert not json.loads((trained / "tokenizer_config.json").read_text()).get("pad_token")
     lines = log_of(trained)
-    assert [(line["stage"], line["step"]) for line in lines] == [
+    assert [(line["stage"], line["step"]) for line in lines if "loss" in line] == [
         *(("compensation", step) for step in (2, 4)),
         *(("all", step) for step in (2, 4, 6, 8)),
     ]
-    assert set(lines[0]) >= {"stage", "step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    measured = [(line["stage"], line["step"]) for line in lines if "validation_loss" in line]
+    assert measured == [("compensation", 0), ("compensation", 4), ("all", 0), ("all", 8)]
+    trained_lines = [line for line in lines if "loss" in line]
+    keys = {"stage", "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert all(set(line) == keys for line in trained_lines)
     assert [stage.steps for stage in result.stages] == [4, 8]
     assert any("⟦it is" in text and "<|user|>" in text.split("⟦")[1] for text in said.notes)
     assert any("% of them learned" in text for text in said.notes)
@@ -219,28 +130,6 @@ def test_output_is_complete_and_clean(whole):
     assert set(record["inputs"]) == {"model", "converted", "data"}
     with pytest.raises(StageError, match="--force"):
         train(run_dir=run, options=CPU)
-
-
-KILLED = """
-import os, signal, sys, torch
-from uniattn_cli.options import RunOptions, Silent
-from uniattn_cli.training.train import train
-import contextlib
-
-class Deadly(Silent):
-    @contextlib.contextmanager
-    def track(self, description, total):
-        done = 0
-        def advance(steps=1, text=""):
-            nonlocal done
-            done += steps
-            if description == sys.argv[2] and done == int(sys.argv[3]):
-                os.kill(os.getpid(), signal.SIGKILL)
-        yield advance
-
-torch.set_num_threads(1)
-train(run_dir=sys.argv[1], options=RunOptions(device="cpu", progress=Deadly()))
-"""
 
 
 def test_killed_and_run_again_equals_uninterrupted(run, whole):
@@ -260,35 +149,38 @@ def test_killed_and_run_again_equals_uninterrupted(run, whole):
     train(run_dir=run, options=RunOptions(device="cpu", progress=said))
     assert any("goes on after step 3 of 8" in text for text in said.notes)
     assert any("'compensation' was finished" in text for text in said.notes)
-    timing = ("tokens_per_second", "seconds")
-    lines, expected = log_of(run / "trained"), log_of(whole[0] / "trained")
-    for line in (*lines, *expected):
-        for key in timing:
-            assert line.pop(key) > 0
-    assert lines == expected
+    assert without_times(log_of(run / "trained")) == without_times(log_of(whole[0] / "trained"))
     after, reference = weights(run / "trained"), weights(whole[0] / "trained")
     assert all(torch.equal(after[name], reference[name]) for name in reference)
 
 
-class Interrupting(Recorder):
-    """Stops the training of a stage as Ctrl-C does."""
-
-    @contextlib.contextmanager
-    def track(self, description, total):
-        def advance(steps=1, text=""):
-            if description.startswith("training"):
-                raise KeyboardInterrupt
-
-        yield advance
-
-
-def test_other_settings_start_over_and_say_so(run):
+def test_other_settings_are_refused_and_nothing_is_lost_unless_forced(run):
+    overrides = stages("trains: all, steps: 8")
     with pytest.raises(KeyboardInterrupt):
-        train(run_dir=run, options=RunOptions(device="cpu", progress=Interrupting()))
+        train(run_dir=run, overrides=overrides, options=RunOptions(device="cpu", progress=Interrupting(4)))
+    checkpoint = run / ".trained.partial" / "stages" / "1-all" / "checkpoint-3"
+    changed = [*stages("trains: all, steps: 6"), "seed=1"]
+    with pytest.raises(StageError) as caught:
+        train(run_dir=run, overrides=changed, options=CPU)
+    for words in ("seed: 0 -> 1", "train.stages[0].steps: 8 -> 6", "--force"):
+        assert words in str(caught.value)
+    assert "learning_rate" not in str(caught.value) and checkpoint.is_dir()
+    # What only evaluation reads is no reason; what it reads is not written into the weights.
     said = Recorder()
-    options = RunOptions(device="cpu", progress=said)
-    result = train(run_dir=run, overrides=stages("trains: all, steps: 2"), options=options)
-    assert any("starts over" in text for text in said.warnings)
+    other = [*overrides, "evaluation.limit=3"]
+    train(run_dir=run, overrides=other, options=RunOptions(device="cpu", progress=said))
+    assert any("goes on after step 3 of 8" in text for text in said.notes)
+    with pytest.raises(KeyboardInterrupt):
+        options = RunOptions(device="cpu", force=True, progress=Interrupting(4))
+        train(run_dir=run, overrides=overrides, options=options)
+    result = train(run_dir=run, overrides=changed, options=RunOptions(device="cpu", force=True))
+    assert [stage.steps for stage in result.stages] == [6]
+
+
+def test_what_an_interruption_left_before_the_first_checkpoint_stands_in_nobodys_way(run):
+    with pytest.raises(KeyboardInterrupt):
+        train(run_dir=run, options=RunOptions(device="cpu", progress=Interrupting(1)))
+    result = train(run_dir=run, overrides=stages("trains: all, steps: 2"), options=CPU)
     assert [stage.name for stage in result.stages] == ["all"]
 
 
@@ -374,7 +266,7 @@ def make_trainer(run: Path, rows: list[dict], *, packing: bool, attention: str, 
                 parameter.normal_(std=0.5)
     data = datasets.Dataset.from_list(rows)
     config = make_config(
-        spec, folder=run / "w", learning_rate=1e-3, steps=1, accumulation=1, device=torch.device("cpu"), seed=0
+        spec, TrainStage(), folder=run / "w", steps=1, accumulation=1, device=torch.device("cpu"), seed=0
     )
     data = pack(data, spec.max_length) if packing else data
     return StageTrainer(model, config, train_dataset=data, processing_class=make_tokenizer()), model
@@ -415,7 +307,7 @@ def test_packed_training_runs_and_checkpointing_changes_nothing(run):
     }.items():
         options = RunOptions(device="cpu", force=True)
         result = train(run_dir=run, overrides=[*setting, *extra], options=options)
-        losses[name] = [line["loss"] for line in log_of(run / "trained")]
+        losses[name] = losses_of(run / "trained")
         rows, tokens = result.stages[0].rows, result.stages[0].tokens
         assert rows == 16 and (tokens > 700) == (name == "packed")
     assert losses["checkpointing"] == pytest.approx(losses["plain"], rel=1e-5)
@@ -425,11 +317,12 @@ def test_packed_training_runs_and_checkpointing_changes_nothing(run):
 def test_weights_in_bfloat16_are_trained_in_float32_and_saved_in_bfloat16(tmp_path):
     run = make_run(tmp_path / "run", dtype=torch.bfloat16)
     # Updates of this size vanish if they are added to bfloat16 weights one by one.
-    train(run_dir=run, overrides=stages("trains: followers, steps: 40, learning_rate: 0.00001"), options=CPU)
+    settings = [*stages("trains: followers, steps: 40, learning_rate: 0.00001"), "train.keep=last"]
+    train(run_dir=run, overrides=settings, options=CPU)
     before, after = weights(run / "converted"), weights(run / "trained")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if CHANGED["followers"](name)}
+    assert changed == {name for name in before if CHANGED["trains: followers"](name)}
     name = "model.layers.1.self_attn.v_proj.weight"
     moved = (before[name].float() - after[name].float()).abs()
     assert moved.mean() > 1e-4
@@ -448,7 +341,7 @@ def test_frozen_layers_in_low_precision_change_no_result(template):
     for low in (None, torch.bfloat16):
         spec = replace(ModelSpec(), dtype="bfloat16")
         model = load_model(locate(str(template / "converted")), spec, torch.device("cpu")).float()
-        freeze_all_but(model, trained_names(model, "compensation"), low)
+        freeze_all_but(model, trained_names(model, TrainStage(trains="compensation")), low)
         assert (model.model.layers[0].mlp.up_proj.weight.dtype is torch.float32) == (low is None)
         assert model.model.embed_tokens.weight.dtype is torch.float32
         with torch.autocast("cpu", torch.bfloat16):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uniattn_cli.data import IGNORED, heldout_windows, load_rows, tokenize
+from uniattn_cli.errors import DataError
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.scoring import Loss, summarise, token_losses
 
@@ -69,8 +70,11 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     return Rows(windows, windows)
 
 
-def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, skip: int = 0) -> Rows:
     """Held-out rows of the training data; only the responses are scored.
+
+    Args:
+        skip: leave out this many of the rows; the rows then are others than those of `skip=0`.
 
     Raises:
         DataError: there are no such rows.
@@ -78,7 +82,9 @@ def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     import torch
 
     rows = load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed)
-    rows = rows.select(range(min(recipe.evaluation.responses, len(rows))))
+    if len(rows) <= skip:
+        raise DataError(f"only {len(rows)} rows are held out")
+    rows = rows.select(range(skip, min(skip + recipe.evaluation.responses, len(rows))))
     dataset = tokenize(rows, tokenizer, max_length=recipe.train.max_length, loss="responses").dataset
     return Rows(
         [torch.tensor(row, dtype=torch.long) for row in dataset["input_ids"]],

@@ -254,6 +254,30 @@ class ConversionSpec:
         return "residual" if self.solve == "reference" else self.target
 
 
+SCHEDULES = ("cosine", "linear", "constant")
+REPORTERS = ("tensorboard", "wandb", "trackio")
+TRAINABLE = ("compensation", "followers", "attention", "all", "everything", "lora")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Adapters of a stage that trains `lora`."""
+
+    rank: int = setting(16, "rank of the adapters", minimum=1)
+    alpha: float | None = setting(
+        None, "the adapters' output is scaled by alpha / rank; null is twice the rank", above=0
+    )
+    dropout: float = setting(0.0, "share of an adapter's inputs that are dropped in training", minimum=0, maximum=0.9)
+    targets: tuple[str, ...] = setting(
+        tuple, "names of linear layers, such as q_proj; none are all of attention and MLP that a layer has"
+    )
+    compensation: str = setting(
+        "adapted",
+        "how a full W_c trains: by an adapter like other layers, or itself (low-rank ones always themselves)",
+        choices=("adapted", "full"),
+    )
+
+
 @dataclass(frozen=True)
 class TrainStage:
     """One stage of training."""
@@ -261,13 +285,58 @@ class TrainStage:
     trains: str = setting(
         "all",
         "which parameters change; embeddings and lm_head stay frozen except with everything",
-        choices=("compensation", "followers", "attention", "all", "everything"),
+        choices=TRAINABLE,
         common=True,
     )
     learning_rate: float = setting(1e-4, "peak learning rate", above=0, maximum=1, common=True)
     epochs: float = setting(1.0, "passes over the training rows", above=0, common=True)
     steps: int | None = setting(None, "optimiser steps; overrides epochs", minimum=1)
     name: str | None = setting(None, "name of the stage's folder; the default is what it trains")
+    loss: str = setting(
+        "cross_entropy",
+        "what is minimised; distillation adds what train.distillation says",
+        choices=("cross_entropy", "distillation"),
+    )
+    schedule: str | None = setting(
+        None, "learning-rate schedule of this stage; null is train.schedule", choices=SCHEDULES
+    )
+    warmup: float | None = setting(
+        None, "share of this stage's steps that warm up; null is train.warmup", minimum=0, maximum=0.9
+    )
+    lora: LoraSpec = setting(LoraSpec, "adapters, for a stage that trains lora")
+
+    @property
+    def label(self) -> str:
+        """Its name, or what it trains."""
+        return self.name or self.trains
+
+
+@dataclass(frozen=True)
+class DistillationSpec:
+    """What stages with `loss: distillation` learn from a frozen teacher beside the data."""
+
+    teacher: str = setting(
+        "base",
+        "the unconverted base, or control/, the base after the same training",
+        choices=("base", "control"),
+    )
+    weight: float = setting(
+        0.5, "share of the divergence from the teacher's distribution; the rest is cross-entropy", minimum=0, maximum=1
+    )
+    temperature: float = setting(
+        1.0, "both distributions are softened by this; the divergence grows by its square", above=0
+    )
+    top_k: int | None = setting(
+        None,
+        "only the teacher's likeliest tokens and the mass of all others are compared; null compares all",
+        minimum=1,
+    )
+    attention: float = setting(
+        0.0,
+        "weight of the squared difference of changed layers' attention outputs, relative to the teacher's",
+        minimum=0,
+    )
+    precompute: bool = setting(False, "write the teacher's top_k to teacher/ once and read it from there")
 
 
 @dataclass(frozen=True)
@@ -286,14 +355,72 @@ class TrainSpec:
     micro_batch_size: int = setting(4, "sequences per device and forward pass", minimum=1, common=True)
     max_length: int = setting(512, "longer sequences are cut at this many tokens", minimum=16, common=True)
     loss: str = setting("responses", "which tokens are learned", choices=("responses", "all"))
-    schedule: str = setting("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant"))
-    warmup: float = setting(0.05, "share of the steps that warm up", minimum=0, maximum=0.9)
+    schedule: str = setting("cosine", "learning-rate schedule", choices=SCHEDULES)
+    warmup: float = setting(
+        0.05,
+        "share of the steps that warm up, but ten steps or half the stage at least; 0 does not",
+        minimum=0,
+        maximum=0.9,
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay", minimum=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped at this norm", above=0)
+    optimizer: str = setting("auto", "auto is AdamW; else any name that transformers knows, such as adamw_8bit")
     packing: bool = setting(False, "several rows in one sequence; rows never see each other")
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
+    activation_offloading: bool = setting(False, "keep activations in the computer's memory (CUDA only)")
+    fsdp: bool = setting(False, "shard weights and optimiser over the processes of a launcher (FSDP2) instead of DDP")
+    keep: str = setting(
+        "best",
+        "weights that a stage ends with: those of lowest loss on validation rows, its start included, or the last",
+        choices=("best", "last"),
+    )
+    eval_steps: int | None = setting(
+        None,
+        "optimiser steps between measurements of the loss on validation rows; null is ten times per stage",
+        minimum=1,
+    )
+    max_rise: float = setting(
+        2.0, "training stops where its loss stays this many nats above the lowest before", above=0
+    )
+    distillation: DistillationSpec = setting(DistillationSpec, "for stages with loss: distillation")
+    report_to: tuple[str, ...] = setting(tuple, "also log to: tensorboard, wandb, trackio")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", minimum=1)
     log_steps: int = setting(5, "optimiser steps between log lines", minimum=1)
+
+    @property
+    def distils(self) -> bool:
+        """Whether any stage learns from a teacher."""
+        return any(stage.loss == "distillation" for stage in self.stages)
+
+    def contradictions(self) -> list[str]:
+        """Settings that are valid alone but not together."""
+        faults = []
+        if self.batch_size % self.micro_batch_size:
+            faults.append(
+                f"train.batch_size ({self.batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.micro_batch_size})"
+            )
+        names = [stage.label for stage in self.stages]
+        if len(set(names)) < len(names):
+            faults.append("train.stages: two stages have the same name; set `name`")
+        for name in self.report_to:
+            if name not in REPORTERS:
+                faults.append(
+                    f"train.report_to: unknown '{name}'{suggest(name, REPORTERS)} (known: {', '.join(REPORTERS)})"
+                )
+        spec = self.distillation
+        if self.distils and spec.precompute and spec.top_k is None:
+            faults.append(
+                "train.distillation.precompute writes top_k tokens; set train.distillation.top_k, for example 64"
+            )
+        if self.distils and spec.precompute and spec.attention:
+            faults.append(
+                "train.distillation.precompute keeps no attention outputs; set train.distillation.attention to 0, or "
+                "leave precompute out"
+            )
+        if self.distils and not (spec.weight or spec.attention):
+            faults.append("train.distillation: weight and attention are both 0, so nothing would be distilled")
+        return faults
 
 
 @dataclass(frozen=True)
@@ -402,14 +529,7 @@ class Recipe:
             )
         if not self.train.stages:
             faults.append("train.stages is empty; list at least one stage")
-        if self.train.batch_size % self.train.micro_batch_size:
-            faults.append(
-                f"train.batch_size ({self.train.batch_size}) must be a multiple of "
-                f"train.micro_batch_size ({self.train.micro_batch_size})"
-            )
-        names = [stage.name or stage.trains for stage in self.train.stages]
-        if len(set(names)) < len(names):
-            faults.append("train.stages: two stages have the same name; set `name`")
+        faults += self.train.contradictions()
         return faults
 
     def to_dict(self) -> dict:

@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,12 +29,20 @@ STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
 STARTED_FILE = "started.json"
 SAMPLE_BYTES = 256
-OUTPUTS = {"analyze": "analysis", "group": "grouping", "convert": "converted", "train": "trained", "eval": "evaluation"}
+OUTPUTS = {
+    "analyze": "analysis",
+    "group": "grouping",
+    "convert": "converted",
+    "train": "trained",
+    "control": "control",
+    "eval": "evaluation",
+}
 COMMANDS = {
     "analyze": "analyze MODEL",
     "group": "group",
     "convert": "convert --groups auto",
     "train": "train recipe.yaml",
+    "control": "train recipe.yaml --control",
     "eval": "eval",
 }
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
@@ -94,9 +102,40 @@ class RunDir:
             state = "is complete" if self.is_complete(stage) else "exists but was not written by uniattn"
             raise StageError(f"{output} {state}; use --force to replace it")
 
+    def changes(
+        self, stage: str, recipe: Recipe, inputs: dict[str, Any], decisive: Sequence[str] = ("",)
+    ) -> list[str] | None:
+        """What is not as it was when a run of the stage was interrupted.
+
+        Args:
+            decisive: settings, or sections of them, that must be the same; by default all.
+
+        Returns:
+            One `key: old -> new` for each difference; None if no such run is there, or its record is damaged.
+        """
+        try:
+            old = json.loads((self.partial(stage) / STARTED_FILE).read_text(encoding="utf-8"))
+            before = [dict(_flat(old[key])) for key in ("settings", "inputs")]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        after = [dict(_flat(json.loads(json.dumps(value)))) for value in (recipe.to_dict(), inputs)]
+        found = []
+        for part, (was, now_) in enumerate(zip(before, after, strict=True)):
+            for key in dict.fromkeys([*was, *now_]):
+                if (part or _matters(key, decisive)) and was.get(key) != now_.get(key):
+                    found.append(f"{key}: {_shown(was, key)} -> {_shown(now_, key)}")
+        return found
+
     @contextlib.contextmanager
     def write(
-        self, stage: str, recipe: Recipe, inputs: dict[str, Any], *, force: bool = False, resume: bool = False
+        self,
+        stage: str,
+        recipe: Recipe,
+        inputs: dict[str, Any],
+        *,
+        force: bool = False,
+        resume: bool = False,
+        decisive: Sequence[str] = ("",),
     ) -> Iterator[Path]:
         """Gives a hidden folder to fill; on success it becomes the stage's output directory.
 
@@ -106,6 +145,7 @@ class RunDir:
             inputs: fingerprints of what the stage read.
             force: replace an existing output.
             resume: keep what an interrupted run left in the hidden folder, if it had the same settings and inputs.
+            decisive: see `changes`.
 
         Raises:
             StageError: the output is in the way, or the disk is read-only or full.
@@ -123,7 +163,7 @@ class RunDir:
         }
         try:
             with file_errors(self.root):
-                if partial.exists() and not (resume and _same_run(partial / STARTED_FILE, record)):
+                if partial.exists() and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
                     _remove(partial)
                 partial.mkdir(parents=True, exist_ok=True)
                 (partial / STARTED_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -155,12 +195,24 @@ def _has_work(partial: Path) -> bool:
     return any(path.is_file() and path.name != STARTED_FILE for path in partial.rglob("*"))
 
 
-def _same_run(path: Path, record: dict) -> bool:
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return all(old.get(key) == json.loads(json.dumps(record[key])) for key in ("settings", "inputs"))
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "absent"
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting by its dotted path: `train.stages[0].trains`."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _matters(path: str, decisive: Sequence[str]) -> bool:
+    return any(path == key or key == "" or path.startswith((f"{key}.", f"{key}[")) for key in decisive)
 
 
 @contextlib.contextmanager

@@ -261,6 +261,9 @@ def convert(
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML file.")] = Path("recipe.yaml"),
+    control: Annotated[
+        bool, typer.Option("--control", help="Train the unconverted base in the same way, for comparison.")
+    ] = False,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
     device: DeviceOption = "auto",
@@ -270,7 +273,8 @@ def train(
     """Post-train the converted model.
 
     Runs the stages that the recipe lists and writes trained/. After an interruption the same command continues from
-    the last checkpoint.
+    the last checkpoint. With --control the base sees the same rows in the same order, and control/ is written: what
+    sharing costs is the difference between the two.
 
     \b
     Example:
@@ -280,7 +284,7 @@ def train(
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.training.train import train
 
-        return train(recipe, overrides=overrides, options=options)
+        return train(recipe, control=control, overrides=overrides, options=options)
 
     run_stage("train", Common(run_dir, set_ or (), device, force, debug), [], call)
 
@@ -328,7 +332,7 @@ def evaluate(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare base, converted and trained model.
+    """Compare base, control, converted and trained model.
 
     Measures quality, size and speed side by side and writes evaluation/.
 

@@ -1,4 +1,4 @@
-"""`uniattn eval`: base, converted and trained model side by side, in quality, size and speed."""
+"""`uniattn eval`: base, control, converted and trained model side by side, in quality, size and speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uniattn_cli.evaluation import figures, report
 from uniattn_cli.evaluation.measured import Material, Measured, items_file, measure
 from uniattn_cli.evaluation.plot import draw
 from uniattn_cli.evaluation.speed import Timing, describe_device, measure_speed, prompt_tokens
-from uniattn_cli.evaluation.subjects import BASE, ModelPool, Subject, check_tokenizers, find_subjects
+from uniattn_cli.evaluation.subjects import BASE, CONTROL, ModelPool, Subject, check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
 from uniattn_cli.evaluation.verdict import verdict
 from uniattn_cli.heldout import response_rows, text_rows
@@ -179,7 +179,8 @@ def _results(
     models: dict[str, Any] = {}
     for subject in subjects:
         base = None if subject.name == BASE else measured[BASE]
-        entry = _model_entry(subject, measured[subject.name], base, shown)
+        control = measured.get(CONTROL) if subject.name not in (BASE, CONTROL) else None
+        entry = _model_entry(subject, measured[subject.name], base, control, shown)
         if timings:
             entry["cost"] |= figures.speed_figures(
                 timings[subject.name],
@@ -198,16 +199,17 @@ def _results(
     }
 
 
-def _model_entry(subject: Subject, own: Measured, base: Measured | None, shown: Sequence[str]) -> dict[str, Any]:
-    tasks = {
-        task: {
-            metric: figures.task_figure(metric, scores, base and base.tasks[task][metric])
-            for metric, scores in metrics.items()
+def _model_entry(
+    subject: Subject, own: Measured, base: Measured | None, control: Measured | None, shown: Sequence[str]
+) -> dict[str, Any]:
+    tasks, quality = _scores(own, base, shown)
+    if control is not None:
+        compared_tasks, compared = _scores(own, control, shown)
+        quality = {key: figures.against_control(entry, compared[key]) for key, entry in quality.items()}
+        tasks = {
+            task: {key: figures.against_control(entry, compared_tasks[task][key]) for key, entry in metrics.items()}
+            for task, metrics in tasks.items()
         }
-        for task, metrics in own.tasks.items()
-    }
-    quality = figures.quality_figures(own, base)
-    accuracy = figures.mean_accuracy(tasks, shown)
     return {
         "role": subject.role,
         "path": str(subject.source.name),
@@ -216,10 +218,24 @@ def _model_entry(subject: Subject, own: Measured, base: Measured | None, shown: 
         "dtype_on_disk": own.size.dtype_on_disk,
         "attention": own.size.attention,
         "layers": own.size.kinds,
-        "quality": quality if accuracy is None else {**quality, "accuracy": accuracy},
+        "quality": quality,
         "tasks": tasks,
         "cost": figures.size_figures(own, base),
     }
+
+
+def _scores(own: Measured, other: Measured | None, shown: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of tasks, and of quality with the mean accuracy, compared with another model where one is given."""
+    tasks = {
+        task: {
+            metric: figures.task_figure(metric, scores, other and other.tasks[task][metric])
+            for metric, scores in metrics.items()
+        }
+        for task, metrics in own.tasks.items()
+    }
+    quality = figures.quality_figures(own, other)
+    accuracy = figures.mean_accuracy(tasks, shown)
+    return tasks, quality if accuracy is None else {**quality, "accuracy": accuracy}
 
 
 def _settings(recipe: Recipe, material: Material, pool: ModelPool, timed: bool) -> dict[str, Any]:

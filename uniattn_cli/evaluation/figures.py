@@ -3,7 +3,8 @@
 Schema of `results.json` (`"schema": 1`):
 
     schema    1
-    models    one entry per model, the base first, keyed by its name (`base`, `converted`, `trained`, or as given)
+    models    one entry per model, the base first, keyed by its name (`base`, `control`, `converted`, `trained`, or as
+              given); the control is the base after the training that the trained model has had
       role, path, fingerprint    what it is, where it came from, which weights
       dtype, dtype_on_disk, attention    of the loaded weights and cache; of the files; the backend
       layers                     number of layers of each kind, such as {"own": 24, "softmax": 6}
@@ -27,6 +28,8 @@ Schema of `results.json` (`"schema": 1`):
                             stderr is much smaller than that of either value; stderr is null for exact counts, times,
                             and metrics that are no means over items; all null for the base, and for bytes of another
                             dtype than the base's
+      difference_to_control    the same against the control, for scores of all other models but the base where there
+                            is a control; else null
       ratio_to_base         the model divided by the base (for times the median of the ratios of the interleaved
                             rounds); null where the difference is, and for scores
 
@@ -58,11 +61,23 @@ FigureDict = dict[str, Any]
 
 def figure(value: float, unit: str, better: str | None, **others: Any) -> FigureDict:
     """A figure with all keys of the schema; those not given are null."""
-    empty = dict.fromkeys(("n", "of", "stderr", "range", "difference_to_base", "ratio_to_base"))
+    empty = dict.fromkeys(
+        ("n", "of", "stderr", "range", "difference_to_base", "difference_to_control", "ratio_to_base")
+    )
     unknown = set(others) - set(empty)
     if unknown:
         raise TypeError(f"a figure has no {unknown}")
     return {"value": value, "unit": unit, "better": better, **empty, **others}
+
+
+def against_control(entry: FigureDict, compared: FigureDict) -> FigureDict:
+    """A score with its difference to the control.
+
+    Args:
+        entry: compared with the base.
+        compared: the same score, compared with the control in the base's place.
+    """
+    return {**entry, "difference_to_control": compared["difference_to_base"]}
 
 
 def quality_figures(model: Measured, base: Measured | None) -> dict[str, FigureDict]:

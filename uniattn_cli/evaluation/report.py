@@ -19,12 +19,14 @@ COSTS = {
     "tokens_per_second": "tokens per second",
 }
 DIFFERENCE = "  − base, paired"
+AGAINST_CONTROL = "  − control, paired"
 RATIO = "  ÷ base"
 RANGE = "  smallest–largest"
 PLOT = "quality_vs_kv.png"
 EXPLANATION = (
     "± is one standard error. The lines “− base, paired” give the difference to the base on the same rows or items; "
-    "within two of its standard errors it counts as noise. Times are medians over rounds, and what is divided by the "
+    "within two of its standard errors it counts as noise. The control is the base after the same training; "
+    "“− control, paired” is what sharing costs. Times are medians over rounds, and what is divided by the "
     "base are rounds that ran side by side. Tokens per second are counted after the first token."
 )
 
@@ -86,6 +88,9 @@ def _rows(
     if len(names) > 1:
         words = DIFFERENCE if compare is as_difference else RATIO
         rows.append([words, "", *map(compare, figures[1:])])
+    against = [entry.get("difference_to_control") and as_difference(entry, "control") for entry in figures]
+    if any(against):
+        rows.append([AGAINST_CONTROL, *(cell or "" for cell in against)])
     return rows
 
 

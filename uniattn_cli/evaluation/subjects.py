@@ -1,4 +1,4 @@
-"""The models that are compared: base, converted, trained, and further checkpoints; found, checked and loaded."""
+"""The models that are compared: base, control, converted, trained and others; found, checked and loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE = "base"
-STAGES = {"converted": "convert", "trained": "train"}
+CONTROL = "control"
+STAGES = {CONTROL: "control", "converted": "convert", "trained": "train"}
+# Settings in which `control/` and `trained/` must agree to be comparable.
+SHARED_SETTINGS = (
+    "seed",
+    "data.train",
+    "data.holdout",
+    "train.stages",
+    "train.batch_size",
+    "train.max_length",
+    "train.loss",
+)
 # What stays free beside the weights for activations and logits.
 RESERVED_BYTES = 1 << 30
 
@@ -28,8 +39,8 @@ class Subject:
     """One model of the comparison.
 
     Attributes:
-        name: `base`, `converted`, `trained`, or a further checkpoint as the user wrote it.
-        role: `base`, `converted`, `trained` or `given`.
+        name: `base`, `control`, `converted`, `trained`, or a further checkpoint as the user wrote it.
+        role: `base`, `control`, `converted`, `trained` or `given`.
         source: where its files are.
     """
 
@@ -46,7 +57,7 @@ def find_subjects(run: RunDir, recipe: Recipe, checkpoints: Sequence[str]) -> tu
 
     Raises:
         ModelError: the base or a further checkpoint is not there.
-        StageError: `converted/` or `trained/` was made from other models than the present ones.
+        StageError: a stage's output was made from other models than the present ones.
     """
     subjects = [Subject(BASE, BASE, locate(recipe.model.name, recipe.model.revision))]
     notes = []
@@ -58,8 +69,9 @@ def find_subjects(run: RunDir, recipe: Recipe, checkpoints: Sequence[str]) -> tu
             subjects.append(subject)
         elif folder.exists():
             notes.append(f"{name}/ was not written by uniattn and is left out; name it as a checkpoint to compare it.")
-        else:
+        elif name != CONTROL:
             notes.append(f"{name}/ is missing and left out; `uniattn {COMMANDS[stage]}` makes it.")
+    notes += _control_notes(run)
     for text in checkpoints:
         source = locate(text)
         if any(_same_place(source.path, known.source.path) for known in subjects):
@@ -68,6 +80,34 @@ def find_subjects(run: RunDir, recipe: Recipe, checkpoints: Sequence[str]) -> tu
         taken = any(text == known.name for known in subjects)
         subjects.append(Subject(f"./{text}" if taken else text, "given", source))
     return subjects, notes
+
+
+def _control_notes(run: RunDir) -> list[str]:
+    """What a reader has to know about the control: that there is none, or that it was not trained like the model."""
+    if not run.is_complete("train"):
+        return []
+    if not run.is_complete("control"):
+        return [
+            "control/ is missing: differences between trained and base are those of training and of sharing together; "
+            f"`uniattn {COMMANDS['control']}` trains the base on the same rows, the only fair comparison."
+        ]
+    trained, control = run.record("train"), run.record("control")
+    different = [key for key in SHARED_SETTINGS if _lookup(trained, key) != _lookup(control, key)]
+    if trained["inputs"].get("data") != control["inputs"].get("data"):
+        different.append("the training rows")
+    if not different:
+        return []
+    return [
+        f"control/ is no fair comparison: it was not trained like trained/ (they differ in {', '.join(different)}); "
+        f"run `uniattn {COMMANDS['control']} --force`."
+    ]
+
+
+def _lookup(record: dict, key: str) -> object:
+    value = record.get("settings", {})
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _check_inputs(run: RunDir, stage: str, known: dict[str, Source]) -> None:

@@ -18,9 +18,9 @@ SUMMARIES = {
 }
 
 
-def judge(entry: FigureDict) -> str:
+def judge(entry: FigureDict, other: str = "base") -> str:
     """`same`, `within noise`, `better`, `worse`, or `uncertain` where there is no standard error."""
-    difference = entry["difference_to_base"]
+    difference = entry[f"difference_to_{other}"]
     if difference["value"] == 0 and not difference["stderr"]:
         return "same"
     if difference["stderr"] is None:
@@ -70,7 +70,21 @@ def verdict(name: str, base: dict[str, Any], model: dict[str, Any]) -> dict[str,
     if "tokens_per_second" in cost:
         saved.append(f"{cost['tokens_per_second']['ratio_to_base']:.2f} times the tokens per second")
     sentence = f"{name} is {SUMMARIES[quality]}: " if quality != "same" else f"{name}: {SUMMARIES[quality]}: "
-    return {"quality": quality, "sentence": f"{sentence}{'; '.join(scores)}. It has {', '.join(saved)}."}
+    sentence = f"{sentence}{'; '.join(scores)}. It has {', '.join(saved)}.{_against_control(model)}"
+    return {"quality": quality, "sentence": sentence}
+
+
+def _against_control(model: dict[str, Any]) -> str:
+    """What the model loses to the base after the same training; empty without a control, or without training."""
+    if model["role"] == "converted":
+        return ""
+    entries = {words: model["quality"].get(key) for key, words in JUDGED.items()}
+    parts = [
+        f"{words} {as_difference(entry, 'control')} ({judge(entry, 'control')})"
+        for words, entry in entries.items()
+        if entry and entry.get("difference_to_control")
+    ]
+    return f" Against the control, the base after the same training: {'; '.join(parts)}." if parts else ""
 
 
 def _change(entry: FigureDict, less: str, what: str) -> str:

@@ -46,10 +46,10 @@ def as_range(entry: FigureDict) -> str:
     return f"{low}–{high}{unit}"
 
 
-def as_difference(entry: FigureDict) -> str:
-    """The difference to the base with its standard error: `+4.89 ± 0.31`, `−1.0 ± 2.1 points`."""
+def as_difference(entry: FigureDict, other: str = "base") -> str:
+    """The difference to the base, or the control, with its standard error: `+4.89 ± 0.31`, `−1.0 ± 2.1 points`."""
     factor, decimals, _, unit = _format(entry)
-    difference = entry["difference_to_base"]
+    difference = entry[f"difference_to_{other}"]
     value = difference["value"] * factor
     text = ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value), decimals)
     if difference["stderr"] is not None:

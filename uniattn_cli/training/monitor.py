@@ -1,4 +1,4 @@
-"""What happens around each optimiser step: progress, log lines, the check of the loss, marks on whole checkpoints."""
+"""What happens around each optimiser step: progress, log lines, validation, the best state, marks on checkpoints."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from uniattn_cli.training.sft import diverged
+from uniattn_cli.training.sft import diverged, save_weights
 
 if TYPE_CHECKING:
     from uniattn_cli.training.sft import StageTrainer
 
 # Written into a checkpoint after everything else; a checkpoint without it was interrupted while it was written.
 MARKER = "uniattn_progress.json"
+# Steps whose mean loss is watched; single ones are noisy.
+WINDOW = 5
 
 
 class Log:
-    """`log.jsonl`: one line per logged step, over all stages.
+    """`log.jsonl`: one line per logged step, and one per validation, over all stages.
 
     Args:
         path: the file, made if it is missing.
@@ -73,6 +76,52 @@ def last_checkpoint(folder: Path, *, clean: bool) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
+@dataclass(frozen=True)
+class Best:
+    """The state of lowest loss on validation rows.
+
+    Attributes:
+        step: optimiser steps taken; 0 is the state in which the stage began.
+        loss: in nats per token.
+        first: the loss at step 0.
+    """
+
+    step: int
+    loss: float
+    first: float
+
+    @property
+    def folder(self) -> str:
+        """Where its weights are, inside the stage's folder; there is none for step 0."""
+        return f"best-{self.step}"
+
+
+class Watch:
+    """Decides from the losses of the steps whether training has run off.
+
+    Args:
+        max_rise: nats by which the mean of the last steps may exceed the lowest such mean before.
+    """
+
+    def __init__(self, max_rise: float):
+        self.max_rise = max_rise
+        self.recent: list[float] = []
+        self.lowest = math.inf
+
+    def trouble(self, loss: float) -> str:
+        """What is wrong with a step's loss; empty if nothing is."""
+        if not math.isfinite(loss):
+            return f"is {loss}"
+        self.recent = [*self.recent, loss][-WINDOW:]
+        if len(self.recent) < WINDOW:
+            return ""
+        mean = sum(self.recent) / WINDOW
+        self.lowest = min(self.lowest, mean)
+        if mean > self.lowest + self.max_rise:
+            return f"has risen to {mean:.2f} over the last {WINDOW} steps, from {self.lowest:.2f}"
+        return ""
+
+
 class Monitor(TrainerCallback):
     """Watches one stage.
 
@@ -82,20 +131,43 @@ class Monitor(TrainerCallback):
         tokens: tokens of each step, padding not counted.
         log: where lines go.
         advance: the progress bar.
+        validate: gives the loss on validation rows; None where there are none.
+        every: steps between two validations.
+        max_rise: see `Watch`; also how far the loss on validation rows may exceed that of the start.
 
     Attributes:
         seconds: time spent in optimiser steps, over all sessions.
+        best: the state of lowest loss on validation rows; None without any.
+        last: the loss on validation rows when it was last measured.
     """
 
-    def __init__(self, stage: str, steps: int, tokens: list[int], log: Log, advance: Callable[..., None]):
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        tokens: list[int],
+        log: Log,
+        advance: Callable[..., None],
+        *,
+        validate: Callable[[], float] | None = None,
+        every: int = 1,
+        max_rise: float = math.inf,
+    ):
         self.stage = stage
         self.steps = steps
         self.tokens = tokens
         self.log = log
         self.advance = advance
+        self.validate = validate
+        self.every = every
+        self.watch = Watch(max_rise)
         self.trainer: StageTrainer | None = None
         self.seconds = 0.0
-        self._losses: list[float] = []  # of the steps since the last log line
+        self.best: Best | None = None
+        self.last = math.nan
+        self._resumed = False
+        self._saved_best: str | None = None  # that the last checkpoint relies on
+        self._losses: list[dict[str, float]] = []  # of the steps since the last log line
         self._logged = (0, 0.0)  # step and seconds at the last log line
         self._clock = 0.0
 
@@ -103,36 +175,78 @@ class Monitor(TrainerCallback):
         """Takes up where a checkpoint was written."""
         kept = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         self.seconds, self._losses, self._logged = kept["seconds"], kept["losses"], tuple(kept["logged"])
+        self.watch.recent = kept["recent"]
+        self.watch.lowest = math.inf if kept["lowest"] is None else kept["lowest"]
+        self.best = Best(**kept["best"]) if kept["best"] else None
+        self._saved_best = self.best.folder if self.best else None
+        self._resumed = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.validate is not None and not self._resumed:
+            self._validate(0)
         self._clock = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loss = self.trainer.take_step_loss()
-        if not math.isfinite(loss):
-            raise diverged(f"the loss of stage '{self.stage}' is {loss}", state.global_step + 1, args.output_dir)
-        self._losses.append(loss)
+        trouble = self.watch.trouble(loss)
+        if trouble:
+            raise diverged(f"the loss of stage '{self.stage}' {trouble}", state.global_step + 1, args.output_dir)
+        self._losses.append({"loss": loss, **self.trainer.take_step_parts()})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         self.seconds += elapsed
         step = state.global_step
-        self.advance(1, text=f"loss {self._losses[-1]:.3f}, {self.tokens[step - 1] / elapsed:,.0f} tok/s")
+        loss = self._losses[-1]["loss"]
+        self.advance(1, text=f"loss {loss:.3f}, {self.tokens[step - 1] / elapsed:,.0f} tok/s")
         if step == self.steps:
             control.should_log = True
             control.should_save = False  # the stage's result is written instead
+        if self.validate is not None and (step % self.every == 0 or step == self.steps):
+            self._validate(step)
+            # Measuring is not training; it must not count as time per token.
+            self._clock = time.perf_counter()
+
+    def _validate(self, step: int) -> None:
+        self.last = loss = self.validate()
+        first = loss if self.best is None else self.best.first
+        self.log.add({"stage": self.stage, "step": step, "validation_loss": loss, "seconds": self.seconds})
+        self.trainer.report(validation_loss=loss)
+        folder = self.trainer.args.output_dir
+        if not math.isfinite(loss):
+            raise diverged(f"the loss of stage '{self.stage}' on validation rows is {loss}", step, folder)
+        if loss > first + self.watch.max_rise:
+            change = f"has risen to {loss:.2f}, from {first:.2f}"
+            raise diverged(f"the loss of stage '{self.stage}' on validation rows {change}", step, folder)
+        if self.best is None or loss < self.best.loss:
+            self.best = Best(step, loss, first)
+            if step:
+                self._keep_best(Path(folder))
+
+    def _keep_best(self, folder: Path) -> None:
+        """Writes the present weights, and removes those that neither they nor the last checkpoint need."""
+        state = self.trainer.trained_state()
+        if self.log.writes:
+            save_weights(state, folder / self.best.folder)
+            self._remove_others(folder, {self.best.folder, self._saved_best})
+
+    def _remove_others(self, folder: Path, needed: set[str | None]) -> None:
+        for other in folder.glob("best-*"):
+            if other.name not in needed:
+                shutil.rmtree(other)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if not self._losses or not logs or "learning_rate" not in logs:
             return
         step, (before, seconds) = state.global_step, self._logged
         tokens = sum(self.tokens[before:step])
+        means = {name: sum(each[name] for each in self._losses) / len(self._losses) for name in self._losses[0]}
         self.log.add(
             {
                 "stage": self.stage,
                 "step": step,
-                "loss": sum(self._losses) / len(self._losses),
+                **means,
                 "learning_rate": logs["learning_rate"],
                 "grad_norm": logs.get("grad_norm"),
                 "tokens": sum(self.tokens[:step]),
@@ -147,12 +261,21 @@ class Monitor(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             checkpoint = folder / f"checkpoint-{state.global_step}"
-            kept = {"seconds": self.seconds, "losses": self._losses, "logged": self._logged}
+            kept = {
+                "seconds": self.seconds,
+                "losses": self._losses,
+                "logged": self._logged,
+                "recent": self.watch.recent,
+                "lowest": self.watch.lowest if math.isfinite(self.watch.lowest) else None,
+                "best": asdict(self.best) if self.best else None,
+            }
             partial = checkpoint / f".{MARKER}"
             partial.write_text(json.dumps(kept), encoding="utf-8")
             partial.replace(checkpoint / MARKER)
             for other in folder.glob("checkpoint-*"):
                 if other != checkpoint:
                     shutil.rmtree(other)
+            self._saved_best = self.best.folder if self.best else None
+            self._remove_others(folder, {self._saved_best})
         # Writing is not training; it must not count as time per token.
         self._clock = time.perf_counter()

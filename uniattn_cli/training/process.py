@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,15 +62,17 @@ class Process:
         return options.progress if self.is_main else Silent()
 
     @contextlib.contextmanager
-    def output(self, run: RunDir, recipe: Recipe, inputs: dict[str, Any], force: bool) -> Iterator[Path]:
-        """The hidden folder of the stage `train`, the same for all processes; see `RunDir.write`."""
+    def output(
+        self, run: RunDir, stage: str, recipe: Recipe, inputs: dict[str, Any], *, force: bool, decisive: Sequence[str]
+    ) -> Iterator[Path]:
+        """The hidden folder of a stage, the same for all processes; see `RunDir.write`."""
         if self.is_main:
-            with run.write("train", recipe, inputs, force=force, resume=True) as partial:
+            with run.write(stage, recipe, inputs, force=force, resume=True, decisive=decisive) as partial:
                 self.wait()
                 yield partial
                 self.wait()
         else:
             self.wait()
-            yield run.partial("train")
+            yield run.partial(stage)
             self.wait()
         self.wait()

@@ -1,0 +1,382 @@
+"""Learning from a teacher: the loss and its gradient against sums written out by hand, on disk against live."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from training_run import (
+    CPU,
+    Interrupting,
+    Recorder,
+    log_of,
+    losses_of,
+    make_run,
+    make_tokenizer,
+    stages,
+    weights,
+    without_times,
+)
+
+from uniattn_cli.checkpoint import load_model, locate
+from uniattn_cli.data import IGNORED
+from uniattn_cli.errors import RecipeError, StageError
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import DistillationSpec, ModelSpec, Recipe, TrainSpec, TrainStage
+from uniattn_cli.training import distill
+from uniattn_cli.training.distill import Distiller
+from uniattn_cli.training.divergence import TopK, dense_divergence, sparse_divergence, top_k
+from uniattn_cli.training.train import train
+
+CHANGED_LAYERS = (1, 3)
+FORCE = RunOptions(device="cpu", force=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("distillation") / "run")
+
+
+@pytest.fixture
+def run(template: Path, tmp_path: Path) -> Path:
+    shutil.copytree(template, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def logits(*, scale: float = 3.0, seed: int = 0, rows: int = 7, vocabulary: int = 23) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(rows, vocabulary, generator=generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kept", [1, 4, 22, 23, 99])
+def test_top_k_is_the_divergence_of_coarsened_distributions(kept, temperature):
+    teacher, student = logits(), logits(seed=1).requires_grad_()
+    found = sparse_divergence(student, top_k(teacher, kept, temperature), temperature)
+    p, q = ((x.double() / temperature).softmax(-1) for x in (teacher, student))
+    places = p.argsort(-1, descending=True)
+    pairs = [x.gather(-1, places) for x in (p, q)]
+    if kept < 23:
+        pairs = [torch.cat([x[:, :kept], x[:, kept:].sum(-1, keepdim=True)], -1) for x in pairs]
+    expected = temperature**2 * (pairs[0] * (pairs[0] / pairs[1]).log()).sum(-1)
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6)
+    whole = dense_divergence(student, teacher, temperature)
+    assert (found <= whole + 1e-5).all()
+    # 22 tokens and "any other" are 23 events too.
+    assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5) == (kept >= 22)
+    gradients = [torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (found, expected)]
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_divergences_stay_finite_where_the_teacher_is_certain():
+    teacher, student = logits(scale=400.0), logits(scale=400.0, seed=1).requires_grad_()
+    for found in (sparse_divergence(student, top_k(teacher, 4, 1.0), 1.0), dense_divergence(student, teacher, 1.0)):
+        (gradient,) = torch.autograd.grad(found.sum(), student)
+        assert torch.isfinite(found).all() and torch.isfinite(gradient).all()
+
+
+def make_batches(packing: bool) -> list[dict[str, torch.Tensor]]:
+    """Two micro-batches as TRL's collator makes them; the same rows, padded or one after the other."""
+    torch.manual_seed(3)
+    rows = [torch.randint(4, 200, (length,)).tolist() for length in (12, 5, 9, 7)]
+    batches = []
+    for part in (rows[:2], rows[2:]):
+        labels = [[IGNORED] * (len(row) // 3) + row[len(row) // 3 :] for row in part]
+        if packing:
+            batches.append(
+                {
+                    "input_ids": torch.tensor([list(itertools.chain(*part))]),
+                    "labels": torch.tensor([list(itertools.chain(*([IGNORED, *each[1:]] for each in labels)))]),
+                    "position_ids": torch.tensor([[place for row in part for place in range(len(row))]]),
+                }
+            )
+        else:
+            width = max(map(len, part))
+            batches.append(
+                {
+                    "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in part]),
+                    "labels": torch.tensor([each + [IGNORED] * (width - len(each)) for each in labels]),
+                    "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part]),
+                }
+            )
+    return batches
+
+
+def make_trainer(run: Path, spec: DistillationSpec, **changes):
+    """A stage's trainer over the converted model with sharp attention, and the teacher."""
+    import datasets
+
+    from uniattn_cli.training.sft import StageTrainer, make_config
+
+    student = load_model(locate(str(run / "converted")), ModelSpec(attention="eager"), torch.device("cpu"))
+    teacher = load_model(locate(str(run / "base")), ModelSpec(attention="eager"), torch.device("cpu"))
+    torch.manual_seed(5)
+    for model in (student, teacher):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "compensation" in name or "self_attn" in name or "lm_head" in name:
+                    parameter.normal_(std=0.5)
+    teacher.requires_grad_(False)
+    config = make_config(
+        replace(TrainSpec(micro_batch_size=2, max_length=32), **changes),
+        TrainStage(),
+        folder=run / "w",
+        steps=1,
+        accumulation=2,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    rows = datasets.Dataset.from_list([{"input_ids": [4, 5], "labels": [4, 5]}] * 4)
+    distiller = Distiller(spec, teacher, layers=CHANGED_LAYERS)
+    return StageTrainer(student, config, distiller, train_dataset=rows, processing_class=make_tokenizer()), teacher
+
+
+def nearly(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal up to the rounding of sums in another order."""
+    return (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Logits and attention outputs, each row alone, at positions that predict something learned."""
+    from uniattn_cli.training.teacher import documents
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    found, outputs = [], {layer: [] for layer in CHANGED_LAYERS}
+    for tokens, labels in documents(inputs, batch["labels"]):
+        kept = {}
+        hooks = [
+            model.model.layers[layer].self_attn.register_forward_hook(
+                lambda module, inputs, output, layer=layer, kept=kept: kept.update({layer: output[0]})
+            )
+            for layer in CHANGED_LAYERS
+        ]
+        places = [place for place, label in enumerate(labels[1:]) if label != IGNORED]
+        found.append(model(torch.tensor([tokens]), use_cache=False).logits[0, places])
+        for layer, output in kept.items():
+            outputs[layer].append(output[0, places])
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(found), {layer: torch.cat(each) for layer, each in outputs.items()}
+
+
+SPECS = {
+    "dense": DistillationSpec(weight=0.7, temperature=2.0),
+    "top_k": DistillationSpec(weight=1.0, top_k=5),
+    "attention": DistillationSpec(weight=0.25, attention=3.0),
+    "attention alone": DistillationSpec(weight=0.0, attention=1.0),
+}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_loss_and_gradient_equal_a_computation_by_hand(run, name, packing):
+    spec = SPECS[name]
+    trainer, teacher = make_trainer(run, spec)
+    student, batches = trainer.model.train(), make_batches(packing)
+    count = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+    trainer.distiller.measure_energies(batches)
+    for batch in batches:
+        trainer.compute_loss(student, dict(batch), num_items_in_batch=torch.tensor(count)).backward()
+    parts = trainer.take_step_parts()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad()
+
+    ours, theirs = ([outputs_by_hand(model, batch) for batch in batches] for model in (student, teacher))
+    s, t = (torch.cat([logits for logits, _ in each]).double() for each in (ours, theirs))
+    targets = torch.cat([batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORED] for batch in batches])
+    expected = {"cross_entropy": -s.log_softmax(-1)[range(count), targets].mean()}
+    if spec.weight:
+        p, q = (t / spec.temperature).softmax(-1), (s / spec.temperature).softmax(-1)
+        if spec.top_k:
+            order = p.argsort(-1, descending=True)
+            p, q = (x.gather(-1, order) for x in (p, q))
+            p, q = (torch.cat([x[:, :5], 1 - x[:, :5].sum(-1, keepdim=True)], -1) for x in (p, q))
+        expected["divergence"] = spec.temperature**2 * (p * (p / q).log()).sum() / count
+    if spec.attention:
+        errors = []
+        for layer in CHANGED_LAYERS:
+            a, b = (torch.cat([outputs[layer] for _, outputs in each]).double() for each in (ours, theirs))
+            errors.append((a - b).square().sum() / b.square().sum())
+        expected["attention"] = sum(errors) / len(errors)
+    assert parts.keys() == expected.keys()
+    for key, value in expected.items():
+        assert parts[key] == pytest.approx(value.item(), rel=1e-4), key
+    loss = (1 - spec.weight) * expected["cross_entropy"] + spec.weight * expected.get("divergence", 0)
+    (loss + spec.attention * expected.get("attention", 0)).backward()
+    for key, parameter in student.named_parameters():
+        if parameter.grad is None:
+            assert gradients[key] is None or not gradients[key].any(), key
+        else:
+            assert nearly(gradients[key], parameter.grad), key
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(module is teacher for module in trainer.model.modules())
+    # Nothing is left behind on the models.
+    assert not any(layer.self_attn._forward_hooks for model in (student, teacher) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("name", ["dense", "top_k"])
+def test_logits_in_pieces_change_nothing(run, name, monkeypatch):
+    found = []
+    for size in (1 << 26, 3 * 260):
+        monkeypatch.setattr(distill, "LOGITS_AT_ONCE", size)
+        trainer, _ = make_trainer(run, SPECS[name])
+        (batch, _) = make_batches(packing=False)
+        loss = trainer.compute_loss(trainer.model.train(), batch)
+        loss.backward()
+        gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+        found.append((loss.detach(), gradients))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert all(nearly(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_capped_head_is_capped_for_both():
+    from tiny import FAMILIES, make_base
+
+    from uniattn_cli.training.validation import head_logits
+
+    model = make_base(next(entry for entry in FAMILIES if entry[0] == "gemma2"))
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        hidden = model.model(tokens, use_cache=False).last_hidden_state[0]
+        assert torch.equal(head_logits(model, hidden), model(tokens, use_cache=False).logits[0])
+
+
+DISTIL = [
+    *stages("trains: all, loss: distillation, steps: 6, learning_rate: 0.0005"),
+    "train.distillation={weight: 0.5, temperature: 2.0, attention: 0.5}",
+    "train.save_steps=2",
+    "train.log_steps=1",
+]
+
+
+def test_distillation_learns_and_is_logged_by_its_parts(run):
+    before, torn = weights(run / "base"), weights(run / "converted")
+    torch.manual_seed(0)
+    for name, tensor in torn.items():
+        # Without this there would be nothing to win back.
+        if "layers.1.self_attn" in name or "layers.3.self_attn" in name:
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    save_file(torn, run / "converted" / "model.safetensors", metadata={"format": "pt"})
+    train(run_dir=run, overrides=DISTIL, options=CPU)
+    lines = [line for line in log_of(run / "trained") if "loss" in line]
+    for line in lines:
+        parts = line["cross_entropy"], line["divergence"], line["attention"]
+        assert line["loss"] == pytest.approx(0.5 * parts[0] + 0.5 * parts[1] + 0.5 * parts[2], rel=1e-5)
+    for part in ("loss", "cross_entropy", "attention"):
+        assert lines[-1][part] < lines[0][part]
+    after = weights(run / "base")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((run / "trained" / "stage.json").read_text())["inputs"]["teacher"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["train.micro_batch_size=8"],
+        ["train.micro_batch_size=1"],
+        ["train.gradient_checkpointing=true"],
+    ],
+)
+def test_how_a_step_is_computed_changes_no_loss(run, changes):
+    found = []
+    for extra in ([], changes):
+        train(run_dir=run, overrides=[*DISTIL, *extra], options=FORCE)
+        found.append(losses_of(run / "trained"))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_interrupted_distillation_ends_like_any_other(run):
+    train(run_dir=run, overrides=DISTIL, options=CPU)
+    expected, reference = log_of(run / "trained"), weights(run / "trained")
+    shutil.rmtree(run / "trained")
+    with pytest.raises(KeyboardInterrupt):
+        train(run_dir=run, overrides=DISTIL, options=RunOptions(device="cpu", progress=Interrupting(5)))
+    said = Recorder()
+    train(run_dir=run, overrides=DISTIL, options=RunOptions(device="cpu", progress=said))
+    assert any("goes on after step 4 of 6" in text for text in said.notes)
+    assert without_times(log_of(run / "trained")) == without_times(expected)
+    after = weights(run / "trained")
+    assert all(torch.equal(after[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing):
+    setting = [
+        *stages("trains: all, loss: distillation, steps: 4, learning_rate: 0.003"),
+        "train.log_steps=1",
+        f"train.packing={packing}",
+        "train.batch_size=4",
+        "train.micro_batch_size=2",
+    ]
+    train(run_dir=run, overrides=[*setting, "train.distillation={top_k: 6}"], options=CPU)
+    live = losses_of(run / "trained")
+    said = Recorder()
+    stored = [*setting, "train.distillation={top_k: 6, precompute: true}"]
+    for _ in range(2):
+        train(run_dir=run, overrides=stored, options=RunOptions(device="cpu", force=True, progress=said))
+        assert losses_of(run / "trained") == pytest.approx(live, rel=1e-5)
+    (folder,) = (run / "teacher").iterdir()
+    assert len(said.bars["teacher"]) > 1 and sum("are read from" in text for text in said.notes) == 1
+    assert json.loads((folder / "teacher.json").read_text())["top_k"] == 6
+    # Another temperature is another teacher.
+    other = [*setting, "train.distillation={top_k: 6, precompute: true, temperature: 2.0}"]
+    train(run_dir=run, overrides=other, options=FORCE)
+    assert len(list((run / "teacher").iterdir())) == 2
+
+
+def test_a_row_that_the_teacher_never_saw_is_refused(run):
+    from uniattn_cli.training.teacher import StoredTeacher, write_teacher
+
+    trainer, _ = make_trainer(run, DistillationSpec(top_k=3))
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}])
+    write_teacher(run / "teacher" / "x", trainer.distiller, rows, settings={}, batch_size=2, device=torch.device("cpu"))
+    stored = StoredTeacher(run / "teacher" / "x")
+    batch = {"input_ids": torch.tensor([[4, 5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    found = stored.lookup(batch, torch.tensor([[IGNORED, 5, 6, IGNORED]]))
+    assert isinstance(found, TopK) and found.ids.shape == (2, 3)
+    total = found.logprobs.exp().sum(-1) + found.rest.exp()
+    assert total.tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
+    with pytest.raises(StageError, match="lacks a row"):
+        stored.lookup(batch, torch.tensor([[IGNORED, IGNORED, 6, IGNORED]]))
+
+
+def test_the_control_teaches_once_it_is_there(run):
+    setting = [*DISTIL, "train.distillation.teacher=control"]
+    with pytest.raises(StageError, match=r"control is missing; run `uniattn train recipe\.yaml --control` first"):
+        train(run_dir=run, overrides=setting, options=CPU)
+    train(run_dir=run, control=True, overrides=DISTIL, options=CPU)
+    assert all("divergence" not in line for line in log_of(run / "control"))
+    train(run_dir=run, overrides=setting, options=CPU)
+    teacher = json.loads((run / "trained" / "stage.json").read_text())["inputs"]["teacher"]
+    assert teacher == locate(str(run / "control")).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("{precompute: true}", "set train.distillation.top_k"),
+        ("{precompute: true, top_k: 4, attention: 1.0}", "keeps no attention outputs"),
+        ("{weight: 0}", "nothing would be distilled"),
+    ],
+)
+def test_settings_that_cannot_be_had_together(spec, says):
+    tree = {"model": {"name": "m"}}
+    setting = ["train.stages=[{trains: all, loss: distillation}]", f"train.distillation={spec}"]
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_tree(tree, overrides=setting)
+    assert says in str(caught.value)
+    # Without a stage that distils they mean nothing and are no fault.
+    Recipe.from_tree({"model": {"name": "m"}}, overrides=setting[1:])

@@ -1,0 +1,206 @@
+"""Learning from a frozen teacher: the loss of stages with `loss: distillation`.
+
+For the learned tokens of an optimiser step, N of them over all processes and forward passes,
+
+    loss = 1/N · sum over tokens [ (1 - weight) · cross-entropy + weight · temperature² · KL(teacher || student)
+           + attention · mean over changed layers of |student's attention output - teacher's|² / E_layer ]
+
+E_layer is the mean |teacher's attention output|² over the learned tokens of the stage's first step; as a constant it
+keeps the loss a plain sum over tokens, which comes out the same however a step is divided. Both models see the same
+rows; the attention output is that of the attention block, where a follower's compensation has been added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from uniattn_cli.data import IGNORED
+from uniattn_cli.recipe import DistillationSpec
+from uniattn_cli.training.divergence import TopK, dense_divergence, sparse_divergence, top_k
+from uniattn_cli.training.validation import LOGITS_AT_ONCE, head_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from uniattn_cli.training.teacher import StoredTeacher
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a forward pass is compared with, at its learned positions, row after row.
+
+    Attributes:
+        labels: [batch, tokens], -100 where nothing is learned.
+        hidden: last hidden states of the teacher, [positions, hidden]; None where top_k is there.
+        top_k: the teacher's coarsened distribution.
+        attention: the teacher's attention outputs by layer, each [positions, hidden].
+    """
+
+    labels: torch.Tensor
+    hidden: torch.Tensor | None = None
+    top_k: TopK | None = None
+    attention: dict[int, torch.Tensor] | None = None
+
+
+@contextlib.contextmanager
+def attention_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Collects what the attention blocks of these layers give in the forward pass inside, [batch, tokens, hidden]."""
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            found[layer] = output[0]
+
+        return hook
+
+    handles = [model.model.layers[layer].self_attn.register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Distiller:
+    """Compares a student with its teacher.
+
+    Args:
+        spec: weights, temperature, top_k.
+        teacher: a frozen model in evaluation mode, in its own dtype; None where all is read from `stored`.
+        stored: the teacher's distributions, written before.
+        layers: changed layers whose attention outputs are compared.
+    """
+
+    def __init__(
+        self,
+        spec: DistillationSpec,
+        teacher: PreTrainedModel | None,
+        stored: StoredTeacher | None = None,
+        layers: Sequence[int] = (),
+    ):
+        self.spec = spec
+        self.teacher = teacher
+        self.stored = stored
+        self.layers = tuple(layers) if spec.attention else ()
+        self.energies: dict[int, float] = {}
+
+    @torch.no_grad()
+    def measure_energies(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Sets E_layer from micro-batches with `labels`, those of the stage's first step."""
+        sums, count = dict.fromkeys(self.layers, 0.0), 0
+        for batch in batches if self.layers else ():
+            targets = self.targets(batch)
+            count += int((batch["labels"][:, 1:] != IGNORED).sum())
+            for layer, output in targets.attention.items():
+                sums[layer] += output.double().square().sum().item()
+        self.energies = {layer: total / max(count, 1) for layer, total in sums.items()}
+
+    @torch.no_grad()
+    def targets(self, inputs: dict[str, torch.Tensor]) -> Targets:
+        """What the teacher says about a micro-batch with `labels`; the rest of it is the teacher's input too."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if self.teacher is None:
+            return Targets(labels, top_k=self.stored.lookup(inputs, labels))
+        learned = labels[:, 1:] != IGNORED
+        # The trainer's automatic mixed precision is the student's, not the teacher's.
+        with torch.autocast(labels.device.type, enabled=False), attention_outputs(self.teacher, self.layers) as outputs:
+            hidden = self.teacher.model(**inputs, use_cache=False).last_hidden_state[:, :-1][learned]
+        attention = {layer: output[:, :-1][learned] for layer, output in outputs.items()}
+        return Targets(labels, hidden=hidden if self.spec.weight else None, attention=attention)
+
+    @torch.no_grad()
+    def top_k_of(self, inputs: dict[str, torch.Tensor]) -> TopK:
+        """The teacher's coarsened distributions at the learned positions of a micro-batch with `labels`."""
+        hidden = self.targets(inputs).hidden
+        size = max(1, LOGITS_AT_ONCE // self.teacher.config.vocab_size)
+        spec = self.spec
+        pieces = [top_k(self.teacher_logits(part), spec.top_k, spec.temperature) for part in hidden.split(size)]
+        return TopK(*(torch.cat([getattr(each, name) for each in pieces]) for name in ("ids", "logprobs", "rest")))
+
+    def loss_sums(self, student: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> dict[str, torch.Tensor]:
+        """Runs the student and sums each part of the loss over the learned tokens.
+
+        Args:
+            student: may be inside DDP or FSDP; this is called in its forward (see `attach_objective`).
+            inputs: without labels.
+            targets: what `targets` gave for the same rows.
+
+        Returns:
+            Scalars: `loss`, of which the gradient is taken, and its parts without their weights: `cross_entropy`,
+            `divergence` and `attention`, those that have a weight.
+        """
+        learned = targets.labels[:, 1:] != IGNORED
+        with attention_outputs(student, self.layers) as outputs:
+            backbone = student.model(**inputs)
+        hidden = backbone.last_hidden_state[:, :-1][learned]
+        parts = self._token_parts(student, hidden, targets.labels[:, 1:][learned], targets)
+        weight = self.spec.weight
+        parts["loss"] = (1 - weight) * parts["cross_entropy"]
+        if weight:
+            parts["loss"] = parts["loss"] + weight * parts["divergence"]
+        if self.layers:
+            errors = [
+                (outputs[layer][:, :-1][learned].float() - targets.attention[layer].float()).square().sum()
+                / self.energies[layer]
+                for layer in self.layers
+            ]
+            parts["attention"] = torch.stack(errors).mean()
+            parts["loss"] = parts["loss"] + self.spec.attention * parts["attention"]
+        if getattr(backbone, "router_logits", None) is not None:
+            parts["router"] = router_loss(student, backbone.router_logits, inputs.get("attention_mask"))
+        return parts
+
+    def _token_parts(
+        self, student: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets
+    ) -> dict[str, torch.Tensor]:
+        """Cross-entropy and divergence, in pieces of positions whose logits are computed again for the gradient."""
+        size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
+        pieces = [slice(start, start + size) for start in range(0, max(len(labels), 1), size)]
+        cross_entropy = divergence = hidden.new_zeros((), dtype=torch.float32)
+        for piece in pieces:
+            arguments = (student, hidden[piece], labels[piece], targets, piece)
+            if len(pieces) > 1 and torch.is_grad_enabled():
+                found = checkpoint(self._piece, *arguments, use_reentrant=False)
+            else:
+                found = self._piece(*arguments)
+            cross_entropy, divergence = cross_entropy + found[0], divergence + found[1]
+        parts = {"cross_entropy": cross_entropy}
+        return parts | {"divergence": divergence} if self.spec.weight else parts
+
+    def _piece(
+        self, student: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets, piece: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head_logits(student, hidden).float()
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+        if not self.spec.weight:
+            return cross_entropy, torch.zeros_like(cross_entropy)
+        temperature = self.spec.temperature
+        if targets.top_k is not None:
+            return cross_entropy, sparse_divergence(logits, targets.top_k[piece], temperature).sum()
+        theirs = self.teacher_logits(targets.hidden[piece])
+        if self.spec.top_k is not None:
+            return cross_entropy, sparse_divergence(
+                logits, top_k(theirs, self.spec.top_k, temperature), temperature
+            ).sum()
+        return cross_entropy, dense_divergence(logits, theirs, temperature).sum()
+
+    @torch.no_grad()
+    def teacher_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [positions, vocabulary] of the teacher's last hidden states."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head_logits(self.teacher, hidden)
+
+
+def router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The load-balancing loss of a mixture of experts, as TRL and transformers add it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)

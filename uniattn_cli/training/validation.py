@@ -1,0 +1,79 @@
+"""Loss on validation rows while a model trains, in the precision in which it trains."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from uniattn_cli.data import IGNORED
+from uniattn_cli.heldout import Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Logits computed at once, 256 MiB in float32.
+LOGITS_AT_ONCE = 1 << 26
+
+
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [positions, vocabulary] of last hidden states [positions, hidden], capped where the family caps them."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def attach_objective(model: PreTrainedModel) -> None:
+    """Lets `model(**inputs, objective=f)` give `f(model, inputs)`.
+
+    So `f` runs inside the model's own forward, around which mixed precision, DDP and FSDP do their work: outside of
+    it, for example, a sharded head has no weights.
+    """
+    plain = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, objective: Callable[..., Any] | None = None, **inputs: Any) -> Any:
+        return plain(*args, **inputs) if objective is None else objective(self, inputs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def validation_loss(model: PreTrainedModel, rows: Rows, *, batch_size: int) -> float:
+    """Mean cross-entropy per scored token, in nats; the model's mode is left as it was.
+
+    Args:
+        model: what `attach_objective` was given.
+        rows: all processes score the same ones, because a sharded model needs all of them for each.
+        batch_size: rows per forward pass.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda index: -len(rows.tokens[index]))
+    total = torch.zeros((), dtype=torch.float64)
+    count = sum(int((labels[1:] != IGNORED).sum()) for labels in rows.labels)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                tokens = pad([rows.tokens[index] for index in batch], padding_value=0).to(device)
+                labels = pad([rows.labels[index] for index in batch], padding_value=IGNORED).to(device)
+                score = functools.partial(_score, labels=labels)
+                total += model(input_ids=tokens, use_cache=False, objective=score).double().cpu()
+    finally:
+        model.train(training)
+    return total.item() / count
+
+
+def _score(model: PreTrainedModel, inputs: dict[str, Any], *, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of the labels, with logits in pieces and only where something is scored."""
+    hidden = model.model(**inputs).last_hidden_state[:, :-1]
+    scored = labels[:, 1:] != IGNORED
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    pieces = zip(hidden[scored].split(size), labels[:, 1:][scored].split(size), strict=True)
+    losses = [F.cross_entropy(head_logits(model, part).float(), wanted, reduction="none") for part, wanted in pieces]
+    return torch.stack([loss.double().sum() for loss in losses]).sum()
