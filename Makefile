@@ -41,9 +41,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# DEMO_SHORT=1 make demo: the same four commands on very little data.
+# DEMO_SHORT=1 make demo: the same four commands on very little data. make demo MODEL=gemma3-270m: another family.
+MODEL ?= smollm2-135m-instruct
 demo: install
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py --model $(MODEL)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache

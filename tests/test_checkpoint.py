@@ -67,10 +67,14 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def save_converted(entry, layout, directory):
+def save_converted(entry, layout, directory, sharded=False):
     base = make_base(entry)
     model = randomise_compensation(build_converted(base, make_layout(layout, base.config)))
-    save_checkpoint(model, tiny_tokenizer(), directory)
+    if sharded:
+        model.save_pretrained(directory, max_shard_size="40KB")
+        assert len(list(directory.glob("model-*.safetensors"))) > 5 and not (directory / "model.safetensors").exists()
+    else:
+        save_checkpoint(model, tiny_tokenizer(), directory)
     return model
 
 
@@ -95,13 +99,18 @@ def assert_same(actual, expected):
 
 # One process for all, since starting one takes seconds.
 FRESH_CASES = {f"{entry[0]}-{layout}": (entry, layout) for entry in FAMILIES for layout in REDUCED}
+SHARDED = {f"{entry[0]}-sharded": (entry, "mixed") for entry in FAMILIES}
+FRESH_CASES |= SHARDED
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     """What a process without this package made of a checkpoint, by case: (our model, its results)."""
     folder = tmp_path_factory.mktemp("fresh")
-    made = {name: save_converted(entry, layout, folder / name) for name, (entry, layout) in FRESH_CASES.items()}
+    made = {
+        name: save_converted(entry, layout, folder / name, sharded=name in SHARDED)
+        for name, (entry, layout) in FRESH_CASES.items()
+    }
     done = python(FRESH, *(folder / name for name in made))
     assert done.returncode == 0, done.stderr
     return {name: (model, torch.load(folder / name / "result.pt")) for name, model in made.items()}
@@ -151,6 +160,9 @@ def test_a_lost_weight_is_noticed(entry, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"missing weight {lost}"):
         load_model(locate(str(tmp_path)), ModelSpec(), CPU)
+    # So it is for whoever loads without this tool, with the copied code.
+    with pytest.raises(ValueError, match=f"missing weight {lost}: loading would leave random values"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @families
@@ -197,6 +209,17 @@ def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
     with pytest.raises((CheckpointError, ModelError)) as caught:
         load_model(locate(str(tmp_path)), ModelSpec(), CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    model = save_converted(FAMILIES[0], "leader", tmp_path, sharded=True)
+    assert_same(load_model(locate(str(tmp_path)), ModelSpec(), CPU)(TOKENS).logits, model(TOKENS).logits)
+    max(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises((CheckpointError, ModelError)) as caught:
+        load_model(locate(str(tmp_path)), ModelSpec(), CPU)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def edit_config(directory, change):

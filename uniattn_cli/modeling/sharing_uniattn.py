@@ -304,6 +304,18 @@ class SharedPreTrainedMixin:
         if isinstance(module, Compensation):
             init.zeros_(module.weight)
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        """Called by `from_pretrained` at its end, which would otherwise only print what it has made up.
+
+        Raises:
+            ValueError: the files lack a weight.
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        missing = sorted(loading_info.missing_keys)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"missing weight {missing[0]}{more}: loading would leave random values")
+
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         options = getattr(gradient_checkpointing_func, "keywords", None) or {}
         if enable and options.get("use_reentrant"):
