@@ -76,7 +76,7 @@ def test_the_state_of_lowest_validation_loss_is_kept(run, monkeypatch, case, tra
     assert result.stages[0].kept_step == KEPT[case]
     assert result.stages[0].validation == (3.0, min(MEASURED[case]))
     loud = [note for note in result.notes if "DID NOT IMPROVE" in note]
-    assert bool(loud) == (case == "start") and loud == [note for note in said.notes if "DID NOT IMPROVE" in note]
+    assert bool(loud) == (case == "start") and loud == [text for text in said.warnings if "DID NOT IMPROVE" in text]
     assert any("weights of step 4 of 8" in note for note in result.notes) == (case == "middle")
     report = json.loads((run / "trained" / "uniattn_report.json").read_text())
     assert report["stages"][0]["kept_step"] == KEPT[case]

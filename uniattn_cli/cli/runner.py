@@ -71,7 +71,10 @@ def run_stage(
 
         options = RunOptions(device=common.device, force=common.force, progress=RichProgress())
         with run_directory(common.run_dir, create=name == "analyze"), file_errors(Path(".")):
-            show(call([*overrides, *common.settings], options))
+            result = call([*overrides, *common.settings], options)
+            # Of the processes that a launcher starts, one speaks.
+            if os.environ.get("RANK", "0") == "0":
+                show(result)
 
 
 @contextlib.contextmanager

@@ -340,9 +340,10 @@ def _train(
         results.append(result)
     model = load_after(job, len(job.stages))
     score(model, names[1])
-    notes = [*notes, *_outcome(results, losses, names)]
-    for note in notes:
-        progress.note(note)
+    trouble = _trouble(results, losses, names)
+    for words in trouble:
+        progress.warn(words)
+    notes = [*notes, *_kept_notes(results), *trouble]
     if job.process.is_main:
         save_checkpoint(model, job.tokenizer, job.partial)
         _write_report(job, rows, results, losses)
@@ -351,27 +352,30 @@ def _train(
     return Training(output, results, losses, _tables(results, losses), notes)
 
 
-def _outcome(results: Sequence[StageResult], losses: dict[str, Loss], names: tuple[str, str]) -> list[str]:
-    """What a user must know about the outcome: which states were kept, and whether training helped at all."""
-    found = []
-    for result in results:
-        before, after = result.validation or (0.0, 0.0)
-        if result.kept_step == 0:
-            found.append(
-                f"STAGE '{result.name}' DID NOT IMPROVE THE MODEL: the loss on validation rows was lowest before it "
-                f"({before:.4f}), so its weights were not kept; try a lower learning_rate (train.keep: last keeps them)"
-            )
-        elif result.kept_step < result.steps:
-            found.append(
-                f"stage '{result.name}' ends with the weights of step {result.kept_step} of {result.steps}, where the "
-                f"loss on validation rows was lowest ({after:.4f})"
-            )
+def _trouble(results: Sequence[StageResult], losses: dict[str, Loss], names: tuple[str, str]) -> list[str]:
+    """What a user must not overlook: training that did not help, as a whole or in a stage."""
+    found = [
+        f"STAGE '{result.name}' DID NOT IMPROVE THE MODEL: the loss on validation rows was lowest before it "
+        f"({result.validation[0]:.4f}), so its weights were not kept; try a lower learning_rate (train.keep: last "
+        "keeps them)"
+        for result in results
+        if result.kept_step == 0
+    ]
     if losses and losses[names[1]].mean > losses[names[0]].mean:
         found.append(
             f"TRAINING MADE HELD-OUT RESPONSES WORSE: {losses[names[0]].mean:.4f} before, {losses[names[1]].mean:.4f} "
             "after; try a lower learning_rate in train.stages"
         )
     return found
+
+
+def _kept_notes(results: Sequence[StageResult]) -> list[str]:
+    return [
+        f"stage '{result.name}' ends with the weights of step {result.kept_step} of {result.steps}, where the loss on "
+        f"validation rows was lowest ({result.validation[1]:.4f})"
+        for result in results
+        if 0 < result.kept_step < result.steps
+    ]
 
 
 def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses: dict[str, Loss]) -> None:

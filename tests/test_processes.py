@@ -1,0 +1,126 @@
+"""Several processes on one CPU train what one process trains: DDP and FSDP2, from torchrun and accelerate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_run import CPU, ROOT, log_of, make_run, stages, weights
+
+from uniattn_cli.training.train import train
+
+pytestmark = pytest.mark.slow
+SETTING = [
+    *stages(
+        "trains: compensation, steps: 3, learning_rate: 0.001",
+        "trains: all, loss: distillation, steps: 5, learning_rate: 0.0005",
+        "trains: lora, steps: 3, learning_rate: 0.003",
+    ),
+    "train.distillation={weight: 0.5, attention: 0.1}",
+    "train.log_steps=1",
+    "train.save_steps=2",
+    "train.eval_steps=2",
+]
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+}
+# accelerate shards models on accelerators only, so it is told that these CPUs are some. Killed where it is asked to.
+SHARDED = """
+import contextlib, os, signal, sys
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from uniattn_cli.options import RunOptions, Silent
+from uniattn_cli.training import train as module
+from uniattn_cli.training.sft import StageTrainer
+
+class Deadly(Silent):
+    @contextlib.contextmanager
+    def track(self, description, total):
+        done = 0
+        def advance(steps=1, text=""):
+            nonlocal done
+            done += steps
+            if (description, done) == (sys.argv[2], int(sys.argv[3])):
+                os.kill(os.getpid(), signal.SIGKILL)
+        yield advance
+
+def state_of_the_sharded(self):
+    # Outside of the layers they stay whole between a validation and the next step.
+    assert all(isinstance(parameter, DTensor) for parameter in self.model.model.layers.parameters())
+    return trained_state(self)
+
+trained_state, StageTrainer.trained_state = StageTrainer.trained_state, state_of_the_sharded
+torch.set_num_threads(1)
+PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+module._check = lambda *arguments: None
+options = RunOptions(device="cpu", progress=Deadly())
+module.train(run_dir=sys.argv[1], overrides=["train.fsdp=true", *sys.argv[4:]], options=options)
+"""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """A run that one process has trained."""
+    torch.set_num_threads(1)
+    run = make_run(tmp_path_factory.mktemp("processes") / "run")
+    train(run_dir=run, overrides=SETTING, options=CPU)
+    (run / "trained").rename(run / "one")
+    return run
+
+
+@pytest.fixture
+def run(template: Path) -> Path:
+    """The same run, of which `trained/` is to be made."""
+    subprocess.run(["rm", "-rf", template / "trained", template / ".trained.partial"], check=True)
+    return template
+
+
+def launch(launcher: str, *command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *LAUNCHERS[launcher], *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def check_equal_to_one_process(run: Path) -> None:
+    one, other = weights(run / "one"), weights(run / "trained")
+    assert list(one) == list(other)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-6) for name in one)
+    lines, expected = log_of(run / "trained"), log_of(run / "one")
+    assert len(lines) == len(expected)
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line.keys() == wanted.keys()
+        for key in line.keys() - {"seconds", "tokens_per_second", "stage"}:
+            assert line[key] == pytest.approx(wanted[key], rel=1e-4), (key, wanted)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_what_one_does(run, launcher):
+    setting = [word for each in SETTING for word in ("--set", each)]
+    done = launch(launcher, "-m", "uniattn_cli", "train", "-C", str(run), "--device", "cpu", *setting)
+    assert done.returncode == 0, done.stderr
+    check_equal_to_one_process(run)
+    # One of them speaks, and says how the step is divided.
+    assert done.stdout.count("checkpoint: trained") == 1
+    assert "8 sequences" in done.stderr and "4 per forward pass x 1 accumulated x 2 processes" in done.stderr
+
+
+def test_two_processes_that_shard_the_model_train_what_one_does_even_if_killed(run, tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    killed = launch("torchrun", str(script), str(run), "training all", "3", *SETTING)
+    assert killed.returncode != 0 and not (run / "trained").exists()
+    assert (run / ".trained.partial" / "stages" / "2-all" / "checkpoint-2").is_dir()
+    done = launch("torchrun", str(script), str(run), "", "0", *SETTING)
+    assert done.returncode == 0, done.stderr
+    check_equal_to_one_process(run)
+    from uniattn_cli.checkpoint import load_model, locate
+    from uniattn_cli.recipe import ModelSpec
+
+    load_model(locate(str(run / "trained")), ModelSpec(), torch.device("cpu"))
