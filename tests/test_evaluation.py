@@ -19,7 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from uniattn_cli import checkpoint, heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
-from uniattn_cli.evaluation import cost, evaluate, figures, speed, subjects, tasks, verdict, wording
+from uniattn_cli.evaluation import cost, evaluate, figures, results, speed, subjects, tasks, verdict, wording
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir, fingerprint
@@ -155,8 +155,11 @@ def test_identical_copy_differs_by_nothing(run, compared):
     base = compared.results["models"]["base"]
     for name in ("perplexity", "text_loss", "response_loss", "accuracy"):
         assert copy["quality"][name]["value"] == base["quality"][name]["value"]
-        assert copy["quality"][name]["difference_to_base"] == {"value": 0.0, "stderr": 0.0}
-    assert copy["verdict"]["quality"] == "same"
+        difference = copy["quality"][name]["difference_to_base"]
+        assert (difference["value"], difference["stderr"]) == (0.0, 0.0)
+    assert copy["verdict"]["quality"] == "same" and "within noise" in copy["verdict"]["sentence"]
+    assert copy["agreement"]["kl"]["value"] == 0 and copy["agreement"]["top1"]["value"] == 1
+    assert all(entry["difference"]["value"] == 0 for entry in (*copy["lengths"], *copy["retrieval"]))
 
 
 def test_damaged_model_is_worse(run, compared):
@@ -237,7 +240,9 @@ def test_paired_standard_errors_match_a_bootstrap():
     assert perplexity["stderr"] == pytest.approx((losses[0].exp() - losses[1].exp()).std().item(), rel=0.08)
     scores = [tasks.MetricScores(0.5, [0.0, 1.0, 0.0, 1.0], True, 4), tasks.MetricScores(0.25, [0, 1, 0, 0], True, 4)]
     paired = figures.task_figure("acc", *scores)["difference_to_base"]
-    assert paired == {"value": 0.25, "stderr": pytest.approx(0.25)}
+    assert (paired["value"], paired["stderr"]) == (0.25, pytest.approx(0.25))
+    low, high = paired["interval"]
+    assert low < 0 < 0.25 < high
 
 
 @pytest.mark.parametrize(
@@ -252,7 +257,9 @@ def test_paired_standard_errors_match_a_bootstrap():
     ],
 )
 def test_judgement(value, stderr, better, expected):
-    entry = figures.figure(1.0, "perplexity", better, difference_to_base={"value": value, "stderr": stderr})
+    interval = None if stderr is None else [value - 2 * stderr, value + 2 * stderr]
+    difference = {"value": value, "stderr": stderr, "interval": interval, "method": None}
+    entry = figures.figure(1.0, "perplexity", better, difference_to_base=difference)
     assert verdict.judge(entry) == expected
 
 
@@ -315,7 +322,7 @@ def test_bytes_of_different_dtypes_are_not_compared(compared):
     entry = compared.results["models"]["converted"]
     text = verdict.verdict("it", compared.results["models"]["base"], {**entry, "cost": found})["sentence"]
     assert "another dtype of the KV cache" in text
-    notes = evaluate._limits({"base": base, "it": model}, SimpleNamespace(together=True))
+    notes = results._limits({"base": base, "it": model}, SimpleNamespace(together=True))
     assert len(notes) == 2 and all("base float32, it bfloat16" in note for note in notes)
 
 
@@ -335,8 +342,8 @@ def test_speed_is_interleaved(run):
             lambda module, args, output, name=name: order.append(name) if args[0].shape[1] > 1 else None
         )
     timings = speed.measure_speed(found, torch.ones(1, 5, dtype=torch.long), new=2, repeats=3)
-    assert order == ["a", "b"] * 4
-    assert [len(rounds) for rounds in timings.values()] == [3, 3]
+    assert order == ["a", "b"] * 4 + ["a"], "a warm-up, three rounds, and the first model to close them"
+    assert [len(rounds) for rounds in timings.values()] == [4, 3]
 
 
 def test_ratios_are_those_of_rounds_side_by_side():
@@ -347,6 +354,9 @@ def test_ratios_are_those_of_rounds_side_by_side():
     assert found["time_to_first_token"]["ratio_to_base"] == 0.5
     assert found["tokens_per_second"]["value"] == 20.0 and found["tokens_per_second"]["ratio_to_base"] == 2.0
     assert found["time_per_output_token"]["value"] == pytest.approx(0.1)
+    # A base that grows slower from round to round: each round is divided by the mean of its neighbours.
+    slowing = [speed.Timing(value, value) for value in (1.0, 3.0, 5.0)]
+    assert speed.ratios([speed.Timing(1.0, 2.0), speed.Timing(1.0, 4.0)], slowing, lambda each: each.rest) == [1, 1]
 
 
 # What is written
@@ -354,7 +364,7 @@ def test_ratios_are_those_of_rounds_side_by_side():
 
 def test_every_figure_has_the_whole_schema(compared):
     results = json.loads((compared.directory / "results.json").read_text())
-    assert results == compared.results and results["schema"] == 1
+    assert results == compared.results and results["schema"] == figures.SCHEMA
     keys = {"value", "unit", "better", "n", "of", "stderr", "range", "difference_to_base", "ratio_to_base"}
     for name, model in results["models"].items():
         for figure in all_figures(model).values():
@@ -387,6 +397,8 @@ def test_tables_and_report_say_what_the_results_say(compared):
                 elif row[0] == evaluate.report.DIFFERENCE:
                     known = [entry["difference_to_base"][part] for part in ("value", "stderr")] if cell else []
                     assert cell == "" or "−+0"[(known[0] >= 0) + (known[0] == 0)] == cell[0]
+                elif row[0] == evaluate.report.INTERVAL:
+                    known = entry["difference_to_base"]["interval"] if cell else []
                 elif row[0] == evaluate.report.RATIO:
                     known, factor = [entry["ratio_to_base"]] if cell else [], 1 if "×" in cell else 100
                 else:
@@ -472,12 +484,12 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     run, done, real = tmp_path / "run", [], evaluate.measure
 
-    def interrupted(subject, *arguments):
+    def interrupted(subject, *arguments, **settings):
         if subject.name == "converted" and len(done) == 1:
             done.append("interrupt")
             raise KeyboardInterrupt
         done.append(subject.name)
-        return real(subject, *arguments)
+        return real(subject, *arguments, **settings)
 
     monkeypatch.setattr(evaluate, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from uniattn_cli.evaluation.subjects import BASE
-from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_range, as_ratio, as_value
+from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_interval, as_range, as_ratio, as_value
 from uniattn_cli.tables import Table, to_markdown
 
 # Models beside the base in one table; more make further tables, each with the base again.
@@ -19,13 +19,15 @@ COSTS = {
     "tokens_per_second": "tokens per second",
 }
 DIFFERENCE = "  − base, paired"
+INTERVAL = "  95 % interval"
 RATIO = "  ÷ base"
 RANGE = "  smallest–largest"
 PLOT = "quality_vs_kv.png"
 EXPLANATION = (
-    "± is one standard error. The lines “− base, paired” give the difference to the base on the same rows or items; "
-    "within two of its standard errors it counts as noise. Times are medians over rounds, and what is divided by the "
-    "base are rounds that ran side by side. Tokens per second are counted after the first token."
+    "± is one standard error. The lines “− base, paired” give the difference to the base on the same rows or items, "
+    "and below it its 95 % interval; where that holds zero, the difference counts as noise. Times are medians over "
+    "rounds, and what is divided by the base are rounds that ran side by side. Tokens per second are counted after the "
+    "first token."
 )
 
 
@@ -86,6 +88,8 @@ def _rows(
     if len(names) > 1:
         words = DIFFERENCE if compare is as_difference else RATIO
         rows.append([words, "", *map(compare, figures[1:])])
+        if compare is as_difference and any(entry["difference_to_base"]["interval"] for entry in figures[1:]):
+            rows.append([INTERVAL, "", *map(as_interval, figures[1:])])
     return rows
 
 
