@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from uniattn_cli.evaluation.speed import GridPoint, measure_speed, prompt_tokens
 from uniattn_cli.evaluation.store import ScoreStore, cache_directory, model_key
 from uniattn_cli.evaluation.subjects import ModelPool, Subject, check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
-from uniattn_cli.heldout import length_rows, response_rows, text_rows
+from uniattn_cli.heldout import Rows, length_rows, response_rows, text_rows
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir
@@ -164,20 +164,14 @@ def load_material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str])
             notes.append(MISSING_HARNESS)
     text, responses = text_rows(recipe, tokenizer), response_rows(recipe, tokenizer)
     lengths = length_rows(recipe, tokenizer, load_config(subjects[0].source), notes)
-    return Material(tokenizer, text, responses, tasks, lengths, _retrieval(recipe, tokenizer, list(lengths), notes))
+    return Material(tokenizer, text, responses, tasks, lengths, _retrieval(recipe, tokenizer, text, lengths))
 
 
-def _retrieval(recipe: Recipe, tokenizer: Any, lengths: list[int], notes: list[str]) -> dict[int, list[RetrievalItem]]:
-    if not recipe.evaluation.retrieval:
-        return {}
-    try:
-        found = {
-            length: retrieval_items(tokenizer, length=length, count=recipe.evaluation.retrieval, seed=recipe.seed)
-            for length in lengths
-        }
-    except DataError as error:
-        notes.append(f"Retrieval is left out: {error}.")
-        return {}
+def _retrieval(recipe: Recipe, tokenizer: Any, text: Rows, lengths: Iterable[int]) -> dict[int, list[RetrievalItem]]:
+    filler, count = [token for row in text.tokens for token in row.tolist()], recipe.evaluation.retrieval
+    found = {
+        length: retrieval_items(tokenizer, filler, length=length, count=count, seed=recipe.seed) for length in lengths
+    }
     return {length: items for length, items in found.items() if items}
 
 

@@ -220,6 +220,7 @@ class _Work:
 
     def longest(self, length: int, is_base: bool) -> tuple[RowLosses, Agreement | None]:
         """Losses on the longest windows, and agreement with the base there."""
+        # A copy of the base is scored like any other model, so that the base's own entry has no part in the key.
         part, rows, reference = f"length {length}", self.bench.material.lengths[length], self.bench.reference
 
         def make() -> dict[str, Any]:
@@ -233,7 +234,7 @@ class _Work:
                 )
             return {"losses": dataclasses.asdict(self._numbers(losses)), "agreement": dataclasses.asdict(agreement)}
 
-        found = self.bench.store.get(self.key(part, base=self.bench.base), make)
+        found = self.bench.store.get(self.key(part, base=None if is_base else self.bench.base), make)
         return RowLosses(**found["losses"]), Agreement(**found["agreement"]) if "agreement" in found else None
 
     def retrieval(self, length: int, items: list[RetrievalItem]) -> list[int]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uniattn_cli import corpus
 from uniattn_cli.masks import bos_of, encode
 
 if TYPE_CHECKING:
@@ -39,25 +38,22 @@ class RetrievalItem:
 
 
 def retrieval_items(
-    tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase, text: Sequence[int], *, length: int, count: int, seed: int = 0
 ) -> list[RetrievalItem]:
     """Questions whose text and answer fill exactly `length` tokens; none if they do not fit.
 
     Args:
         tokenizer: of the base.
+        text: tokens of the held-out text, in which the facts are hidden; each item begins at another place of it.
         length: tokens of text, question and longest answer together.
         count: questions; the right fact stands at evenly spread depths.
         seed: of codes, filler and order; the same for every model.
-
-    Raises:
-        DataError: this Python has no built-in corpus.
     """
-    pages = corpus.text("heldout")
     found = []
     for index in range(count):
         # Of this item alone, so that a larger probe begins with the same items.
         rng = random.Random(f"{seed} {length} {index}")
-        item = _item(tokenizer, pages, length, (index + 0.5) / count, rng)
+        item = _item(tokenizer, text, length, (index + 0.5) / count, rng)
         if item is None:
             return []
         found.append(item)
@@ -65,7 +61,7 @@ def retrieval_items(
 
 
 def _item(
-    tokenizer: PreTrainedTokenizerBase, pages: list[str], length: int, depth: float, rng: random.Random
+    tokenizer: PreTrainedTokenizerBase, text: Sequence[int], length: int, depth: float, rng: random.Random
 ) -> RetrievalItem | None:
     boxes = rng.sample(BOXES, FACTS)
     codes = rng.sample(range(10000, 100000), FACTS)
@@ -78,22 +74,16 @@ def _item(
     room = length - len(start) - len(question) - sum(map(len, facts)) - max(map(len, answers))
     if room < 0:
         return None
-    filler = _filler(tokenizer, pages, room, rng)
+    begin = rng.randrange(len(text))
+    filler = [text[(begin + index) % len(text)] for index in range(room)]
     # The asked fact stands at its depth, the others anywhere.
     places = [depth if index == gold else rng.random() for index in range(FACTS)]
-    text, done = [], 0
+    told, done = [], 0
     for place, fact in sorted(zip(places, facts, strict=True)):
         end = round(place * room)
-        text += filler[done:end] + fact
+        told += filler[done:end] + fact
         done = end
-    return RetrievalItem(start + text + filler[done:] + question, answers, gold)
-
-
-def _filler(tokenizer: PreTrainedTokenizerBase, pages: list[str], room: int, rng: random.Random) -> list[int]:
-    found: list[int] = []
-    while len(found) < room:
-        found += encode(tokenizer, rng.choice(pages) + "\n\n")
-    return found[:room]
+    return RetrievalItem(start + told + filler[done:] + question, answers, gold)
 
 
 def answer_items(
