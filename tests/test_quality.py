@@ -66,18 +66,18 @@ def scores_of(found: tasks.TaskSet, model, batch_size: int = 4) -> tasks.TaskSco
 )
 def test_scores_are_those_of_the_harness(data, settings, monkeypatch):
     """Each number equals, to the last bit, what `lm_eval --model hf` finds for the same task, items and settings."""
-    import lm_eval
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     # It asks every installed package for its version, which takes seconds and decides no score.
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
     model, tokenizer = make_model(), make_tokenizer()
     ours = scores_of(tasks.load_tasks(specs(data), limit=6, **settings), model)
     for spec in specs(data):
         name = Path(spec.source).stem
         with tasks.quiet_harness():
-            theirs = lm_eval.simple_evaluate(
+            theirs = evaluator.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
                 tasks=[shapes.local_task(name, *load_items(spec), spec)],
                 num_fewshot=settings.get("fewshot"),
