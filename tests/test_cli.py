@@ -31,6 +31,7 @@ STAGES = {
     "convert": "uniattn_cli.conversion.convert",
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
+    "compare": "uniattn_cli.evaluation.compare",
 }
 COMMANDS = [*STAGES, "recipe", "families", "doctor"]
 

@@ -29,13 +29,21 @@ STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
 STARTED_FILE = "started.json"
 SAMPLE_BYTES = 256
-OUTPUTS = {"analyze": "analysis", "group": "grouping", "convert": "converted", "train": "trained", "eval": "evaluation"}
+OUTPUTS = {
+    "analyze": "analysis",
+    "group": "grouping",
+    "convert": "converted",
+    "train": "trained",
+    "eval": "evaluation",
+    "compare": "comparison",
+}
 COMMANDS = {
     "analyze": "analyze MODEL",
     "group": "group",
     "convert": "convert --groups auto",
     "train": "train recipe.yaml",
     "eval": "eval",
+    "compare": "compare A B",
 }
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 
@@ -96,13 +104,13 @@ class RunDir:
 
     @contextlib.contextmanager
     def write(
-        self, stage: str, recipe: Recipe, inputs: dict[str, Any], *, force: bool = False, resume: bool = False
+        self, stage: str, recipe: Recipe | None, inputs: dict[str, Any], *, force: bool = False, resume: bool = False
     ) -> Iterator[Path]:
         """Gives a hidden folder to fill; on success it becomes the stage's output directory.
 
         Args:
             stage: key of `OUTPUTS`.
-            recipe: the resolved settings, recorded in `stage.json`.
+            recipe: the resolved settings, recorded in `stage.json`; None for a stage that has none.
             inputs: fingerprints of what the stage read.
             force: replace an existing output.
             resume: keep what an interrupted run left in the hidden folder, if it had the same settings and inputs.
@@ -115,8 +123,8 @@ class RunDir:
         started = now()
         record = {
             "stage": stage,
-            "settings": recipe.to_dict(),
-            "seed": recipe.seed,
+            "settings": recipe and recipe.to_dict(),
+            "seed": recipe and recipe.seed,
             "inputs": inputs,
             "versions": versions(),
             "started": started,

@@ -302,6 +302,42 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...", help="Checkpoint directories, evaluated run directories, or results.json files."
+        ),
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="Evaluate checkpoints with this recipe; default: recipe.yaml."),
+    ] = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare any models: one table, and who is beaten by nobody.
+
+    Checkpoints are evaluated alike, finished evaluations are read; what was scored on other items or with other
+    settings is refused. Writes comparison/ with table, figures and a picture of quality against KV bytes and speed.
+
+    \b
+    Example:
+      uniattn compare run-a run-b other/trained
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.evaluation.compare import compare
+
+        return compare(inputs, recipe=recipe, overrides=overrides, options=options)
+
+    run_stage("compare", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+@app.command()
 def recipe(
     section: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="Only this section, such as layout.")

@@ -88,44 +88,63 @@ def evaluate(
     subjects, notes = find_subjects(run, recipe, checkpoints)
     settings = [word for override in overrides for word in ("--set", override)]
     command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
-    return evaluate_models(run, "eval", recipe, subjects, notes, command, options, scores=scores)
+    material = prepare(recipe, subjects, notes, options)
+    with run.write("eval", recipe, inputs_of(subjects, material), force=options.force, resume=True) as folder:
+        results = evaluate_into(folder, recipe, subjects, material, notes, command, options, scores)
+    return _evaluation(run.output("eval"), results)
 
 
-def evaluate_models(
-    run: RunDir,
-    stage: str,
-    recipe: Recipe,
-    subjects: Sequence[Subject],
-    notes: list[str],
-    command: str,
-    options: RunOptions,
-    *,
-    scores: Path | None = None,
-) -> Evaluation:
-    """Measures models, the base first, and writes the output directory of a stage; for arguments see `evaluate`."""
+def prepare(recipe: Recipe, subjects: Sequence[Subject], notes: list[str], options: RunOptions) -> Material:
+    """Checks settings and loads what the models, the base first, are tested on; adds to the notes and prints them."""
     _check_lengths(recipe, load_config(subjects[0].source))
     material = load_material(recipe, subjects, notes)
     for note in notes:
         options.progress.note(note)
-    inputs = {
+    return material
+
+
+def inputs_of(subjects: Sequence[Subject], material: Material) -> dict[str, Any]:
+    """Fingerprints of models and material, for the record of a stage."""
+    return {
         "model": subjects[0].source.fingerprint,
         "models": {subject.name: subject.source.fingerprint for subject in subjects},
         "data": material.digest(),
     }
-    with run.write(stage, recipe, inputs, force=options.force, resume=True) as folder:
-        pool = ModelPool(recipe.model, options.torch_device())
-        batches = _batches(recipe, pool)
-        store = ScoreStore([path for path in (folder / PARTS, scores, _kept(recipe)) if path is not None])
-        measured = _measure_all(folder, subjects, pool, material, batches, store, recipe, options)
-        points = _time_all(subjects, pool, material, recipe, options)
-        results = assemble(recipe, subjects, material, measured, points, pool, batches, notes)
-        text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
-        (folder / REPORT).write_text(report.markdown(results, command=command), encoding="utf-8")
-        draw(results, folder / report.PLOT)
-        # All of it stands in `items/`.
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
-    return _evaluation(run.output(stage), results)
+
+
+def evaluate_into(
+    folder: Path,
+    recipe: Recipe,
+    subjects: Sequence[Subject],
+    material: Material,
+    notes: list[str],
+    command: str,
+    options: RunOptions,
+    scores: Path | None = None,
+) -> dict[str, Any]:
+    """Measures models, the base first, and writes results, report, picture and items into a folder.
+
+    Args:
+        folder: may hold what an interrupted run of the same settings left.
+        command: that makes the report again.
+        scores: as for `evaluate`.
+
+    Returns:
+        The content of `results.json`.
+    """
+    pool = ModelPool(recipe.model, options.torch_device())
+    batches = _batches(recipe, pool)
+    store = ScoreStore([path for path in (folder / PARTS, scores, _kept(recipe)) if path is not None])
+    measured = _measure_all(folder, subjects, pool, material, batches, store, recipe, options)
+    points = _time_all(subjects, pool, material, recipe, options)
+    results = assemble(recipe, subjects, material, measured, points, pool, batches, notes)
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(report.markdown(results, command=command), encoding="utf-8")
+    draw(results, folder / report.PLOT)
+    # All of it stands in `items/`.
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    return results
 
 
 def _kept(recipe: Recipe) -> Path | None:
@@ -187,7 +206,7 @@ def _measure_all(
 ) -> dict[str, Measured]:
     """Measures model after model; what an interrupted run finished is read back."""
     found = {}
-    (folder / "items").mkdir(exist_ok=True)
+    (folder / "items").mkdir(parents=True, exist_ok=True)
     base = subjects[0]
     reference = None
     if material.lengths:
