@@ -32,6 +32,7 @@ STAGES = {
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
     "compare": "uniattn_cli.evaluation.compare",
+    "sweep": "uniattn_cli.sweep",
 }
 COMMANDS = [*STAGES, "recipe", "families", "doctor"]
 

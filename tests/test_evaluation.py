@@ -19,7 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from uniattn_cli import checkpoint, heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
-from uniattn_cli.evaluation import cost, evaluate, figures, results, speed, subjects, tasks, verdict, wording
+from uniattn_cli.evaluation import capacity, cost, evaluate, figures, results, speed, subjects, tasks, verdict, wording
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir, fingerprint
@@ -385,7 +385,7 @@ def test_tables_and_report_say_what_the_results_say(compared):
     scale = {"share": 100, "seconds": 1e3}
     names = list(results["models"])
     key, seen = None, set()
-    for table in compared.tables:
+    for table in evaluate.report.tables(results):
         for row in table.rows:
             key = rows.get(row[0], key if row[0].startswith("  ") else None)
             seen.add(key)
@@ -412,6 +412,62 @@ def test_tables_and_report_say_what_the_results_say(compared):
     assert wording.as_value(figures.figure(4.185e8, "perplexity", "lower")) == "4.18e+08"
     for model in list(results["models"].values())[1:]:
         assert model["verdict"]["sentence"] in text and model["verdict"]["sentence"] in compared.notes
+
+
+def test_tables_by_length_say_what_the_results_say(compared):
+    results = compared.results
+    (table,) = [table for table in compared.tables if table.title.startswith("By length")]
+    cells = {row[0]: row[1:] for row in table.rows}
+    models = list(results["models"].values())
+    assert cells["perplexity at 256 tokens"] == [f"{one['lengths'][0]['perplexity']:,.2f}" for one in models]
+    found = [f"{one['retrieval'][0]['correct']} of {one['retrieval'][0]['items']}" for one in models]
+    assert cells["codes found in 256 tokens"] == found
+    by_position = [one["agreement"]["by_position"] for one in models[1:]]
+    assert by_position[0]["edges"] == [0, 16, 64, 256] and "agreement" not in models[0]
+    assert cells["  KL at positions 16–63"] == ["", *(f"{one['kl'][1]:.3f}" for one in by_position)]
+    text = (compared.directory / "report.md").read_text()
+    assert all(cell in text for row in cells.values() for cell in row)
+
+
+def test_capacity_follows_from_the_formula(run, compared):
+    for entry in compared.results["capacity"]:
+        models = entry["models"]
+        assert models["converted"]["context"] > models["base"]["context"]
+    model = load(run, "converted")
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    footprint = capacity.Footprint(model.config, weights, 4)
+    memory = 1e9
+    tokens, batch = footprint.longest_context(memory), footprint.largest_batch(memory, 300)
+    kv = compared.results["models"]["converted"]["cost"]["kv_bytes_per_token"]["value"]
+    by_hand = memory - weights - 2**29 - 4 * 272 - 2048 * (2 * 64 + 6 * 48) * 4
+    assert tokens == by_hand // kv
+    assert footprint.bytes(batch, 300) <= memory < footprint.bytes(batch + 1, 300)
+    assert footprint.longest_context(1e6) == 0, "not even the runtime fits"
+
+
+def test_the_grid_has_every_point_and_its_table(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    overrides = [*QUICK[:1], *QUICK[2:], "evaluation.speed.batches=[1]", "evaluation.speed.contexts=[8]"]
+    found = evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.lengths=[]"])
+    grid = found.results["speed_grid"]
+    assert [(point["batch"], point["context"]) for point in grid] == [(2, 16), (2, 8), (1, 16), (1, 8)]
+    for point in grid:
+        base, converted = point["models"]["base"]["ttft"], point["models"]["converted"]["ttft"]
+        assert base["ratio_to_base"] is None and converted["ratio_to_base"] > 0
+        assert base["low"] <= base["median"] <= base["high"] and point["models"]["base"]["peak_bytes"] is None
+    cost = found.results["models"]["converted"]["cost"]
+    assert cost["time_to_first_token"]["value"] == grid[0]["models"]["converted"]["ttft"]["median"]
+    assert "1 × 8: each further token" in (found.directory / "report.md").read_text()
+    with pytest.raises(RecipeError, match="contexts"):
+        evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.speed.contexts=[510]"])
+
+
+def test_another_backend_is_never_divided_by_the_base(run):
+    timings = {name: [speed.Timing(1.0, 1.0)] * 2 for name in ("base", "it")}
+    entry = speed.grid_entry(speed.GridPoint(1, 8, timings), {"base": True, "it": False}, 5)
+    assert entry["models"]["it"]["tpot"] == {"median": 0.25, "low": 0.25, "high": 0.25, "ratio_to_base": None}
+    found = figures.speed_figures(timings["it"], None, batch=1, new=5)["tokens_per_second"]
+    assert wording.as_ratio(found) == "other backend"
 
 
 def test_figures_follow_from_the_kept_items(run, compared):

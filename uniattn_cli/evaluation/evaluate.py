@@ -42,7 +42,7 @@ class Evaluation:
 
     Attributes:
         title: one line.
-        tables: quality and cost.
+        tables: quality, cost, and what depends on length.
         notes: verdicts, what was left out, and where everything is.
         directory: what was written.
         results: content of `results.json`; see `figures` for its schema.
@@ -269,7 +269,7 @@ def _evaluation(directory: Path, results: dict[str, Any]) -> Evaluation:
     files = f"Report: {directory / REPORT}; plot: {directory / report.PLOT}; all figures: {directory / RESULTS}"
     return Evaluation(
         title=f"{len(results['models'])} models compared" if sentences else "Only the base was measured",
-        tables=report.tables(results),
+        tables=[*report.tables(results), *report.length_tables(results)],
         notes=[*sentences, *results["notes"], files],
         directory=directory,
         results=results,

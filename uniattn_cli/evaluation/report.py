@@ -41,9 +41,18 @@ def tables(results: dict[str, Any]) -> list[Table]:
         columns = ["", *map(short, names)]
         found.append(Table("Quality (± standard error)", columns, _quality_rows(results, names)))
         found.append(Table("Cost", columns, _cost_rows(results, names)))
+    return found
+
+
+def length_tables(results: dict[str, Any]) -> list[Table]:
+    """Perplexity, retrieval and agreement with the base by length, one column per model; none where not measured."""
+    others = [name for name in results["models"] if name != BASE]
+    found = []
+    for start in range(0, max(len(others), 1), BESIDE):
+        names = [BASE, *others[start : start + BESIDE]]
         rows = _length_rows(results, names)
         if rows:
-            found.append(Table("By length, and agreement with the base", columns, rows))
+            found.append(Table("By length, and agreement with the base", ["", *map(short, names)], rows))
     return found
 
 
@@ -180,6 +189,7 @@ def markdown(results: dict[str, Any], *, command: str) -> str:
         f"![Quality against KV bytes per token]({PLOT})",
         *map(to_markdown, tables(results)),
         EXPLANATION,
+        *map(to_markdown, length_tables(results)),
         *([to_markdown(grid)] if (grid := grid_table(results)) else []),
         *([to_markdown(capacity_rows(results)), results["settings"]["capacity"]] if results["capacity"] else []),
         "## Models",
