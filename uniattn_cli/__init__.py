@@ -16,6 +16,8 @@ _STAGES = {
     "convert": "uniattn_cli.conversion.convert",
     "train": "uniattn_cli.training.train",
     "evaluate": "uniattn_cli.evaluation.evaluate",
+    "compare": "uniattn_cli.evaluation.compare",
+    "sweep": "uniattn_cli.sweep",
     "Recipe": "uniattn_cli.recipe",
     "RunOptions": "uniattn_cli.options",
 }
