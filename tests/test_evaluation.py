@@ -557,13 +557,15 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert done[3:] == ["base", "converted"] and again.results == found.results
 
 
-def test_models_that_do_not_fit_together_are_timed_apart(run, monkeypatch, tmp_path):
+def test_models_that_do_not_fit_together_are_timed_apart(run, compared, monkeypatch, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     monkeypatch.setattr(subjects, "available_bytes", lambda device: 0)
     found = evaluate.evaluate(tmp_path / "run", overrides=["evaluation.tasks=[]", "evaluation.tokens=192"])
     assert found.results["settings"]["speed"]["interleaved"] is False
     assert any("do not fit into memory together" in note for note in found.notes)
     assert found.results["models"]["converted"]["cost"]["tokens_per_second"]["n"] == 2
+    agreement = [each["models"]["converted"]["agreement"] for each in (found.results, compared.results)]
+    assert agreement[0] == agreement[1]
 
 
 def test_without_the_harness_tasks_are_left_out(run, monkeypatch, tmp_path):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
-from uniattn_cli import sweep as module
+import uniattn_cli.sweeping.sweep as module
 from uniattn_cli.analysis.analyze import analyze
 from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.evaluation import measured, store
 from uniattn_cli.options import RunOptions
 from uniattn_cli.rundir import RunDir
-from uniattn_cli.sweep import sweep
+from uniattn_cli.sweeping.sweep import sweep
 
 SETTINGS = settings(evaluation__lengths="[64]", evaluation__length_tokens=128)
 BUDGETS = {"kv": [0.8, 0.3], "solve": ["both", "output"]}

@@ -17,7 +17,7 @@ _STAGES = {
     "train": "uniattn_cli.training.train",
     "evaluate": "uniattn_cli.evaluation.evaluate",
     "compare": "uniattn_cli.evaluation.compare",
-    "sweep": "uniattn_cli.sweep",
+    "sweep": "uniattn_cli.sweeping.sweep",
     "Recipe": "uniattn_cli.recipe",
     "RunOptions": "uniattn_cli.options",
 }

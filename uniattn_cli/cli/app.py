@@ -390,7 +390,7 @@ def sweep(
     }
 
     def call(overrides: Sequence[str], options: Any) -> Any:
-        from uniattn_cli.sweep import sweep
+        from uniattn_cli.sweeping.sweep import sweep
 
         return sweep(**budgets, discard=discard, overrides=overrides, options=options)
 

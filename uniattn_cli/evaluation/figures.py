@@ -7,7 +7,8 @@ Schema of `results.json` (`"schema": 2`):
       role, path, fingerprint    what it is, where it came from, which weights
       dtype, dtype_on_disk, attention    of the loaded weights and cache; of the files; the backend
       layers                     number of layers of each kind, such as {"own": 24, "softmax": 6}
-      quality    perplexity, text_loss, response_loss, and accuracy (mean over the tasks that have `acc`): figures
+      quality    perplexity, text_loss, response_loss, and accuracy (mean of `acc` or `exact_match`
+                 over the tasks that have either): figures
       tasks      {task: {metric: figure}}; metrics as in lm-evaluation-harness
       cost       parameters, checkpoint_bytes, kv_bytes_per_token, kv_bytes_per_token_predicted and, where speed was
                  measured, time_to_first_token, time_per_output_token, tokens_per_second: figures
@@ -216,8 +217,9 @@ def mean_stderr(values: Sequence[float]) -> float | None:
 
 
 def mean_accuracy(tasks: dict[str, dict[str, FigureDict]], names: Sequence[str]) -> FigureDict | None:
-    """Mean of `acc` over tasks, each weighing the same; None if no task has it."""
-    figures = [tasks[name]["acc"] for name in names if "acc" in tasks[name]]
+    """Mean of `acc` or `exact_match` over tasks, each weighing the same; None if no task has either."""
+    found = (tasks[name].get("acc", tasks[name].get("exact_match")) for name in names)
+    figures = [entry for entry in found if entry is not None]
     if not figures:
         return None
     pairs = [entry["difference_to_base"] for entry in figures]

@@ -149,10 +149,9 @@ def measure(subject: Subject, load: Callable[[], PreTrainedModel], bench: Bench,
     Raises:
         ModelError: a loss is not a number, or the cache is not what the layout predicts.
     """
-    model = load()
     # First: it is quick, and stops everything if a saving would be wrong.
-    size = measure_size(subject.name, model, subject.source.path)
-    work = _Work(subject.name, model, size, bench, model_key(subject.source))
+    size = measure_size(subject.name, load(), subject.source.path)
+    work = _Work(subject.name, load, size, bench, model_key(subject.source))
     losses = {name: work.losses(name, rows) for name, rows in work.rows().items()}
     lengths = {length: work.losses(f"length {length}", rows) for length, rows in work.shorter().items()}
     agreement = None
@@ -167,10 +166,10 @@ def measure(subject: Subject, load: Callable[[], PreTrainedModel], bench: Bench,
 
 @dataclass(frozen=True)
 class _Work:
-    """One model on the bench."""
+    """One model on the bench, asked for anew by each part: where two models do not fit, the base may take its place."""
 
     name: str
-    model: PreTrainedModel
+    load: Callable[[], PreTrainedModel]
     size: Size
     bench: Bench
     fingerprint: str
@@ -193,7 +192,7 @@ class _Work:
             "model": self.fingerprint,
             "dtype": self.size.dtype,
             "attention": self.size.attention,
-            "device": device_key(self.model.device),
+            "device": device_key(self.bench.batches.device),
             "batch": self.bench.batches.first,
             **environment_key(),
             **others,
@@ -204,7 +203,7 @@ class _Work:
             with self.bench.progress.track(f"{self.name}: loss on {part}", len(rows)) as advance:
                 longest = max(map(len, rows.tokens))
                 found = self.bench.batches.run(
-                    part, longest, lambda size: row_losses(self.model, rows, batch_size=size, advance=advance)
+                    part, longest, lambda size: row_losses(self.load(), rows, batch_size=size, advance=advance)
                 )
             return dataclasses.asdict(self._numbers(found))
 
@@ -227,10 +226,11 @@ class _Work:
             with self.bench.progress.track(f"{self.name}: agreement with the base", len(rows)) as advance:
                 if is_base:
                     return {"losses": dataclasses.asdict(self._numbers(base_losses(reference, advance)))}
+                reference.logits()  # before the model is asked for, which may have to make room for the base
                 losses, agreement = self.bench.batches.run(
                     part,
                     length,
-                    lambda size: compare_with_base(self.model, reference, batch_size=size, advance=advance),
+                    lambda size: compare_with_base(self.load(), reference, batch_size=size, advance=advance),
                 )
             return {"losses": dataclasses.asdict(self._numbers(losses)), "agreement": dataclasses.asdict(agreement)}
 
@@ -240,7 +240,7 @@ class _Work:
     def retrieval(self, length: int, items: list[RetrievalItem]) -> list[int]:
         def make() -> list[int]:
             with self.bench.progress.track(f"{self.name}: retrieval from {length} tokens", len(items)) as advance:
-                return answer_items(self.model, items, advance)
+                return answer_items(self.load(), items, advance)
 
         return self.bench.store.get(self.key(f"retrieval {length}"), make)
 
@@ -253,7 +253,7 @@ class _Work:
                     f"task {name}",
                     None,
                     lambda size: run_task(
-                        material.tasks, name, self.model, material.tokenizer, batch_size=size, advance=advance
+                        material.tasks, name, self.load(), material.tokenizer, batch_size=size, advance=advance
                     ),
                 )
             return {metric: dataclasses.asdict(scores) for metric, scores in found.items()}
