@@ -29,7 +29,8 @@ SHORT = {
     "train": "--set 'train.stages=[{trains: compensation, steps: 2}, {trains: all, steps: 2}]' "
     "--set train.batch_size=4 --set train.micro_batch_size=4 --set train.max_length=256",
     "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
-    "--set evaluation.limit=8 --set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
+    "--set evaluation.limit=8 --set evaluation.lengths=[256] --set evaluation.length_tokens=512 "
+    "--set evaluation.retrieval=1 --set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
     "--set evaluation.speed.repeats=2",
 }
 

@@ -459,7 +459,8 @@ def test_the_grid_has_every_point_and_its_table(run, tmp_path):
     assert cost["time_to_first_token"]["value"] == grid[0]["models"]["converted"]["ttft"]["median"]
     assert "1 × 8: each further token" in (found.directory / "report.md").read_text()
     with pytest.raises(RecipeError, match="contexts"):
-        evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.speed.contexts=[510]"])
+        options = RunOptions(force=True)
+        evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.speed.contexts=[510]"], options=options)
 
 
 def test_another_backend_is_never_divided_by_the_base(run):
