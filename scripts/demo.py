@@ -36,7 +36,8 @@ SHORT = {
     "{trains: all, steps: 2, learning_rate: 2.0e-5}]' "
     "--set train.batch_size=4 --set train.micro_batch_size=4 --set train.max_length=256",
     "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
-    "--set evaluation.limit=8 --set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
+    "--set evaluation.limit=8 --set evaluation.lengths=[256] --set evaluation.length_tokens=512 "
+    "--set evaluation.retrieval=1 --set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
     "--set evaluation.speed.repeats=2",
 }
 

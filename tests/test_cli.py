@@ -31,6 +31,8 @@ STAGES = {
     "convert": "uniattn_cli.conversion.convert",
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
+    "compare": "uniattn_cli.evaluation.compare",
+    "sweep": "uniattn_cli.sweeping.sweep",
 }
 COMMANDS = [*STAGES, "data", "recipe", "recipes", "families", "doctor", "push"]
 
@@ -104,6 +106,8 @@ def test_completion_knows_the_settings():
         ["group", "--head-map", "any"],
         ["convert", "--kv", "0.5", "--followers", "3"],
         ["recipe", "laout"],
+        ["sweep", "--kv", "much"],
+        ["compare"],
     ],
 )
 def test_usage_errors_exit_with_two_and_write_nothing(arguments, uniattn, tmp_path):
@@ -248,6 +252,17 @@ def test_options_become_overrides_and_set_wins(stages, tmp_path, monkeypatch):
         "seed=3",
     ]
     assert (call.options.device, call.options.force) == ("cpu", True)
+
+
+def test_lists_of_sweep_and_inputs_of_compare(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke("sweep", "--kv", "0.9, 0.8", "--kinds", "softmax;softmax,kv", "--solve", "both,output", "--discard")
+    invoke("compare", "a", "b/c", "--recipe", "other.yaml", "--set", "seed=1")
+    swept, compared = stages
+    assert (swept.kv, swept.followers, swept.solve, swept.discard) == ([0.9, 0.8], [], ["both", "output"], True)
+    assert swept.kinds == [["softmax"], ["softmax", "kv"]]
+    assert compared.args == (["a", "b/c"],) and compared.recipe == Path("other.yaml")
+    assert compared.overrides == ["seed=1"]
 
 
 @pytest.mark.parametrize("name", ["group", "convert"])

@@ -19,7 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from uniattn_cli import checkpoint, heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
-from uniattn_cli.evaluation import cost, evaluate, figures, speed, subjects, tasks, verdict, wording
+from uniattn_cli.evaluation import capacity, cost, evaluate, figures, results, speed, subjects, tasks, verdict, wording
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir, fingerprint
@@ -155,8 +155,11 @@ def test_identical_copy_differs_by_nothing(run, compared):
     base = compared.results["models"]["base"]
     for name in ("perplexity", "text_loss", "response_loss", "accuracy"):
         assert copy["quality"][name]["value"] == base["quality"][name]["value"]
-        assert copy["quality"][name]["difference_to_base"] == {"value": 0.0, "stderr": 0.0}
-    assert copy["verdict"]["quality"] == "same"
+        difference = copy["quality"][name]["difference_to_base"]
+        assert (difference["value"], difference["stderr"]) == (0.0, 0.0)
+    assert copy["verdict"]["quality"] == "same" and "within noise" in copy["verdict"]["sentence"]
+    assert copy["agreement"]["kl"]["value"] == 0 and copy["agreement"]["top1"]["value"] == 1
+    assert all(entry["difference"]["value"] == 0 for entry in (*copy["lengths"], *copy["retrieval"]))
 
 
 def test_damaged_model_is_worse(run, compared):
@@ -237,7 +240,9 @@ def test_paired_standard_errors_match_a_bootstrap():
     assert perplexity["stderr"] == pytest.approx((losses[0].exp() - losses[1].exp()).std().item(), rel=0.08)
     scores = [tasks.MetricScores(0.5, [0.0, 1.0, 0.0, 1.0], True, 4), tasks.MetricScores(0.25, [0, 1, 0, 0], True, 4)]
     paired = figures.task_figure("acc", *scores)["difference_to_base"]
-    assert paired == {"value": 0.25, "stderr": pytest.approx(0.25)}
+    assert (paired["value"], paired["stderr"]) == (0.25, pytest.approx(0.25))
+    low, high = paired["interval"]
+    assert low < 0 < 0.25 < high
 
 
 @pytest.mark.parametrize(
@@ -252,7 +257,9 @@ def test_paired_standard_errors_match_a_bootstrap():
     ],
 )
 def test_judgement(value, stderr, better, expected):
-    entry = figures.figure(1.0, "perplexity", better, difference_to_base={"value": value, "stderr": stderr})
+    interval = None if stderr is None else [value - 2 * stderr, value + 2 * stderr]
+    difference = {"value": value, "stderr": stderr, "interval": interval, "method": None}
+    entry = figures.figure(1.0, "perplexity", better, difference_to_base=difference)
     assert verdict.judge(entry) == expected
 
 
@@ -315,7 +322,7 @@ def test_bytes_of_different_dtypes_are_not_compared(compared):
     entry = compared.results["models"]["converted"]
     text = verdict.verdict("it", compared.results["models"]["base"], {**entry, "cost": found})["sentence"]
     assert "another dtype of the KV cache" in text
-    notes = evaluate._limits({"base": base, "it": model}, SimpleNamespace(together=True))
+    notes = results._limits({"base": base, "it": model}, SimpleNamespace(together=True))
     assert len(notes) == 2 and all("base float32, it bfloat16" in note for note in notes)
 
 
@@ -335,8 +342,8 @@ def test_speed_is_interleaved(run):
             lambda module, args, output, name=name: order.append(name) if args[0].shape[1] > 1 else None
         )
     timings = speed.measure_speed(found, torch.ones(1, 5, dtype=torch.long), new=2, repeats=3)
-    assert order == ["a", "b"] * 4
-    assert [len(rounds) for rounds in timings.values()] == [3, 3]
+    assert order == ["a", "b"] * 4 + ["a"], "a warm-up, three rounds, and the first model to close them"
+    assert [len(rounds) for rounds in timings.values()] == [4, 3]
 
 
 def test_ratios_are_those_of_rounds_side_by_side():
@@ -347,6 +354,9 @@ def test_ratios_are_those_of_rounds_side_by_side():
     assert found["time_to_first_token"]["ratio_to_base"] == 0.5
     assert found["tokens_per_second"]["value"] == 20.0 and found["tokens_per_second"]["ratio_to_base"] == 2.0
     assert found["time_per_output_token"]["value"] == pytest.approx(0.1)
+    # A base that grows slower from round to round: each round is divided by the mean of its neighbours.
+    slowing = [speed.Timing(value, value) for value in (1.0, 3.0, 5.0)]
+    assert speed.ratios([speed.Timing(1.0, 2.0), speed.Timing(1.0, 4.0)], slowing, lambda each: each.rest) == [1, 1]
 
 
 # What is written
@@ -354,7 +364,7 @@ def test_ratios_are_those_of_rounds_side_by_side():
 
 def test_every_figure_has_the_whole_schema(compared):
     results = json.loads((compared.directory / "results.json").read_text())
-    assert results == compared.results and results["schema"] == 1
+    assert results == compared.results and results["schema"] == figures.SCHEMA
     keys = {"value", "unit", "better", "n", "of", "stderr", "range", "difference_to_base", "ratio_to_base"}
     keys.add("difference_to_control")
     for name, model in results["models"].items():
@@ -376,7 +386,7 @@ def test_tables_and_report_say_what_the_results_say(compared):
     scale = {"share": 100, "seconds": 1e3}
     names = list(results["models"])
     key, seen = None, set()
-    for table in compared.tables:
+    for table in evaluate.report.tables(results):
         for row in table.rows:
             key = rows.get(row[0], key if row[0].startswith("  ") else None)
             seen.add(key)
@@ -388,6 +398,8 @@ def test_tables_and_report_say_what_the_results_say(compared):
                 elif row[0] == evaluate.report.DIFFERENCE:
                     known = [entry["difference_to_base"][part] for part in ("value", "stderr")] if cell else []
                     assert cell == "" or "−+0"[(known[0] >= 0) + (known[0] == 0)] == cell[0]
+                elif row[0] == evaluate.report.INTERVAL:
+                    known = entry["difference_to_base"]["interval"] if cell else []
                 elif row[0] == evaluate.report.RATIO:
                     known, factor = [entry["ratio_to_base"]] if cell else [], 1 if "×" in cell else 100
                 else:
@@ -401,6 +413,63 @@ def test_tables_and_report_say_what_the_results_say(compared):
     assert wording.as_value(figures.figure(4.185e8, "perplexity", "lower")) == "4.18e+08"
     for model in list(results["models"].values())[1:]:
         assert model["verdict"]["sentence"] in text and model["verdict"]["sentence"] in compared.notes
+
+
+def test_tables_by_length_say_what_the_results_say(compared):
+    results = compared.results
+    (table,) = [table for table in compared.tables if table.title.startswith("By length")]
+    cells = {row[0]: row[1:] for row in table.rows}
+    models = list(results["models"].values())
+    assert cells["perplexity at 256 tokens"] == [f"{one['lengths'][0]['perplexity']:,.2f}" for one in models]
+    found = [f"{one['retrieval'][0]['correct']} of {one['retrieval'][0]['items']}" for one in models]
+    assert cells["codes found in 256 tokens"] == found
+    by_position = [one["agreement"]["by_position"] for one in models[1:]]
+    assert by_position[0]["edges"] == [0, 16, 64, 256] and "agreement" not in models[0]
+    assert cells["  KL at positions 16–63"] == ["", *(f"{one['kl'][1]:.3f}" for one in by_position)]
+    text = (compared.directory / "report.md").read_text()
+    assert all(cell in text for row in cells.values() for cell in row)
+
+
+def test_capacity_follows_from_the_formula(run, compared):
+    for entry in compared.results["capacity"]:
+        models = entry["models"]
+        assert models["converted"]["context"] > models["base"]["context"]
+    model = load(run, "converted")
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    footprint = capacity.Footprint(model.config, weights, 4)
+    memory = 1e9
+    tokens, batch = footprint.longest_context(memory), footprint.largest_batch(memory, 300)
+    kv = compared.results["models"]["converted"]["cost"]["kv_bytes_per_token"]["value"]
+    by_hand = memory - weights - 2**29 - 4 * 272 - 2048 * (2 * 64 + 6 * 48) * 4
+    assert tokens == by_hand // kv
+    assert footprint.bytes(batch, 300) <= memory < footprint.bytes(batch + 1, 300)
+    assert footprint.longest_context(1e6) == 0, "not even the runtime fits"
+
+
+def test_the_grid_has_every_point_and_its_table(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
+    overrides = [*QUICK[:1], *QUICK[2:], "evaluation.speed.batches=[1]", "evaluation.speed.contexts=[8]"]
+    found = evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.lengths=[]"])
+    grid = found.results["speed_grid"]
+    assert [(point["batch"], point["context"]) for point in grid] == [(2, 16), (2, 8), (1, 16), (1, 8)]
+    for point in grid:
+        base, converted = point["models"]["base"]["ttft"], point["models"]["converted"]["ttft"]
+        assert base["ratio_to_base"] is None and converted["ratio_to_base"] > 0
+        assert base["low"] <= base["median"] <= base["high"] and point["models"]["base"]["peak_bytes"] is None
+    cost = found.results["models"]["converted"]["cost"]
+    assert cost["time_to_first_token"]["value"] == grid[0]["models"]["converted"]["ttft"]["median"]
+    assert "1 × 8: each further token" in (found.directory / "report.md").read_text()
+    with pytest.raises(RecipeError, match="contexts"):
+        options = RunOptions(force=True)
+        evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.speed.contexts=[510]"], options=options)
+
+
+def test_another_backend_is_never_divided_by_the_base(run):
+    timings = {name: [speed.Timing(1.0, 1.0)] * 2 for name in ("base", "it")}
+    entry = speed.grid_entry(speed.GridPoint(1, 8, timings), {"base": True, "it": False}, 5)
+    assert entry["models"]["it"]["tpot"] == {"median": 0.25, "low": 0.25, "high": 0.25, "ratio_to_base": None}
+    found = figures.speed_figures(timings["it"], None, batch=1, new=5)["tokens_per_second"]
+    assert wording.as_ratio(found) == "other backend"
 
 
 def test_figures_follow_from_the_kept_items(run, compared):
@@ -473,12 +542,12 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     run, done, real = tmp_path / "run", [], evaluate.measure
 
-    def interrupted(subject, *arguments):
+    def interrupted(subject, *arguments, **settings):
         if subject.name == "converted" and len(done) == 1:
             done.append("interrupt")
             raise KeyboardInterrupt
         done.append(subject.name)
-        return real(subject, *arguments)
+        return real(subject, *arguments, **settings)
 
     monkeypatch.setattr(evaluate, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -490,13 +559,15 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert done[3:] == ["base", "converted"] and again.results == found.results
 
 
-def test_models_that_do_not_fit_together_are_timed_apart(run, monkeypatch, tmp_path):
+def test_models_that_do_not_fit_together_are_timed_apart(run, compared, monkeypatch, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     monkeypatch.setattr(subjects, "available_bytes", lambda device: 0)
     found = evaluate.evaluate(tmp_path / "run", overrides=["evaluation.tasks=[]", "evaluation.tokens=192"])
     assert found.results["settings"]["speed"]["interleaved"] is False
     assert any("do not fit into memory together" in note for note in found.notes)
     assert found.results["models"]["converted"]["cost"]["tokens_per_second"]["n"] == 2
+    agreement = [each["models"]["converted"]["agreement"] for each in (found.results, compared.results)]
+    assert agreement[0] == agreement[1]
 
 
 def test_without_the_harness_tasks_are_left_out(run, monkeypatch, tmp_path):

@@ -18,6 +18,8 @@ _STAGES = {
     "train": "uniattn_cli.training.train",
     "evaluate": "uniattn_cli.evaluation.evaluate",
     "push": "uniattn_cli.publishing.push",
+    "compare": "uniattn_cli.evaluation.compare",
+    "sweep": "uniattn_cli.sweeping.sweep",
     "Recipe": "uniattn_cli.recipe",
     "RunOptions": "uniattn_cli.options",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.data import IGNORED, heldout_windows, load_rows, tokenize
 from uniattn_cli.errors import DataError
@@ -68,6 +68,37 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     spec = recipe.evaluation
     windows = list(heldout_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length))
     return Rows(windows, windows)
+
+
+# Lengths that are taken where the recipe names none.
+LENGTHS = (256, 1024)
+
+
+def length_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, notes: list[str]) -> dict[int, Rows]:
+    """The same held-out text in windows of several lengths, shortest first.
+
+    Args:
+        config: of the base, whose window no length exceeds.
+        notes: gets a line for each usual length that the text is too short for.
+
+    Raises:
+        DataError: there is not enough text for a length that the recipe names.
+    """
+    spec = recipe.evaluation
+    window = getattr(config, "max_position_embeddings", None) or max(LENGTHS)
+    found = {}
+    for length in sorted(set(LENGTHS if spec.lengths is None else spec.lengths)):
+        if spec.lengths is None and length > window:
+            continue
+        try:
+            windows = list(heldout_windows(recipe.data, tokenizer, tokens=spec.length_tokens, length=length))
+        except DataError as error:
+            if spec.lengths is not None:
+                raise
+            notes.append(f"Nothing is measured at {length} tokens: {error}.")
+            continue
+        found[length] = Rows(windows, windows)
+    return found
 
 
 def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, skip: int = 0) -> Rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -431,7 +432,28 @@ class SpeedSpec:
     prompt: int = setting(256, "tokens of the prompt", minimum=1, common=True)
     new: int = setting(32, "tokens generated", minimum=2, common=True)
     batch: int = setting(1, "sequences at once", minimum=1)
-    repeats: int = setting(5, "timed rounds, interleaved over the models", minimum=1)
+    repeats: int = setting(4, "timed rounds, interleaved over the models; the base closes them", minimum=1)
+    batches: tuple[int, ...] = setting(tuple, "further numbers of sequences at once, for the grid", minimum=1)
+    contexts: tuple[int, ...] = setting(tuple, "further lengths of the prompt, for the grid", minimum=1)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task; an entry of the list may also be its source alone."""
+
+    source: str = setting("", "builtin:NAME, a local .jsonl or .txt file, or a task of lm-evaluation-harness")
+    name: str | None = setting(None, "name in tables; the default is the file's")
+    shape: str = setting(
+        "auto",
+        "how a local file is scored: choices (query, choices, gold), generate (question, target), last_word (query, "
+        "target) or perplexity (text); auto looks at the columns",
+        choices=("auto", "choices", "generate", "last_word", "perplexity"),
+    )
+    fewshot: int | None = setting(None, "solved items in front of each item; null takes evaluation.fewshot", minimum=0)
+    extract: str = setting(
+        "number", "what counts of a generated answer: number (the last one), line (the first), or a regular expression"
+    )
+    new: int = setting(256, "tokens generated at most", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -441,13 +463,28 @@ class EvaluationSpec:
     tokens: int = setting(8192, "held-out tokens for perplexity", minimum=64, common=True)
     length: int = setting(512, "tokens per window", minimum=16, common=True)
     responses: int = setting(64, "held-out rows for the loss on responses", minimum=1, common=True)
-    tasks: tuple[str, ...] = setting(
-        lambda: ("builtin:name_the_function", "builtin:describe_the_function"),
-        "built-in tasks, local .jsonl files (query, choices, gold) or names of lm-evaluation-harness",
+    lengths: tuple[int, ...] | None = setting(
+        None,
+        "lengths of text for perplexity by length, agreement with the base by position, and retrieval; null takes 256 "
+        "and 1024 as far as window and text reach",
+        minimum=16,
+    )
+    length_tokens: int = setting(4096, "held-out tokens for each of these lengths", minimum=16)
+    retrieval: int = setting(4, "items of the retrieval probe for each of these lengths", minimum=0)
+    tasks: tuple[TaskSpec, ...] = setting(
+        lambda: (TaskSpec("builtin:name_the_function"), TaskSpec("builtin:describe_the_function")),
+        "built-in tasks, local files (.jsonl, .txt) or names of lm-evaluation-harness",
         common=True,
     )
     limit: int | None = setting(60, "items per task; null takes all", minimum=1, common=True)
-    batch_size: int = setting(8, "sequences per forward pass", minimum=1)
+    fewshot: int | None = setting(None, "solved items in front of each item; null takes the task's own", minimum=0)
+    chat_template: bool = setting(False, "put the items of tasks into the chat template")
+    batch_size: int = setting(8, "sequences per forward pass; halved where memory runs out", minimum=1)
+    max_batch_size: int = setting(64, "sequences that are tried first on a GPU, in place of batch_size", minimum=1)
+    cache: bool = setting(True, "keep scores for other runs; the same model, settings and items are scored once")
+    capacity: tuple[float, ...] = setting(
+        lambda: (8.0, 24.0, 80.0), "memory in GB for which the longest context and largest batch are told", above=0
+    )
     speed: SpeedSpec = setting(SpeedSpec, "speed", common=True)
 
 
@@ -530,6 +567,20 @@ class Recipe:
         if not self.train.stages:
             faults.append("train.stages is empty; list at least one stage")
         faults += self.train.contradictions()
+        faults += self._task_contradictions()
+        return faults
+
+    def _task_contradictions(self) -> list[str]:
+        faults = []
+        for index, task in enumerate(self.evaluation.tasks):
+            where = f"evaluation.tasks[{index}]"
+            if not task.source:
+                faults.append(f"{where}.source is missing; name a task or a file")
+            if task.extract not in ("number", "line"):
+                try:
+                    re.compile(task.extract)
+                except re.error as error:
+                    faults.append(f"{where}.extract: '{task.extract}' is not a regular expression ({error})")
         return faults
 
     def to_dict(self) -> dict:
@@ -667,8 +718,7 @@ def _commented(section: Any, depth: int, indent: int, comments: bool = True) -> 
         if isinstance(value, tuple):
             # What the keys of a list's items mean is said once.
             items = [
-                _commented(item, depth + 1, indent + 4, comments=not index) if dataclasses.is_dataclass(item) else item
-                for index, item in enumerate(value)
+                _commented_item(item, depth + 1, indent + 4, comments=not index) for index, item in enumerate(value)
             ]
             tree[entry.name] = CommentedSeq(items)
             tree.yaml_set_comment_before_after_key(entry.name, before=entry.metadata["help"], indent=2 * depth)
@@ -680,6 +730,12 @@ def _commented(section: Any, depth: int, indent: int, comments: bool = True) -> 
                 comment += f" ({' | '.join(choices)})"
             tree.yaml_add_eol_comment(comment, entry.name, column=column)
     return tree
+
+
+def _commented_item(item: Any, depth: int, indent: int, comments: bool) -> Any:
+    if isinstance(item, TaskSpec) and item == TaskSpec(source=item.source):
+        return item.source
+    return _commented(item, depth, indent, comments) if dataclasses.is_dataclass(item) else item
 
 
 class _Reader:
@@ -727,7 +783,7 @@ class _Reader:
             if dataclasses.is_dataclass(option):
                 return self.section(option, value, path, node, key)
             if typing.get_origin(option) is tuple:
-                return self.sequence(typing.get_args(option)[0], value, path, node, key)
+                return self.sequence(typing.get_args(option)[0], value, path, node, key, meta)
         scalars = [option for option in options if option is not type(None)]
         number = float in scalars and isinstance(value, int) and not isinstance(value, bool)
         if float in scalars and isinstance(value, str):
@@ -762,9 +818,9 @@ class _Reader:
             return float(value) if isinstance(value, float) else int(value)
         return _plain(value) if isinstance(value, dict) else value
 
-    def sequence(self, item_hint: Any, value: Any, path: str, node: Any, key: Any) -> tuple:
-        # One data set may be written without the list, as its source or as its mapping.
-        if item_hint is DatasetSpec and isinstance(value, (str, dict)):
+    def sequence(self, item_hint: Any, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> tuple:
+        # One data set or task may be written without the list, as its source or as its mapping.
+        if item_hint in (DatasetSpec, TaskSpec) and isinstance(value, (str, dict)):
             value = [value]
         if not isinstance(value, (list, tuple)):
             self.fault(node, key, f"{path} must be a list, not {_describe(value)}")
@@ -772,8 +828,8 @@ class _Reader:
         items = []
         for index, item in enumerate(value):
             where = f"{path}[{index}]"
-            if item_hint is DatasetSpec and isinstance(item, str):
-                items.append(DatasetSpec(source=str(item)))
+            if item_hint in (DatasetSpec, TaskSpec) and isinstance(item, str):
+                items.append(item_hint(source=str(item)))
             elif item_hint is dict:
                 if isinstance(item, dict):
                     items.append(_plain(dict(item)))
@@ -782,8 +838,7 @@ class _Reader:
             elif dataclasses.is_dataclass(item_hint):
                 items.append(self.section(item_hint, item, where, value, index))
             else:
-                empty = {"choices": None, "minimum": None, "maximum": None, "above": None}
-                items.append(self.value(item_hint, item, where, value, index, empty))
+                items.append(self.value(item_hint, item, where, value, index, meta))
         return tuple(items)
 
 

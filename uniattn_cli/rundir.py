@@ -36,6 +36,7 @@ OUTPUTS = {
     "train": "trained",
     "control": "control",
     "eval": "evaluation",
+    "compare": "comparison",
 }
 COMMANDS = {
     "analyze": "analyze MODEL",
@@ -44,6 +45,7 @@ COMMANDS = {
     "train": "train recipe.yaml",
     "control": "train recipe.yaml --control",
     "eval": "eval",
+    "compare": "compare A B",
 }
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 
@@ -103,7 +105,7 @@ class RunDir:
             raise StageError(f"{output} {state}; use --force to replace it")
 
     def changes(
-        self, stage: str, recipe: Recipe, inputs: dict[str, Any], decisive: Sequence[str] = ("",)
+        self, stage: str, recipe: Recipe | None, inputs: dict[str, Any], decisive: Sequence[str] = ("",)
     ) -> list[str] | None:
         """What is not as it was when a run of the stage was interrupted.
 
@@ -115,10 +117,10 @@ class RunDir:
         """
         try:
             old = json.loads((self.partial(stage) / STARTED_FILE).read_text(encoding="utf-8"))
-            before = [dict(_flat(old[key])) for key in ("settings", "inputs")]
+            before = [dict(_flat(old[key] or {})) for key in ("settings", "inputs")]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        after = [dict(_flat(json.loads(json.dumps(value)))) for value in (recipe.to_dict(), inputs)]
+        after = [dict(_flat(json.loads(json.dumps(value)))) for value in (recipe.to_dict() if recipe else {}, inputs)]
         found = []
         for part, (was, now_) in enumerate(zip(before, after, strict=True)):
             for key in dict.fromkeys([*was, *now_]):
@@ -130,7 +132,7 @@ class RunDir:
     def write(
         self,
         stage: str,
-        recipe: Recipe,
+        recipe: Recipe | None,
         inputs: dict[str, Any],
         *,
         force: bool = False,
@@ -141,7 +143,7 @@ class RunDir:
 
         Args:
             stage: key of `OUTPUTS`.
-            recipe: the resolved settings, recorded in `stage.json`.
+            recipe: the resolved settings, recorded in `stage.json`; None for a stage that has none.
             inputs: fingerprints of what the stage read.
             force: replace an existing output.
             resume: keep what an interrupted run left in the hidden folder, if it had the same settings and inputs.
@@ -155,8 +157,8 @@ class RunDir:
         started = now()
         record = {
             "stage": stage,
-            "settings": recipe.to_dict(),
-            "seed": recipe.seed,
+            "settings": recipe and recipe.to_dict(),
+            "seed": recipe and recipe.seed,
             "inputs": inputs,
             "versions": versions(),
             "started": started,

@@ -395,6 +395,102 @@ def push(
 
 
 @app.command()
+def compare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...", help="Checkpoint directories, evaluated run directories, or results.json files."
+        ),
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="Evaluate checkpoints with this recipe; default: recipe.yaml."),
+    ] = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare any models: one table, and who is beaten by nobody.
+
+    Checkpoints are evaluated alike, finished evaluations are read; what was scored on other items or with other
+    settings is refused. Writes comparison/ with table, figures and a picture of quality against KV bytes and speed.
+
+    \b
+    Example:
+      uniattn compare run-a run-b other/trained
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.evaluation.compare import compare
+
+        return compare(inputs, recipe=recipe, overrides=overrides, options=options)
+
+    run_stage("compare", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+def _list(text: str | None, flag: str, of: Any = str, separator: str = ",") -> list:
+    """The values of an option that takes several."""
+    try:
+        return [of(part.strip()) for part in (text or "").split(separator) if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not a list of numbers", param_hint=flag) from None
+
+
+@app.command()
+def sweep(
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="SHARE,...", help="Budgets: shares of the KV bytes to keep, default 0.9,0.8,0.7."),
+    ] = None,
+    followers: Annotated[
+        str | None, typer.Option("--followers", metavar="N,...", help="Budgets: numbers of layers to change.")
+    ] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            "--kinds",
+            metavar="KIND,...;...",
+            help="Sets of kinds of layer, such as 'softmax;softmax,kv'; all but softmax alone are searched thoroughly.",
+        ),
+    ] = None,
+    solve: Annotated[
+        str | None,
+        typer.Option("--solve", metavar="WHAT,...", help="What the fit solves: both, compensation, output, none."),
+    ] = None,
+    discard: Annotated[bool, typer.Option("--discard", help="Delete the weights of each point once scored.")] = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Convert under many budgets and draw what each one costs.
+
+    Every combination of budgets, kinds and fits is converted and scored in a folder of its own below sweep/, with the
+    analysis of this run; the base is scored once. After an interruption the same command goes on where it was.
+
+    \b
+    Example:
+      uniattn sweep --kv 0.9,0.8,0.7 --solve both,output
+    """
+    budgets = {
+        "kv": _list(kv, "--kv", float),
+        "followers": _list(followers, "--followers", int),
+        "kinds": [_list(each, "--kinds") for each in _list(kinds, "--kinds", separator=";")],
+        "solve": _list(solve, "--solve"),
+    }
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.sweeping.sweep import sweep
+
+        return sweep(**budgets, discard=discard, overrides=overrides, options=options)
+
+    run_stage("sweep", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+@app.command()
 def recipe(
     section: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="Only this section, such as layout.")

@@ -36,6 +36,15 @@ LESS_MEMORY = {
     "convert": "--set conversion.length=256",
     "train": "--set train.micro_batch_size=1, --set train.gradient_checkpointing=true or --set train.max_length=256",
     "eval": "--set evaluation.batch_size=1 or --set evaluation.length=256",
+    "compare": "--set evaluation.batch_size=1 or --set evaluation.length=256",
+    "sweep": "--set conversion.length=256, --set evaluation.batch_size=1 or --set evaluation.length=256",
+}
+# What the same command does after an interruption; the others start over.
+RESUMED = {
+    "train": "continues from its last checkpoint",
+    "eval": "goes on where it was",
+    "compare": "goes on where it was",
+    "sweep": "goes on where it was",
 }
 
 
@@ -125,7 +134,7 @@ def guard(name: str, debug: bool) -> Iterator[None]:
         _fail(error.faults if isinstance(error, RecipeError) else [str(error)], debug)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        again = "continues from its last checkpoint" if name == "train" else "starts over"
+        again = RESUMED.get(name, "starts over")
         _fail([f"interrupted; nothing half-written is left in the way, and the same command {again}"], debug)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:  # the one place where every other exception ends: it is a bug, and says so

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import UsageError, suggest
-from uniattn_cli.recipe import DatasetSpec, Recipe
+from uniattn_cli.recipe import DatasetSpec, Recipe, TaskSpec
 from uniattn_cli.tables import Table
 
 TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
@@ -162,7 +162,7 @@ def _yaml(value: Any) -> str:
             for entry in dataclasses.fields(value)
             if getattr(value, entry.name) != getattr(plain, entry.name)
         ]
-        if isinstance(value, DatasetSpec) and not given:
+        if isinstance(value, (DatasetSpec, TaskSpec)) and value == type(value)(source=value.source):
             return value.source
         first = dataclasses.fields(value)[0].name
         return "{" + ", ".join(given or [f"{first}: {_yaml(getattr(value, first))}"]) + "}"

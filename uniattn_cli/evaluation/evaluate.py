@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.checkpoint import load_config, load_tokenizer
-from uniattn_cli.errors import RecipeError
-from uniattn_cli.evaluation import figures, report
-from uniattn_cli.evaluation.measured import Material, Measured, items_file, measure
+from uniattn_cli.checkpoint import check_lengths, load_config, load_tokenizer
+from uniattn_cli.errors import DataError
+from uniattn_cli.evaluation import report
+from uniattn_cli.evaluation.agreement import Reference
+from uniattn_cli.evaluation.batches import Batches
+from uniattn_cli.evaluation.measured import Bench, Material, Measured, items_file, measure
 from uniattn_cli.evaluation.plot import draw
-from uniattn_cli.evaluation.speed import Timing, describe_device, measure_speed, prompt_tokens
-from uniattn_cli.evaluation.subjects import BASE, CONTROL, ModelPool, Subject, check_tokenizers, find_subjects
+from uniattn_cli.evaluation.results import assemble
+from uniattn_cli.evaluation.retrieval import RetrievalItem, retrieval_items
+from uniattn_cli.evaluation.speed import GridPoint, measure_speed, prompt_tokens
+from uniattn_cli.evaluation.store import ScoreStore, cache_directory, model_key
+from uniattn_cli.evaluation.subjects import ModelPool, Subject, check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
-from uniattn_cli.evaluation.verdict import verdict
-from uniattn_cli.heldout import response_rows, text_rows
+from uniattn_cli.heldout import Rows, length_rows, response_rows, text_rows
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir
@@ -26,6 +31,8 @@ from uniattn_cli.tables import Table
 
 RESULTS = "results.json"
 REPORT = "report.md"
+# Scores of single parts while the evaluation is not finished.
+PARTS = "parts"
 DEFAULT_OPTIONS = RunOptions()
 
 
@@ -35,7 +42,7 @@ class Evaluation:
 
     Attributes:
         title: one line.
-        tables: quality and cost.
+        tables: quality, cost, and what depends on length.
         notes: verdicts, what was left out, and where everything is.
         directory: what was written.
         results: content of `results.json`; see `figures` for its schema.
@@ -54,16 +61,18 @@ def evaluate(
     checkpoints: Sequence[str] = (),
     overrides: Sequence[str] = (),
     options: RunOptions = DEFAULT_OPTIONS,
+    scores: Path | None = None,
 ) -> Evaluation:
     """Compares the models of a run and writes `evaluation/`.
 
-    An interrupted evaluation continues with the models that were not finished, if nothing has changed.
+    An interrupted evaluation continues with what was not finished, if nothing has changed.
 
     Args:
         run_dir: holds `recipe.yaml` and what the other stages wrote; stages that were not run are left out.
         checkpoints: further models, as directories or hub ids.
         overrides: `key.path=value` settings that take the place of the recipe's.
         options: device, overwriting, progress.
+        scores: a further folder that scores are taken from and kept in; see `store`.
 
     Raises:
         RecipeError: the recipe is faulty.
@@ -75,54 +84,114 @@ def evaluate(
     run = RunDir(run_dir)
     recipe = Recipe.load(run.recipe, overrides)
     run.check_free("eval", options.force)
-    device = options.torch_device()
+    options.torch_device()  # a device that is not there is told before any work
     subjects, notes = find_subjects(run, recipe, checkpoints)
+    settings = [word for override in overrides for word in ("--set", override)]
+    command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
+    material = prepare(recipe, subjects, notes, options)
+    with run.write("eval", recipe, inputs_of(subjects, material), force=options.force, resume=True) as folder:
+        results = evaluate_into(folder, recipe, subjects, material, notes, command, options, scores)
+    return _evaluation(run.output("eval"), results)
+
+
+def prepare(recipe: Recipe, subjects: Sequence[Subject], notes: list[str], options: RunOptions) -> Material:
+    """Checks settings and loads what the models, the base first, are tested on; adds to the notes and prints them."""
     _check_lengths(recipe, load_config(subjects[0].source))
-    material = _material(recipe, subjects, notes)
+    material = load_material(recipe, subjects, notes)
     for note in notes:
         options.progress.note(note)
-    inputs = {
+    return material
+
+
+def inputs_of(subjects: Sequence[Subject], material: Material) -> dict[str, Any]:
+    """Fingerprints of models and material, for the record of a stage."""
+    return {
         "model": subjects[0].source.fingerprint,
         "models": {subject.name: subject.source.fingerprint for subject in subjects},
         "data": material.digest(),
     }
-    with run.write("eval", recipe, inputs, force=options.force, resume=True) as folder:
-        pool = ModelPool(recipe.model, device)
-        measured = _measure_all(folder, subjects, pool, material, recipe, options)
-        timings = _time_all(subjects, pool, material, recipe, options)
-        results = _results(recipe, subjects, material, measured, timings, pool, notes)
-        settings = [word for override in overrides for word in ("--set", override)]
-        command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
-        text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
-        (folder / REPORT).write_text(report.markdown(results, command=command), encoding="utf-8")
-        draw(results, folder / report.PLOT)
-    return _evaluation(run.output("eval"), results)
+
+
+def evaluate_into(
+    folder: Path,
+    recipe: Recipe,
+    subjects: Sequence[Subject],
+    material: Material,
+    notes: list[str],
+    command: str,
+    options: RunOptions,
+    scores: Path | None = None,
+) -> dict[str, Any]:
+    """Measures models, the base first, and writes results, report, picture and items into a folder.
+
+    Args:
+        folder: may hold what an interrupted run of the same settings left.
+        command: that makes the report again.
+        scores: as for `evaluate`.
+
+    Returns:
+        The content of `results.json`.
+    """
+    pool = ModelPool(recipe.model, options.torch_device())
+    batches = _batches(recipe, pool)
+    store = ScoreStore([path for path in (folder / PARTS, scores, _kept(recipe)) if path is not None])
+    measured = _measure_all(folder, subjects, pool, material, batches, store, recipe, options)
+    points = _time_all(subjects, pool, material, recipe, options)
+    results = assemble(recipe, subjects, material, measured, points, pool, batches, notes)
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(report.markdown(results, command=command), encoding="utf-8")
+    draw(results, folder / report.PLOT)
+    # All of it stands in `items/`.
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    return results
+
+
+def _kept(recipe: Recipe) -> Path | None:
+    return cache_directory() if recipe.evaluation.cache else None
+
+
+def _batches(recipe: Recipe, pool: ModelPool) -> Batches:
+    spec = recipe.evaluation
+    first = spec.max_batch_size if pool.device.type == "cuda" else spec.batch_size
+    return Batches(first, spec.length, pool.device)
 
 
 def _check_lengths(recipe: Recipe, config: Any) -> None:
     """Refuses lengths beyond the model's window, where every model would look equally bad."""
-    spec, window = recipe.evaluation, getattr(config, "max_position_embeddings", None)
+    spec, speed = recipe.evaluation, recipe.evaluation.speed
     wanted = {"evaluation.length": spec.length}
-    if spec.speed.enabled:
-        wanted["evaluation.speed: prompt + new"] = spec.speed.prompt + spec.speed.new
-    faults = [f"{key} is {value}, but the model's window is {window}" for key, value in wanted.items()]
-    faults = [fault for fault, value in zip(faults, wanted.values(), strict=True) if window and value > window]
-    if faults:
-        raise RecipeError(faults)
+    wanted |= {f"evaluation.lengths[{index}]": length for index, length in enumerate(spec.lengths or ())}
+    if speed.enabled:
+        wanted["evaluation.speed: prompt + new"] = speed.prompt + speed.new
+        if speed.contexts:
+            wanted["evaluation.speed: contexts + new"] = max(speed.contexts) + speed.new
+    check_lengths(config, wanted)
 
 
-def _material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str]) -> Material:
+def load_material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str]) -> Material:
     """Loads everything that the models are tested on, before anything slow begins."""
-    tokenizer = load_tokenizer(subjects[0].source, recipe.data.chat_template)
+    spec, tokenizer = recipe.evaluation, load_tokenizer(subjects[0].source, recipe.data.chat_template)
     check_tokenizers(subjects[1:], tokenizer)
     tasks = TaskSet()
-    if recipe.evaluation.tasks:
+    if spec.tasks:
+        if spec.chat_template and not tokenizer.chat_template:
+            raise DataError("evaluation.chat_template: the base's tokenizer has no chat template; leave it off")
         if harness_installed():
-            tasks = load_tasks(recipe.evaluation.tasks)
+            tasks = load_tasks(spec.tasks, limit=spec.limit, fewshot=spec.fewshot, chat_template=spec.chat_template)
         else:
             notes.append(MISSING_HARNESS)
-    return Material(tokenizer, text_rows(recipe, tokenizer), response_rows(recipe, tokenizer), tasks)
+    text, responses = text_rows(recipe, tokenizer), response_rows(recipe, tokenizer)
+    lengths = length_rows(recipe, tokenizer, load_config(subjects[0].source), notes)
+    return Material(tokenizer, text, responses, tasks, lengths, _retrieval(recipe, tokenizer, text, lengths))
+
+
+def _retrieval(recipe: Recipe, tokenizer: Any, text: Rows, lengths: Iterable[int]) -> dict[int, list[RetrievalItem]]:
+    filler, count = [token for row in text.tokens for token in row.tolist()], recipe.evaluation.retrieval
+    found = {
+        length: retrieval_items(tokenizer, filler, length=length, count=count, seed=recipe.seed) for length in lengths
+    }
+    return {length: items for length, items in found.items() if items}
 
 
 def _measure_all(
@@ -130,157 +199,68 @@ def _measure_all(
     subjects: Sequence[Subject],
     pool: ModelPool,
     material: Material,
+    batches: Batches,
+    store: ScoreStore,
     recipe: Recipe,
     options: RunOptions,
 ) -> dict[str, Measured]:
     """Measures model after model; what an interrupted run finished is read back."""
     found = {}
-    (folder / "items").mkdir(exist_ok=True)
+    (folder / "items").mkdir(parents=True, exist_ok=True)
+    base = subjects[0]
+    reference = None
+    if material.lengths:
+        longest = max(material.lengths)
+        windows = torch_stack(material.lengths[longest].tokens)
+        reference = Reference(lambda: pool.get(base), windows, batches.start(longest))
+    bench = Bench(material, batches, store, reference, model_key(base.source), options.progress)
     for index, subject in enumerate(subjects):
         path = items_file(folder, index, subject.name)
         if not path.is_file():
             load = lambda subject=subject: pool.get(subject)  # noqa: E731
-            measure(subject, load, material, recipe.evaluation, options.progress).write(path)
+            measure(subject, load, bench, is_base=not index).write(path)
         found[subject.name] = Measured.read(path)
+    if store.found:
+        options.progress.note(
+            f"{store.found} of {store.found + store.made} parts were scored before and taken from the cache; "
+            "--set evaluation.cache=false scores everything again"
+        )
     return found
+
+
+def torch_stack(rows: Sequence[Any]) -> Any:
+    """Rows of equal length as one tensor."""
+    import torch
+
+    return torch.stack(list(rows))
 
 
 def _time_all(
     subjects: Sequence[Subject], pool: ModelPool, material: Material, recipe: Recipe, options: RunOptions
-) -> dict[str, list[Timing]]:
-    """Times all models in turn if they fit into memory together, else one after the other."""
+) -> list[GridPoint]:
+    """Times all models in turn if they fit into memory together, else one after the other; the recipe's point first."""
     spec = recipe.evaluation.speed
     if not spec.enabled:
-        return {}
-    prompt = prompt_tokens(material.text.tokens, spec.batch, spec.prompt)
-    found: dict[str, list[Timing]] = {}
-    with options.progress.track("speed", len(subjects) * (spec.repeats + 1)) as advance:
+        return []
+    points = list(
+        dict.fromkeys(
+            (batch, context) for batch in (spec.batch, *spec.batches) for context in (spec.prompt, *spec.contexts)
+        )
+    )
+    found = [GridPoint(batch, context, {}) for batch, context in points]
+    rounds = len(subjects) * (spec.repeats + 1) + (len(subjects) > 1)
+    with options.progress.track("speed", len(points) * rounds) as advance:
         for subject in subjects:
             pool.get(subject)
         groups = [subjects] if pool.together else [[subject] for subject in subjects]
         for group in groups:
             models = {subject.name: pool.get(subject) for subject in group}
-            found |= measure_speed(models, prompt, new=spec.new, repeats=spec.repeats, advance=advance)
+            for point in found:
+                prompt = prompt_tokens(material.text.tokens, point.batch, point.context)
+                timings = measure_speed(models, prompt, new=spec.new, repeats=spec.repeats, advance=advance)
+                point.timings.update(timings)
             # Nothing may hold a model that the pool has to drop before the next one fits.
             del models
-    return found
-
-
-def _results(
-    recipe: Recipe,
-    subjects: Sequence[Subject],
-    material: Material,
-    measured: dict[str, Measured],
-    timings: dict[str, list[Timing]],
-    pool: ModelPool,
-    notes: list[str],
-) -> dict[str, Any]:
-    shown = list(material.tasks.members)
-    models: dict[str, Any] = {}
-    for subject in subjects:
-        base = None if subject.name == BASE else measured[BASE]
-        control = measured.get(CONTROL) if subject.name not in (BASE, CONTROL) else None
-        entry = _model_entry(subject, measured[subject.name], base, control, shown)
-        if timings:
-            entry["cost"] |= figures.speed_figures(
-                timings[subject.name],
-                None if base is None else timings[BASE],
-                batch=recipe.evaluation.speed.batch,
-                new=recipe.evaluation.speed.new,
-            )
-        models[subject.name] = entry
-        entry["verdict"] = None if base is None else verdict(subject.name, models[BASE], entry)
-    return {
-        "schema": figures.SCHEMA,
-        "models": models,
-        "tasks": shown,
-        "settings": _settings(recipe, material, pool, bool(timings)),
-        "notes": [*notes, *_limits(measured, pool)],
-    }
-
-
-def _model_entry(
-    subject: Subject, own: Measured, base: Measured | None, control: Measured | None, shown: Sequence[str]
-) -> dict[str, Any]:
-    tasks, quality = _scores(own, base, shown)
-    if control is not None:
-        compared_tasks, compared = _scores(own, control, shown)
-        quality = {key: figures.against_control(entry, compared[key]) for key, entry in quality.items()}
-        tasks = {
-            task: {key: figures.against_control(entry, compared_tasks[task][key]) for key, entry in metrics.items()}
-            for task, metrics in tasks.items()
-        }
-    return {
-        "role": subject.role,
-        "path": str(subject.source.name),
-        "fingerprint": subject.source.fingerprint,
-        "dtype": own.size.dtype,
-        "dtype_on_disk": own.size.dtype_on_disk,
-        "attention": own.size.attention,
-        "layers": own.size.kinds,
-        "quality": quality,
-        "tasks": tasks,
-        "cost": figures.size_figures(own, base),
-    }
-
-
-def _scores(own: Measured, other: Measured | None, shown: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of tasks, and of quality with the mean accuracy, compared with another model where one is given."""
-    tasks = {
-        task: {
-            metric: figures.task_figure(metric, scores, other and other.tasks[task][metric])
-            for metric, scores in metrics.items()
-        }
-        for task, metrics in own.tasks.items()
-    }
-    quality = figures.quality_figures(own, other)
-    accuracy = figures.mean_accuracy(tasks, shown)
-    return tasks, quality if accuracy is None else {**quality, "accuracy": accuracy}
-
-
-def _settings(recipe: Recipe, material: Material, pool: ModelPool, timed: bool) -> dict[str, Any]:
-    import torch
-
-    spec = recipe.evaluation
-    text, responses = material.text, material.responses
-    speed = {
-        "device": describe_device(pool.device),
-        "threads": torch.get_num_threads(),
-        "cache": "dynamic",
-        "compiled": False,
-        "prompt": spec.speed.prompt,
-        "new": spec.speed.new,
-        "batch": spec.speed.batch,
-        "repeats": spec.speed.repeats,
-        "interleaved": pool.together,
-    }
-    return {
-        "text": {"windows": len(text), "length": spec.length, "sources": [each.source for each in recipe.data.text]},
-        "responses": {
-            "rows": len(responses),
-            "tokens": sum(int((labels[1:] >= 0).sum()) for labels in responses.labels),
-            "sources": [each.source for each in recipe.data.train],
-        },
-        "tasks": {"names": list(material.tasks.members), "limit": spec.limit, "chat_template": False},
-        "batch": {"sequences": spec.batch_size},
-        "speed": speed if timed else None,
-    }
-
-
-def _limits(measured: dict[str, Measured], pool: ModelPool) -> list[str]:
-    """What a reader has to know before comparing."""
-    found = []
-    for attribute, words in (
-        ("dtype", "run in different dtypes, which changes scores, cache and speed; use --set model.dtype=…"),
-        ("dtype_on_disk", "are stored in different dtypes; compare parameters, not bytes on disk"),
-        ("attention", "use different attention backends; use --set model.attention=…"),
-    ):
-        values = {name: getattr(one.size, attribute) for name, one in measured.items()}
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"{name} {value}" for name, value in values.items())
-            found.append(f"The models {words} ({listed}).")
-    if not pool.together:
-        found.append("The models do not fit into memory together, so speed was measured one model after the other.")
     return found
 
 
@@ -289,7 +269,7 @@ def _evaluation(directory: Path, results: dict[str, Any]) -> Evaluation:
     files = f"Report: {directory / REPORT}; plot: {directory / report.PLOT}; all figures: {directory / RESULTS}"
     return Evaluation(
         title=f"{len(results['models'])} models compared" if sentences else "Only the base was measured",
-        tables=report.tables(results),
+        tables=[*report.tables(results), *report.length_tables(results)],
         notes=[*sentences, *results["notes"], files],
         directory=directory,
         results=results,

@@ -1,20 +1,36 @@
 """Figures with their uncertainty, and `results.json`.
 
-Schema of `results.json` (`"schema": 1`):
+Schema of `results.json` (`"schema": 2`):
 
-    schema    1
+    schema    2
     models    one entry per model, the base first, keyed by its name (`base`, `control`, `converted`, `trained`, or as
               given); the control is the base after the training that the trained model has had
       role, path, fingerprint    what it is, where it came from, which weights
       dtype, dtype_on_disk, attention    of the loaded weights and cache; of the files; the backend
       layers                     number of layers of each kind, such as {"own": 24, "softmax": 6}
-      quality    perplexity, text_loss, response_loss, and accuracy (mean over the tasks that have `acc`): figures
+      quality    perplexity, text_loss, response_loss, and accuracy (mean of `acc` or `exact_match`
+                 over the tasks that have either): figures
       tasks      {task: {metric: figure}}; metrics as in lm-evaluation-harness
       cost       parameters, checkpoint_bytes, kv_bytes_per_token, kv_bytes_per_token_predicted and, where speed was
                  measured, time_to_first_token, time_per_output_token, tokens_per_second: figures
+      agreement  with the base on the longest windows (not in the base's entry): kl and top1 (figures: KL(base || model)
+                 of next-token distributions; share of equal greedy tokens), and by_position: edges, kl, top1, where
+                 bucket i holds the positions from edges[i] to edges[i + 1]
+      lengths    [{length, perplexity, stderr, tokens, difference}]: the same text in windows of several lengths;
+                 difference as difference_to_base of a figure
+      retrieval  [{length, correct, items, difference}]: questions answered from a text of that length
       verdict    null for the base; else `quality` (worse, better, mixed, within noise, same, uncertain) and `sentence`
     tasks     entries of the recipe, in the order of the tables; other tasks are members of a group
-    settings  what was tested, how, and for speed: device, threads, cache, prompt, new, batch, repeats, interleaved
+    speed_grid    [{batch, context, new, models: {name: {ttft, tpot, peak_bytes}}}]: ttft and tpot (seconds to the first
+              token, and for each further one) are {median, low, high, ratio_to_base}; the ratio is that of rounds
+              side by side, null for the base and for another dtype or attention backend; peak_bytes is null without
+              CUDA
+    capacity  [{memory_gb, models: {name: {context, batch, at_context, window}}}]: what fits into a memory by the
+              formula in settings: the longest context of one sequence, and the largest batch at a context; null where
+              memory does not limit it
+    identity  what has to be equal in two results before they may be compared: quality, speed
+    settings  what was tested, how, and for speed: device, threads, cache, compiled, prompt, new, batch,
+              repeats, warm_up, interleaved
     notes     what was left out, and what limits a comparison
 
     A figure is
@@ -24,10 +40,11 @@ Schema of `results.json` (`"schema": 1`):
       stderr    standard error of value over that sample; null where there is none
       range     [smallest, largest] round, for times, whose value is the median; else null
       better    higher, lower, or null
-      difference_to_base    {value, stderr}: the model minus the base, *paired* on the same rows or items, so that its
-                            stderr is much smaller than that of either value; stderr is null for exact counts, times,
-                            and metrics that are no means over items; all null for the base, and for bytes of another
-                            dtype than the base's
+      difference_to_base    {value, stderr, interval, method}: the model minus the base, *paired* on the same rows or
+                            items, so that its stderr is much smaller than that of either value; interval is the 95 %
+                            interval [low, high] and method says how it was made (see `intervals`); all three are null
+                            for exact counts, times, and metrics that are no means over items; the whole is null for the
+                            base, and for bytes of another dtype than the base's
       difference_to_control    the same against the control, for scores of all other models but the base where there
                             is a control; else null
       ratio_to_base         the model divided by the base (for times the median of the ratios of the interleaved
@@ -38,11 +55,21 @@ Schema of `results.json` (`"schema": 1`):
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.evaluation.intervals import (
+    EXPONENTIAL,
+    IDENTITY,
+    LARGEST_LOSS,
+    Difference,
+    mean_difference,
+    paired_difference,
+)
+from uniattn_cli.evaluation.speed import ratios
 from uniattn_cli.evaluation.tasks import MetricScores
 from uniattn_cli.heldout import RowLosses
 from uniattn_cli.scoring import summarise
@@ -51,10 +78,7 @@ if TYPE_CHECKING:
     from uniattn_cli.evaluation.measured import Measured
     from uniattn_cli.evaluation.speed import Timing
 
-SCHEMA = 1
-# Differences of at most this many standard errors are called noise: about 95 % of those that are.
-NOISE = 2.0
-LARGEST_LOSS = 700.0  # e to this is still a float
+SCHEMA = 2
 
 FigureDict = dict[str, Any]
 
@@ -91,10 +115,6 @@ def quality_figures(model: Measured, base: Measured | None) -> dict[str, FigureD
 
 def _loss_figure(losses: RowLosses, base: RowLosses | None, of: str) -> FigureDict:
     loss = _summary(losses.sums, losses.counts)
-    difference = None
-    if base is not None:
-        paired = _summary([a - b for a, b in zip(losses.sums, base.sums, strict=True)], losses.counts)
-        difference = {"value": paired.mean, "stderr": _known(paired.stderr)}
     return figure(
         loss.mean,
         "nats per token",
@@ -102,21 +122,20 @@ def _loss_figure(losses: RowLosses, base: RowLosses | None, of: str) -> FigureDi
         n=loss.windows,
         of=of,
         stderr=_known(loss.stderr),
-        difference_to_base=difference,
+        difference_to_base=_difference_of_losses(losses, base, IDENTITY),
     )
 
 
+def _difference_of_losses(losses: RowLosses, base: RowLosses | None, transform: str) -> dict[str, Any] | None:
+    if base is None:
+        return None
+    return paired_difference(losses.sums, base.sums, losses.counts, transform=transform).to_dict()
+
+
 def _perplexity_figure(losses: RowLosses, base: RowLosses | None) -> FigureDict:
-    """Standard errors by linearising the exponential; in the difference row by row, so that what is shared cancels."""
-    loss, perplexity, residuals = _linearised(losses)
-    difference = None
-    if base is not None:
-        _, base_perplexity, base_residuals = _linearised(base)
-        paired = [a - b for a, b in zip(residuals, base_residuals, strict=True)]
-        difference = {
-            "value": perplexity - base_perplexity,
-            "stderr": _known(_summary(paired, losses.counts).stderr),
-        }
+    """The standard error is that of the loss, carried through the exponential."""
+    loss = _summary(losses.sums, losses.counts)
+    perplexity = math.exp(min(loss.mean, LARGEST_LOSS))
     return figure(
         perplexity,
         "perplexity",
@@ -124,17 +143,8 @@ def _perplexity_figure(losses: RowLosses, base: RowLosses | None) -> FigureDict:
         n=loss.windows,
         of="windows",
         stderr=_known(loss.stderr * perplexity),
-        difference_to_base=difference,
+        difference_to_base=_difference_of_losses(losses, base, EXPONENTIAL),
     )
-
-
-def _linearised(losses: RowLosses) -> tuple[Any, float, list[float]]:
-    loss = _summary(losses.sums, losses.counts)
-    perplexity = math.exp(min(loss.mean, LARGEST_LOSS))
-    residuals = [
-        perplexity * (total - loss.mean * count) for total, count in zip(losses.sums, losses.counts, strict=True)
-    ]
-    return loss, perplexity, residuals
 
 
 def _summary(sums: Sequence[float], counts: Sequence[int]) -> Any:
@@ -147,23 +157,73 @@ def _known(stderr: float) -> float | None:
     return stderr if math.isfinite(stderr) else None
 
 
+def length_figures(model: Measured, base: Measured | None) -> dict[str, Any]:
+    """What depends on length: agreement with the base by position, perplexity, and the retrieval probe."""
+    found: dict[str, Any] = {}
+    agreement = model.agreement
+    if agreement is not None:
+        windows = {"n": len(agreement.kl), "of": "windows"}
+        found["agreement"] = {
+            "kl": figure(
+                statistics.fmean(agreement.kl), "nats per token", "lower", stderr=mean_stderr(agreement.kl), **windows
+            ),
+            "top1": figure(
+                statistics.fmean(agreement.top1), "share", "higher", stderr=mean_stderr(agreement.top1), **windows
+            ),
+            "by_position": {
+                "edges": agreement.edges,
+                "kl": agreement.kl_by_position,
+                "top1": agreement.top1_by_position,
+            },
+        }
+    found["lengths"] = []
+    for length, losses in sorted(model.lengths.items()):
+        entry = _perplexity_figure(losses, base and base.lengths[length])
+        found["lengths"].append(
+            {
+                "length": length,
+                "perplexity": entry["value"],
+                "stderr": entry["stderr"],
+                "tokens": sum(losses.counts),
+                "difference": entry["difference_to_base"],
+            }
+        )
+    found["retrieval"] = []
+    for length, correct in sorted(model.retrieval.items()):
+        difference = base and paired_difference(correct, base.retrieval[length]).to_dict()
+        found["retrieval"].append(
+            {"length": length, "correct": sum(correct), "items": len(correct), "difference": difference}
+        )
+    return found
+
+
 def task_figure(metric: str, scores: MetricScores, base: MetricScores | None) -> FigureDict:
-    """A metric of a task; its difference is paired where the metric is a mean over items."""
+    """A metric of a task; its difference is paired where the metric follows from scores of the items."""
     difference = None
-    if base is not None:
-        stderr = None
-        if scores.values is not None and base.values is not None:
-            stderr = mean_stderr([a - b for a, b in zip(scores.values, base.values, strict=True)])
-        difference = {"value": scores.value - base.value, "stderr": stderr}
+    if base is not None and scores.values is not None and base.values is not None:
+        difference = paired_difference(scores.values, base.values, scores.weights, transform=scores.transform)
+        # The harness's own value, to the last digit.
+        difference = dataclasses.replace(difference, value=scores.value - base.value)
+    elif base is not None:
+        difference = Difference(scores.value - base.value, None, None, None)
     return figure(
         scores.value,
         "share" if metric.startswith(("acc", "exact_match")) else metric.partition(",")[0],
         "higher" if scores.higher_is_better else "lower",
         n=scores.n,
         of="items",
-        stderr=None if scores.values is None else mean_stderr(scores.values),
-        difference_to_base=difference,
+        stderr=_metric_stderr(scores),
+        difference_to_base=difference and difference.to_dict(),
     )
+
+
+def _metric_stderr(scores: MetricScores) -> float | None:
+    if scores.values is None:
+        return None
+    if scores.weights is None and scores.transform == IDENTITY:
+        return mean_stderr(scores.values)
+    summary = _summary(scores.values, scores.weights or [1] * len(scores.values))
+    return _known(summary.stderr * (scores.value if scores.transform == EXPONENTIAL else 1))
 
 
 def mean_stderr(values: Sequence[float]) -> float | None:
@@ -172,17 +232,13 @@ def mean_stderr(values: Sequence[float]) -> float | None:
 
 
 def mean_accuracy(tasks: dict[str, dict[str, FigureDict]], names: Sequence[str]) -> FigureDict | None:
-    """Mean of `acc` over tasks, each weighing the same; None if no task has it."""
-    figures = [tasks[name]["acc"] for name in names if "acc" in tasks[name]]
+    """Mean of `acc` or `exact_match` over tasks, each weighing the same; None if no task has either."""
+    found = (tasks[name].get("acc", tasks[name].get("exact_match")) for name in names)
+    figures = [entry for entry in found if entry is not None]
     if not figures:
         return None
     pairs = [entry["difference_to_base"] for entry in figures]
-    difference = None
-    if None not in pairs:
-        difference = {
-            "value": statistics.fmean(pair["value"] for pair in pairs),
-            "stderr": _stderr_of_mean([pair["stderr"] for pair in pairs]),
-        }
+    difference = None if None in pairs else mean_difference([Difference(**pair) for pair in pairs]).to_dict()
     return figure(
         statistics.fmean(entry["value"] for entry in figures),
         "share",
@@ -216,7 +272,7 @@ def size_figures(model: Measured, base: Measured | None) -> dict[str, FigureDict
             value,
             unit,
             "lower",
-            difference_to_base=None if against is None else {"value": value - against, "stderr": None},
+            difference_to_base=None if against is None else Difference(value - against, None, None, None).to_dict(),
             ratio_to_base=value / against if against else None,
         )
     return found
@@ -225,7 +281,11 @@ def size_figures(model: Measured, base: Measured | None) -> dict[str, FigureDict
 def speed_figures(
     rounds: Sequence[Timing], base: Sequence[Timing] | None, *, batch: int, new: int
 ) -> dict[str, FigureDict]:
-    """Medians and ranges over rounds; the ratio is the median of the ratios of rounds that ran side by side."""
+    """Medians and ranges over rounds; the ratio is the median of the ratios of rounds that ran side by side.
+
+    Args:
+        base: of the base; None for the base itself, and for a model of another dtype or attention backend.
+    """
     quantities: dict[str, tuple[str, str, Callable[[Timing], float]]] = {
         "time_to_first_token": ("seconds", "lower", lambda timing: timing.first),
         "time_per_output_token": ("seconds", "lower", lambda timing: timing.rest / (new - 1)),
@@ -238,8 +298,8 @@ def speed_figures(
         difference = ratio = None
         if base is not None:
             against = [of(timing) for timing in base]
-            ratio = statistics.median(a / b for a, b in zip(values, against, strict=True))
-            difference = {"value": median - statistics.median(against), "stderr": None}
+            ratio = statistics.median(ratios(rounds, base, of))
+            difference = Difference(median - statistics.median(against), None, None, None).to_dict()
         found[name] = figure(
             median,
             unit,

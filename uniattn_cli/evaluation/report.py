@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from uniattn_cli.evaluation.subjects import BASE
-from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_range, as_ratio, as_value
+from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_interval, as_range, as_ratio, as_value, number
 from uniattn_cli.tables import Table, to_markdown
 
 # Models beside the base in one table; more make further tables, each with the base again.
@@ -20,14 +21,15 @@ COSTS = {
 }
 DIFFERENCE = "  − base, paired"
 AGAINST_CONTROL = "  − control, paired"
+INTERVAL = "  95 % interval"
 RATIO = "  ÷ base"
 RANGE = "  smallest–largest"
 PLOT = "quality_vs_kv.png"
 EXPLANATION = (
-    "± is one standard error. The lines “− base, paired” give the difference to the base on the same rows or items; "
-    "within two of its standard errors it counts as noise. The control is the base after the same training; "
-    "“− control, paired” is what sharing costs. Times are medians over rounds, and what is divided by the "
-    "base are rounds that ran side by side. Tokens per second are counted after the first token."
+    "± is one standard error. The lines “− base, paired” give the difference to the base on the same rows or items, "
+    "and below it its 95 % interval; where that holds zero, the difference counts as noise. The control is the base "
+    "after the same training; “− control, paired” is what sharing costs. Times are medians over rounds, and what is "
+    "divided by the base are rounds that ran side by side. Tokens per second are counted after the first token."
 )
 
 
@@ -40,6 +42,18 @@ def tables(results: dict[str, Any]) -> list[Table]:
         columns = ["", *map(short, names)]
         found.append(Table("Quality (± standard error)", columns, _quality_rows(results, names)))
         found.append(Table("Cost", columns, _cost_rows(results, names)))
+    return found
+
+
+def length_tables(results: dict[str, Any]) -> list[Table]:
+    """Perplexity, retrieval and agreement with the base by length, one column per model; none where not measured."""
+    others = [name for name in results["models"] if name != BASE]
+    found = []
+    for start in range(0, max(len(others), 1), BESIDE):
+        names = [BASE, *others[start : start + BESIDE]]
+        rows = _length_rows(results, names)
+        if rows:
+            found.append(Table("By length, and agreement with the base", ["", *map(short, names)], rows))
     return found
 
 
@@ -73,6 +87,74 @@ def _cost_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str]]
     return rows
 
 
+def _length_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Perplexity and retrieval at each length, and how often and how far models differ from the base."""
+    models = [results["models"][name] for name in names]
+    rows = []
+    for entries in zip(*(model["lengths"] for model in models), strict=True):
+        cells = [f"{number(entry['perplexity'], 2)}" for entry in entries]
+        rows.append([f"perplexity at {entries[0]['length']:,} tokens", *cells])
+    for entries in zip(*(model["retrieval"] for model in models), strict=True):
+        cells = [f"{entry['correct']} of {entry['items']}" for entry in entries]
+        rows.append([f"codes found in {entries[0]['length']:,} tokens", *cells])
+    agreements = [model.get("agreement") for model in models]
+    if not any(agreements):
+        return rows
+    for key, label in (("kl", "KL to the base, nats"), ("top1", "same greedy token")):
+        rows.append([label, *("" if one is None else as_value(one[key], error=True) for one in agreements)])
+    edges = next(one for one in agreements if one is not None)["by_position"]["edges"]
+    for bucket, (start, end) in enumerate(itertools.pairwise(edges)):
+        cells = ["" if one is None else number(one["by_position"]["kl"][bucket], 3) for one in agreements]
+        rows.append([f"  KL at positions {start:,}–{end - 1:,}", *cells])
+    return rows
+
+
+def grid_table(results: dict[str, Any]) -> Table | None:
+    """Times over batch and context; None where only one point was measured."""
+    grid = results["speed_grid"]
+    if len(grid) < 2:
+        return None
+    rows = []
+    for point in grid:
+        for key, label in (("ttft", "first token"), ("tpot", "each further token")):
+            cells = []
+            for model in point["models"].values():
+                time = model[key]
+                ratio = "" if time["ratio_to_base"] is None else f", {time['ratio_to_base']:.2f}×"
+                low, high = (number(1e3 * time[end], 1) for end in ("low", "high"))
+                cells.append(f"{number(1e3 * time['median'], 1)} ms ({low}–{high}{ratio})")
+            rows.append([f"{point['batch']} × {point['context']:,}: {label}", *cells])
+        peaks = [model["peak_bytes"] for model in point["models"].values()]
+        if None not in peaks:
+            rows.append(
+                [f"{point['batch']} × {point['context']:,}: peak memory", *(f"{peak / 1e9:.2f} GB" for peak in peaks)]
+            )
+    title = "Speed by batch × context: median (smallest–largest, divided by the base's beside it)"
+    return Table(title, ["", *map(short, grid[0]["models"])], rows)
+
+
+def capacity_rows(results: dict[str, Any]) -> Table:
+    """What fits into memory, by formula."""
+    rows = []
+    for entry in results["capacity"]:
+        models = list(entry["models"].values())
+        context = models[0]["at_context"]
+        size = f"{entry['memory_gb']:g} GB"
+        rows.append([f"{size}: longest context", *(_fits(model["context"], model["window"]) for model in models)])
+        rows.append(
+            [f"{size}: largest batch at {context:,} tokens", *(_fits(model["batch"], None) for model in models)]
+        )
+    names = list(results["capacity"][0]["models"]) if results["capacity"] else []
+    return Table("What fits into a given memory, by formula", ["", *map(short, names)], rows)
+
+
+def _fits(value: int | None, window: int | None) -> str:
+    if value is None:
+        return "any"
+    beyond = " (beyond its window)" if window and value > window else ""
+    return f"{value:,}{beyond}"
+
+
 def _rows(
     results: dict[str, Any],
     names: Sequence[str],
@@ -88,6 +170,8 @@ def _rows(
     if len(names) > 1:
         words = DIFFERENCE if compare is as_difference else RATIO
         rows.append([words, "", *map(compare, figures[1:])])
+        if compare is as_difference and any(entry["difference_to_base"]["interval"] for entry in figures[1:]):
+            rows.append([INTERVAL, "", *map(as_interval, figures[1:])])
     against = [entry.get("difference_to_control") and as_difference(entry, "control") for entry in figures]
     if any(against):
         rows.append([AGAINST_CONTROL, *(cell or "" for cell in against)])
@@ -109,6 +193,9 @@ def markdown(results: dict[str, Any], *, command: str) -> str:
         f"![Quality against KV bytes per token]({PLOT})",
         *map(to_markdown, tables(results)),
         EXPLANATION,
+        *map(to_markdown, length_tables(results)),
+        *([to_markdown(grid)] if (grid := grid_table(results)) else []),
+        *([to_markdown(capacity_rows(results)), results["settings"]["capacity"]] if results["capacity"] else []),
         "## Models",
         to_markdown(_models_table(results)),
         "## Settings",

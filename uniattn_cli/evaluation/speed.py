@@ -1,12 +1,14 @@
-"""Time to first token and tokens per second, measured on all models in turn in one process."""
+"""Time to first token and time per output token, measured on all models in turn in one process."""
 
 from __future__ import annotations
 
+import itertools
 import platform
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +24,27 @@ class Timing:
     Attributes:
         first: seconds from the prompt to its first new token.
         rest: seconds for all further new tokens.
+        peak: bytes of memory at the most, the model's own weights included; None where it cannot be measured.
     """
 
     first: float
     rest: float
+    peak: int | None = None
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """All models at one batch size and one length of the prompt.
+
+    Attributes:
+        batch: sequences at once.
+        context: tokens of the prompt.
+        timings: by model, one per round; the first model, with which the others are compared, has one more at the end.
+    """
+
+    batch: int
+    context: int
+    timings: dict[str, list[Timing]]
 
 
 def prompt_tokens(rows: list[torch.Tensor], batch: int, length: int) -> torch.Tensor:
@@ -47,6 +66,9 @@ def measure_speed(
 ) -> dict[str, list[Timing]]:
     """Generates greedily with each model in turn, again and again, so that a slow moment hits them all.
 
+    The first model comes once more at the end, so that each round of the others has it before and after itself, and a
+    machine that grows slower or faster favours nobody.
+
     Args:
         models: by name, all on one device.
         prompt: [batch, tokens].
@@ -55,17 +77,26 @@ def measure_speed(
         advance: told the number of finished generations.
 
     Returns:
-        For each model one `Timing` per round; the n-th ones of all models belong together.
+        For each model one `Timing` per round, for the first one of several another at the end; the n-th ones of all
+        models belong together.
     """
     found: dict[str, list[Timing]] = {name: [] for name in models}
     for model in models.values():
         time_generation(model, prompt, min(new, WARM_UP_TOKENS))
         advance(1)
-    for _ in range(repeats):
-        for name, model in models.items():
-            found[name].append(time_generation(model, prompt, new))
-            advance(1)
+    order = list(models) * repeats
+    for name in [*order, *(order[:1] if len(models) > 1 else [])]:
+        found[name].append(time_generation(models[name], prompt, new))
+        advance(1)
     return found
+
+
+def ratios(rounds: Sequence[Timing], base: Sequence[Timing], of: Callable[[Timing], float]) -> list[float]:
+    """A quantity of each round divided by the base's mean before and after it, or by the base's of the same round."""
+    before = [of(timing) for timing in base]
+    around = [statistics.fmean(pair) for pair in itertools.pairwise(before)]
+    against = around if len(around) == len(rounds) else before
+    return [of(timing) / other for timing, other in zip(rounds, against, strict=True)]
 
 
 def time_generation(model: PreTrainedModel, prompt: torch.Tensor, new: int) -> Timing:
@@ -74,6 +105,7 @@ def time_generation(model: PreTrainedModel, prompt: torch.Tensor, new: int) -> T
     from transformers import DynamicCache
 
     prompt = prompt.to(model.device)
+    before = _reset_peak(model.device)
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
         start = _clock(model.device)
@@ -82,12 +114,61 @@ def time_generation(model: PreTrainedModel, prompt: torch.Tensor, new: int) -> T
         for _ in range(new - 1):
             token = _next_token(model, token, cache)
         end = _clock(model.device)
-    return Timing(first - start, end - first)
+    return Timing(first - start, end - first, _peak(model, before))
 
 
 def _next_token(model: PreTrainedModel, tokens: torch.Tensor, cache: object) -> torch.Tensor:
     output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1:].argmax(-1)
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Bytes in use now, other models included."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(model: PreTrainedModel, before: int) -> int | None:
+    """What the model would have taken alone: its weights, and what was added to the bytes in use.
+
+    Only CUDA counts what PyTorch takes; the size of a process says little about one model in it.
+    """
+    import torch
+
+    if model.device.type != "cuda":
+        return None
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return torch.cuda.max_memory_allocated(model.device) - before + weights
+
+
+def grid_entry(point: GridPoint, comparable: Mapping[str, bool], new: int) -> dict[str, Any]:
+    """One entry of `speed_grid` in `results.json`.
+
+    Args:
+        point: the timings.
+        comparable: for each model whether it may be divided by the first (same dtype and attention backend).
+        new: tokens generated.
+    """
+    base = next(iter(point.timings.values()))
+    quantities: dict[str, Callable[[Timing], float]] = {
+        "ttft": lambda timing: timing.first,
+        "tpot": lambda timing: timing.rest / (new - 1),
+    }
+    models = {}
+    for name, rounds in point.timings.items():
+        entry: dict[str, Any] = {}
+        for key, of in quantities.items():
+            values = [of(timing) for timing in rounds]
+            ratio = statistics.median(ratios(rounds, base, of)) if rounds is not base and comparable[name] else None
+            median = statistics.median(values)
+            entry[key] = {"median": median, "low": min(values), "high": max(values), "ratio_to_base": ratio}
+        peaks = [timing.peak for timing in rounds if timing.peak is not None]
+        models[name] = entry | {"peak_bytes": max(peaks, default=None)}
+    return {"batch": point.batch, "context": point.context, "new": new, "models": models}
 
 
 def _clock(device: torch.device) -> float:

@@ -1,10 +1,12 @@
-"""Tasks through lm-evaluation-harness: built-in and local multiple choice without network, or any of its own tasks."""
+"""Tasks through lm-evaluation-harness: built-in and local ones without network, or any of its own tasks."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -15,8 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.checkpoint import transport_errors
-from uniattn_cli.data import load_choices
 from uniattn_cli.errors import DataError, suggest
+from uniattn_cli.evaluation.intervals import EXPONENTIAL, IDENTITY, LARGEST_LOSS
+from uniattn_cli.evaluation.shapes import local_task
+from uniattn_cli.items import is_local, load_items
+from uniattn_cli.recipe import TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,15 +38,19 @@ class MetricScores:
 
     Attributes:
         value: as the harness aggregates it.
-        values: of each item in order, where `value` is their mean; else None.
+        values: of each item in order, where `value` follows from them; else None.
         higher_is_better: direction.
         n: number of items.
+        weights: of each item; 1 each if None.
+        transform: what makes `value` of the weighted mean; see `intervals`.
     """
 
     value: float
     values: list[float] | None
     higher_is_better: bool
     n: int
+    weights: list[float] | None = None
+    transform: str = IDENTITY
 
 
 TaskScores = dict[str, dict[str, MetricScores]]
@@ -52,14 +61,23 @@ class TaskSet:
     """Tasks that are loaded once and run on every model, so that all see the same items.
 
     Attributes:
-        loaded: what the harness's task manager returned.
+        loaded: the harness's tasks by name.
         members: for each entry of the recipe, by the name it is shown under, the harness's tasks it stands for.
-        digest: identifies local items.
+        digests: for each of the harness's tasks, what identifies its items and settings.
+        chat_template: whether items are put into the tokenizer's chat template.
+        limit: first items of each task; None takes all.
     """
 
     loaded: dict[str, Any] = field(default_factory=dict)
     members: dict[str, list[str]] = field(default_factory=dict)
-    digest: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
+    chat_template: bool = False
+    limit: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Identifies all items and settings."""
+        return hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def harness_installed() -> bool:
@@ -67,53 +85,78 @@ def harness_installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
-def load_tasks(names: Sequence[str]) -> TaskSet:
+def load_tasks(
+    specs: Sequence[TaskSpec], *, limit: int | None = None, fewshot: int | None = None, chat_template: bool = False
+) -> TaskSet:
     """Loads the recipe's tasks.
 
     Args:
-        names: `builtin:NAME`, local .jsonl files, or tasks, groups and tags of the harness.
+        specs: built-in tasks, local files, or tasks, groups and tags of the harness.
+        limit: first items of each task; None takes all.
+        fewshot: solved items in front of each item; None takes the task's own number.
+        chat_template: put the items into the tokenizer's chat template.
 
     Raises:
         DataError: an unknown task, items that cannot be read, or a data set that cannot be downloaded.
     """
-    local = {name: load_choices(name) for name in dict.fromkeys(names) if is_local(name)}
-    foreign = [name for name in dict.fromkeys(names) if name not in local]
+    specs = list(dict.fromkeys(specs))
+    local = {spec: load_items(spec) for spec in specs if is_local(spec.source)}
+    foreign = [spec for spec in specs if spec not in local]
     labels = _labels(list(local))
+    loaded, members = {}, {}
     with quiet_harness():
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_defaults=bool(foreign))
-        _check_known(foreign, manager.all_tasks)
+        _check_known([spec.source for spec in foreign], manager.all_tasks)
         # As the harness's own entry point does: some tasks shuffle their choices when they are loaded.
         random.seed(0)
-        specs = [_choice_task(labels[name], items) for name, items in local.items()]
-        members = {labels[name]: [labels[name]] for name in local}
-        loaded = {"tasks": {}, "groups": {}, "group_map": {}}
-        for spec in (*specs, *foreign):
-            found = _load_task(manager, spec)
-            if isinstance(spec, str):
-                members[spec] = list(found["tasks"])
-            for key, entries in found.items():
-                loaded[key].update(entries)
-    for name, task in loaded["tasks"].items():
-        _prepare(name, task)
-    digest = hashlib.sha256(json.dumps(local, sort_keys=True).encode()).hexdigest()[:16]
-    return TaskSet(loaded, members, digest)
+        for spec in (*local, *foreign):
+            name = labels.get(spec, spec.source)
+            found = _load_task(manager, local_task(name, *local[spec], spec) if spec in local else name)["tasks"]
+            for key, task in found.items():
+                _prepare(key, task, fewshot if spec.fewshot is None else spec.fewshot)
+            members[name] = list(found)
+            loaded |= found
+    digests = {name: _digest(task, limit, chat_template) for name, task in loaded.items()}
+    for spec, (_, items) in local.items():
+        # Built from functions, which have no text of their own.
+        settings = json.dumps([digests[labels[spec]], items, dataclasses.asdict(spec)], sort_keys=True)
+        digests[labels[spec]] = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return TaskSet(loaded, members, digests, chat_template, limit)
 
 
-def is_local(name: str) -> bool:
-    """Whether a task of the recipe comes from the built-in corpus or from a file."""
-    return name.startswith(BUILTIN_PREFIX) or name.endswith((".jsonl", ".json")) or Path(name).is_file()
-
-
-def _labels(names: list[str]) -> dict[str, str]:
-    """Short names to show: of the built-in task or of the file, or the whole entry where two would be the same."""
-    short = {
-        name: name.removeprefix(BUILTIN_PREFIX) if name.startswith(BUILTIN_PREFIX) else Path(name).stem
-        for name in names
+def _digest(task: Any, limit: int | None, chat_template: bool) -> str:
+    """Identifies what a task of the harness asks: its settings and the items up to the limit."""
+    items = itertools.islice(iter(task.eval_docs), limit)
+    config = {
+        key: value for key, value in task.dump_config().items() if isinstance(value, (str, int, float, list, dict))
     }
+    parts = [str(task.VERSION), config, limit, chat_template, *items]
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part, sort_keys=True, default=_name_of).encode())
+    return found.hexdigest()[:16]
+
+
+def _name_of(value: Any) -> str:
+    # Addresses of functions and objects differ from process to process.
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _labels(specs: list[TaskSpec]) -> dict[TaskSpec, str]:
+    """Short names to show: as given, of the built-in task or of the file; the source where two would be the same."""
+    short = {spec: spec.name or _short(spec.source) for spec in specs}
     found = list(short.values())
-    return {name: label if found.count(label) == 1 else name for name, label in short.items()}
+    labels = {spec: label if found.count(label) == 1 else spec.source for spec, label in short.items()}
+    twice = [label for label in labels.values() if list(labels.values()).count(label) > 1]
+    if twice:
+        raise DataError(f"evaluation.tasks: '{twice[0]}' is there twice with different settings; give each a `name`")
+    return labels
+
+
+def _short(source: str) -> str:
+    return source.removeprefix(BUILTIN_PREFIX) if source.startswith(BUILTIN_PREFIX) else Path(source).stem
 
 
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
@@ -121,26 +164,8 @@ def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
         if name not in known:
             raise DataError(
                 f"evaluation.tasks: '{name}' is not a task of lm-evaluation-harness{suggest(name, known)}; "
-                "`lm_eval ls tasks` lists them, built-in ones begin with 'builtin:', local ones end in .jsonl"
+                "`lm_eval ls tasks` lists them, built-in ones begin with 'builtin:', local ones end in .jsonl or .txt"
             )
-
-
-def _choice_task(name: str, items: list[dict]) -> dict[str, Any]:
-    """An inline task of the harness: the choice whose likelihood after the query is largest, as it is or per byte."""
-    import datasets
-
-    return {
-        "task": name,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "query",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
-    }
 
 
 def _load_task(manager: Any, spec: str | dict) -> dict[str, Any]:
@@ -155,49 +180,64 @@ def _load_task(manager: Any, spec: str | dict) -> dict[str, Any]:
         ) from None
 
 
-def _prepare(name: str, task: Any) -> None:
+def _prepare(name: str, task: Any, fewshot: int | None) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise DataError(f"evaluation.tasks: '{name}' runs code that the model writes; evaluate it with lm_eval itself")
-    if task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    own = task.get_config("num_fewshot")
+    if fewshot is None:
+        task.set_config(key="num_fewshot", value=own or 0)
+    elif own != 0:
+        # As in the harness: a task that sets 0 itself means it.
+        task.set_config(key="num_fewshot", value=fewshot)
+    items = len(list(itertools.islice(iter(task.eval_docs), (fewshot or 0) + 1)))
+    if items <= (fewshot or 0) and not task.has_training_docs():
+        raise DataError(f"evaluation.tasks: '{name}' has {items} items, too few for {fewshot} solved ones before each")
 
 
-def run_tasks(
+def run_task(
     tasks: TaskSet,
+    name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int,
-    limit: int | None,
     advance: Callable[[int], None] = lambda steps: None,
-) -> TaskScores:
-    """Runs all tasks on one model, without chat template, exactly as `lm_eval --model hf` does.
+) -> dict[str, MetricScores]:
+    """Runs one task on one model, exactly as `lm_eval --model hf --tasks NAME` does.
+
+    Each task runs alone, so that its scores do not depend on which others the recipe names: the harness batches the
+    items of all tasks together, and in bfloat16 the company that a sequence has in its batch moves its last digits.
 
     Args:
-        limit: first items of each task; None takes all.
+        name: a key of `tasks.loaded`.
         advance: told the number of finished sequences.
     """
-    if not tasks.members:
-        return {}
+    task = tasks.loaded[name]
+    # Examples are drawn from a generator that goes on from model to model unless it is set again.
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
     with quiet_harness(), _without_cache(model):
         from lm_eval.evaluator import evaluate
 
         found = evaluate(
             _harness_model(model, tokenizer, batch_size, advance),
-            tasks.loaded,
-            limit=limit,
+            {"tasks": {name: task}, "groups": {}, "group_map": {}},
+            limit=tasks.limit,
             bootstrap_iters=0,
             log_samples=True,
+            apply_chat_template=tasks.chat_template,
+            fewshot_as_multiturn=True,
         )
-    scores = {}
-    for name in tasks.loaded["tasks"]:
-        better = found["higher_is_better"].get(name, {})
-        scores[name] = _metrics(found["results"][name], found["samples"][name], better)
-    for name, members in tasks.members.items():
-        if name not in scores:
-            scores[name] = _pooled([scores[member] for member in members])
-    return scores
+    return _metrics(found["results"][name], found["samples"][name], found["higher_is_better"].get(name, {}))
+
+
+def with_groups(tasks: TaskSet, scores: TaskScores) -> TaskScores:
+    """Adds, for each entry of the recipe that stands for several tasks, their metrics over the items of all."""
+    pooled = {
+        name: _pooled([scores[member] for member in members])
+        for name, members in tasks.members.items()
+        if name not in scores
+    }
+    return scores | pooled
 
 
 def _harness_model(model: Any, tokenizer: Any, batch_size: int, advance: Callable[[int], None]) -> Any:
@@ -226,15 +266,29 @@ def _metrics(results: dict[str, Any], samples: list[dict], better: dict[str, boo
         metric, comma, chosen = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        rows = [sample for sample in samples if sample["filter"] == chosen]
-        values = [row.get(metric) for row in rows]
-        is_mean = bool(values) and all(isinstance(item, (bool, int, float)) for item in values)
-        if is_mean:
-            values = [float(item) for item in values]
-            is_mean = math.isclose(sum(values) / len(values), value, rel_tol=1e-9, abs_tol=1e-12)
+        rows = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
         name = metric if chosen == "none" else key
-        found[name] = MetricScores(float(value), values if is_mean else None, better.get(metric, True), len(rows))
+        found[name] = _from_items(metric, float(value), rows, better.get(metric, True))
     return found
+
+
+def _from_items(metric: str, value: float, rows: list[Any], higher_is_better: bool) -> MetricScores:
+    """Scores of the items, where the harness's value is seen to follow from them."""
+    values = weights = None
+    if rows and all(isinstance(row, (bool, int, float)) for row in rows):
+        values = [float(row) for row in rows]
+    elif rows and all(isinstance(row, (tuple, list)) and len(row) == 2 for row in rows):
+        values, weights = [float(row[0]) for row in rows], [float(row[1]) for row in rows]
+    if values is not None:
+        total = sum(values) / (sum(weights) if weights else len(values))
+        # A mean; a perplexity from log-likelihoods; or bits from them.
+        for factor, transform in ((1.0, IDENTITY), (-1.0, EXPONENTIAL), (-1 / math.log(2), IDENTITY)):
+            mean = factor * total
+            expected = math.exp(min(mean, LARGEST_LOSS)) if transform == EXPONENTIAL else mean
+            if math.isclose(expected, value, rel_tol=1e-9, abs_tol=1e-12):
+                scaled = values if factor == 1 else [factor * item for item in values]
+                return MetricScores(value, scaled, higher_is_better, len(rows), weights, transform)
+    return MetricScores(value, None, higher_is_better, len(rows))
 
 
 def _pooled(members: list[dict[str, MetricScores]]) -> dict[str, MetricScores]:
@@ -242,10 +296,15 @@ def _pooled(members: list[dict[str, MetricScores]]) -> dict[str, MetricScores]:
     found = {}
     for metric in members[0]:
         parts = [scores.get(metric) for scores in members]
-        if all(part is not None and part.values is not None for part in parts):
+        # Perplexities of different tasks are not of one text, and are not pooled.
+        if all(part is not None and part.values is not None and _is_plain_mean(part) for part in parts):
             values = [value for part in parts for value in part.values]
             found[metric] = MetricScores(sum(values) / len(values), values, parts[0].higher_is_better, len(values))
     return found
+
+
+def _is_plain_mean(scores: MetricScores) -> bool:
+    return scores.weights is None and scores.transform == IDENTITY
 
 
 @contextlib.contextmanager

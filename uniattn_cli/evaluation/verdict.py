@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from uniattn_cli.evaluation.figures import NOISE, FigureDict
+from uniattn_cli.evaluation.figures import FigureDict
 from uniattn_cli.evaluation.wording import as_difference, as_value
 
 JUDGED = {"perplexity": "perplexity", "response_loss": "loss on responses", "accuracy": "accuracy"}
 SUMMARIES = {
-    "same": "every score equals the base's",
+    "same": "within noise of the base: every score equals it",
     "within noise": "as good as the base, within noise",
     "worse": "worse than the base",
     "better": "better than the base",
@@ -19,13 +19,20 @@ SUMMARIES = {
 
 
 def judge(entry: FigureDict, other: str = "base") -> str:
-    """`same`, `within noise`, `better`, `worse`, or `uncertain` where there is no standard error."""
+    """`same`, `within noise`, `better`, `worse`, or `uncertain` where there is no interval.
+
+    A difference is noise if its 95 % interval holds zero.
+
+    Args:
+        other: what it is compared with, the base or the control.
+    """
     difference = entry[f"difference_to_{other}"]
     if difference["value"] == 0 and not difference["stderr"]:
         return "same"
-    if difference["stderr"] is None:
+    if difference["interval"] is None:
         return "uncertain"
-    if abs(difference["value"]) <= NOISE * difference["stderr"]:
+    low, high = difference["interval"]
+    if low <= 0 <= high:
         return "within noise"
     return "better" if (difference["value"] > 0) == (entry["better"] == "higher") else "worse"
 
@@ -67,7 +74,7 @@ def verdict(name: str, base: dict[str, Any], model: dict[str, Any]) -> dict[str,
         _change(cost["kv_bytes_per_token"], "less", "KV cache per token"),
         _change(cost["parameters"], "fewer", "parameters"),
     ]
-    if "tokens_per_second" in cost:
+    if cost.get("tokens_per_second", {}).get("ratio_to_base") is not None:
         saved.append(f"{cost['tokens_per_second']['ratio_to_base']:.2f} times the tokens per second")
     sentence = f"{name} is {SUMMARIES[quality]}: " if quality != "same" else f"{name}: {SUMMARIES[quality]}: "
     sentence = f"{sentence}{'; '.join(scores)}. It has {', '.join(saved)}.{_against_control(model)}"

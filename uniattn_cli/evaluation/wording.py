@@ -50,18 +50,30 @@ def as_difference(entry: FigureDict, other: str = "base") -> str:
     """The difference to the base, or the control, with its standard error: `+4.89 ± 0.31`, `−1.0 ± 2.1 points`."""
     factor, decimals, _, unit = _format(entry)
     difference = entry[f"difference_to_{other}"]
-    value = difference["value"] * factor
-    text = ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value), decimals)
+    text = _signed(difference["value"] * factor, decimals)
     if difference["stderr"] is not None:
         text += f" ± {number(difference['stderr'] * factor, decimals)}"
     return text + unit
 
 
+def as_interval(entry: FigureDict) -> str:
+    """The 95 % interval of the difference to the base: `−3.6 to +0.0 points`; empty where there is none."""
+    interval = entry["difference_to_base"]["interval"]
+    if interval is None:
+        return ""
+    factor, decimals, _, unit = _format(entry)
+    return " to ".join(_signed(value * factor, decimals) for value in interval) + unit
+
+
+def _signed(value: float, decimals: int) -> str:
+    return ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value), decimals)
+
+
 def as_ratio(entry: FigureDict) -> str:
-    """The model divided by the base: `80.0 %`, `1.04×` for times and rates, `other dtype` where bytes differ so."""
+    """The model divided by the base: `80.0 %`, `1.04×` for times and rates, and words where none may be formed."""
     ratio = entry["ratio_to_base"]
     if ratio is None:
-        return "other dtype"
+        return "other backend" if "second" in entry["unit"] else "other dtype"
     if "second" in entry["unit"]:
         return f"{ratio:.2f}×"
     return f"{100 * ratio:.1f} %"

@@ -1,0 +1,122 @@
+"""`uniattn sweep` on a tiny model: every point, none twice, and the impossible ones named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import ENVIRONMENT, make_model, settings, write_data
+
+import uniattn_cli.sweeping.sweep as module
+from uniattn_cli.analysis.analyze import analyze
+from uniattn_cli.errors import RecipeError, StageError
+from uniattn_cli.evaluation import measured, store
+from uniattn_cli.options import RunOptions
+from uniattn_cli.rundir import RunDir
+from uniattn_cli.sweeping.sweep import sweep
+
+SETTINGS = settings(evaluation__lengths="[64]", evaluation__length_tokens=128)
+BUDGETS = {"kv": [0.8, 0.3], "solve": ["both", "output"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    """An analysed run directory, in which the test works; scores are kept below `sweep/` only."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    write_data(tmp_path)
+    analyze(str(tmp_path / "model"), overrides=SETTINGS)
+    return tmp_path
+
+
+def test_every_point_is_scored_once(run, monkeypatch):
+    """Interrupted in its second point, the sweep goes on there; run again, it does nothing."""
+    scored, converted = [], []
+    for name in ("row_losses", "base_losses", "compare_with_base", "answer_items"):
+        real = getattr(measured, name)
+        monkeypatch.setattr(measured, name, lambda *a, name=name, real=real, **k: scored.append(name) or real(*a, **k))
+    real = module.convert
+
+    def convert(place, **others):
+        if len(converted) == 1 and "interrupted" not in converted:
+            converted.append("interrupted")
+            raise KeyboardInterrupt
+        converted.append(place.name)
+        return real(place, **others)
+
+    monkeypatch.setattr(module, "convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(run, **BUDGETS, overrides=SETTINGS)
+    found = sweep(run, **BUDGETS, overrides=SETTINGS)
+    points = ["kv0.8-softmax-both", "kv0.8-softmax-output"]
+    assert [name for name in converted if name in points] == points
+    assert list(found.skipped) == ["kv0.3-softmax-both", "kv0.3-softmax-output"]
+    assert all("0.3" in reason for reason in found.skipped.values())
+    assert scored.count("base_losses") == 1, "the base is scored once for all points"
+    assert scored.count("compare_with_base") == len(points)
+    before = len(scored), len(converted)
+    again = sweep(run, **BUDGETS, overrides=SETTINGS)
+    assert (len(scored), len(converted)) == before and again.tables == found.tables
+    rows = [row[0] for row in found.tables[0].rows]
+    assert rows == ["base", *points]
+    results = json.loads((run / "sweep/comparison.json").read_text())
+    assert list(results["models"]) == rows and set(results["pareto"]["perplexity/kv"]) <= set(rows)
+    shares = [results["models"][name]["cost"]["kv_bytes_per_token"]["ratio_to_base"] for name in points]
+    assert all(share <= 0.8 for share in shares)
+    summary = json.loads((run / "sweep/sweep.json").read_text())
+    assert [point["impossible"] is None for point in summary["points"]] == [True, False] * 2
+    assert (run / "sweep/pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_settings_make_a_point_anew_and_weights_may_go(run):
+    sweep(run, followers=[2], discard=True, overrides=SETTINGS)
+    place = RunDir(run / "sweep/followers2-softmax-both")
+    assert place.is_complete("eval") and not place.output("convert").exists()
+    first = json.loads((place.output("eval") / "results.json").read_text())
+    sweep(run, followers=[2], discard=True, overrides=SETTINGS)
+    assert json.loads((place.output("eval") / "results.json").read_text()) == first
+    sweep(run, followers=[2], overrides=[*SETTINGS, "evaluation.tokens=256"])
+    second = json.loads((place.output("eval") / "results.json").read_text())
+    assert second["settings"]["text"]["windows"] != first["settings"]["text"]["windows"]
+    assert place.is_complete("convert")
+
+
+def test_faults_are_told_before_anything_is_done(run):
+    with pytest.raises(RecipeError, match="unknown kind 'sotfmax'"):
+        sweep(run, kv=[0.9], kinds=[["softmax"], ["sotfmax"]], overrides=SETTINGS)
+    with pytest.raises(RecipeError, match=r"layout\.kv must be at most 1"):
+        sweep(run, kv=[0.9, 1.5], overrides=SETTINGS)
+    with pytest.raises(StageError, match="no point of the sweep is possible"):
+        sweep(run, kv=[0.1], overrides=SETTINGS)
+    (run / "analysis/stage.json").unlink()
+    with pytest.raises(StageError, match="analyze"):
+        sweep(run, kv=[0.9], overrides=SETTINGS, options=RunOptions(force=True))
+
+
+@pytest.mark.slow
+def test_kinds_are_searched_thoroughly(run):
+    found = sweep(run, kv=[0.8], kinds=[["softmax"], ["softmax", "kv"]], overrides=SETTINGS)
+    assert [row[0] for row in found.tables[0].rows][1:] == ["kv0.8-softmax-both", "kv0.8-softmax+kv-both"]
+    recipe = (run / "sweep/kv0.8-softmax+kv-both/recipe.yaml").read_text()
+    assert "search: thorough" in recipe
+
+
+def test_the_command(run, uniattn):
+    words = [word for setting in SETTINGS for word in ("--set", setting)]
+    done = uniattn("sweep", "--kv", "0.8,0.2", "--device", "cpu", *words, cwd=run, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 points scored" in done.stdout and "kv0.2-softmax-both" in done.stdout
+    assert "Traceback" not in done.stderr
+    done = uniattn("sweep", "--kv", "much", cwd=run, env=ENVIRONMENT)
+    assert done.returncode == 2 and "not a list of numbers" in done.stderr
+    assert store.cache_directory() is None

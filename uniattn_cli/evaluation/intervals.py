@@ -1,0 +1,135 @@
+"""95 % intervals for differences between two models that were scored on the same rows or items.
+
+Two sorts of scores need two methods. Right or wrong answers: the interval of Bonett and Price (2012) for paired
+proportions, made from the discordant items that McNemar's test counts; it does not shrink to nothing where no item
+differs. Everything else: a studentised bootstrap over rows (Efron and Tibshirani 1993, section 12.5), whose ends lean
+towards the longer tail, as those of losses should.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEVEL = 0.95
+Z = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)
+RESAMPLES = 2000
+# With fewer rows too many resamples hold hardly two different ones, and Student's t is used.
+FEWEST_ROWS = 10
+SEED = 2502
+# Upper 97.5 % points of Student's t for 1 to 9 degrees of freedom.
+STUDENT_POINTS = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MCNEMAR, BOOTSTRAP, STUDENT = "paired proportions (Bonett-Price)", "bootstrap over rows", "Student's t over rows"
+# How a mean becomes the figure: as it is, or perplexity from a mean loss.
+IDENTITY, EXPONENTIAL = "identity", "exponential"
+LARGEST_LOSS = 700.0  # e to this is still a float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference between two models and what is known about it.
+
+    Attributes:
+        value: the model minus the base.
+        stderr: its standard error over rows or items; None for fewer than two.
+        interval: the 95 % interval, lowest and highest; None for fewer than two rows.
+        method: how the interval was made.
+    """
+
+    value: float
+    stderr: float | None
+    interval: tuple[float, float] | None
+    method: str | None
+
+    def to_dict(self) -> dict:
+        """As `results.json` has it."""
+        interval = None if self.interval is None else list(self.interval)
+        return {"value": self.value, "stderr": self.stderr, "interval": interval, "method": self.method}
+
+
+def paired_difference(
+    model: Sequence[float],
+    base: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    transform: str = IDENTITY,
+    resamples: int = RESAMPLES,
+) -> Difference:
+    """f(Σa/Σw) − f(Σb/Σw) for the scores a of a model and b of the base on the same rows.
+
+    Args:
+        model: one score per row, such as a sum of losses over its tokens, or 0 and 1.
+        base: the same rows.
+        weights: such as the tokens of each row; 1 each if None.
+        transform: f, `IDENTITY` or `EXPONENTIAL`.
+        resamples: of the bootstrap.
+    """
+    import numpy
+
+    rows = numpy.array([model, base, weights or [1.0] * len(base)], dtype=numpy.float64)
+    if weights is None and transform == IDENTITY and len(base) > 1 and set(model) | set(base) <= {0, 1}:
+        return _paired_proportions(rows[0] - rows[1])
+    value, stderr = (part.item() for part in _estimate(rows[:, None, :], transform))
+    count = len(base)
+    if count < 2:
+        return Difference(value, None, None, None)
+    if not stderr:
+        return Difference(value, 0.0, (value, value), BOOTSTRAP)
+    if count >= FEWEST_ROWS:
+        picks = numpy.random.default_rng(SEED).integers(0, count, (resamples, count))
+        values, stderrs = _estimate(rows[:, picks], transform)
+        usable = stderrs > 0
+        if usable.mean() > LEVEL:
+            scores = (values[usable] - value) / stderrs[usable]
+            low, high = numpy.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            return Difference(value, stderr, (float(value - high * stderr), float(value - low * stderr)), BOOTSTRAP)
+    half = STUDENT_POINTS[min(count - 1, len(STUDENT_POINTS)) - 1] * stderr
+    return Difference(value, stderr, (value - half, value + half), STUDENT)
+
+
+def _estimate(rows, transform: str):
+    """Difference and linearised standard error of samples [3, samples, rows]: scores, base scores, weights."""
+    import numpy
+
+    model, base, weights = rows
+    count, total = weights.shape[-1], weights.sum(-1)
+    means = numpy.stack([model.sum(-1), base.sum(-1)]) / total
+    if transform == EXPONENTIAL:
+        values = slopes = numpy.exp(numpy.minimum(means, LARGEST_LOSS))
+    else:
+        values, slopes = means, numpy.ones_like(means)
+    residuals = slopes[0][:, None] * (model - means[0][:, None] * weights)
+    residuals -= slopes[1][:, None] * (base - means[1][:, None] * weights)
+    variance = numpy.square(residuals).sum(-1) * count / max(count - 1, 1)
+    return values[0] - values[1], numpy.sqrt(variance) / total
+
+
+def _paired_proportions(differences) -> Difference:
+    """Of differences −1, 0, 1: one more item of each discordant sort is assumed, so that no interval is empty."""
+    count = len(differences)
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    value = (gained - lost) / count
+    stderr = math.sqrt(((gained + lost) / count - value**2) / (count - 1))
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = Z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    middle = up - down
+    return Difference(value, stderr, (max(middle - half, -1.0), min(middle + half, 1.0)), MCNEMAR)
+
+
+def mean_difference(parts: Sequence[Difference]) -> Difference:
+    """The mean of independent differences, such as those of several tasks.
+
+    The distances from value to the ends are combined as standard errors are (MOVER; Zou and Donner 2008).
+    """
+    value = statistics.fmean(part.value for part in parts)
+    stderrs = [part.stderr for part in parts]
+    stderr = None if None in stderrs else math.hypot(*stderrs) / len(parts)
+    intervals = [part.interval for part in parts]
+    if None in intervals:
+        return Difference(value, stderr, None, None)
+    below = math.hypot(*(part.value - part.interval[0] for part in parts)) / len(parts)
+    above = math.hypot(*(part.interval[1] - part.value for part in parts)) / len(parts)
+    methods = {part.method for part in parts}
+    return Difference(value, stderr, (value - below, value + above), methods.pop() if len(methods) == 1 else "combined")

@@ -1,0 +1,197 @@
+"""`results.json`: from the scores and timings of all models to figures, verdicts and notes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from uniattn_cli.checkpoint import load_config
+from uniattn_cli.evaluation import figures
+from uniattn_cli.evaluation.batches import Batches
+from uniattn_cli.evaluation.capacity import FORMULA, Footprint, capacity_table
+from uniattn_cli.evaluation.measured import Material, Measured
+from uniattn_cli.evaluation.retrieval import FACTS
+from uniattn_cli.evaluation.speed import WARM_UP_TOKENS, GridPoint, describe_device, grid_entry
+from uniattn_cli.evaluation.subjects import BASE, CONTROL, ModelPool, Subject
+from uniattn_cli.evaluation.verdict import verdict
+from uniattn_cli.recipe import Recipe
+
+
+def assemble(
+    recipe: Recipe,
+    subjects: Sequence[Subject],
+    material: Material,
+    measured: dict[str, Measured],
+    points: Sequence[GridPoint],
+    pool: ModelPool,
+    batches: Batches,
+    notes: list[str],
+) -> dict[str, Any]:
+    """The content of `results.json`; see `figures` for its schema."""
+    shown = list(material.tasks.members)
+    # One grid point is the recipe's own, from which the figures of the cost come.
+    timings = points[0].timings if points else {}
+    comparable = {subject.name: _same_backend(measured[subject.name], measured[BASE]) for subject in subjects}
+    models: dict[str, Any] = {}
+    for subject in subjects:
+        base = None if subject.name == BASE else measured[BASE]
+        control = measured.get(CONTROL) if subject.name not in (BASE, CONTROL) else None
+        entry = _model_entry(subject, measured[subject.name], base, control, shown)
+        if timings:
+            entry["cost"] |= figures.speed_figures(
+                timings[subject.name],
+                timings[BASE] if base is not None and comparable[subject.name] else None,
+                batch=recipe.evaluation.speed.batch,
+                new=recipe.evaluation.speed.new,
+            )
+        models[subject.name] = entry
+        entry["verdict"] = None if base is None else verdict(subject.name, models[BASE], entry)
+    return {
+        "schema": figures.SCHEMA,
+        "models": models,
+        "tasks": shown,
+        "speed_grid": [grid_entry(point, comparable, recipe.evaluation.speed.new) for point in points],
+        "capacity": capacity_table(_footprints(subjects, measured), recipe.evaluation.capacity),
+        "settings": _settings(recipe, material, pool, batches, bool(timings)),
+        "identity": identity(recipe, subjects[0], material, measured[BASE], pool),
+        "notes": [*notes, *_limits(measured, pool)],
+    }
+
+
+def _model_entry(
+    subject: Subject, own: Measured, base: Measured | None, control: Measured | None, shown: Sequence[str]
+) -> dict[str, Any]:
+    tasks, quality = _scores(own, base, shown)
+    if control is not None:
+        compared_tasks, compared = _scores(own, control, shown)
+        quality = {key: figures.against_control(entry, compared[key]) for key, entry in quality.items()}
+        tasks = {
+            task: {key: figures.against_control(entry, compared_tasks[task][key]) for key, entry in metrics.items()}
+            for task, metrics in tasks.items()
+        }
+    return {
+        "role": subject.role,
+        "path": str(subject.source.name),
+        "fingerprint": subject.source.fingerprint,
+        "dtype": own.size.dtype,
+        "dtype_on_disk": own.size.dtype_on_disk,
+        "attention": own.size.attention,
+        "layers": own.size.kinds,
+        "quality": quality,
+        "tasks": tasks,
+        "cost": figures.size_figures(own, base),
+        **figures.length_figures(own, base),
+    }
+
+
+def _scores(own: Measured, other: Measured | None, shown: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of tasks, and of quality with the mean accuracy, compared with another model where one is given."""
+    tasks = {
+        task: {
+            metric: figures.task_figure(metric, scores, other and other.tasks[task][metric])
+            for metric, scores in metrics.items()
+        }
+        for task, metrics in own.tasks.items()
+    }
+    quality = figures.quality_figures(own, other)
+    accuracy = figures.mean_accuracy(tasks, shown)
+    return tasks, quality if accuracy is None else {**quality, "accuracy": accuracy}
+
+
+def _settings(recipe: Recipe, material: Material, pool: ModelPool, batches: Batches, timed: bool) -> dict[str, Any]:
+    import torch
+
+    spec = recipe.evaluation
+    text, responses = material.text, material.responses
+    speed = {
+        "device": describe_device(pool.device),
+        "threads": torch.get_num_threads(),
+        "cache": "dynamic",
+        "compiled": False,
+        "prompt": spec.speed.prompt,
+        "new": spec.speed.new,
+        "batch": spec.speed.batch,
+        "warm_up": WARM_UP_TOKENS,
+        "repeats": spec.speed.repeats,
+        "interleaved": pool.together,
+    }
+    return {
+        "text": {"windows": len(text), "length": spec.length, "sources": [each.source for each in recipe.data.text]},
+        "responses": {
+            "rows": len(responses),
+            "tokens": sum(int((labels[1:] >= 0).sum()) for labels in responses.labels),
+            "sources": [each.source for each in recipe.data.train],
+        },
+        "tasks": {
+            "names": list(material.tasks.members),
+            "limit": spec.limit,
+            "fewshot": {name: task.get_config("num_fewshot") for name, task in material.tasks.loaded.items()},
+            "chat_template": spec.chat_template,
+        },
+        "lengths": {
+            "tokens": spec.length_tokens,
+            "lengths": list(material.lengths),
+            "retrieval": {"items": spec.retrieval, "candidates": FACTS} if material.retrieval else None,
+        },
+        "batch": {"sequences": batches.first, "fitted": min(batches.found.values(), default=batches.first)},
+        "capacity": FORMULA,
+        "speed": speed if timed else None,
+    }
+
+
+def identity(recipe: Recipe, base: Subject, material: Material, measured: Measured, pool: ModelPool) -> dict[str, Any]:
+    """What must be the same for two results to be compared: for quality, and besides for speed."""
+    spec = recipe.evaluation.speed
+    return {
+        "quality": {
+            "base": base.source.fingerprint,
+            "base dtype": measured.size.dtype,
+            **material.parts(),
+        },
+        "speed": {
+            "device": describe_device(pool.device),
+            "dtype": measured.size.dtype,
+            "attention": measured.size.attention,
+            "prompt": spec.prompt,
+            "new": spec.new,
+            "batch": spec.batch,
+        },
+    }
+
+
+def _same_backend(model: Measured, base: Measured) -> bool:
+    return (model.size.dtype, model.size.attention) == (base.size.dtype, base.size.attention)
+
+
+def _footprints(subjects: Sequence[Subject], measured: dict[str, Measured]) -> dict[str, Footprint]:
+    import torch
+
+    found = {}
+    for subject in subjects:
+        size = measured[subject.name].size
+        element = getattr(torch, size.dtype).itemsize
+        found[subject.name] = Footprint(_config_of(subject), size.parameters * element, element)
+    return found
+
+
+def _config_of(subject: Subject) -> Any:
+    raw = json.loads((subject.source.path / "config.json").read_text(encoding="utf-8"))
+    return load_config(subject.source, converted=str(raw.get("model_type")).startswith("uniattn_"))
+
+
+def _limits(measured: dict[str, Measured], pool: ModelPool) -> list[str]:
+    """What a reader has to know before comparing."""
+    found = []
+    for attribute, words in (
+        ("dtype", "run in different dtypes, which changes scores, cache and speed; use --set model.dtype=…"),
+        ("dtype_on_disk", "are stored in different dtypes; compare parameters, not bytes on disk"),
+        ("attention", "use different attention backends; use --set model.attention=…"),
+    ):
+        values = {name: getattr(one.size, attribute) for name, one in measured.items()}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{name} {value}" for name, value in values.items())
+            found.append(f"The models {words} ({listed}).")
+    if not pool.together:
+        found.append("The models do not fit into memory together, so speed was measured one model after the other.")
+    return found
