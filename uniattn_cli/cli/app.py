@@ -302,6 +302,25 @@ def evaluate(
 
 
 @app.command()
+def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> None:
+    """Make the page of an evaluation again.
+
+    Writes evaluation/report.html from results.json and what the other stages left, without loading any model.
+
+    \b
+    Example:
+      uniattn report -C my-run
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.evaluation.rewrite import report
+
+        return report()
+
+    run_stage("report", Common(run_dir, (), "cpu", False, debug), [], call)
+
+
+@app.command()
 def recipe(
     section: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="Only this section, such as layout.")

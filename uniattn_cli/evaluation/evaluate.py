@@ -13,6 +13,7 @@ from uniattn_cli.checkpoint import load_config, load_tokenizer
 from uniattn_cli.errors import RecipeError
 from uniattn_cli.evaluation import figures, report
 from uniattn_cli.evaluation.measured import Material, Measured, items_file, measure
+from uniattn_cli.evaluation.page.page import PAGE, write_page
 from uniattn_cli.evaluation.plot import draw
 from uniattn_cli.evaluation.speed import Timing, describe_device, measure_speed, prompt_tokens
 from uniattn_cli.evaluation.subjects import BASE, ModelPool, Subject, check_tokenizers, find_subjects
@@ -97,6 +98,7 @@ def evaluate(
         (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
         (folder / REPORT).write_text(report.markdown(results, command=command), encoding="utf-8")
         draw(results, folder / report.PLOT)
+        write_page(run, results, folder)
     return _evaluation(run.output("eval"), results)
 
 
@@ -270,7 +272,10 @@ def _limits(measured: dict[str, Measured], pool: ModelPool) -> list[str]:
 
 def _evaluation(directory: Path, results: dict[str, Any]) -> Evaluation:
     sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
-    files = f"Report: {directory / REPORT}; plot: {directory / report.PLOT}; all figures: {directory / RESULTS}"
+    files = (
+        f"Report: {directory / PAGE}, and as text {directory / REPORT}; plot: {directory / report.PLOT}; "
+        f"all figures: {directory / RESULTS}"
+    )
     return Evaluation(
         title=f"{len(results['models'])} models compared" if sentences else "Only the base was measured",
         tables=report.tables(results),
