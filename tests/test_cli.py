@@ -32,7 +32,7 @@ STAGES = {
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
 }
-COMMANDS = [*STAGES, "recipe", "families", "doctor"]
+COMMANDS = [*STAGES, "report", "generate", "chat", "recipe", "families", "doctor"]
 
 
 # --- help, version, speed ---------------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ evaluation:
   length: 64
   tasks: [{root / "choose.jsonl"}]
   limit: 10
+  samples: 2
+  sample_tokens: 4
   speed: {{prompt: 16, new: 6, repeats: 2, batch: 2}}
 """,
         encoding="utf-8",

@@ -273,6 +273,8 @@ class EvaluationSpec:
     )
     limit: int | None = setting(60, "items per task; null takes all", minimum=1, common=True)
     batch_size: int = setting(8, "sequences per forward pass", minimum=1)
+    samples: int = setting(3, "held-out prompts that every model answers greedily, for the report", minimum=0)
+    sample_tokens: int = setting(64, "tokens of these answers at most", minimum=1)
     speed: SpeedSpec = setting(SpeedSpec, "speed", common=True)
 
 

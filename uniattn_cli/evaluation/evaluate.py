@@ -15,6 +15,7 @@ from uniattn_cli.evaluation import figures, report
 from uniattn_cli.evaluation.measured import Material, Measured, items_file, measure
 from uniattn_cli.evaluation.page.page import PAGE, write_page
 from uniattn_cli.evaluation.plot import draw
+from uniattn_cli.evaluation.samples import find_prompts, sample_all
 from uniattn_cli.evaluation.speed import Timing, describe_device, measure_speed, prompt_tokens
 from uniattn_cli.evaluation.subjects import BASE, ModelPool, Subject, check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
@@ -80,6 +81,8 @@ def evaluate(
     subjects, notes = find_subjects(run, recipe, checkpoints)
     _check_lengths(recipe, load_config(subjects[0].source))
     material = _material(recipe, subjects, notes)
+    window = getattr(load_config(subjects[0].source), "max_position_embeddings", None)
+    prompts = find_prompts(recipe, material.tokenizer, window)
     for note in notes:
         options.progress.note(note)
     inputs = {
@@ -92,6 +95,8 @@ def evaluate(
         measured = _measure_all(folder, subjects, pool, material, recipe, options)
         timings = _time_all(subjects, pool, material, recipe, options)
         results = _results(recipe, subjects, material, measured, timings, pool, notes)
+        new = recipe.evaluation.sample_tokens
+        results["samples"] = sample_all(folder, subjects, pool, material.tokenizer, prompts, new, options.progress)
         settings = [word for override in overrides for word in ("--set", override)]
         command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
         text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)

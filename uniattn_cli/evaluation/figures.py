@@ -14,6 +14,7 @@ Schema of `results.json` (`"schema": 1`):
       verdict    null for the base; else `quality` (worse, better, mixed, within noise, same, uncertain) and `sentence`
     tasks     entries of the recipe, in the order of the tables; other tasks are members of a group
     settings  what was tested, how, and for speed: device, threads, cache, prompt, new, batch, repeats, interleaved
+    samples   [{prompt, reference, texts: {model: text}}]: greedy answers to held-out prompts, and what the row says
     notes     what was left out, and what limits a comparison
 
     A figure is

@@ -82,7 +82,7 @@ def collect(run: RunDir, results: dict[str, Any], evaluation: Path) -> Evidence:
         found.conversion = _read(run.output("convert") / REPORT_FILE, found.notes)
         grouping = _read(run.output("group") / "grouping.json", found.notes)
         # A layout that was given by hand later has nothing to do with the choice that lies there.
-        if grouping and found.conversion and _chosen(grouping) == _plain(found.conversion["layout"]):
+        if grouping and found.conversion and _plain(grouping.get("chosen") or []) == _plain(found.conversion["layout"]):
             found.grouping = grouping
     for folder, role in TRAINED.items():
         path = run.root / folder
@@ -130,14 +130,6 @@ def _same(folder: Path, model: dict[str, Any] | None, notes: list[str]) -> bool:
 def _plain(layout: list[dict[str, Any]]) -> list[Any]:
     """A layout without its compensations, which the choice does not decide."""
     return [{key: value for key, value in entry.items() if key != "compensation"} for entry in layout]
-
-
-def _chosen(grouping: dict[str, Any]) -> list[Any] | None:
-    """The layout that a search recommended."""
-    for entry in grouping.get("shortlist") or ():
-        if entry.get("name") == grouping.get("chosen"):
-            return _plain(entry["layers"])
-    return None
 
 
 def _read_analysis(run: RunDir, base: str, found: Evidence) -> None:

@@ -243,8 +243,11 @@ def frontier(evidence: Evidence) -> Html | None:
             series.setdefault(entry["series"], []).append((100 * entry["kv_share"], entry["value"]))
     if not series:
         return None
-    layout = (evidence.conversion or {}).get("layout") or []
-    chosen = next((entry for entry in grouping["frontier"] if entry["layers"] == layout), None)
+    # The head maps of the chosen one may have been refined afterwards; which layers borrow stays.
+    kinds = [entry["kind"] for entry in (evidence.conversion or {}).get("layout") or ()]
+    chosen = next(
+        (entry for entry in grouping["frontier"] if [layer["kind"] for layer in entry["layers"]] == kinds), None
+    )
     drawn_series = [Series(name, sorted(points), style=index) for index, (name, points) in enumerate(series.items(), 1)]
     words = (
         f"Every layout that the search kept, by the KV bytes that are left; lower is better ({grouping['measure']})."
