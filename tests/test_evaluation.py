@@ -410,7 +410,7 @@ def test_figures_follow_from_the_kept_items(run, compared):
     scores = json.loads(files[1].read_text())["tasks"]["choose"]["acc"]
     assert len(scores["values"]) == 10 and sum(scores["values"]) / 10 == scores["value"]
     assert {path.name for path in compared.directory.iterdir()} == {
-        "items", "quality_vs_kv.png", "report.md", "results.json", "stage.json",
+        "items", "quality_vs_kv.png", "report.html", "report.md", "results.json", "samples", "stage.json",
     }  # fmt: skip
     assert (compared.directory / "quality_vs_kv.png").read_bytes().startswith(b"\x89PNG")
 

@@ -270,4 +270,4 @@ def frontier(evidence: Evidence) -> Html | None:
 
 def _measure(grouping: dict[str, Any]) -> str:
     text = str(grouping["measure"])
-    return text if len(text) <= 36 else text[:35] + "…"
+    return text if len(text) <= 32 else "measure of the search"
