@@ -34,7 +34,9 @@ STAGES = {
     "compare": "uniattn_cli.evaluation.compare",
     "sweep": "uniattn_cli.sweeping.sweep",
 }
-COMMANDS = [*STAGES, "data", "recipe", "recipes", "families", "doctor", "push"]
+COMMANDS = [
+    *STAGES, "report", "generate", "chat", "data", "recipe", "recipes", "families", "doctor", "push",
+]  # fmt: skip
 
 
 # --- help, version, speed ---------------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ evaluation:
   length: 64
   tasks: [{root / "choose.jsonl"}]
   limit: 10
+  samples: 2
+  sample_tokens: 4
   speed: {{prompt: 16, new: 6, repeats: 2, batch: 2}}
 """,
         encoding="utf-8",
@@ -478,7 +480,7 @@ def test_figures_follow_from_the_kept_items(run, compared):
     scores = json.loads(files[1].read_text())["tasks"]["choose"]["acc"]
     assert len(scores["values"]) == 10 and sum(scores["values"]) / 10 == scores["value"]
     assert {path.name for path in compared.directory.iterdir()} == {
-        "items", "quality_vs_kv.png", "report.md", "results.json", "stage.json",
+        "items", "quality_vs_kv.png", "report.html", "report.md", "results.json", "samples", "stage.json",
     }  # fmt: skip
     assert (compared.directory / "quality_vs_kv.png").read_bytes().startswith(b"\x89PNG")
 

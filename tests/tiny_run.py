@@ -31,6 +31,8 @@ QUICK = {
     "evaluation.length": 64,
     "evaluation.responses": 8,
     "evaluation.tasks": "[]",
+    "evaluation.samples": 1,
+    "evaluation.sample_tokens": 4,
     "evaluation.speed.enabled": "false",
 }
 # Two threads that share one core with others wait for each other most of the time.

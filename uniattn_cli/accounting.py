@@ -1,11 +1,14 @@
-"""What a layout costs: KV-cache bytes by formula, parameters by building the model without memory."""
+"""What a layout costs: KV-cache bytes by formula and of a real cache; parameters by building a model without memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 
 def cached_heads(plan: LayerPlan, shape: AttentionShape) -> int:
@@ -43,6 +46,17 @@ def kv_bytes(config: Any, layout: Layout, tokens: int, element_size: int) -> int
         for plan, window in zip(layout, layer_windows(config), strict=True)
     )
     return heads * shape.head_dim * element_size
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of memory that a cache keeps alive: whole storages, so that a view into something larger is not missed."""
+    storages = {}
+    for layer in cache.layers:
+        for states in (layer.keys, layer.values):
+            if states is not None and states.numel():
+                storage = states.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def count_parameters(config: Any, layout: Layout) -> int:

@@ -485,6 +485,8 @@ class EvaluationSpec:
     capacity: tuple[float, ...] = setting(
         lambda: (8.0, 24.0, 80.0), "memory in GB for which the longest context and largest batch are told", above=0
     )
+    samples: int = setting(3, "held-out prompts that every model answers greedily, for the report", minimum=0)
+    sample_tokens: int = setting(64, "tokens of these answers at most", minimum=1)
     speed: SpeedSpec = setting(SpeedSpec, "speed", common=True)
 
 

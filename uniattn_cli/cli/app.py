@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from uniattn_cli import __version__
-from uniattn_cli.cli import recipes, settings
+from uniattn_cli.cli import recipes, settings, talk
 from uniattn_cli.cli.runner import Common, guard, run_stage
 
 app = typer.Typer(
@@ -104,6 +104,22 @@ KindsOption = Annotated[
     ),
 ]
 SourcesOption = Annotated[Sources | None, _setting("layout.sources", "--sources")]
+
+
+BesideOption = Annotated[
+    str | None,
+    typer.Option("--beside", metavar="MODEL", help="Let this model answer too: `base`, a directory or a hub id."),
+]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Cut the answer there.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", help="Sample, with logits divided by T.")
+]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens that make up P.")
+]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; the default.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampling.", min=0)]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Tell tokens per second and KV-cache bytes of each answer.")]
 
 
 def _overrides(**values: Any) -> list[str]:
@@ -488,6 +504,103 @@ def sweep(
         return sweep(**budgets, discard=discard, overrides=overrides, options=options)
 
     run_stage("sweep", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> None:
+    """Make the page of an evaluation again.
+
+    Writes evaluation/report.html from results.json and what the other stages left, without loading any model.
+
+    \b
+    Example:
+      uniattn report -C my-run
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.evaluation.rewrite import report
+
+        return report()
+
+    run_stage("report", Common(run_dir, (), "cpu", False, debug), [], call)
+
+
+@app.command()
+def generate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CHECKPOINT] [PROMPT]",
+            help="Model directory, hub id or `base`, by default what train or convert left; and the prompt, by default "
+            "from stdin.",
+        ),
+    ] = None,
+    beside: BesideOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = 0,
+    stats: StatsOption = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Let a model answer a prompt, alone or beside another.
+
+    Prints the answer as it comes. Needs no run directory if a checkpoint is named.
+
+    \b
+    Example:
+      uniattn generate "Why is the sky blue?" --beside base
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        def decoding() -> Any:
+            return talk.make_decoding(max_new_tokens, temperature, top_p, seed, greedy)
+
+        return talk.run_generate(
+            words or (), decoding, beside=beside, raw=raw, stats=stats, overrides=overrides, options=options
+        )
+
+    run_stage("generate", Common(run_dir, set_ or (), device, False, debug), [], call)
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[CHECKPOINT]", help="As in generate: directory, hub id or `base`."),
+    ] = None,
+    beside: BesideOption = None,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = 0,
+    stats: StatsOption = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Talk with a model, alone or beside another.
+
+    One line is one turn; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+
+    \b
+    Example:
+      uniattn chat trained --beside base --stats
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        def decoding() -> Any:
+            return talk.make_decoding(max_new_tokens, temperature, top_p, seed, greedy)
+
+        return talk.run_chat(checkpoint, decoding, beside=beside, stats=stats, overrides=overrides, options=options)
+
+    run_stage("chat", Common(run_dir, set_ or (), device, False, debug), [], call)
 
 
 @app.command()

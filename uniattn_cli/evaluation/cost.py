@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.accounting import kv_bytes_per_token
+from uniattn_cli.accounting import cache_bytes, kv_bytes_per_token
 from uniattn_cli.errors import ModelError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 WEIGHT_FILES = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
 SEQUENCES = 2
@@ -93,17 +93,6 @@ def measure_kv_bytes(model: PreTrainedModel) -> float:
         for position in range(prompt, tokens):
             model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
     return cache_bytes(cache) / (SEQUENCES * tokens)
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of memory that a cache keeps alive: whole storages, so that a view into something larger is not missed."""
-    storages = {}
-    for layer in cache.layers:
-        for states in (layer.keys, layer.values):
-            if states is not None and states.numel():
-                storage = states.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def weight_file_bytes(folder: Path) -> int:

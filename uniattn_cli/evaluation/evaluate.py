@@ -16,9 +16,11 @@ from uniattn_cli.evaluation import report
 from uniattn_cli.evaluation.agreement import Reference
 from uniattn_cli.evaluation.batches import Batches
 from uniattn_cli.evaluation.measured import Bench, Material, Measured, items_file, measure
+from uniattn_cli.evaluation.page.page import PAGE, write_page
 from uniattn_cli.evaluation.plot import draw
 from uniattn_cli.evaluation.results import assemble
 from uniattn_cli.evaluation.retrieval import RetrievalItem, retrieval_items
+from uniattn_cli.evaluation.samples import Prompt, find_prompts, sample_all
 from uniattn_cli.evaluation.speed import GridPoint, measure_speed, prompt_tokens
 from uniattn_cli.evaluation.store import ScoreStore, cache_directory, model_key
 from uniattn_cli.evaluation.subjects import ModelPool, Subject, check_tokenizers, find_subjects
@@ -89,8 +91,11 @@ def evaluate(
     settings = [word for override in overrides for word in ("--set", override)]
     command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
     material = prepare(recipe, subjects, notes, options)
+    window = getattr(load_config(subjects[0].source), "max_position_embeddings", None)
+    prompts = find_prompts(recipe, material.tokenizer, window)
     with run.write("eval", recipe, inputs_of(subjects, material), force=options.force, resume=True) as folder:
-        results = evaluate_into(folder, recipe, subjects, material, notes, command, options, scores)
+        results = evaluate_into(folder, recipe, subjects, material, notes, command, options, scores, prompts)
+        write_page(run, results, folder)
     return _evaluation(run.output("eval"), results)
 
 
@@ -121,6 +126,7 @@ def evaluate_into(
     command: str,
     options: RunOptions,
     scores: Path | None = None,
+    prompts: Sequence[Prompt] = (),
 ) -> dict[str, Any]:
     """Measures models, the base first, and writes results, report, picture and items into a folder.
 
@@ -128,6 +134,7 @@ def evaluate_into(
         folder: may hold what an interrupted run of the same settings left.
         command: that makes the report again.
         scores: as for `evaluate`.
+        prompts: that every model answers, for the page.
 
     Returns:
         The content of `results.json`.
@@ -138,6 +145,9 @@ def evaluate_into(
     measured = _measure_all(folder, subjects, pool, material, batches, store, recipe, options)
     points = _time_all(subjects, pool, material, recipe, options)
     results = assemble(recipe, subjects, material, measured, points, pool, batches, notes)
+    if prompts:
+        new = recipe.evaluation.sample_tokens
+        results["samples"] = sample_all(folder, subjects, pool, material.tokenizer, prompts, new, options.progress)
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
     (folder / REPORT).write_text(report.markdown(results, command=command), encoding="utf-8")
@@ -266,7 +276,10 @@ def _time_all(
 
 def _evaluation(directory: Path, results: dict[str, Any]) -> Evaluation:
     sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
-    files = f"Report: {directory / REPORT}; plot: {directory / report.PLOT}; all figures: {directory / RESULTS}"
+    files = (
+        f"Report: {directory / PAGE}, and as text {directory / REPORT}; plot: {directory / report.PLOT}; "
+        f"all figures: {directory / RESULTS}"
+    )
     return Evaluation(
         title=f"{len(results['models'])} models compared" if sentences else "Only the base was measured",
         tables=[*report.tables(results), *report.length_tables(results)],

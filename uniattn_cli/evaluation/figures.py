@@ -31,6 +31,8 @@ Schema of `results.json` (`"schema": 2`):
     identity  what has to be equal in two results before they may be compared: quality, speed
     settings  what was tested, how, and for speed: device, threads, cache, compiled, prompt, new, batch,
               repeats, warm_up, interleaved
+    samples   [{prompt, reference, texts: {model: text}}]: greedy answers to held-out prompts, and what the row says;
+              absent where none were asked for
     notes     what was left out, and what limits a comparison
 
     A figure is

@@ -1,0 +1,374 @@
+"""`uniattn generate` and `uniattn chat` on tiny models: what is said, what is cached, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, command
+from tiny import make_layout, randomise_compensation
+from tiny_run import make_model, make_tokenizer
+
+from uniattn_cli import checkpoint
+from uniattn_cli.accounting import kv_bytes_per_token
+from uniattn_cli.cli import talk
+from uniattn_cli.errors import DataError, ModelError, StageError, UsageError
+from uniattn_cli.generation.decode import Decoding, Streamer, answer
+from uniattn_cli.generation.generate import Chat, Conversation, Listener, generate
+from uniattn_cli.generation.prompts import chat_ids, plain_ids
+from uniattn_cli.generation.speakers import Speaker, find, load_speakers, newest
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import ModelSpec
+from uniattn_cli.rundir import RunDir
+
+CPU = torch.device("cpu")
+PROMPT = "What comes after 7?"
+FEW = Decoding(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with a recipe, `converted/` and `trained/`; `base` is its base model."""
+    root = tmp_path_factory.mktemp("talk")
+    base = make_model(root / "base-model")
+    folder = root / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(f"model: {{name: {base}}}\n", encoding="utf-8")
+    loaded = checkpoint.load_model(checkpoint.locate(str(base)), ModelSpec(name=str(base)), CPU)
+    for stage, scale, finished in (("convert", 0.1, "2026-01-01T10:00:00"), ("train", 0.3, "2026-01-01T11:00:00")):
+        converted = randomise_compensation(checkpoint.build_converted(loaded, make_layout("mixed")), scale)
+        output = RunDir(folder).output(stage)
+        checkpoint.save_checkpoint(converted, make_tokenizer(), output)
+        record = {"stage": stage, "inputs": {}, "finished": finished}
+        (output / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+    return SimpleNamespace(folder=folder, base=base)
+
+
+@pytest.fixture(scope="module")
+def speaker(run):
+    (found,) = load_speakers(RunDir(run.folder), str(run.folder / "converted"), None, (), RunOptions(device="cpu"))
+    return found
+
+
+def call(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """The installed command with something on stdin."""
+    from os import environ
+
+    return subprocess.run(
+        [*command(), *arguments, "--device", "cpu"],
+        cwd=folder,
+        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def expected(speaker: Speaker, ids: list[int], new: int) -> str:
+    """Greedy text without a cache, by taking the likeliest token again and again."""
+    ids = list(ids)
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(new):
+            ids.append(speaker.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+            if ids[-1] == speaker.tokenizer.eos_token_id:
+                break
+    return speaker.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+class Ears(Listener):
+    def __init__(self):
+        self.heard: dict[str, str] = {}
+
+    def begin(self, name):
+        self.heard[name] = ""
+
+    def text(self, piece):
+        self.heard[list(self.heard)[-1]] += piece
+
+
+# --- one answer -------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_the_greedy_text_of_the_rendered_prompt(speaker):
+    ids = chat_ids(speaker.tokenizer, [{"role": "user", "content": PROMPT}])
+    assert speaker.tokenizer.decode(ids) == f"<|user|>{PROMPT}<|assistant|>"
+    pieces = []
+    found = answer(speaker.model, speaker.tokenizer, ids, FEW, on_text=pieces.append)
+    assert found.text == expected(speaker, ids, 6) == "".join(pieces)
+    assert found.prompt == len(ids) and found.reused == 0 and found.ended in ("length", "stop")
+
+
+def test_the_cache_has_the_bytes_that_the_layout_predicts(speaker):
+    config = speaker.model.config
+    found = answer(speaker.model, speaker.tokenizer, plain_ids(speaker.tokenizer, PROMPT), FEW)
+    assert found.cached == found.prompt + len(found.tokens) - 1
+    assert found.kv_bytes == found.cached * kv_bytes_per_token(config.layout, attention_shape(config), 4)
+
+
+def test_only_what_is_asked_for_decides_the_answer(speaker):
+    ids = plain_ids(speaker.tokenizer, PROMPT)
+    before = answer(speaker.model, speaker.tokenizer, ids, FEW)
+    own = speaker.model.generation_config
+    kept = own.to_dict()
+    try:
+        own.repetition_penalty, own.do_sample, own.temperature, own.min_new_tokens = 50.0, True, 5.0, 6
+        after = answer(speaker.model, speaker.tokenizer, ids, FEW)
+        assert speaker.model.generation_config is own and own.repetition_penalty == 50.0
+    finally:
+        own.update(**kept)
+    assert after.tokens == before.tokens
+
+
+def test_sampling_follows_its_seed(speaker):
+    ids = plain_ids(speaker.tokenizer, PROMPT)
+
+    def tokens(**settings):
+        return answer(speaker.model, speaker.tokenizer, ids, Decoding(max_new_tokens=8, **settings)).tokens
+
+    hot = {"temperature": 3.0}
+    assert tokens(**hot, seed=1) == tokens(**hot, seed=1)
+    assert len({tokens(**hot, seed=seed) for seed in range(4)}) > 1
+    assert tokens(temperature=1.0, top_p=1e-6, seed=1) == tokens()
+    # No limit to the fifty likeliest tokens, which transformers has by default.
+    drawn = {tokens(temperature=1e4, seed=seed)[0] for seed in range(20)}
+    with torch.no_grad():
+        likeliest = speaker.model(torch.tensor([ids])).logits[0, -1].topk(50).indices.tolist()
+    assert drawn - set(likeliest)
+
+
+def test_an_end_token_ends_the_answer(speaker):
+    ids = plain_ids(speaker.tokenizer, PROMPT)
+    first = answer(speaker.model, speaker.tokenizer, ids, FEW).tokens[0]
+    own = speaker.model.generation_config
+    before, own.eos_token_id = own.eos_token_id, [first]
+    try:
+        found = answer(speaker.model, speaker.tokenizer, ids, FEW)
+    finally:
+        own.eos_token_id = before
+    assert (found.tokens, found.ended, found.tokens_per_second) == ((first,), "stop", None)
+
+
+def test_characters_of_several_bytes_come_whole():
+    tokenizer = make_tokenizer()
+    pieces = []
+    streamer = Streamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1, 2]]))
+    ids = tokenizer("né€ 🙂!", add_special_tokens=False)["input_ids"]
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == "né€ 🙂!" and "�" not in "".join(pieces)
+    assert len(pieces) > 3 and streamer.tokens == ids
+
+
+def test_prompts_that_leave_no_room(speaker):
+    window = speaker.model.config.max_position_embeddings
+    ids = [5] * (window - 2)
+    found = answer(speaker.model, speaker.tokenizer, ids, Decoding(max_new_tokens=50))
+    assert (len(found.tokens), found.ended) == (2, "window") or found.ended == "stop"
+    with pytest.raises(DataError, match=f"has 1,024 tokens, but the model's window is {window:,}"):
+        answer(speaker.model, speaker.tokenizer, [5] * window, FEW)
+    with pytest.raises(DataError, match="no tokens"):
+        answer(speaker.model, speaker.tokenizer, [], FEW)
+
+
+def test_two_models_answer_as_each_does_alone(run):
+    ears = Ears()
+    both = generate(PROMPT, beside="base", decoding=FEW, run_dir=run.folder, listener=ears, options=RunOptions("cpu"))
+    assert list(both.answers) == ["base", str(run.folder / "trained")]
+    for name, said in both.answers.items():
+        alone = generate(PROMPT, name, decoding=FEW, run_dir=run.folder, options=RunOptions("cpu"))
+        assert alone.answers[name].tokens == said.tokens
+        assert ears.heard[name] == said.text
+
+
+# --- which model ------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_finished_stage_is_the_default(run, tmp_path):
+    assert newest(RunDir(run.folder)) == str(run.folder / "trained")
+    here = RunDir(tmp_path)
+    with pytest.raises(StageError, match="neither trained/ nor converted/ is here; name a checkpoint"):
+        newest(here)
+    for stage, hour in (("convert", 12), ("train", 11)):
+        here.output(stage).mkdir()
+        record = {"inputs": {}, "finished": f"2026-01-01T{hour}:00:00"}
+        (here.output(stage) / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+    assert newest(here) == str(tmp_path / "converted")
+
+
+def test_models_that_are_not_there(run, tmp_path):
+    assert find(RunDir(run.folder), "base").path == run.base
+    with pytest.raises(StageError, match=r"'base' is the model of recipe\.yaml, but there is none here"):
+        find(RunDir(tmp_path), "base")
+    with pytest.raises(ModelError, match="no such directory"):
+        find(RunDir(tmp_path), "./nowhere")
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_turns_with_a_cache_are_those_without(speaker):
+    conversation = Conversation(speaker)
+    said, reused = [], 0
+    for text in ("Hello there.", "And what is next?", "Why?"):
+        messages = [*conversation.messages, {"role": "user", "content": text}]
+        ids = chat_ids(speaker.tokenizer, messages)
+        found = conversation.say(text, FEW, lambda piece: None)
+        assert found.text == expected(speaker, ids, 6)
+        assert found.prompt == len(ids)
+        said.append(found.text)
+        reused += found.reused
+    assert [turn["content"] for turn in conversation.messages[1::2]] == said
+    conversation.reset()
+    assert conversation.say("Hello there.", FEW, lambda piece: None).text == said[0]
+
+
+def test_earlier_turns_are_not_computed_again(speaker):
+    # The one new token of a turn is not fed any more, so that the cache holds just the prompt, the start of the next.
+    conversation = Conversation(speaker)
+    lengths = []
+    for text in ("One.", "Two.", "Three."):
+        found = conversation.say(text, Decoding(max_new_tokens=1), lambda piece: None)
+        assert found.reused == (lengths[-1] if lengths else 0)
+        lengths.append(found.prompt)
+
+
+def test_a_template_that_changes_earlier_turns_is_followed(speaker):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}:" + tokenizer.chat_template
+    changed = Speaker("changed", speaker.model, tokenizer)
+    conversation = Conversation(changed)
+    for turn, text in enumerate(("One.", "Two.")):
+        found = conversation.say(text, Decoding(max_new_tokens=1), lambda piece: None)
+        assert found.reused == 0
+        assert tokenizer.decode(chat_ids(tokenizer, conversation.messages[:-1])).startswith(f"{2 * turn + 1}:")
+
+
+def test_each_model_has_its_own_history(run):
+    chat = Chat.open(beside="base", decoding=FEW, run_dir=run.folder, options=RunOptions("cpu"))
+    for text in ("Hello.", "Again."):
+        found = chat.say(text, Listener())
+    for conversation in chat.conversations:
+        alone = Conversation(conversation.speaker)
+        alone.say("Hello.", FEW, lambda piece: None)
+        assert alone.say("Again.", FEW, lambda piece: None).text == found[conversation.speaker.name].text
+        assert alone.messages == conversation.messages
+
+
+def test_a_turn_that_fails_has_not_happened(speaker):
+    chat = Chat([speaker, Speaker("other", speaker.model, speaker.tokenizer)], FEW)
+    chat.say("Hello.", Listener())
+    before = [list(conversation.messages) for conversation in chat.conversations]
+    with pytest.raises(DataError, match="window"):
+        chat.say("a b" * 2000, Listener())
+
+    class Impatient(Listener):
+        def finish(self, name, answer):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("Stop.", Impatient())
+    assert [conversation.messages for conversation in chat.conversations] == before
+    ids = chat_ids(speaker.tokenizer, [*before[0], {"role": "user", "content": "Go on."}])
+    assert chat.say("Go on.", Listener())[speaker.name].text == expected(speaker, ids, 6)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_answer_and_nothing_else(run):
+    done = call(run.folder, "generate", PROMPT, "--max-new-tokens", "6", "--stats")
+    assert done.returncode == 0, done.stderr
+    (trained,) = load_speakers(RunDir(run.folder), None, None, (), RunOptions("cpu"))
+    ids = chat_ids(trained.tokenizer, [{"role": "user", "content": PROMPT}])
+    assert done.stdout == expected(trained, ids, 6) + "\n"
+    figures = re.search(r"\(trained: (\d) tokens; .* tokens/s .*; KV cache ([\d,]+) B for (\d+) tokens", done.stderr)
+    config = trained.model.config
+    each = kv_bytes_per_token(config.layout, attention_shape(config), 4)
+    assert int(figures[2].replace(",", "")) == int(figures[3]) * each
+    # A directory alone is the model, and the prompt comes from stdin; a stock model needs no run directory.
+    piped = call(run.folder.parent, "generate", str(run.base), "--raw", "--max-new-tokens", "6", stdin=PROMPT + "\n")
+    (base,) = load_speakers(RunDir(run.folder), "base", None, (), RunOptions("cpu"))
+    assert piped.stdout == expected(base, plain_ids(base.tokenizer, PROMPT), 6) + "\n"
+
+
+def test_a_chat_through_a_pipe(run):
+    lines = "Hello.\n\nAgain.\n/what\n/reset\nHello.\n" + "x y" * 2000 + "\n/exit\nnever said\n"
+    done = call(run.folder, "chat", "converted", "--max-new-tokens", "4", "--beside", "base", "--stats", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    chat = Chat.open(str(run.folder / "converted"), beside="base", decoding=Decoding(max_new_tokens=4),
+                     run_dir=run.folder, options=RunOptions("cpu"))  # fmt: skip
+    wanted = ""
+    for text in ("Hello.", "Again.", None, "Hello."):
+        if text is None:
+            chat.reset()
+            continue
+        first, second = (said.text for said in chat.say(text, Listener()).values())
+        wanted += f"[base]\n{first}\n\n[converted]\n{second}\n\n"
+    assert done.stdout == wanted + "[base]\n"
+    assert "unknown command /what; /reset begins anew" in done.stderr
+    assert "window is 1,024; shorten it; this turn is forgotten" in done.stderr
+    assert len(re.findall(r"KV cache [\d,]+ B", done.stderr)) == 6
+
+
+def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
+    folder = tmp_path / "plain"
+    make_model(folder)
+    (folder / "chat_template.jinja").unlink()
+    done = call(tmp_path, "generate", "plain", PROMPT, "--max-new-tokens", "4")
+    assert "plain has no chat template; it gets the plain text" in done.stderr
+    (plain,) = load_speakers(RunDir(tmp_path), str(folder), None, (), RunOptions("cpu"))
+    assert done.stdout == expected(plain, plain_ids(plain.tokenizer, PROMPT), 4) + "\n"
+    # In a conversation, turns are told apart as in training.
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    assert plain.tokenizer.decode(chat_ids(plain.tokenizer, turns)) == "user\nassistant<eos>user\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["generate", "hi"], 1, "error: neither trained/ nor converted/ is here; name a checkpoint directory or a hub"),
+        (["chat", "./nowhere"], 1, "error: ./nowhere: no such directory"),
+        (["generate", "./nowhere", "hi", "--beside", "base"], 1, "error: 'base' is the model of recipe.yaml"),
+        (
+            ["generate", "a", "b", "c"],
+            2,
+            "error: got 3 arguments, but at most [CHECKPOINT] PROMPT; put the",
+        ),
+        (["generate", "hi", "--greedy", "--top-p", "0.9"], 2, "error: --greedy takes the likeliest token; leave"),
+        (["generate", "hi", "--top-p", "1.5"], 2, "error: --top-p must be above 0 and at most 1, not 1.5"),
+        (["generate", "hi", "--temperature", "-1"], 2, "error: --temperature must be at least 0, not -1"),
+        (["chat", "--max-new-tokens", "0"], 2, "error: --max-new-tokens must be at least 1, not 0"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, code, line, tmp_path):
+    done = call(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_without_a_prompt_is_told_how(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(UsageError, match="no prompt; give one in quotes"):
+        talk.split_arguments([])
+    assert talk.split_arguments(["hi"]) == (None, "hi")
+    assert talk.split_arguments(["a", "b"]) == ("a", "b")

@@ -1,0 +1,214 @@
+"""`uniattn generate` and `uniattn chat` at the terminal: arguments, what is printed while a model speaks, the loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uniattn_cli.errors import DataError, UsageError
+from uniattn_cli.options import RunOptions
+
+if TYPE_CHECKING:
+    from uniattn_cli.generation.decode import Answer, Decoding
+    from uniattn_cli.generation.generate import Chat
+
+COMMANDS = "/reset begins anew, /exit or Ctrl-D ends"
+ENDED = {"length": "cut at --max-new-tokens", "window": "the model's window is full"}
+
+
+@dataclass(frozen=True)
+class Said:
+    """A result whose text has been printed already."""
+
+    title: str = ""
+    tables: Sequence[object] = ()
+    notes: Sequence[str] = ()
+
+
+class Printer:
+    """Prints answers as they come; what is not the answer itself goes to stderr, unless there are two to tell apart."""
+
+    def __init__(self, *, names: bool, stats: bool):
+        self.names = names
+        self.stats = stats
+
+    def begin(self, name: str) -> None:
+        """A heading, where there are two models."""
+        if self.names:
+            print(f"[{name}]", flush=True)
+
+    def text(self, piece: str) -> None:
+        """A piece of text, at once."""
+        print(piece, end="", flush=True)
+
+    def finish(self, name: str, answer: Answer) -> None:
+        """The end of a line, and the figures."""
+        print(flush=True)
+        if self.stats:
+            print(describe(name, answer), file=sys.stderr, flush=True)
+        if self.names:
+            print(flush=True)
+
+
+def describe(name: str, answer: Answer) -> str:
+    """One line of figures: tokens, rate, cache."""
+    rate = answer.tokens_per_second
+    parts = [
+        f"{len(answer.tokens):,} tokens",
+        "rate not known" if rate is None else f"{rate:.1f} tokens/s after the first",
+        f"first after {answer.first * 1e3:.0f} ms",
+        f"prompt {answer.prompt:,} tokens" + (f", {answer.reused:,} of them cached" if answer.reused else ""),
+        f"KV cache {answer.kv_bytes:,} B for {answer.cached:,} tokens",
+        ENDED.get(answer.ended, ""),
+    ]
+    return f"({name}: {'; '.join(filter(None, parts))})"
+
+
+def make_decoding(
+    max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int, greedy: bool
+) -> Decoding:
+    """The settings of both commands; greedy unless a temperature or a share is given.
+
+    Raises:
+        UsageError: `--greedy` together with settings of sampling, or a value that makes no sense.
+    """
+    from uniattn_cli.generation.decode import Decoding
+
+    sampling = temperature is not None or top_p is not None
+    if greedy and sampling:
+        raise UsageError("--greedy takes the likeliest token; leave --temperature and --top-p out, or --greedy")
+    if not sampling:
+        return Decoding(max_new_tokens, seed=seed)
+    if temperature == 0 and top_p is not None:
+        raise UsageError("--temperature 0 is greedy, so that --top-p changes nothing; leave one of them out")
+    return Decoding(
+        max_new_tokens, 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed
+    )  # fmt: skip
+
+
+def split_arguments(words: Sequence[str]) -> tuple[str | None, str]:
+    """`[CHECKPOINT] [PROMPT]` as (checkpoint, prompt); `-`, or no prompt, reads it from stdin.
+
+    A single word is the prompt, unless it is a model directory.
+
+    Raises:
+        UsageError: more than two words, or no prompt and nobody who sends one.
+        DataError: stdin is not text.
+    """
+    if len(words) > 2:
+        raise UsageError(f"got {len(words)} arguments, but at most [CHECKPOINT] PROMPT; put the prompt into quotes")
+    if len(words) == 2:
+        checkpoint, prompt = words
+    elif words and (Path(words[0]).expanduser() / "config.json").is_file():
+        checkpoint, prompt = words[0], "-"
+    else:
+        checkpoint, prompt = None, words[0] if words else "-"
+    return checkpoint, read_stdin() if prompt == "-" else prompt
+
+
+def read_stdin() -> str:
+    """All of stdin, without the line end at its end.
+
+    Raises:
+        UsageError: stdin is a terminal.
+        DataError: it is not UTF-8.
+    """
+    if sys.stdin.isatty():
+        raise UsageError('no prompt; give one in quotes, as in: uniattn generate "Why is the sky blue?"')
+    try:
+        return sys.stdin.read().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not UTF-8 text ({error})") from None
+
+
+def run_generate(
+    words: Sequence[str],
+    decoding: Callable[[], Decoding],
+    *,
+    beside: str | None,
+    raw: bool,
+    stats: bool,
+    overrides: Sequence[str],
+    options: RunOptions,
+) -> Said:
+    """`uniattn generate`."""
+    checkpoint, prompt = split_arguments(words)
+    settings = decoding()
+    from uniattn_cli.generation.generate import generate
+
+    generate(
+        prompt,
+        checkpoint,
+        beside=beside,
+        raw=raw,
+        decoding=settings,
+        overrides=overrides,
+        options=options,
+        listener=Printer(names=beside is not None, stats=stats),
+    )
+    return Said()
+
+
+def run_chat(
+    checkpoint: str | None,
+    decoding: Callable[[], Decoding],
+    *,
+    beside: str | None,
+    stats: bool,
+    overrides: Sequence[str],
+    options: RunOptions,
+) -> Said:
+    """`uniattn chat`: line by line, until `/exit` or the end of stdin."""
+    settings = decoding()
+    from uniattn_cli.generation.generate import Chat
+
+    chat = Chat.open(checkpoint, beside=beside, decoding=settings, overrides=overrides, options=options)
+    options.progress.note(COMMANDS)
+    printer = Printer(names=beside is not None, stats=stats)
+    while (line := next_line()) is not None:
+        words = line.strip()
+        if words in ("/exit", "/quit"):
+            break
+        if words == "/reset":
+            chat.reset()
+            options.progress.note("begun anew")
+        elif words.startswith("/") and " " not in words:
+            options.progress.note(f"unknown command {words}; {COMMANDS}")
+        elif words:
+            take_turn(chat, line, printer, options)
+    return Said()
+
+
+def take_turn(chat: Chat, line: str, printer: Printer, options: RunOptions) -> None:
+    """One turn; what can be mended is told in a line, and the conversation goes on as if it had not been said."""
+    try:
+        chat.say(line, printer)
+    except KeyboardInterrupt:
+        print(flush=True)
+        options.progress.note("stopped; this turn is forgotten")
+    except DataError as error:
+        options.progress.warn(f"{error}; this turn is forgotten, /reset begins anew")
+
+
+def next_line() -> str | None:
+    """What the user types, or the next line of a file; None at the end and after Ctrl-C.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        if sys.stdin.isatty():
+            # Gives the line editing and the history of earlier lines.
+            import readline  # noqa: F401
+
+            return input("> ")
+        line = sys.stdin.readline()
+    except (EOFError, KeyboardInterrupt):
+        print(flush=True)
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not UTF-8 text ({error})") from None
+    return line.rstrip("\r\n") if line else None

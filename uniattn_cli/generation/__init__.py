@@ -1,0 +1,1 @@
+"""Trying a model out: one answer (`generate`), a conversation (`chat`), and the samples of the evaluation."""
