@@ -506,6 +506,7 @@ def sweep(
     run_stage("sweep", Common(run_dir, set_ or (), device, force, debug), [], call)
 
 
+@app.command()
 def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> None:
     """Make the page of an evaluation again.
 
