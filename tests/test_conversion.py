@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
+from tiny_run import make_model, settings, write_data
 
+from uniattn_cli import convert
 from uniattn_cli.checkpoint import build_converted
-from uniattn_cli.errors import RecipeError
+from uniattn_cli.errors import ModelError, RecipeError
 from uniattn_cli.families import check_target, family_of
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank, solve_ridge
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
 from uniattn_cli.recipe import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
@@ -192,3 +195,18 @@ def test_a_single_sequence_is_enough(windows):
     model = build_converted(base, make_layout("leader"))
     assert len(fit_layers(base, model, windows[:1], ConversionSpec())) == 3
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_nothing_is_converted_where_the_code_does_not_equal_stock(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model")
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"model:\n  name: {model}\n")
+    overrides = [*settings(), "layout.head_map=identity"]
+    before = {path.name for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedAttentionMixin, "embed_positions", lambda self, states, position: None)
+        with pytest.raises(ModelError, match=r"'llama' differs from stock by .*; nothing was converted"):
+            convert(tmp_path, groups="every:3", overrides=overrides)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert convert(tmp_path, groups="every:3", overrides=overrides).directory.is_dir()
