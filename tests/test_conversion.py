@@ -7,13 +7,16 @@ import functools
 import pytest
 import torch
 from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
+from tiny_run import make_model, settings, write_data
 
+from uniattn_cli import convert
 from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.errors import ModelError, RecipeError
 from uniattn_cli.families import check_target, family_of
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank, solve_ridge
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
 from uniattn_cli.recipe import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
@@ -312,3 +315,18 @@ def test_hidden_states_that_overflow_are_told(windows):
         base.model.layers[1].mlp.down_proj.weight.mul_(1000)
     with pytest.raises(ModelError, match=r"layer 2 cannot be fitted: .* overflow in float16; set model\.dtype"):
         fit_layers(base, build_converted(base, make_layout("leader")), windows[:8], ConversionSpec())
+
+
+def test_nothing_is_converted_where_the_code_does_not_equal_stock(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model")
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"model:\n  name: {model}\n")
+    overrides = [*settings(), "layout.head_map=identity"]
+    before = {path.name for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedAttentionMixin, "embed_positions", lambda self, states, position: None)
+        with pytest.raises(ModelError, match=r"'llama' differs from stock by .*; nothing was converted"):
+            convert(tmp_path, groups="every:3", overrides=overrides)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert convert(tmp_path, groups="every:3", overrides=overrides).directory.is_dir()

@@ -8,6 +8,10 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -16,6 +20,8 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -55,6 +61,12 @@ LONGROPE = {
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 4.0],
 }
+MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+}
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 
 # One entry per family, with the flags that it brings: name, configuration, model class.
@@ -82,6 +94,15 @@ FAMILIES = [
     ),
     ("phi3", lambda: Phi3Config(**SIZES, rope_scaling=dict(LONGROPE), sliding_window=64), Phi3ForCausalLM),
     ("olmo2", lambda: Olmo2Config(**SIZES), Olmo2ForCausalLM),
+    (
+        "olmo3",
+        lambda: Olmo3Config(
+            **ALTERNATING, layer_types=SLIDING_AND_FULL, rope_scaling={"rope_type": "linear", "factor": 8.0}
+        ),
+        Olmo3ForCausalLM,
+    ),
+    ("gemma", lambda: GemmaConfig(**SIZES | {"head_dim": 12}, tie_word_embeddings=True), GemmaForCausalLM),
+    ("granite", lambda: GraniteConfig(**SIZES, **MULTIPLIERS, tie_word_embeddings=True), GraniteForCausalLM),
     (
         "smollm3",
         lambda: SmolLM3Config(**SIZES | {"num_hidden_layers": 12}, no_rope_layers=[1, 0] * 6),

@@ -24,7 +24,7 @@ class Family:
         models: well-known models of the family.
         masks: what its layers attend to: `full`, `sliding` (a window), or how layers of both sorts are mixed.
         backends: attention backends that give the family's own numbers.
-        post_norm: the attention output is normed before it is added to the residual stream.
+        post_norm: the attention output is normed or scaled before it is added to the residual stream.
     """
 
     model_type: str
@@ -61,8 +61,11 @@ FAMILIES = {
             "gemma2", "UniAttnGemma2", "Gemma 2 2B to 27B", "sliding and full in turn", WITHOUT_SDPA, post_norm=True
         ),
         Family("gemma3_text", "UniAttnGemma3Text", "Gemma 3 270M, 1B", "five sliding, then one full", post_norm=True),
+        Family("gemma", "UniAttnGemma", "Gemma 1 2B, 7B"),
         Family("phi3", "UniAttnPhi3", "Phi-3, Phi-3.5, Phi-4, Phi-4-mini", "full or sliding"),
         Family("olmo2", "UniAttnOlmo2", "OLMo 2 1B to 32B", post_norm=True),
+        Family("olmo3", "UniAttnOlmo3", "OLMo 3 7B, 32B", "three sliding, then one full", post_norm=True),
+        Family("granite", "UniAttnGranite", "Granite 3.x 2B, 8B", post_norm=True),
         Family("smollm3", "UniAttnSmolLM3", "SmolLM3 3B", "full, some without positions"),
     )
 }
@@ -86,10 +89,10 @@ def check_target(model_type: str, target: str) -> None:
     """Refuses a target of the fit that a family has no use for.
 
     Raises:
-        RecipeError: the residual stream, where the attention output is normed before it gets there.
+        RecipeError: the residual stream, where the attention output is normed or scaled before it gets there.
     """
     if target == "residual" and family_of(model_type).post_norm:
         raise RecipeError(
-            f"conversion.target: models of type '{model_type}' norm the attention output before adding it to the "
-            "residual stream, so a fit cannot aim at that; use attention"
+            f"conversion.target: models of type '{model_type}' norm or scale the attention output before adding it to "
+            "the residual stream, so a fit cannot aim at that; use attention"
         )

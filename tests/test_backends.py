@@ -1,0 +1,75 @@
+"""Attention backends that are compiled or need a GPU give the numbers of the plain ones."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout, randomise_compensation
+
+from uniattn_cli.checkpoint import build_converted
+
+TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
+cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    with torch.no_grad():
+        yield
+
+
+def converted_model(entry, layout):
+    base = make_base(entry)
+    return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
+
+
+def masked():
+    """The second row whole, the first one padded on the left."""
+    mask = torch.ones_like(TOKENS)
+    mask[0, :5] = 0
+    return mask
+
+
+@pytest.mark.slow
+@families
+@pytest.mark.parametrize("layout", ["mixed", "others"])
+def test_flex_attention_equals_plain_attention(entry, layout):
+    """On a CPU it works in forward calls only, and compiles for seconds."""
+    model = converted_model(entry, layout)
+    expected = model(TOKENS, attention_mask=masked(), use_cache=False).logits
+    model.set_attn_implementation("flex_attention")
+    assert model.config._attn_implementation == "flex_attention"
+    actual = model(TOKENS, attention_mask=masked(), use_cache=False).logits
+    assert (actual[1] - expected[1]).abs().max() < 2e-5
+    assert (actual[0, 5:] - expected[0, 5:]).abs().max() < 2e-5
+
+
+@pytest.mark.gpu
+@cases
+@pytest.mark.parametrize("backend", ["flash_attention_2", "flex_attention"])
+def test_gpu_backends_equal_plain_attention(entry, layout, backend):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    if backend == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("needs flash_attn")
+    model = converted_model(entry, layout)
+    expected = model(TOKENS, use_cache=False).logits
+    # Flash knows 16 bits only; the tokens of the plain backend in the same dtype are as far from float32.
+    dtype = torch.bfloat16 if backend == "flash_attention_2" else torch.float32
+    model = model.to("cuda", dtype)
+    plain = model(TOKENS.cuda(), use_cache=False).logits.cpu().float()
+    model.set_attn_implementation(backend)
+    actual = model(TOKENS.cuda(), use_cache=False).logits.cpu().float()
+    rounding = max((plain - expected).abs().max().item(), 1e-3)
+    assert (actual - expected).abs().max() < 3 * rounding
+    if backend == "flash_attention_2":
+        return
+    model.zero_grad()
+    with torch.enable_grad():
+        model.train()(TOKENS.cuda(), labels=TOKENS.cuda(), use_cache=False).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
