@@ -380,3 +380,25 @@ def test_settings_that_cannot_be_had_together(spec, says):
     assert says in str(caught.value)
     # Without a stage that distils they mean nothing and are no fault.
     Recipe.from_tree({"model": {"name": "m"}}, overrides=setting[1:])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_keeps_its_balancing_loss(family):
+    from tiny import FAMILIES, make_base, make_layout
+
+    from uniattn_cli.checkpoint import build_converted
+
+    base = make_base(next(entry for entry in FAMILIES if entry[0] == family))
+    student = build_converted(base, make_layout("mixed", base.config))
+    layers = [layer for layer, plan in enumerate(student.config.layout) if plan.kind not in ("own", "none")]
+    distiller = Distiller(DistillationSpec(attention=1.0), base, layers=layers)
+    tokens = torch.arange(5, 45).view(2, 20)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    distiller.measure_energies([batch])
+    targets = distiller.targets(batch)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        sums = distiller.loss_sums(student, {**inputs, "output_router_logits": True, "use_cache": False}, targets)
+        plain = student(**inputs, labels=tokens, output_router_logits=True, use_cache=False)
+    assert sums["router"].item() == pytest.approx(plain.aux_loss.item(), rel=1e-6)
+    assert sums["cross_entropy"].item() > 0 and sums["attention"].item() > 0

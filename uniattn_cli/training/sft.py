@@ -128,6 +128,13 @@ def make_config(
         fsdp=spec.fsdp or None,
         fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if spec.fsdp else None,
     )
+    if spec.fsdp and config.bf16:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # accelerate's own policy also rounds losses and sums of gradients to bfloat16, which DDP does not.
+        config.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
     if device.type == "cuda":
         config.distributed_state.device = device
         config.__dict__["_setup_devices"] = device

@@ -1,0 +1,356 @@
+"""What training wins back, layout by layout and recipe by recipe, against the base after the same training.
+
+    python scripts/benchmark_training.py MODEL --train chat.jsonl more.jsonl --text c4.jsonl --wikitext wiki.tokens \\
+        --tokens 2000000 --seeds 0 1 2 --out docs/benchmarks/training.json
+
+Every row is made by the tool's own commands in a run directory of its own, with the same number of training tokens in
+the same order for a seed. The score is the mean of log perplexity on `--text` (first 30,720 tokens; the other pages are
+calibration text), of log perplexity on `--wikitext` (first 65,536 tokens) and of the loss on held-out responses; lower
+is better. The gap is the score minus that of the control of the same seed. Rows already in the output are not measured
+again; `--parts` and `--layouts` pick some. A table (`.md`) and a picture (`.png`) are written beside the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+
+from uniattn_cli import analyze, convert, data, train
+from uniattn_cli.checkpoint import load_model, load_tokenizer, locate
+from uniattn_cli.heldout import response_rows, row_losses
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import ModelSpec, Recipe
+from uniattn_cli.scoring import window_loss
+
+TEXT_TOKENS, WIKITEXT_TOKENS = 30 * 1024, 64 * 1024
+# Twelve followers of SmolLM2-135M save 20 % of the KV bytes; the others save the same.
+LAYOUTS = {
+    "softmax": {"kinds": "[softmax]"},
+    "mixed": {"kinds": "[softmax, kv, linear]"},
+    "kv": {"kinds": "[kv]"},
+    "linear": {"kinds": "[linear]"},
+}
+PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "lora", "equal time")
+RATES = {"compensation": 1e-3, "all": 1e-4, "lora": 2e-4}
+# Share of the steps of the two-stage recipe that only train the compensation: 0.25 of 1.25 epochs.
+FIRST_SHARE = 0.2
+
+
+class Bench:
+    """Texts, settings and the results so far."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.out = Path(arguments.out)
+        self.options = RunOptions(device=arguments.device, force=True)
+        self.device = self.options.torch_device()
+        self.work = Path(arguments.work or tempfile.mkdtemp(prefix="uniattn-training-"))
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.source = locate(
+            str(Path(arguments.model).absolute()) if Path(arguments.model).is_dir() else arguments.model
+        )
+        self.tokenizer = load_tokenizer(self.source)
+        self.texts = {"text": self._text(Path(arguments.text)), "wikitext": self._wikitext(Path(arguments.wikitext))}
+        self.content = json.loads(self.out.read_text()) if self.out.exists() else {"layouts": {}, "rows": {}}
+        setting = self._setting()
+        if self.content.setdefault("setting", setting)["comparable"] != setting["comparable"]:
+            raise SystemExit(f"{self.out} holds rows of other settings ({self.content['setting']['comparable']})")
+        self.steps = self._steps()
+
+    def _text(self, path: Path) -> torch.Tensor:
+        """Evaluation windows from the first pages; the other pages go into a file for calibration."""
+        pages = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+        wanted = min(TEXT_TOKENS, self.arguments.text_tokens)
+        ids: list[int] = []
+        used = 0
+        while len(ids) < wanted:
+            ids += [*data.encode(self.tokenizer, pages[used]), self.tokenizer.eos_token_id]
+            used += 1
+        rest = "".join(json.dumps({"text": page}) + "\n" for page in pages[used:])
+        (self.work / "calibration.jsonl").write_text(rest, encoding="utf-8")
+        return self._windows(ids[:wanted])
+
+    def _wikitext(self, path: Path) -> torch.Tensor:
+        ids = data.encode(self.tokenizer, path.read_text(encoding="utf-8"))
+        return self._windows(ids[: min(WIKITEXT_TOKENS, self.arguments.text_tokens)])
+
+    def _windows(self, ids: Sequence[int]) -> torch.Tensor:
+        length = self.arguments.length
+        return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+    def _setting(self) -> dict:
+        on_gpu = self.device.type == "cuda"
+        return {
+            "comparable": {
+                "model": Path(self.arguments.model).name,
+                "train": [Path(name).name for name in self.arguments.train],
+                "tokens": self.arguments.tokens,
+                "kv": self.arguments.kv,
+                "batch_size": self.arguments.batch_size,
+                "max_length": self.arguments.max_length,
+                "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
+                "rates": RATES,
+            },
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+            "dtype": "float32 weights, bfloat16 arithmetic in training" if on_gpu else "float32",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+        }
+
+    def settings(self, seed: int) -> list[str]:
+        """What all rows of a seed have in common."""
+        spec = self.arguments
+        train_files = ", ".join(str(Path(name).absolute()) for name in spec.train)
+        return [
+            f"seed={seed}",
+            "model.dtype=float32",
+            f"data.train=[{train_files}]",
+            f"data.calibration=[{self.work.absolute() / 'calibration.jsonl'}, {train_files}]",
+            f"analysis.tokens={spec.fit_tokens}",
+            f"analysis.length={spec.length}",
+            f"conversion.tokens={spec.fit_tokens}",
+            f"conversion.length={spec.length}",
+            f"evaluation.length={spec.length}",
+            f"evaluation.responses={spec.responses}",
+            f"train.batch_size={spec.batch_size}",
+            f"train.micro_batch_size={spec.micro_batch_size}",
+            f"train.max_length={spec.max_length}",
+        ]
+
+    def _steps(self) -> int:
+        """Optimiser steps that see about the wanted number of tokens."""
+        recipe = Recipe.from_tree({"model": {"name": self.source.name}}, overrides=self.settings(0))
+        rows = data.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
+        tokenised = data.tokenize(rows, self.tokenizer, max_length=recipe.train.max_length, loss=recipe.train.loss)
+        return max(1, round(self.arguments.tokens / (tokenised.tokens / tokenised.used) / self.arguments.batch_size))
+
+    def analysis(self) -> Path:
+        """A directory with `analysis/`, made once."""
+        folder = self.work / "analysis"
+        if not (folder / "analysis" / "stage.json").is_file():
+            folder.mkdir(exist_ok=True)
+            analyze(self.source.name, run_dir=folder, overrides=self.settings(0), options=self.options)
+        return folder
+
+    def run_dir(self, layout: str, seed: int) -> Path:
+        """A run directory with `converted/`; the layout is chosen once and the same for all seeds."""
+        folder = self.work / f"{layout}-{seed}"
+        if (folder / "converted" / "stage.json").is_file():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.analysis(), folder)
+        stored = self.content["layouts"].get(layout)
+        settings = self.settings(seed)
+        if stored is None:
+            search = self.arguments.search if layout == "softmax" else "thorough"
+            settings += [f"layout.kv={self.arguments.kv}", f"layout.search={search}"]
+            settings += [f"layout.kinds={LAYOUTS[layout]['kinds']}", f"layout.head_map={self.arguments.head_map}"]
+            settings += [f"layout.score_tokens={self.arguments.score_tokens}"]
+        else:
+            tree = {"model": {"name": self.source.name}, "layout": {"layers": stored}}
+            (folder / "recipe.yaml").write_text(json.dumps(tree) + "\n", encoding="utf-8")
+        result = convert(run_dir=folder, overrides=settings, options=self.options)
+        if stored is None:
+            self.content["layouts"][layout] = result.layout.to_list()
+            self.save()
+        return folder
+
+    def row(self, layout: str, part: str, seed: int) -> None:
+        """Makes one row, unless it is there already."""
+        shared = part in ("base", "control")
+        key = f"{'base' if shared else layout} | {part} | seed {seed}"
+        if key in self.content["rows"]:
+            return
+        folder = self.run_dir(layout, seed)
+        seconds = tokens = 0.0
+        directory = folder / "converted"
+        if part == "base":
+            directory = self.source.path
+        elif part != "converted":
+            directory, seconds, tokens = self._train(folder, layout, part, seed)
+        scores = self._score(directory, seed)
+        self.content["rows"][key] = {
+            "score": round(statistics.fmean(scores.values()), 5),
+            "seconds": round(seconds, 1),
+            "tokens": int(tokens),
+            **{name: round(value, 5) for name, value in scores.items()},
+        }
+        print(key, self.content["rows"][key], flush=True)
+        self.save()
+
+    def _train(self, folder: Path, layout: str, part: str, seed: int) -> tuple[Path, float, int]:
+        settings = [*self.settings(seed), *self._recipe_of(part, layout, seed)]
+        if part == "control teaches":
+            self._fetch_control(folder, seed)
+        result = train(run_dir=folder, control=part == "control", overrides=settings, options=self.options)
+        seconds, tokens = (sum(getattr(stage, name) for stage in result.stages) for name in ("seconds", "tokens"))
+        if part == "control":
+            shutil.copytree(folder / "control", self.work / f"control-{seed}", dirs_exist_ok=True)
+        return result.directory, seconds, tokens
+
+    def _fetch_control(self, folder: Path, seed: int) -> None:
+        if not (self.work / f"control-{seed}").is_dir():
+            self._train(folder, "", "control", seed)
+        if not (folder / "control").is_dir():
+            shutil.copytree(self.work / f"control-{seed}", folder / "control")
+
+    def _recipe_of(self, part: str, layout: str, seed: int) -> list[str]:
+        """The stages of a part, as settings."""
+        steps = self.steps
+        if part == "two":
+            first = max(1, round(FIRST_SHARE * steps))
+            stages = [("compensation", first, ""), ("all", max(1, steps - first), "")]
+        elif part == "lora":
+            stages = [("lora", steps, "")]
+        elif part in ("distillation", "control teaches"):
+            stages = [("all", steps, ", loss: distillation")]
+        elif part == "equal time":
+            rows = [self.content["rows"].get(f"{layout} | {name} | seed {seed}") for name in ("distillation", "one")]
+            if None in rows:
+                raise SystemExit("`equal time` needs the parts `one` and `distillation` of the same layout and seed")
+            stages = [("all", max(1, round(steps * rows[0]["seconds"] / rows[1]["seconds"])), "")]
+        else:
+            stages = [("all", steps, "")]
+        entries = [
+            f"{{trains: {trains}, steps: {count}, learning_rate: {RATES[trains]}{more}}}"
+            for trains, count, more in stages
+        ]
+        teacher = "control" if part == "control teaches" else "base"
+        return [f"train.stages=[{', '.join(entries)}]", f"train.distillation={{teacher: {teacher}, top_k: 64}}"]
+
+    def _score(self, directory: Path, seed: int) -> dict[str, float]:
+        model = load_model(locate(str(directory)), ModelSpec(dtype="float32"), self.device)
+        found = {name: window_loss(model, windows).mean for name, windows in self.texts.items()}
+        recipe = Recipe.from_tree({"model": {"name": self.source.name}}, overrides=self.settings(seed))
+        rows = response_rows(recipe, self.tokenizer)
+        found["responses"] = row_losses(model, rows, batch_size=self.arguments.micro_batch_size).summary().mean
+        return found
+
+    def save(self) -> None:
+        """Writes JSON, table and picture."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        grouped = self.grouped()
+        self.out.with_suffix(".md").write_text(self.markdown(grouped), encoding="utf-8")
+        if any(row["gap"] for row in grouped):
+            draw(grouped, self.out.with_suffix(".png"))
+
+    def grouped(self) -> list[dict]:
+        """One entry for each layout and part, seeds together, with the gap to the control of the same seed."""
+        rows = self.content["rows"]
+        found: dict[tuple[str, str], dict] = {}
+        for key, row in rows.items():
+            layout, part, seed = key.split(" | ")
+            entry = found.setdefault((layout, part), {"layout": layout, "part": part, "rows": [], "gap": []})
+            entry["rows"].append(row)
+            control = rows.get(f"base | control | {seed}")
+            if control is not None:
+                entry["gap"].append(row["score"] - control["score"])
+        return list(found.values())
+
+    def markdown(self, grouped: Sequence[dict]) -> str:
+        """One line for each layout and part; means over seeds, with their standard deviation."""
+        setting = self.content["setting"]
+        comparable = setting["comparable"]
+        lines = [
+            f"# {comparable['model']}: what training wins back",
+            "",
+            f"{comparable['tokens']:,} training tokens, {comparable['kv']:.0%} of the KV bytes kept; "
+            f"{setting['device']}, {setting['dtype']}. Score: mean of the three losses (nats per token, lower is "
+            "better); gap: score minus that of the control, the base after the same training, of the same seed. Made "
+            "by `scripts/benchmark_training.py`; the JSON file beside has all numbers.",
+            "",
+            "| layout | trained | score | gap | text | wikitext | responses | tokens | seconds | seeds |",
+            "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for entry in grouped:
+            rows = entry["rows"]
+            cells = [entry["layout"], entry["part"], spread([row["score"] for row in rows])]
+            cells.append(spread(entry["gap"]) if entry["gap"] else "–")
+            cells += [spread([row[name] for row in rows]) for name in ("text", "wikitext", "responses")]
+            cells += [f"{statistics.fmean(row[name] for row in rows):,.0f}" for name in ("tokens", "seconds")]
+            lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    mean = statistics.fmean(values)
+    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def draw(grouped: Sequence[dict], path: Path) -> None:
+    """Gaps as bars, one group for each layout."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [entry for entry in grouped if entry["gap"] and entry["part"] != "control"]
+    if not shown:
+        return
+    figure = Figure(figsize=(max(6, 0.55 * len(shown) + 2), 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    layouts = list(dict.fromkeys(entry["layout"] for entry in shown))
+    colours = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+    for place, entry in enumerate(shown):
+        error = statistics.stdev(entry["gap"]) if len(entry["gap"]) > 1 else math.nan
+        colour = colours[layouts.index(entry["layout"]) % len(colours)]
+        axis.bar(place, statistics.fmean(entry["gap"]), yerr=error, capsize=3, color=colour, alpha=0.85)
+    axis.set_xticks(
+        range(len(shown)), [f"{entry['layout']}, {entry['part']}" for entry in shown], rotation=60, ha="right"
+    )
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_ylabel("gap to the control, nats per token")
+    axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Reads the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument("--train", nargs="+", required=True, help="training rows, files or hub data sets")
+    parser.add_argument("--text", required=True, help="JSONL with a column `text`")
+    parser.add_argument("--wikitext", required=True, help="plain text")
+    parser.add_argument("--out", default="docs/benchmarks/training.json")
+    parser.add_argument("--work", help="folder of the run directories, kept; a temporary one by default")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each row")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--kv", type=float, default=0.8, help="share of the KV bytes that all layouts keep")
+    parser.add_argument("--search", choices=("fast", "thorough"), default="thorough", help="of the softmax layout")
+    parser.add_argument("--head-map", default="free")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window of text")
+    parser.add_argument("--fit-tokens", type=int, default=81920)
+    parser.add_argument("--score-tokens", type=int, default=24576, help="that judge candidates of the search")
+    parser.add_argument("--text-tokens", type=int, default=WIKITEXT_TOKENS, help="at most this many of each text")
+    parser.add_argument("--responses", type=int, default=200, help="held-out rows of the score")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    for seed in arguments.seeds:
+        for layout in arguments.layouts:
+            for part in arguments.parts:
+                bench.row(layout, part, seed)
+    bench.save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The benchmark scripts of training run, at a size at which their figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import make_model, write_data
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_training_benchmark_makes_every_row_once(tmp_path):
+    model = make_model(tmp_path / "model")
+    write_data(tmp_path)
+    pages = [{"text": f"Page {n} says that {n} and {n} are {n + n}, and so on for a while. " * 4} for n in range(60)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages), encoding="utf-8")
+    out = tmp_path / "out" / "training.json"
+    common = [model, "--train", tmp_path / "rows.jsonl", "--text", tmp_path / "pages.jsonl"]
+    common += ["--wikitext", tmp_path / "text.txt", "--out", out, "--work", tmp_path / "work", "--tokens", 2000]
+    common += ["--length", 64, "--fit-tokens", 1024, "--score-tokens", 512, "--text-tokens", 512, "--responses", 4]
+    common += ["--max-length", 64, "--batch-size", 8, "--micro-batch-size", 8, "--device", "cpu", "--seeds", 0]
+    common += ["--layouts", "softmax", "--search", "fast"]
+    done = run_script("benchmark_training.py", *common)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    parts = ["converted", "one", "two", "distillation", "control teaches", "lora", "equal time"]
+    expected = {f"softmax | {part} | seed 0" for part in parts} | {
+        f"base | {part} | seed 0" for part in ("base", "control")
+    }
+    assert set(rows) == expected
+    tokens = {key: row["tokens"] for key, row in rows.items()}
+    equal = [tokens[f"softmax | {part} | seed 0"] for part in ("one", "two", "distillation", "lora")]
+    assert {*equal, tokens["base | control | seed 0"]} == {equal[0]} and 1500 < equal[0] < 2500
+    for row in rows.values():
+        assert row["score"] == pytest.approx(sum(row[name] for name in ("text", "wikitext", "responses")) / 3, abs=1e-4)
+    table = out.with_suffix(".md").read_text()
+    gap = rows["softmax | one | seed 0"]["score"] - rows["base | control | seed 0"]["score"]
+    assert f"| softmax | one | {rows['softmax | one | seed 0']['score']:.3f} | {gap:.3f} |" in table
+    assert out.with_suffix(".png").is_file()
+    # What is there is not measured again, and nothing of other settings is mixed in.
+    before = out.read_text()
+    done = run_script("benchmark_training.py", *common)
+    assert done.returncode == 0 and done.stdout == "" and out.read_text() == before
+    done = run_script("benchmark_training.py", *common, "--tokens", 3000)
+    assert done.returncode == 1 and "rows of other settings" in done.stderr
+
+
+def test_speed_benchmark_alternates_base_and_converted(tmp_path):
+    out = tmp_path / "speed.json"
+    size = ["--layers", 4, "--hidden", 32, "--intermediate", 48, "--heads", 4, "--kv-heads", 2, "--vocabulary", 97]
+    run = ["--batch", 2, "--length", 16, "--steps", 2, "--warm-up", 1, "--rounds", 2, "--device", "cpu"]
+    done = run_script("benchmark_training_speed.py", "--out", out, *size, *run)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert list(cases) == ["all", "all, gradient checkpointing", "compensation"]
+    for row in cases.values():
+        assert len(row["ratios"]) == 2 and row["ratio"] > 0
+        assert row["base"]["tokens_per_second"] > 0 and row["converted"]["peak_gib"] is None
+    assert out.with_suffix(".md").read_text().count("×") == 3
