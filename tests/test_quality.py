@@ -229,6 +229,7 @@ def test_batches_shrink_until_they_fit():
 
     assert found.run("text", 2048, call) == "done" and tried == [16, 8]
     assert found.run("text", 2048, call) == "done" and tried == [16, 8, 8], "the next model begins where this one ended"
+    assert found.reduced == {"text": 8}
     with pytest.raises(RuntimeError, match="shapes"):
         found.run("other", None, lambda size: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="out of memory"):

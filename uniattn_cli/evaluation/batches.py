@@ -26,6 +26,7 @@ class Batches:
 
     Attributes:
         found: the size that fitted, for each part that was run.
+        reduced: the same for the parts that memory ran out in.
     """
 
     def __init__(self, first: int, length: int, device: torch.device):
@@ -33,6 +34,7 @@ class Batches:
         self.length = length
         self.device = device
         self.found: dict[str, int] = {}
+        self.reduced: dict[str, int] = {}
 
     def start(self, length: int | None) -> int:
         """Sequences of this length that hold about as many tokens as the first try."""
@@ -59,6 +61,7 @@ class Batches:
                 if size == 1 or not should_reduce_batch_size(error):
                     raise
                 size //= 2
+                self.reduced[part] = size
             else:
                 self.found[part] = size
                 return result

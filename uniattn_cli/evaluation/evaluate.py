@@ -221,7 +221,7 @@ def _measure_all(
     reference = None
     if material.lengths:
         longest = max(material.lengths)
-        windows = torch_stack(material.lengths[longest].tokens)
+        windows = _stacked(material.lengths[longest].tokens)
         reference = Reference(lambda: pool.get(base), windows, batches.start(longest))
     bench = Bench(material, batches, store, reference, model_key(base.source), options.progress)
     for index, subject in enumerate(subjects):
@@ -238,7 +238,7 @@ def _measure_all(
     return found
 
 
-def torch_stack(rows: Sequence[Any]) -> Any:
+def _stacked(rows: Sequence[Any]) -> Any:
     """Rows of equal length as one tensor."""
     import torch
 

@@ -12,6 +12,7 @@ from uniattn_cli.evaluation.subjects import BASE
 # Distinct for people who cannot tell red from green (Okabe and Ito); shapes differ too.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP*X"
+COLUMNS = 2
 LABEL_HEIGHT = 15.0  # points between two labels
 
 
@@ -46,9 +47,10 @@ def draw_panels(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    page = Figure(figsize=(6.2 * len(panels), 4.8), dpi=150, layout="constrained")
+    columns, rows = min(len(panels), COLUMNS), -(-len(panels) // COLUMNS)
+    page = Figure(figsize=(6.2 * columns, 4.8 * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(page)
-    axes = page.subplots(1, len(panels), squeeze=False)[0]
+    axes = [page.add_subplot(rows, columns, index + 1) for index in range(len(panels))]
     for axis, (key, cost) in zip(axes, panels, strict=True):
         label, factor = QUALITY_LABELS[key]
         _panel(axis, models, key, factor, cost)

@@ -199,7 +199,8 @@ def markdown(results: dict[str, Any], *, command: str) -> str:
         "## Models",
         to_markdown(_models_table(results)),
         "## Settings",
-        _bullets([f"{part}: {_plain(settings)}" for part, settings in results["settings"].items()]),
+        # The formula of the capacity stands below its table.
+        _bullets([f"{part}: {_plain(each)}" for part, each in results["settings"].items() if part != "capacity"]),
         *notes,
         "## How to repeat it",
         f"In the run directory:\n\n```\n{command}\n```",
@@ -228,7 +229,7 @@ def _models_table(results: dict[str, Any]) -> Table:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

@@ -134,7 +134,7 @@ def _settings(recipe: Recipe, material: Material, pool: ModelPool, batches: Batc
             "lengths": list(material.lengths),
             "retrieval": {"items": spec.retrieval, "candidates": FACTS} if material.retrieval else None,
         },
-        "batch": {"sequences": batches.first, "fitted": min(batches.found.values(), default=batches.first)},
+        "batch": {"sequences": batches.first, "reduced": batches.reduced},
         "capacity": FORMULA,
         "speed": speed if timed else None,
     }

@@ -160,7 +160,8 @@ def _run_point(
     run: RunDir, place: RunDir, recipe: Recipe, source: Source, scores: Path, discard: bool, options: RunOptions
 ) -> str | None:
     """Converts and scores one point, as far as that is not done. Returns why it is impossible, else None."""
-    record = json.loads(json.dumps({"settings": recipe.to_dict(), "model": source.fingerprint}))
+    record = {"settings": recipe.to_dict(), "model": source.fingerprint, "analysis": run.record("analyze")["finished"]}
+    record = json.loads(json.dumps(record))
     known = _read_point(place)
     if known is None or known.get("record") != record:
         _begin(run, place, recipe, record)
