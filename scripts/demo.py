@@ -29,7 +29,8 @@ SHORT = {
     "train": "--set 'train.stages=[{trains: compensation, steps: 2}, {trains: all, steps: 2}]' "
     "--set train.batch_size=4 --set train.micro_batch_size=4 --set train.max_length=256",
     "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
-    "--set evaluation.limit=8 --set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
+    "--set evaluation.limit=8 --set evaluation.samples=1 --set evaluation.sample_tokens=8 "
+    "--set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
     "--set evaluation.speed.repeats=2",
 }
 
@@ -67,7 +68,7 @@ def step(command: list[str], folder: Path) -> float:
 def report(took: dict[str, float]) -> None:
     """Prints the comparison, the times and where the files are."""
     print("\n" + (RUN / "evaluation" / "report.md").read_text(encoding="utf-8"))
-    print("Plots:")
+    print(f"The same as a page: {(RUN / 'evaluation' / 'report.html').relative_to(ROOT)}\nPlots:")
     for plot in sorted(RUN.rglob("*.png")):
         print(f"  {plot.relative_to(ROOT)}")
     times = ", ".join(f"{verb} {seconds:.0f} s" for verb, seconds in took.items())
