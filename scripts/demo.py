@@ -37,7 +37,8 @@ SHORT = {
     "--set train.batch_size=4 --set train.micro_batch_size=4 --set train.max_length=256",
     "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
     "--set evaluation.limit=8 --set evaluation.lengths=[256] --set evaluation.length_tokens=512 "
-    "--set evaluation.retrieval=1 --set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
+    "--set evaluation.retrieval=1 --set evaluation.samples=1 --set evaluation.sample_tokens=8 "
+    "--set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
     "--set evaluation.speed.repeats=2",
 }
 
@@ -83,7 +84,7 @@ def step(command: list[str], folder: Path) -> float:
 def report(run: Path, took: dict[str, float]) -> None:
     """Prints the comparison, the times and where the files are."""
     print("\n" + (run / "evaluation" / "report.md").read_text(encoding="utf-8"))
-    print("Plots:")
+    print(f"The same as a page: {(run / 'evaluation' / 'report.html').relative_to(ROOT)}\nPlots:")
     for plot in sorted(run.rglob("*.png")):
         print(f"  {plot.relative_to(ROOT)}")
     times = ", ".join(f"{verb} {seconds:.0f} s" for verb, seconds in took.items())

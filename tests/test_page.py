@@ -95,6 +95,8 @@ def with_lengths(results: dict) -> dict:
         ]
         model["retrieval"] = [{"length": length, "correct": 3, "items": 4} for length in (256, 1024)]
         if index:
+            perplexity = model["quality"]["perplexity"]
+            perplexity["difference_to_control"] = {**perplexity["difference_to_base"], "value": -123.0}
             kl = figures.figure(0.125, "nats per token", "lower", n=4, of="windows", stderr=0.01)
             top1 = figures.figure(0.875, "share", "higher", n=4, of="windows", stderr=0.01)
             by_position = {"edges": [0, 16, 64], "kl": [0.1, 0.2], "top1": [0.9, 0.8]}
@@ -225,6 +227,11 @@ def test_tables_can_be_read_aloud(whole):
         for row in table.all("tbody")[0].all("tr"):
             assert row.children[0].attributes["scope"] == "row" and len(row.children) == width
         assert table.parent.attributes["class"] == "scroll" and table.parent.attributes["tabindex"] == "0"
+
+
+def test_differences_to_a_control_stand_beside_those_to_the_base(whole):
+    told = [element.words() for element in Tree(whole).root.all("span") if "to control" in element.words()]
+    assert len(told) == 2 and all(words.startswith("to control: −123.00") for words in told)
 
 
 def test_numbers_are_those_of_the_results(run, results):

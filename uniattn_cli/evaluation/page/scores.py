@@ -125,7 +125,15 @@ def _difference(entry: FigureDict) -> Html:
     if interval is not None:
         ends = [as_difference({**entry, "difference_to_base": {"value": end, "stderr": None}}) for end in interval]
         parts.append(tag("span", f"95 %: {' to '.join(ends)}", class_="sub"))
-    return join((parts, mark(judge(entry))))
+    return join((parts, mark(judge(entry)), _to_control(entry)))
+
+
+def _to_control(entry: FigureDict) -> Html | None:
+    """The difference to the base after the same training, where there is such a control."""
+    if not entry.get("difference_to_control"):
+        return None
+    beside = {**entry, "difference_to_base": entry["difference_to_control"]}
+    return tag("span", f"to control: {as_difference(beside)}", tag("br"), mark(judge(beside)), class_="sub")
 
 
 def _ratio(entry: FigureDict) -> Html | None:
