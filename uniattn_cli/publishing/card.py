@@ -247,10 +247,9 @@ def _training(content: dict[str, Any], settings: dict[str, Any]) -> Iterator[str
     rows, planned = [], iter(spec["stages"])
     for stage in content["stages"]:
         # Stages with nothing to train were skipped; the others come in the order of the recipe.
-        plan = next(plan for plan in planned if (plan["name"] or plan["trains"]) == stage["name"])
-        rows.append(
-            [stage["name"], stage["trains"], str(plan["learning_rate"]), f"{stage['steps']:,}", f"{stage['tokens']:,}"]
-        )
+        plan = next((plan for plan in planned if (plan["name"] or plan["trains"]) == stage["name"]), {})
+        rate = str(plan.get("learning_rate", "–"))
+        rows.append([stage["name"], stage["trains"], rate, f"{stage['steps']:,}", f"{stage['tokens']:,}"])
     yield to_markdown(Table("", ["stage", "trains", "learning rate", "steps", "tokens"], rows))
 
 

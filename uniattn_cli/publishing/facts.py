@@ -89,22 +89,10 @@ def gather(
     config = load_config(source, converted=True)
     notes: list[str] = []
     record = _read(directory / STAGE_FILE) or {}
-    report = _read(directory / REPORT_FILE)
     found: dict[str, Any] = {"versions": record.get("versions", {})}
-    made = directory.absolute().parent / OUTPUTS["convert"]
     if record.get("stage") == "train":
-        found |= {"training": report, "training_settings": record.get("settings")}
-        if not (made / "config.json").is_file():
-            notes.append(f"{made} is missing, so the card says nothing about the fit")
-            made = None
-        elif locate(str(made)).fingerprint != record.get("inputs", {}).get("converted"):
-            notes.append(f"{made} has changed since training, so the card says nothing about the fit")
-            made = None
-    elif record.get("stage") == "convert":
-        made = directory
-    else:
-        notes.append(f"{directory} was not written by a stage of uniattn, so the card has little to say")
-        made = None
+        found |= {"training": _read(directory / REPORT_FILE), "training_settings": record.get("settings")}
+    made = _conversion_folder(directory, record, notes)
     if made is not None:
         found["conversion"] = _read(made / REPORT_FILE)
         found["conversion_settings"] = (_read(made / STAGE_FILE) or {}).get("settings")
@@ -114,6 +102,22 @@ def gather(
     settings = found.get("training_settings") or found.get("conversion_settings") or {}
     base = _base(settings.get("model") or {}, base_model, licence, online)
     return Facts(source, config, base, notes=notes, **found)
+
+
+def _conversion_folder(directory: Path, record: dict[str, Any], notes: list[str]) -> Path | None:
+    """Where the conversion is described that the checkpoint comes from: there, or in `converted/` beside it."""
+    if record.get("stage") == "convert":
+        return directory
+    made = directory.absolute().parent / OUTPUTS["convert"]
+    if record.get("stage") != "train":
+        notes.append(f"{directory} was not written by a stage of uniattn, so the card has little to say")
+    elif not (made / "config.json").is_file():
+        notes.append(f"{made} is missing, so the card says nothing about the fit")
+    elif locate(str(made)).fingerprint != record.get("inputs", {}).get("converted"):
+        notes.append(f"{made} has changed since training, so the card says nothing about the fit")
+    else:
+        return made
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
