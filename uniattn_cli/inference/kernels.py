@@ -72,10 +72,10 @@ def lead_kernel(
     here = lane < GROUP
     inside = d < D
     row64 = row.to(tl.int64)
-    # Offsets that are read from memory: without these words loads are taken apart, because nobody knows their alignment.
+    # Nobody knows the alignment of offsets that are read from memory; unless told, loads are taken apart.
     key_base = tl.multiple_of(tl.load(key_heads + kv_head) + row64 * key_row, 16)
     value_base = tl.multiple_of(tl.load(value_heads + kv_head) + row64 * value_row, 16)
-    query_base = tl.load(query_heads + heads, mask=here, other=0) + row64 * query_row
+    query_base = tl.multiple_of(tl.load(query_heads + heads, mask=here, other=0) + row64 * query_row, 8)
     q = tl.load(queries + query_base[:, None] + d[None, :], mask=here[:, None] & inside[None, :], other=0.0)
     top = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)

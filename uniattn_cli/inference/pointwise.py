@@ -80,7 +80,8 @@ def place_kernel(
 ):
     """Takes one head of one token from the projection to where it belongs: queries, caches, or the low-rank part.
 
-    Queries and keys are rotated on the way, and normed where all of them are (NORM). `places` is the place in the cache, `tokens` the number per row.
+    Queries and keys are rotated on the way, and normed where all of them are (NORM). `places` says where in the
+    cache, `tokens` is the number per row.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -120,18 +121,18 @@ def place_kernel(
         if head < NQ:
             tl.store(queries + token * query_row + head * D + d, x.to(kind), mask=inside)
         else:
-            target = keys + row * key_row + (head - NQ) * capacity * D + place * D
-            tl.store(target + d, x.to(kind), mask=inside)
+            key = keys + row * key_row + (head - NQ) * capacity * D + place * D
+            tl.store(key + d, x.to(kind), mask=inside)
     else:
         if head < NQ + NK + NV:
-            x = tl.load(source + d, mask=d < D, other=0.0)
-            target = values + row * key_row + (head - NQ - NK) * capacity * D + place * D
-            tl.store(target + d, x, mask=d < D)
+            moved = tl.load(source + d, mask=d < D, other=0.0)
+            value = values + row * key_row + (head - NQ - NK) * capacity * D + place * D
+            tl.store(value + d, moved, mask=d < D)
         else:
             column = (head - NQ - NK - NV) * D + d
             wanted = (d < D) & (column < RANK)
-            x = tl.load(projected + token * projected_row + (NQ + NK + NV) * D + column, mask=wanted, other=0.0)
-            tl.store(extra + token * extra_row + column, x, mask=wanted)
+            low = tl.load(projected + token * projected_row + (NQ + NK + NV) * D + column, mask=wanted, other=0.0)
+            tl.store(extra + token * extra_row + column, low, mask=wanted)
 
 
 @triton.jit

@@ -259,7 +259,7 @@ def _read_layer(
     layer.wide_norm = norm is not None and norm.weight.shape[0] != shape.head_dim
     if layer.parts:
         _read_projections(layer, attention)
-        _read_sources(layer, shape)
+        read_sources(layer, shape)
     return layer
 
 
@@ -286,7 +286,8 @@ def _read_projections(layer: LayerProgram, attention: nn.Module) -> None:
     layer.extra = layer.output.shape[1] - layer.width
 
 
-def _read_sources(layer: LayerProgram, shape: AttentionShape) -> None:
+def read_sources(layer: LayerProgram, shape: AttentionShape) -> None:
+    """Says which heads a layer borrows."""
     plan, group = layer.plan, shape.group_size
     if plan.kind in ("key", "kv"):
         layer.key_sources = plan.sources(shape.kv_heads)

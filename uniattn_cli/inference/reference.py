@@ -1,9 +1,9 @@
 """One decoding step of attention in plain PyTorch: the algorithm of the kernels, for CPUs and as their measure.
 
-The keys are cut into blocks. For each block the leader keeps its largest score m_b and p_b = 2^(s - m_b), with scores s
-in units of log2, and for the row the log2 of the normalising sum, lse. The map is p_b 2^(m_b - lse), so a follower needs
-neither queries nor keys, and the values p_b are exact enough in 16 bits because the largest of a block is 1 (the same
-rounding as in FlashAttention, arXiv 2205.14135, whose online Softmax this is).
+The keys are cut into blocks. For each block the leader keeps its largest score m_b and p_b = 2^(s - m_b), with scores
+s in units of log2, and for the row the log2 of the normalising sum, lse. The map is p_b 2^(m_b - lse), so a follower
+needs neither queries nor keys, and the values p_b are exact enough in 16 bits because the largest of a block is 1 (the
+same rounding as in FlashAttention, arXiv 2205.14135, whose online Softmax this is).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def visible(starts: torch.Tensor, ends: torch.Tensor, window: int | None, keys: int) -> torch.Tensor:
-    """Which places of a cache the newest token sees, [batch, keys]: from `starts` to before `ends`, within the window."""
+    """Places of a cache that the newest token sees, [batch, keys]: from `starts` to before `ends`, in the window."""
     first = starts if window is None else torch.maximum(starts, ends - window)
     places = torch.arange(keys, device=starts.device)
     return (places >= first[:, None]) & (places < ends[:, None])

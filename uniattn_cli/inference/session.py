@@ -43,6 +43,7 @@ class State:
     noise: torch.Tensor
 
     def tensors(self) -> list[torch.Tensor]:
+        """All of them, in a fixed order."""
         return list(vars(self).values())
 
 
@@ -153,7 +154,7 @@ class Session:
         self.length, self.padded = length, False
 
     def _prepare_tables(self, longest: int) -> None:
-        """Tables of rotary embeddings; a captured graph holds their addresses, so they are made anew only if they must."""
+        """Makes tables of rotary embeddings, again only if they change: a captured graph holds their addresses."""
         total = longest + self.new
         check_rotary(self.program, longest, total)
         total = total if rotary_types(self.program) & CHANGING_ROTARY else self.caches.capacity
