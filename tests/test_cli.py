@@ -32,7 +32,7 @@ STAGES = {
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
 }
-COMMANDS = [*STAGES, "recipe", "families", "doctor"]
+COMMANDS = [*STAGES, "bench", "recipe", "families", "doctor"]
 
 
 # --- help, version, speed ---------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_stages_do_not_import_each_other_or_the_command_line():
-    verbs = {"analysis", "conversion", "training", "evaluation"}
+    verbs = {"analysis", "conversion", "training", "evaluation", "benchmarking"}
     files = [path for verb in verbs for path in (ROOT / "uniattn_cli" / verb).glob("*.py")]
     assert len(files) >= len(verbs)
     for path in files:

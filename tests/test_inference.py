@@ -6,8 +6,14 @@ import pytest
 import tiny
 import torch
 
+from uniattn_cli.accounting import kv_bytes_per_token
 from uniattn_cli.checkpoint import build_converted
-from uniattn_cli.inference.engine import decode
+from uniattn_cli.errors import UsageError
+from uniattn_cli.inference.engine import Engine, decode
+from uniattn_cli.inference.program import UnsupportedError, map_slots
+from uniattn_cli.inference.sampling import Sampling, choose
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import Layout
 
 NEW = 64
 PROMPT = 13
@@ -50,3 +56,177 @@ def test_greedy_text_of_stock_models_is_that_of_transformers(entry):
     tokens, mask = make_prompt()
     found = decode(model, tokens, mask, max_new_tokens=NEW, engine="engine")
     assert torch.equal(found.sequences, generate(model, tokens, mask))
+
+
+@pytest.mark.parametrize("layout", ["free_several", "mixed", "others"])
+def test_recomputing_the_map_gives_the_text_of_reusing_it(layout):
+    engine = Engine(make_model(tiny.FAMILIES[0], layout))
+    tokens, mask = make_prompt()
+    texts = []
+    for reuse in (True, False):
+        session = engine.session(3, PROMPT + 32, 32, reuse=reuse)
+        session.prefill(tokens, mask.sum(-1))
+        for _ in range(31):
+            session.advance()
+        texts.append(session.state.output)
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_prompt_in_pieces_gives_the_logits_of_a_prompt_at_once(family, chunk):
+    engine = Engine(make_model(named(family), "mixed").double())
+    tokens, mask = make_prompt()
+    logits = []
+    for size in (chunk, None):
+        session = engine.session(3, PROMPT + 4, 4)
+        session.prefill(tokens, mask.sum(-1), chunk=size)
+        session.advance()
+        logits.append(session.logits)
+    # Norms of most families are float32 whatever the model is.
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def named(family):
+    return next(entry for entry in tiny.FAMILIES if entry[0] == family)
+
+
+@pytest.mark.parametrize("name", tiny.LAYOUTS)
+def test_caches_hold_what_the_layout_predicts(name):
+    engine = Engine(make_model(tiny.FAMILIES[0], name))
+    session = engine.session(2, 64, 8)
+    program = engine.program
+    per_token = kv_bytes_per_token(program.layout, attention_shape(program.config), 4)
+    assert session.caches.nbytes == session.caches.flat.nbytes == 2 * 64 * per_token
+
+
+def test_maps_share_places_when_their_last_borrower_is_done():
+    chain = [{}, {"leader": 0}, {}, {"leader": 2}, {}, {"heads": "4:0 4:1 2:2 2:3 4:4 4:5"}, {"leader": 4}]
+    slots, count = map_slots(Layout.from_list(chain))
+    assert count == 2
+    assert slots[0] == slots[2] != slots[4]
+    assert map_slots(Layout.from_list([{}, {"kind": "kv", "leader": 0}])) == ({}, 0)
+
+
+@pytest.mark.parametrize("layout", ["leader", "low_rank", "mixed"])
+def test_compensation_is_part_of_one_product_and_no_copy(layout):
+    model = make_model(tiny.FAMILIES[0], layout)
+    wanted = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    tokens, _ = make_prompt()
+    with torch.no_grad():
+        before = model(tokens).logits
+    program = Engine(model).program
+    # The model is what it was, and its weights are the engine's.
+    assert all(torch.equal(parameter, wanted[name]) for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before)
+    for layer, block in zip(program.layers, model.model.layers, strict=True):
+        if layer.extra:
+            storage = layer.output.untyped_storage().data_ptr()
+            assert block.self_attn.o_proj.weight.untyped_storage().data_ptr() == storage
+            assert layer.takes_input == (layer.plan.compensation == "full")
+    assert any(layer.extra for layer in program.layers)
+
+
+def test_models_that_share_weights_share_the_fused_ones():
+    base = tiny.make_base(tiny.FAMILIES[0])
+    converted = build_converted(base, tiny.make_layout("leader"))
+    programs = [Engine(model).program for model in (base, converted)]
+    first = [program.layers[0] for program in programs]
+    assert first[0].project.data_ptr() == first[1].project.data_ptr()
+    assert first[0].feed.gate_up.data_ptr() == first[1].feed.gate_up.data_ptr()
+
+
+def test_text_ends_where_that_of_transformers_ends():
+    model = make_model(tiny.FAMILIES[0], "mixed")
+    tokens, mask = make_prompt()
+    free = decode(model, tokens, mask, max_new_tokens=24).tokens
+    stop = [int(free[0, 4]), int(free[1, 9]), int(free[2, 2])]
+    found = decode(model, tokens, mask, max_new_tokens=24, eos_token_id=stop, pad_token_id=0)
+    wanted = generate(model, tokens, mask, 24, eos_token_id=stop)
+    assert torch.equal(found.sequences, wanted)
+    assert found.tokens.shape[1] < 24
+
+
+def test_every_token_is_told_when_it_is_known():
+    model = make_model(tiny.FAMILIES[0], None)
+    tokens, mask = make_prompt()
+    told = []
+    found = decode(model, tokens, mask, max_new_tokens=5, on_tokens=lambda new: told.append(new.clone()))
+    assert torch.equal(torch.stack(told, dim=1), found.tokens)
+
+
+def test_sampling_follows_the_distribution_and_the_seed():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -3.0]])
+    noise = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    rows = logits.expand(len(noise), -1)
+
+    def shares(**settings):
+        return torch.bincount(choose(rows, Sampling(**settings), noise), minlength=4) / len(noise)
+
+    torch.testing.assert_close(shares(temperature=1.0), logits[0].softmax(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(shares(temperature=2.0), (logits[0] / 2).softmax(0), atol=0.01, rtol=0)
+    # The first two reach 0.67 and 0.91; as in transformers the token that passes top_p stays.
+    nucleus = logits[0, :2].softmax(0)
+    torch.testing.assert_close(shares(temperature=1.0, top_p=0.8)[:2], nucleus, atol=0.01, rtol=0)
+    assert shares(temperature=1.0, top_p=0.8)[2:].sum() == 0
+    assert shares(temperature=1.0, top_p=0.1)[0] == 1
+    assert shares()[0] == 1
+
+
+def test_sampled_text_depends_on_the_seed_alone():
+    model = make_model(tiny.FAMILIES[0], "mixed")
+    tokens, mask = make_prompt()
+
+    def text(seed, engine="engine"):
+        options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9}
+        return decode(model, tokens, mask, seed=seed, engine=engine, **options).tokens
+
+    assert torch.equal(text(3), text(3))
+    assert not torch.equal(text(3), text(4))
+    assert torch.equal(text(3), text(3, "transformers"))
+
+
+def test_what_the_engine_cannot_run_goes_to_transformers_and_says_why():
+    # The rotary frequencies of this family change at 64 tokens.
+    name, config, model_class = named("phi3")
+
+    def short():
+        changed = config()
+        changed.rope_parameters["original_max_position_embeddings"] = 24
+        return changed
+
+    model = tiny.make_base((name, short, model_class))
+    tokens, mask = make_prompt()
+    found = decode(model, tokens, mask, max_new_tokens=40)
+    assert found.path == "transformers"
+    assert "24 tokens" in found.reason
+    assert torch.equal(found.sequences, generate(model, tokens, mask, 40))
+    with pytest.raises(UnsupportedError, match="24 tokens"):
+        decode(model, tokens, mask, max_new_tokens=40, engine="engine")
+
+
+def test_a_model_that_gives_other_numbers_is_refused():
+    model = make_model(tiny.FAMILIES[0], None)
+    # A change that the engine cannot see.
+    model.model.layers[1].self_attn.register_forward_hook(lambda module, given, output: (output[0] * 1.1, output[1]))
+    with pytest.raises(UnsupportedError, match="differ from transformers"):
+        Engine(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "left"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "left"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"engine": "fast"}, "engine"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "empty"),
+    ],
+)
+def test_impossible_arguments_are_told(change, message):
+    arguments = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 2} | change
+    with pytest.raises(UsageError, match=message):
+        decode(make_model(tiny.FAMILIES[0], None), **arguments)

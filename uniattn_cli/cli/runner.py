@@ -36,6 +36,7 @@ LESS_MEMORY = {
     "convert": "--set conversion.length=256",
     "train": "--set train.micro_batch_size=1, --set train.gradient_checkpointing=true or --set train.max_length=256",
     "eval": "--set evaluation.batch_size=1 or --set evaluation.length=256",
+    "bench": "fewer checkpoints or --dtype bfloat16",
 }
 
 

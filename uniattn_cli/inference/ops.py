@@ -118,6 +118,9 @@ class TorchOps:
             if layer.map_slot is not None and self.reuse:
                 slot = layer.map_slot
                 kept = reference.Kept(caches.maps[slot], caches.block_max[slot], caches.lse[slot])
+            if kept is None and layer.softcap is None and step.first is not None:
+                out.copy_(_stock(layer, queries, keys, values, step))
+                return
             heads = reference.lead(
                 queries,
                 keys,
@@ -177,6 +180,24 @@ class TorchOps:
             softcap=layer.softcap,
         )
         return heads.transpose(1, 2).reshape(step.batch * step.tokens, -1)
+
+
+def _stock(
+    layer: LayerProgram, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step
+) -> torch.Tensor:
+    """Attention by PyTorch's own kernel where nobody wants the map, [batch, heads * head_dim]."""
+    mask = None
+    if step.padded or (layer.window is not None and layer.window < step.filled):
+        mask = reference.visible(step.starts, step.ends, layer.window, step.filled)[:, None, None]
+    heads = functional.scaled_dot_product_attention(
+        queries[:, :, None],
+        keys[:, :, : step.filled],
+        values[:, :, : step.filled],
+        attn_mask=mask,
+        scale=layer.scale,
+        enable_gqa=keys.shape[1] != queries.shape[1],
+    )
+    return heads.flatten(1)
 
 
 def borrowed_states(layer: LayerProgram, caches: Caches, length: int) -> tuple[torch.Tensor, torch.Tensor]:
