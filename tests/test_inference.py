@@ -188,12 +188,12 @@ def test_sampled_text_depends_on_the_seed_alone():
 
 
 def test_what_the_engine_cannot_run_goes_to_transformers_and_says_why():
-    # The rotary frequencies of this family change at 64 tokens.
+    # The rotary frequencies of this family change at some length.
     name, config, model_class = named("phi3")
 
     def short():
         changed = config()
-        changed.rope_parameters["original_max_position_embeddings"] = 24
+        changed.original_max_position_embeddings = 24
         return changed
 
     model = tiny.make_base((name, short, model_class))
@@ -230,3 +230,23 @@ def test_impossible_arguments_are_told(change, message):
     arguments = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 2} | change
     with pytest.raises(UsageError, match=message):
         decode(make_model(tiny.FAMILIES[0], None), **arguments)
+
+
+def test_the_way_through_transformers_ends_and_tells_like_the_engine():
+    model = make_model(tiny.FAMILIES[0], "mixed")
+    tokens, mask = make_prompt()
+    free = decode(model, tokens, mask, max_new_tokens=24).tokens
+    stop = [int(free[0, 4]), int(free[1, 9]), int(free[2, 2])]
+    found, told = [], []
+    for engine in ("engine", "transformers"):
+        rows = []
+        options = {
+            "eos_token_id": stop,
+            "pad_token_id": 0,
+            "on_tokens": lambda new, rows=rows: rows.append(new.clone()),
+        }
+        found.append(decode(model, tokens, mask, max_new_tokens=24, engine=engine, **options).tokens)
+        told.append(torch.stack(rows, dim=1))
+    assert torch.equal(*found)
+    assert torch.equal(*told)
+    assert torch.equal(told[0], found[0])

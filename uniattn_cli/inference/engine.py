@@ -12,7 +12,7 @@ import torch
 from uniattn_cli.errors import UsageError
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Program, UnsupportedError, read_program
-from uniattn_cli.inference.sampling import Sampling
+from uniattn_cli.inference.sampling import Sampling, choose
 from uniattn_cli.inference.session import Session
 
 if TYPE_CHECKING:
@@ -248,7 +248,6 @@ def _generate(
     return tokens.clone()
 
 
-@torch.inference_mode()
 def _transformers(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -259,35 +258,32 @@ def _transformers(
     pad: int,
     on_tokens: Callable[[torch.Tensor], None] | None,
 ) -> torch.Tensor:
-    """The same with the model's own forward and a dynamic cache; chooses tokens by the same rule and noise."""
-    from transformers import DynamicCache
+    """`generate`, which chooses tokens by the engine's rule and noise; [batch, new]."""
+    device, batch = model.device, len(input_ids)
+    noise = sampling.noise(new, batch).to(device)
+    ends, finished = torch.tensor(stop, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
+    count = 0
 
-    from uniattn_cli.inference.sampling import choose
-
-    device = model.device
-    tokens = input_ids.to(device)
-    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    noise = sampling.noise(new, len(tokens)).to(device)
-    ends, finished = torch.tensor(stop, device=device), torch.zeros(len(tokens), dtype=torch.bool, device=device)
-    cache, found = DynamicCache(config=model.config), []
-    for count in range(new):
-        logits = model(
-            tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        token = torch.where(finished, pad, choose(logits, sampling, noise[count]))
+    def pick(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        token = torch.where(finished, pad, choose(scores, sampling, noise[count]))
+        count += 1
         if stop:
-            finished |= torch.isin(token, ends)
-        found.append(token)
+            finished.logical_or_(torch.isin(token, ends))
         if on_tokens is not None:
             on_tokens(token)
-        if stop and bool(finished.all()):
-            break
-        tokens, positions = token[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return torch.stack(found, dim=1)
+        # Greedy search among these takes the chosen one.
+        return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
+
+    tokens = model.generate(
+        input_ids.to(device),
+        attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device),
+        max_new_tokens=new,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=stop or None,
+        pad_token_id=pad,
+        logits_processor=[pick],
+    )
+    return tokens[:, input_ids.shape[1] :]
