@@ -188,3 +188,37 @@ def test_checkpoints_are_compared_with_the_first_one(tmp_path):
     spec = BenchSpec(batches=(1,), contexts=(8,), new=1, repeats=1, stock="none", dtype="float32")
     found = bench(names, spec=spec, out=tmp_path / "out", options=RunOptions(device="cpu"))
     assert [one.model for one in found.measurements] == names
+
+
+BARE = """
+import runpy, sys
+from importlib.machinery import PathFinder
+find, missing = PathFinder.find_spec, {"typer", "rich", "datasets", "trl", "ruamel", "matplotlib", "psutil", "accelerate"}
+PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("benchmark_kernels.py", ["--shapes", "2x128", "--rounds", "1"]),
+        ("benchmark_decoding.py", ["--shape", "tiny", "--layers", "8", "--scale", "512"]),
+    ],
+)
+@pytest.mark.slow
+def test_scripts_for_the_gpu_run_with_torch_and_transformers_alone(script, options, tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-c", BARE, f"scripts/{script}", "--out", str(out), "--device", "cpu", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    if script == "benchmark_kernels.py":
+        found = content["shapes"]["2x128"]
+        assert found["failures"] == {}
+        assert max(found["errors"].values()) < 1e-2
+        assert set(found["best"]) == {"leader", "follower", "alone"}
+    else:
+        assert set(content["parts"]) == {"text", "steps", "stock", "prompts", "capacity", "sweep"}
+        assert content["parts"]["text"]["summary"]["base, float32"]["equal_tokens"] == 256

@@ -115,7 +115,7 @@ def test_compensation_is_part_of_one_product_and_no_copy(layout):
     tokens, _ = make_prompt()
     with torch.no_grad():
         before = model(tokens).logits
-    program = Engine(model).program
+    program, again = Engine(model).program, Engine(model).program
     # The model is what it was, and its weights are the engine's.
     assert all(torch.equal(parameter, wanted[name]) for name, parameter in model.named_parameters())
     with torch.no_grad():
@@ -125,6 +125,7 @@ def test_compensation_is_part_of_one_product_and_no_copy(layout):
             storage = layer.output.untyped_storage().data_ptr()
             assert block.self_attn.o_proj.weight.untyped_storage().data_ptr() == storage
             assert layer.takes_input == (layer.plan.compensation == "full")
+            assert again.layers[layer.index].output.data_ptr() == layer.output.data_ptr()
     assert any(layer.extra for layer in program.layers)
 
 

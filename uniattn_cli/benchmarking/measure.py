@@ -307,8 +307,12 @@ def _time_generate(model: PreTrainedModel, prompt: torch.Tensor, new: int, stati
     return times[0] - started, (times[1] - times[0]) / new
 
 
-def largest_batch(engine: Engine, context: int, new: int = 2) -> int:
-    """The most rows that fit at a context, found by allocating and running a step of each size tried."""
+def largest_batch(engine: Engine, context: int, new: int = 2, most: int | None = None) -> int:
+    """The most rows that fit at a context, found by allocating and running a step of each size tried.
+
+    Args:
+        most: try no more rows than these.
+    """
 
     def runs(batch: int) -> bool:
         try:
@@ -325,8 +329,10 @@ def largest_batch(engine: Engine, context: int, new: int = 2) -> int:
         return True
 
     low, high = 0, 1
-    while runs(high):
+    while (most is None or high <= most) and runs(high):
         low, high = high, high * 2
+    if most is not None:
+        high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if runs(middle) else (low, middle)

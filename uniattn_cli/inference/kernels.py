@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _span(starts, ends, row, split, window, SPLITS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+def _span(starts, ends, row, split, splits, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """First and last place that a row sees, and the blocks of one split."""
     end = tl.load(ends + row)
     low = tl.load(starts + row)
@@ -20,7 +20,7 @@ def _span(starts, ends, row, split, window, SPLITS: tl.constexpr, BLOCK: tl.cons
         low = tl.maximum(low, end - window)
     first = low // BLOCK
     total = tl.maximum(tl.cdiv(end, BLOCK) - first, 0)
-    share = tl.cdiv(total, SPLITS)
+    share = tl.cdiv(total, splits)
     begin = first + tl.minimum(split * share, total)
     stop = first + tl.minimum(split * share + share, total)
     return low, end, begin, stop
@@ -50,13 +50,14 @@ def lead_kernel(
     scale,
     softcap,
     window,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -65,7 +66,7 @@ def lead_kernel(
     row = tl.program_id(0) // HEADS
     kv_head = tl.program_id(0) % HEADS
     split = tl.program_id(1)
-    low, end, begin, stop = _span(starts, ends, row, split, window, SPLITS, BLOCK, WINDOW)
+    low, end, begin, stop = _span(starts, ends, row, split, splits, window, BLOCK, WINDOW)
     lane = tl.arange(0, GROUP_PAD)
     heads = kv_head * GROUP + lane
     d = tl.arange(0, D_PAD)
@@ -106,14 +107,14 @@ def lead_kernel(
         if KEEP:
             tl.store(maps + (kept * capacity)[:, None] + place[None, :], p, mask=here[:, None])
             tl.store(block_max + kept * blocks + block, high, mask=here)
-    if SPLITS == 1:
+    if not SPLIT:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         place_out = row64 * out_row + heads[:, None] * D + d[None, :]
         tl.store(out + place_out, acc.to(out.dtype.element_ty), mask=here[:, None] & inside[None, :])
         if KEEP:
             tl.store(lse + kept, top + tl.log2(total), mask=here)
     else:
-        part = kept * SPLITS + split
+        part = kept * splits + split
         tl.store(part_out + (part * D)[:, None] + d[None, :], acc, mask=here[:, None] & inside[None, :])
         tl.store(part_max + part, top, mask=here)
         tl.store(part_sum + part, total, mask=here)
@@ -136,20 +137,21 @@ def follow_kernel(
     capacity,
     batch_heads,
     window,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     """Borrowed maps times own values over one split of the keys. Normalised already, so parts are simply added."""
     row = tl.program_id(0) // HEADS
     kv_head = tl.program_id(0) % HEADS
     split = tl.program_id(1)
-    low, end, begin, stop = _span(starts, ends, row, split, window, SPLITS, BLOCK, WINDOW)
+    low, end, begin, stop = _span(starts, ends, row, split, splits, window, BLOCK, WINDOW)
     lane = tl.arange(0, GROUP_PAD)
     heads = kv_head * GROUP + lane
     d = tl.arange(0, D_PAD)
@@ -174,11 +176,11 @@ def follow_kernel(
         high = tl.load(block_max + borrowed * blocks + block, mask=here, other=0.0)
         acc += tl.exp2(high - norm)[:, None] * tl.dot(p, v, input_precision="ieee")
     wanted = here[:, None] & inside[None, :]
-    if SPLITS == 1:
+    if not SPLIT:
         place_out = row64 * out_row + heads[:, None] * D + d[None, :]
         tl.store(out + place_out, acc.to(out.dtype.element_ty), mask=wanted)
     else:
-        part = (row64 * (HEADS * GROUP) + heads) * SPLITS + split
+        part = (row64 * (HEADS * GROUP) + heads) * splits + split
         tl.store(part_out + (part * D)[:, None] + d[None, :], acc, mask=wanted)
 
 
@@ -190,10 +192,10 @@ def merge_kernel(
     part_sum,
     lse,
     out_row,
+    splits,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     NORMALISED: tl.constexpr,
     KEEP: tl.constexpr,
@@ -202,16 +204,16 @@ def merge_kernel(
     index = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SPLITS_PAD)
     d = tl.arange(0, D_PAD)
-    here = part < SPLITS
+    here = part < splits
     inside = d < D
     values = tl.load(
-        part_out + ((index * SPLITS + part) * D)[:, None] + d[None, :], mask=here[:, None] & inside[None, :], other=0.0
+        part_out + ((index * splits + part) * D)[:, None] + d[None, :], mask=here[:, None] & inside[None, :], other=0.0
     )
     if NORMALISED:
         result = tl.sum(values, 0)
     else:
-        top = tl.load(part_max + index * SPLITS + part, mask=here, other=float("-inf"))
-        total = tl.load(part_sum + index * SPLITS + part, mask=here, other=0.0)
+        top = tl.load(part_max + index * splits + part, mask=here, other=float("-inf"))
+        total = tl.load(part_sum + index * splits + part, mask=here, other=0.0)
         high = tl.max(top, 0)
         weight = tl.where(total > 0.0, tl.exp2(top - high), 0.0)
         norm = tl.sum(weight * total, 0)

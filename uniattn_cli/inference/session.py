@@ -122,7 +122,8 @@ class Session:
         self.padded = lengths is not None and bool((lengths < prompt).any())
         self._prepare_tables(longest)
         state.starts.copy_((prompt - lengths) if lengths is not None else torch.zeros_like(state.starts))
-        state.noise.copy_(self.sampling.noise(self.new, self.batch))
+        if not self.sampling.greedy:
+            state.noise.copy_(self.sampling.noise(self.new, self.batch))
         state.count.zero_()
         state.finished.zero_()
         size = chunk or max(CHUNK_TOKENS // self.batch, BLOCK)
@@ -191,7 +192,7 @@ class Session:
         token = choose(logits, self.sampling, noise)
         token = torch.where(state.finished, self.pad, token)
         if len(self.stop):
-            state.finished |= torch.isin(token, self.stop)
+            state.finished |= (token[:, None] == self.stop).any(-1)
         state.output.index_copy_(1, state.count, token[:, None])
         state.count += 1
         state.token.copy_(token)

@@ -32,6 +32,9 @@ def fuse_columns(parts: Sequence[nn.Parameter]) -> torch.Tensor:
     """[rows, columns of all parts] over the weights of projections whose outputs are added."""
     if len(parts) == 1:
         return parts[0].data
+    columns = sum(part.shape[1] for part in parts)
+    if _beside(parts, columns):
+        return parts[0].data.as_strided((parts[0].shape[0], columns), (columns, 1))
     fused = torch.cat([part.data for part in parts], dim=1)
     for part, view in zip(parts, fused.split([part.shape[1] for part in parts], dim=1), strict=True):
         part.data = view
@@ -54,4 +57,16 @@ def _adjacent(parts: Sequence[nn.Parameter]) -> bool:
         if not (same and part.is_contiguous() and part.data_ptr() == expected and part.shape[1:] == first.shape[1:]):
             return False
         expected += part.numel() * part.element_size()
+    return True
+
+
+def _beside(parts: Sequence[nn.Parameter], columns: int) -> bool:
+    """Whether parts are the columns of one matrix already."""
+    first = parts[0].data
+    expected = first.data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.stride() == (columns, 1) and part.data_ptr() == expected):
+            return False
+        expected += part.shape[1] * part.element_size()
     return True

@@ -1,0 +1,207 @@
+"""Attention kernels of one decoding step: leader, follower and PyTorch's own, at the shapes of a Llama-3.1-8B layer.
+
+    python scripts/benchmark_kernels.py --out docs/benchmarks/kernels.json
+
+Needs one GPU and nothing but torch, triton and this repository on PYTHONPATH. Every candidate is captured in a graph;
+in each round all of them have their turn. Ratios are of medians. `--block 128` tries larger blocks of keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+# batch x context, and what is asked of the follower and the leader there, as ratios to cuDNN's full attention.
+SHAPES = {"64x8192": (1.8, 1.05), "16x8192": (1.6, 1.05), "64x2048": (1.6, 1.05), "1x65536": (None, None)}
+STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# Programs per multiprocessor, warps, stages.
+TUNINGS = [(2, 4, 3), (2, 4, 2), (1, 4, 4), (2, 8, 3), (3, 4, 2), (4, 4, 2), (4, 4, 3), (1, 8, 5)]
+CALLS = 8
+SHARE_OF_COPY = 0.9
+
+
+def main() -> None:
+    """Reads the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="BxT")
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tunings", type=int, default=len(TUNINGS), help="how many of the launch settings to try")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    from uniattn_cli.inference import caches
+
+    # Before anything else reads it.
+    caches.BLOCK = arguments.block
+    from uniattn_cli.benchmarking.report import describe_device
+    from uniattn_cli.inference.roofline import copy_bandwidth
+
+    device = torch.device(arguments.device)
+    started = time.perf_counter()
+    content = {
+        "device": describe_device(device),
+        "torch": torch.__version__,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "dtype": "bfloat16",
+        "block": arguments.block,
+        "copy_bandwidth": copy_bandwidth(device),
+        "shapes": {},
+    }
+    print(f"{content['device']}: copies at {content['copy_bandwidth'] / 1e9:.0f} GB/s")
+    for shape in arguments.shapes:
+        batch, context = (int(part) for part in shape.split("x"))
+        found = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings])
+        found |= judge(shape, found, content["copy_bandwidth"])
+        content["shapes"][shape] = found
+        print(f"{shape}: {json.dumps({key: found[key] for key in found if key != 'times'})}", flush=True)
+        content["seconds"] = time.perf_counter() - started
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(batch: int, context: int, device: torch.device, rounds: int, tunings: list[tuple[int, int, int]]) -> dict:
+    """Milliseconds of every candidate, all rounds, and how far the kernels are from float64."""
+    from uniattn_cli.inference.caches import Caches
+    from uniattn_cli.inference.trial import attention_program, decoding_step
+    from uniattn_cli.modeling.layout_uniattn import Layout
+
+    # A leader, its follower, and a layer that lends nothing.
+    layout = Layout.from_list([{}, {"leader": 0}, {}], compensation="none")
+    program = attention_program(
+        layout, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=torch.bfloat16, device=device
+    )
+    caches = Caches(program, batch, context)
+    caches.flat.normal_()
+    step = decoding_step(caches, [0] * batch, [context] * batch)
+    queries = torch.randn(batch, HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    out = torch.empty(batch, HEADS * HEAD_DIM, device=device, dtype=torch.bfloat16)
+    candidates, failures, errors = {}, {}, {}
+    for name, ops in operations(program, caches, tunings, device).items():
+        for role, layer in zip(("leader", "follower", "alone"), program.layers, strict=True):
+            call = lambda ops=ops, layer=layer: ops.decode(layer, queries if layer.parts != "v" else None, step, out)  # noqa: E731
+            attempt(f"{role} {name}", call, candidates, failures, device)
+            if f"{role} {name}" in candidates:
+                errors[f"{role} {name}"] = error(layer, caches, queries, out, batch)
+    for name, backend in STOCK.items() if device.type == "cuda" else ():
+        attempt(name, lambda backend=backend: stock(backend, queries, caches), candidates, failures, device)
+    times = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            times[name].append(run())
+    return {"times": times, "errors": errors, "failures": failures}
+
+
+def operations(program, caches, tunings: list[tuple[int, int, int]], device: torch.device) -> dict:
+    """The kernels with every launch setting; without a GPU the plain operations, to try the script itself."""
+    if device.type != "cuda":
+        from uniattn_cli.inference.ops import TorchOps
+
+        return {"plain": TorchOps(program, caches)}
+    from uniattn_cli.inference.triton_ops import TritonOps, Tuning
+
+    return {
+        ",".join(map(str, values)): TritonOps(program, caches, lead=Tuning(*values), follow=Tuning(*values))
+        for values in tunings
+    }
+
+
+def stock(backend: SDPBackend, queries: torch.Tensor, caches) -> None:
+    """Full attention by one of PyTorch's kernels, over the keys and values of the leader."""
+    with sdpa_kernel([backend]):
+        functional.scaled_dot_product_attention(queries[:, :, None], caches.keys[0], caches.values[0], enable_gqa=True)
+
+
+def attempt(name: str, call: Callable[[], None], candidates: dict, failures: dict, device: torch.device) -> None:
+    """Captures a candidate, or notes why it cannot run here: backends and launch settings have limits of their own."""
+    try:
+        candidates[name] = captured(call, device)
+    except Exception as problem:
+        failures[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+
+
+def captured(call: Callable[[], None], device: torch.device) -> Callable[[], float]:
+    """A function that runs `CALLS` calls from a graph and returns milliseconds of one."""
+    for _ in range(3):
+        call()
+    if device.type != "cuda":
+
+        def timed() -> float:
+            started = time.perf_counter()
+            call()
+            return (time.perf_counter() - started) * 1e3
+
+        return timed
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / CALLS
+
+    return replay
+
+
+def error(layer, caches, queries: torch.Tensor, out: torch.Tensor, batch: int) -> float:
+    """Largest difference to float64 attention with whole maps, relative to the largest output, over two rows."""
+    worst = 0.0
+    for row in {0, batch - 1}:
+        source = layer.plan.leader if layer.kind == "softmax" else layer.index
+        keys = caches.keys[source][row].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
+        values = caches.values[layer.index][row].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
+        scores = torch.einsum("hd,hkd->hk", queries[row].double(), keys) * HEAD_DIM**-0.5
+        wanted = torch.einsum("hk,hkd->hd", scores.softmax(-1), values)
+        found = out[row].view(HEADS, HEAD_DIM).double()
+        worst = max(worst, ((found - wanted).abs().max() / wanted.abs().max()).item())
+    return worst
+
+
+def judge(shape: str, found: dict, bandwidth: float) -> dict:
+    """The best launch setting of each role, its share of the copy bandwidth, and the ratios that are asked for."""
+    batch, context = (int(part) for part in shape.split("x"))
+    medians = {name: statistics.median(values) for name, values in found["times"].items()}
+    head_bytes = batch * context * KV_HEADS * HEAD_DIM * 2
+    maps = batch * HEADS * context * 2
+    # What a role must read; the map is read by followers and written by leaders.
+    bytes_of = {"leader": 2 * head_bytes + maps, "follower": head_bytes + maps, "alone": 2 * head_bytes}
+    best = {}
+    for role, count in bytes_of.items():
+        own = {name: value for name, value in medians.items() if name.startswith(f"{role} ")}
+        if own:
+            name = min(own, key=own.get)
+            speed = count / own[name] * 1e3
+            best[role] = {"setting": name.split(" ")[1], "ms": own[name], "of_copy": speed / bandwidth, "bytes": count}
+    result = {"best": best, "stock_ms": {name: medians[name] for name in STOCK if name in medians}}
+    if "cudnn" in medians and best:
+        faster, slower = SHAPES.get(shape, (None, None))
+        result["cudnn_over_follower"] = medians["cudnn"] / best["follower"]["ms"]
+        result["leader_over_cudnn"] = best["leader"]["ms"] / medians["cudnn"]
+        if faster:
+            result["met"] = {
+                f"follower {faster}x": result["cudnn_over_follower"] >= faster,
+                f"leader within {slower}": result["leader_over_cudnn"] <= slower,
+                "follower at the copy's speed": best["follower"]["of_copy"] >= SHARE_OF_COPY,
+            }
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
