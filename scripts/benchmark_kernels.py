@@ -1,6 +1,7 @@
 """Attention kernels of one decoding step: leader, follower and PyTorch's own, at the shapes of a Llama-3.1-8B layer.
 
     python scripts/benchmark_kernels.py --out docs/benchmarks/kernels.json
+    python scripts/benchmark_kernels.py --out docs/benchmarks/kernels_grid.json --grid
 
 Needs one GPU and nothing but torch, triton and this repository on PYTHONPATH. Every candidate is captured in a graph;
 in each round all of them have their turn. Ratios are of medians. `--block 128` tries larger blocks of keys.
@@ -27,6 +28,19 @@ STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTIO
 # Programs per multiprocessor, warps, stages.
 TUNINGS = [(2, 4, 3), (2, 4, 2), (1, 4, 4), (2, 8, 3), (3, 4, 2), (4, 4, 2), (4, 4, 3), (1, 8, 5)]
 CALLS = 8
+# For correctness: head size, query and key/value heads, window, soft-cap.
+GRID = [
+    (64, 32, 8, None, None),
+    (64, 9, 3, None, None),
+    (80, 32, 32, None, None),
+    (96, 32, 32, 2047, None),
+    (128, 32, 8, None, None),
+    (128, 64, 8, 4096, None),
+    (128, 16, 8, 300, 50.0),
+    (256, 8, 4, 4096, 50.0),
+    (256, 4, 1, 512, None),
+]
+GRID_BATCH, GRID_CONTEXT = 5, 6144
 SHARE_OF_COPY = 0.9
 
 
@@ -38,6 +52,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tunings", type=int, default=len(TUNINGS), help="how many of the launch settings to try")
+    parser.add_argument("--grid", action="store_true", help="check correctness over many shapes instead of speed")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     from uniattn_cli.inference import caches
@@ -61,7 +76,12 @@ def main() -> None:
         "shapes": {},
     }
     print(f"{content['device']}: copies at {content['copy_bandwidth'] / 1e9:.0f} GB/s")
-    for shape in arguments.shapes:
+    for shape in GRID if arguments.grid else ():
+        content.setdefault("grid", []).append(check_shape(device, *shape))
+        print(json.dumps(content["grid"][-1]), flush=True)
+        content["seconds"] = time.perf_counter() - started
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for shape in () if arguments.grid else arguments.shapes:
         batch, context = (int(part) for part in shape.split("x"))
         found = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings])
         found |= judge(shape, found, content["copy_bandwidth"])
@@ -101,6 +121,54 @@ def measure(batch: int, context: int, device: torch.device, rounds: int, tunings
         for name, run in candidates.items():
             times[name].append(run())
     return {"times": times, "errors": errors, "failures": failures}
+
+
+def check_shape(
+    device: torch.device, head_dim: int, heads: int, kv_heads: int, window: int | None, softcap: float | None
+) -> dict:
+    """Kernels over caches that are filled raggedly, every kind of layer, against the plain operations in float64."""
+    from uniattn_cli.inference.caches import Caches
+    from uniattn_cli.inference.ops import TorchOps
+    from uniattn_cli.inference.trial import attention_program, decoding_step
+    from uniattn_cli.modeling.layout_uniattn import Layout
+
+    free = " ".join(f"{head % 2}:{(7 * head + 3) % heads}" for head in range(heads))
+    crossed = " ".join(f"{head % 2}:{kv_heads - 1 - head}" for head in range(kv_heads))
+    layout = Layout.from_list(
+        [{}, {}, {"leader": 1}, {"heads": free}, {"kind": "key", "heads": crossed}, {"kind": "kv", "heads": crossed}],
+        compensation="none",
+    )
+    context = GRID_CONTEXT if device.type == "cuda" else 192
+    starts = [0, context // 3, 0, context - 70, 1]
+    ends = [context, context, 1, context - 5, context // 2]
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window, "softcap": softcap}
+    errors = {}
+    # Large kernels in float32 take minutes to compile and nobody decodes with them.
+    for dtype in (torch.bfloat16, torch.float16, *([torch.float32] if head_dim == 64 else [])):
+        outputs, kept = [], None
+        torch.manual_seed(0)
+        queries = torch.randn(len(layout), GRID_BATCH, heads, head_dim, device=device).to(dtype)
+        for kind in (dtype, torch.float64):
+            program = attention_program(layout, dtype=kind, device=device, **sizes)
+            caches = Caches(program, GRID_BATCH, context)
+            kept = caches.flat.normal_() if kept is None else kept
+            caches.flat.copy_(kept)
+            exact = kind == torch.float64
+            ops = (
+                TorchOps(program, caches)
+                if exact
+                else next(iter(operations(program, caches, TUNINGS[:1], device).values()))
+            )
+            step = decoding_step(caches, starts, ends)
+            out = torch.zeros(len(layout), GRID_BATCH, heads * head_dim, dtype=kind, device=device)
+            for layer in program.layers:
+                own = queries[layer.index].to(kind) if "q" in layer.parts else None
+                ops.decode(layer, own, step, out[layer.index])
+            outputs.append(out.double())
+        errors[str(dtype).removeprefix("torch.")] = (
+            (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
+        ).item()
+    return {**sizes, "errors": errors}
 
 
 def operations(program, caches, tunings: list[tuple[int, int, int]], device: torch.device) -> dict:

@@ -193,8 +193,11 @@ def test_checkpoints_are_compared_with_the_first_one(tmp_path):
 BARE = """
 import runpy, sys
 from importlib.machinery import PathFinder
-find, missing = PathFinder.find_spec, {"typer", "rich", "datasets", "trl", "ruamel", "matplotlib", "psutil", "accelerate"}
-PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest)
+find = PathFinder.find_spec
+missing = {"typer", "rich", "datasets", "trl", "ruamel", "matplotlib", "psutil", "accelerate"}
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest)
+)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -204,6 +207,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ("script", "options"),
     [
         ("benchmark_kernels.py", ["--shapes", "2x128", "--rounds", "1"]),
+        ("benchmark_kernels.py", ["--grid"]),
         ("benchmark_decoding.py", ["--shape", "tiny", "--layers", "8", "--scale", "512"]),
     ],
 )
@@ -214,7 +218,10 @@ def test_scripts_for_the_gpu_run_with_torch_and_transformers_alone(script, optio
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     content = json.loads(out.read_text())
-    if script == "benchmark_kernels.py":
+    if options == ["--grid"]:
+        assert len(content["grid"]) > 5
+        assert all(error < 1e-2 for one in content["grid"] for error in one["errors"].values())
+    elif script == "benchmark_kernels.py":
         found = content["shapes"]["2x128"]
         assert found["failures"] == {}
         assert max(found["errors"].values()) < 1e-2

@@ -23,6 +23,9 @@ GOOD_USE = 0.92
 # A program without a whole block of keys is of no use, one with few hardly pays for the merge.
 FEWEST_BLOCKS = 4
 GATE_BLOCK = 1024
+# Shared memory that a program may have on a device that does not say, and what is needed beside the blocks of keys.
+FALLBACK_SHARED = 227 << 10
+OTHER_SHARED = 24 << 10
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class TritonOps(TorchOps):
         super().__init__(program, caches, reuse=reuse)
         self.lead_tuning = lead or Tuning.from_environment("lead")
         self.follow_tuning = follow or Tuning.from_environment("follow")
-        self.slots_of = _processors(program.device)
+        self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
         self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.parts}
         shape, device = program.shape, program.device
         most = max(
@@ -157,6 +160,15 @@ class TritonOps(TorchOps):
             blocks = min(blocks, layer.window // BLOCK + 1)
         return choose_splits(self.caches.batch * layer.kv_heads, blocks, self.slots_of * tuning.programs)
 
+    def _stages(self, layer: LayerProgram, tuning: Tuning, read: int) -> int:
+        """Blocks in flight: as many as asked for, or as fit into shared memory where heads or elements are large.
+
+        Args:
+            read: tensors that are read block by block, 2 for keys and values.
+        """
+        block = read * BLOCK * _pad(layer.head_dim) * self.program.dtype.itemsize
+        return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
+
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
         caches = self.caches
         if layer.map_slot is not None and queries is not None and not self.reuse:
@@ -204,7 +216,7 @@ class TritonOps(TorchOps):
             KEEP=slot is not None,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
-            num_stages=tuning.stages,
+            num_stages=self._stages(layer, tuning, 2),
             **common,
         )
         if splits > 1:
@@ -239,7 +251,7 @@ class TritonOps(TorchOps):
             SPLIT=splits > 1,
             WINDOW=layer.window is not None,
             num_warps=tuning.warps,
-            num_stages=tuning.stages,
+            num_stages=self._stages(layer, tuning, 1),
         )
         if splits > 1:
             self._merge(layer, splits, out, None, normalised=True)
@@ -402,6 +414,12 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return FALLBACK_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return FALLBACK_SHARED
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", FALLBACK_SHARED)
 
 
 @torch.no_grad()
