@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -12,6 +14,7 @@ from uniattn_cli.errors import UsageError
 from uniattn_cli.inference.engine import Engine, decode
 from uniattn_cli.inference.program import UnsupportedError, map_slots
 from uniattn_cli.inference.sampling import Sampling, choose
+from uniattn_cli.inference.session import rotary_tables
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
 
@@ -251,3 +254,35 @@ def test_the_way_through_transformers_ends_and_tells_like_the_engine():
     assert torch.equal(*found)
     assert torch.equal(*told)
     assert torch.equal(told[0], found[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3_moe"])
+def test_a_step_that_asks_the_host_for_nothing_gives_the_same_text(family):
+    """What a captured graph does: lengths are known on the device alone, and the whole cache is looked at."""
+    engine = Engine(make_model(named(family), "others"))
+    tokens, mask = make_prompt()
+    texts = []
+    for as_graph in (False, True):
+        session = engine.session(3, PROMPT + 80, 40)
+        if as_graph:
+            session.use_graph, session.graph = True, SimpleNamespace(replay=session._advance)
+            session.tables, session._prepare_tables = rotary_tables(engine.program, 128), lambda longest: None
+        session.prefill(tokens, mask.sum(-1))
+        for _ in range(39):
+            session.advance()
+        texts.append(session.state.output)
+    assert torch.equal(*texts)
+
+
+def test_a_session_can_be_used_again():
+    engine = Engine(make_model(tiny.FAMILIES[0], "mixed"))
+    session = engine.session(3, PROMPT + 20, 20, stop=[5])
+    texts = []
+    for seed in (1, 2, 1):
+        tokens, mask = make_prompt(seed=seed)
+        session.prefill(tokens, mask.sum(-1))
+        for _ in range(19):
+            session.advance()
+        texts.append(session.state.output.clone())
+    assert torch.equal(texts[0], texts[2])
+    assert not torch.equal(texts[0], texts[1])
