@@ -11,7 +11,7 @@ import torch
 from uniattn_cli.accounting import kv_bytes_per_token
 from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.errors import UsageError
-from uniattn_cli.inference.engine import Engine, decode
+from uniattn_cli.inference.engine import Engine, _generate, decode
 from uniattn_cli.inference.program import UnsupportedError, map_slots
 from uniattn_cli.inference.sampling import Sampling, choose
 from uniattn_cli.inference.session import rotary_tables
@@ -266,7 +266,7 @@ def test_a_step_that_asks_the_host_for_nothing_gives_the_same_text(family):
         session = engine.session(3, PROMPT + 80, 40)
         if as_graph:
             session.use_graph, session.graph = True, SimpleNamespace(replay=session._advance)
-            session.tables, session._prepare_tables = rotary_tables(engine.program, 128), lambda longest: None
+            session.tables, session._prepare_tables = rotary_tables(engine.program, 128), lambda longest, new: None
         session.prefill(tokens, mask.sum(-1))
         for _ in range(39):
             session.advance()
@@ -286,3 +286,23 @@ def test_a_session_can_be_used_again():
         texts.append(session.state.output.clone())
     assert torch.equal(texts[0], texts[2])
     assert not torch.equal(texts[0], texts[1])
+
+
+def test_a_kept_session_gives_the_text_of_a_new_one():
+    """Where steps are captured the last session is kept; it has more room than was asked for."""
+    model = make_model(tiny.FAMILIES[0], "mixed")
+    engine = Engine(model)
+    options = {"stop": [5], "pad": 0}
+    found = []
+    for kept in (True, False):
+        engine.graphs = kept
+        for seed, new in ((1, 9), (2, 12), (1, 9)):
+            tokens, mask = make_prompt(seed=seed)
+            sampling = Sampling(temperature=0.8, seed=seed)
+            session = engine.borrow(3, PROMPT + new, new, sampling=sampling, **options)
+            # There is nothing to capture on a CPU.
+            session.use_graph = False
+            found.append((_generate(session, tokens, mask.sum(-1), new, None), session))
+    assert found[0][1] is found[1][1] is found[2][1]
+    for index in range(3):
+        assert torch.equal(found[index][0], found[index + 3][0])

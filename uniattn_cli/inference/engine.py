@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,8 @@ STEPS_PER_LOOK = 16
 # Largest relative difference of logits between engine and transformers on the model itself, by dtype.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 CHECK_TOKENS = 10
+# Room of a session that is kept for later calls is a multiple of this.
+KEPT_ROOM = 1024
 CHECK_STEPS = 3
 
 
@@ -61,11 +63,27 @@ class Engine:
         # Data-dependent shapes of experts cannot be captured.
         self.graphs = self.program.device.type == "cuda" and self.program.dense
         self.difference = self._compare(model) if check else None
+        self._kept: tuple[tuple, Session] | None = None
 
     def session(self, batch: int, limit: int, new: int, *, graph: bool | None = None, **options) -> Session:
         """A session of its own, see `Session`; graphs are used where they can be."""
         graph = self.graphs if graph is None else graph and self.graphs
         return Session(self.program, batch, limit, new, ops=self.ops, graph=graph, **options)
+
+    def borrow(self, batch: int, limit: int, new: int, *, sampling: Sampling, stop: Sequence[int], pad: int) -> Session:
+        """A session with room for at least so much; the last one again where it fits, since capturing takes a while."""
+        if not self.graphs:
+            return self.session(batch, limit, new, sampling=sampling, stop=stop, pad=pad)
+        room = -(-limit // KEPT_ROOM) * KEPT_ROOM
+        width = 1 << (new - 1).bit_length()
+        key = (batch, room, width, replace(sampling, seed=0), tuple(stop), pad)
+        if self._kept is None or self._kept[0] != key:
+            # Gone before the next one asks for memory.
+            self._kept = None
+            self._kept = key, self.session(batch, room, width, sampling=sampling, stop=stop, pad=pad)
+        session = self._kept[1]
+        session.sampling = sampling
+        return session
 
     @torch.inference_mode()
     def _compare(self, model: PreTrainedModel) -> float:
@@ -187,7 +205,7 @@ def decode(
     reason = "it was asked for"
     if engine != "transformers":
         try:
-            session = engine_for(model).session(
+            session = engine_for(model).borrow(
                 input_ids.shape[0],
                 input_ids.shape[1] + max_new_tokens,
                 max_new_tokens,
@@ -195,7 +213,7 @@ def decode(
                 stop=stop,
                 pad=pad,
             )
-            tokens = _generate(session, input_ids, lengths, on_tokens)
+            tokens = _generate(session, input_ids, lengths, max_new_tokens, on_tokens)
             return Decoded(tokens, torch.cat([input_ids.to(tokens.device), tokens], dim=1), "engine")
         except UnsupportedError as error:
             if engine == "engine":
@@ -227,18 +245,19 @@ def _generate(
     session: Session,
     input_ids: torch.Tensor,
     lengths: torch.Tensor | None,
+    new: int,
     on_tokens: Callable[[torch.Tensor], None] | None,
 ) -> torch.Tensor:
     """[batch, new] up to the end of the longest row."""
-    session.prefill(input_ids, lengths if lengths is None else lengths.to(session.program.device))
+    session.prefill(input_ids, lengths if lengths is None else lengths.to(session.program.device), new=new)
     state = session.state
     on_host = session.program.device.type == "cpu"
-    for count in range(1, session.new + 1):
+    for count in range(1, new + 1):
         if on_tokens is not None:
             on_tokens(state.token)
         if len(session.stop) and (on_host or on_tokens or count % STEPS_PER_LOOK == 0) and bool(state.finished.all()):
             break
-        if count < session.new:
+        if count < new:
             session.advance()
     tokens = state.output[:, :count]
     if len(session.stop):

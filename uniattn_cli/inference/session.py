@@ -108,22 +108,30 @@ class Session:
         }
 
     @torch.inference_mode()
-    def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, chunk: int | None = None) -> None:
+    def prefill(
+        self,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        chunk: int | None = None,
+        new: int | None = None,
+    ) -> None:
         """Processes the prompt and chooses the first token.
 
         Args:
             tokens: [batch, prompt], padded on the left.
             lengths: [batch], tokens of each row that are not padding; None where all are.
             chunk: tokens per row that go through the layers together.
+            new: tokens that will be asked for; default: as many as there is room for.
         """
+        new = self.new if new is None else new
         prompt = tokens.shape[1]
         state, device = self.state, self.program.device
         longest = prompt if lengths is None else int(lengths.max())
         self.padded = lengths is not None and bool((lengths < prompt).any())
-        self._prepare_tables(longest)
+        self._prepare_tables(longest, new)
         state.starts.copy_((prompt - lengths) if lengths is not None else torch.zeros_like(state.starts))
         if not self.sampling.greedy:
-            state.noise.copy_(self.sampling.noise(self.new, self.batch))
+            state.noise[:new] = self.sampling.noise(new, self.batch).to(device)
         state.count.zero_()
         state.finished.zero_()
         size = chunk or max(CHUNK_TOKENS // self.batch, BLOCK)
@@ -147,16 +155,16 @@ class Session:
 
     def pretend(self, length: int) -> None:
         """Takes the caches as they are for the context of so many tokens per row, for measuring time."""
-        self._prepare_tables(length)
+        self._prepare_tables(length, self.new)
         self.state.starts.zero_()
         self.state.ends.fill_(length)
         self.state.count.zero_()
         self.state.finished.zero_()
         self.length, self.padded = length, False
 
-    def _prepare_tables(self, longest: int) -> None:
+    def _prepare_tables(self, longest: int, new: int) -> None:
         """Makes tables of rotary embeddings, again only if they change: a captured graph holds their addresses."""
-        total = longest + self.new
+        total = longest + new
         check_rotary(self.program, longest, total)
         total = total if rotary_types(self.program) & CHANGING_ROTARY else self.caches.capacity
         if total != self._table_length:
