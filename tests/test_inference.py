@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from uniattn_cli.accounting import kv_bytes_per_token
 from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.errors import UsageError
-from uniattn_cli.inference.engine import Engine, _generate, decode
+from uniattn_cli.inference.engine import Engine, _generate, decode, engine_for
 from uniattn_cli.inference.program import UnsupportedError, map_slots
 from uniattn_cli.inference.sampling import Sampling, choose
 from uniattn_cli.inference.session import rotary_tables
@@ -306,3 +307,25 @@ def test_a_kept_session_gives_the_text_of_a_new_one():
     assert found[0][1] is found[1][1] is found[2][1]
     for index in range(3):
         assert torch.equal(found[index][0], found[index + 3][0])
+
+
+def test_a_family_that_the_engine_does_not_know_goes_to_transformers():
+    config = GPT2Config(vocab_size=97, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    tokens, mask = make_prompt()
+    for _ in range(2):
+        found = decode(model, tokens, mask, max_new_tokens=6)
+        assert found.path == "transformers"
+        assert "gpt2" in found.reason
+    assert torch.equal(found.sequences, generate(model, tokens, mask, 6))
+
+
+def test_an_engine_is_made_again_when_the_weights_have_moved():
+    model = make_model(tiny.FAMILIES[0], "mixed")
+    first = engine_for(model)
+    assert engine_for(model) is first
+    model.double()
+    second = engine_for(model)
+    assert second is not first
+    assert second.program.dtype == torch.float64

@@ -146,7 +146,8 @@ def _triton_problem(program: Program) -> str | None:
     return None
 
 
-_ENGINES: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Engine]] = weakref.WeakKeyDictionary()
+# By model: where its weights were, and the engine made for it, or why there is none.
+_ENGINES: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Engine | str]] = weakref.WeakKeyDictionary()
 
 
 def engine_for(model: PreTrainedModel) -> Engine:
@@ -155,11 +156,17 @@ def engine_for(model: PreTrainedModel) -> Engine:
     Raises:
         UnsupportedError: as `Engine`.
     """
-    address = model.lm_head.weight.data_ptr()
+    head = getattr(model, "lm_head", None)
+    address = 0 if head is None else head.weight.data_ptr()
     found = _ENGINES.get(model)
     if found is None or found[0] != address:
-        found = (address, Engine(model))
+        try:
+            found = address, Engine(model)
+        except UnsupportedError as error:
+            found = address, str(error)
         _ENGINES[model] = found
+    if isinstance(found[1], str):
+        raise UnsupportedError(found[1])
     return found[1]
 
 
