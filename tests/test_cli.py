@@ -35,7 +35,7 @@ STAGES = {
     "sweep": "uniattn_cli.sweeping.sweep",
 }
 COMMANDS = [
-    *STAGES, "report", "generate", "chat", "data", "recipe", "recipes", "families", "doctor", "push",
+    *STAGES, "report", "generate", "chat", "bench", "data", "recipe", "recipes", "families", "doctor", "push",
 ]  # fmt: skip
 
 
@@ -413,7 +413,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_stages_do_not_import_each_other_or_the_command_line():
-    verbs = {"analysis", "conversion", "training", "evaluation"}
+    verbs = {"analysis", "conversion", "training", "evaluation", "benchmarking"}
     files = [path for verb in verbs for path in (ROOT / "uniattn_cli" / verb).glob("*.py")]
     assert len(files) >= len(verbs)
     for path in files:

@@ -605,6 +605,89 @@ def chat(
 
 
 @app.command()
+def bench(
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CHECKPOINT]...",
+            help="Models, the reference first; default: the run's base, converted/ and trained/.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", metavar="NAME", help="Random weights instead: llama-3.1-8b, llama-3.2-1b, ..."),
+    ] = None,
+    groups: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--groups",
+            metavar="[KIND@]GROUPS",
+            help="A layout beside the base of --shape, as `convert` takes it; kv@paper: the same followers as rivals "
+            "of another kind; repeatable.",
+        ),
+    ] = None,
+    compensation: Annotated[
+        str, typer.Option("--compensation", metavar="full|none|RANK", help="W_c of these layouts.")
+    ] = "full",
+    layers: Annotated[int | None, typer.Option("--layers", metavar="N", min=1, help="A shallower --shape.")] = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Rows.")] = "1,16",
+    context: Annotated[str, typer.Option("--context", metavar="N,...", help="Tokens before the first new one.")] = (
+        "512,4096"
+    ),
+    new: Annotated[int, typer.Option("--new", metavar="N", help="New tokens per round.")] = 16,
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", help="Rounds; in each, every model has its turn.")
+    ] = 5,
+    stock: Annotated[
+        str, typer.Option("--stock", metavar="base|all|none", help="Models that transformers generates with too.")
+    ] = "base",
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", metavar="N", help="Time no prompts that have more in the whole batch.")
+    ] = 131072,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write.")] = Path("bench"),
+    run_dir: RunDirOption = Path("."),
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure decoding speed beside the limit and transformers.
+
+    Time to the first token and per token after it, for every batch and context, all models in turn under one engine.
+    Writes a table, a plot and all numbers.
+
+    \b
+    Example:
+      uniattn bench --shape llama-3.1-8b --groups paper --groups every:4 --batch 1,16 --context 4096
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.benchmarking.bench import BenchSpec, bench
+
+        spec = BenchSpec(
+            settings.numbers(batch, "--batch"),
+            settings.numbers(context, "--context"),
+            new,
+            repeats,
+            stock,
+            prompt_tokens,
+            "auto" if dtype is None else dtype.value,
+        )
+        return bench(
+            checkpoints or (),
+            shape=shape,
+            groups=groups or (),
+            compensation=settings.compensation(compensation),
+            layers=layers,
+            spec=spec,
+            out=out,
+            options=options,
+        )
+
+    run_stage("bench", Common(run_dir, (), device, force, debug), [], call)
+
+
+@app.command()
 def recipe(
     section: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="Only this section, such as layout.")

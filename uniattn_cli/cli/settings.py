@@ -185,3 +185,31 @@ def check(path: Path, overrides: Sequence[str]) -> Listing:
     stages = ", ".join(stage.name or stage.trains for stage in recipe.train.stages)
     note = f"model {recipe.model.name}; training stages: {stages}"
     return Listing(f"{path}: no faults", [], [note])
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """A list such as `1,16`.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"{option} {text}: give positive numbers with commas between, such as 1,16")
+    return found
+
+
+def compensation(text: str) -> str | int:
+    """`full`, `none` or a rank.
+
+    Raises:
+        UsageError: something else.
+    """
+    if text in ("full", "none"):
+        return text
+    if not text.isdigit() or not int(text):
+        raise UsageError(f"--compensation {text}: give full, none or a rank of at least 1")
+    return int(text)

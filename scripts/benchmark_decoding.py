@@ -1,0 +1,202 @@
+"""Whole decoding steps, prompts and capacity on a model shape with random weights, for the goals of fast inference.
+
+    python scripts/benchmark_decoding.py --out docs/benchmarks/decoding.json --parts steps
+
+Needs one GPU and torch, triton, transformers and this repository on PYTHONPATH; no downloads. Each part fits into ten
+minutes with everything it compiles; parts already in the output stay unless they are measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from uniattn_cli.benchmarking.measure import Measurement, largest_batch, measure_shape, measure_stock, random_prompt
+from uniattn_cli.benchmarking.report import describe_device
+from uniattn_cli.benchmarking.subjects import random_models
+from uniattn_cli.inference.engine import Engine, decode
+from uniattn_cli.inference.roofline import copy_bandwidth
+from uniattn_cli.rundir import now, versions
+
+PAPER, FOURS = "paper", "every:4"
+LARGE = "llama-3.1-8b"
+
+
+def main() -> None:
+    """Reads the command line and measures the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--shape", default=LARGE)
+    parser.add_argument("--layers", type=int, help="make the model shallower")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--scale", type=int, default=1, help="divide contexts, to try the script itself")
+    options = parser.parse_args()
+    options.device = torch.device(options.device)
+    content = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"parts": {}}
+    for part in options.parts:
+        started = time.perf_counter()
+        bandwidth = copy_bandwidth(options.device)
+        entry = {"device": describe_device(options.device), "copy_bandwidth": bandwidth, "shape": options.shape}
+        entry |= PARTS[part](options, bandwidth) | {"versions": versions(), "finished": now()}
+        entry["seconds"] = time.perf_counter() - started
+        content["parts"][part] = entry
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"{part}: {entry['seconds']:.0f} s; {json.dumps(entry.get('summary'))}", flush=True)
+
+
+def build(options: argparse.Namespace, groups: list[str], compensation: str | int = "full") -> tuple[dict, dict]:
+    """Models and engines; checking an engine against transformers is part of making it."""
+    dtype = "bfloat16" if options.device.type == "cuda" else "float32"
+    models = random_models(options.shape, groups, compensation, dtype, options.device, options.layers)
+    return models, {name: Engine(model) for name, model in models.items()}
+
+
+def run_shapes(
+    options, engines: dict, shapes: list[tuple[int, int]], bandwidth: float, **settings
+) -> list[Measurement]:
+    """All shapes, with a line for each as soon as it is known."""
+    found = []
+    for batch, context in shapes:
+        measured = measure_shape(engines, batch, max(context // options.scale, 8), bandwidth=bandwidth, **settings)
+        for one in measured:
+            print(f"  {one.model} {batch}x{context}: {line(one)}", flush=True)
+        found += measured
+    return found
+
+
+def line(one: Measurement) -> str:
+    """A measurement in a few words."""
+    if not one.fits:
+        return one.note
+    words = [f"step {one.step.median * 1e3:.3f} ms"]
+    words += [f"{one.step.median / one.floor:.3f} x floor"] if one.floor else []
+    return ", ".join(words + ([f"first {one.first.median * 1e3:.1f} ms"] if one.first else []))
+
+
+def ratios(measured: list[Measurement]) -> dict:
+    """For each shape: steps over the floor, and tokens per second over the base's."""
+    base = {(one.batch, one.context): one for one in measured if one.model == "base"}
+    result = {}
+    for one in measured:
+        key, first = f"{one.model} {one.batch}x{one.context}", base[one.batch, one.context]
+        if one.step is not None:
+            result[key] = {"over_floor": one.step.median / one.floor}
+            if first.step is not None:
+                result[key]["over_base"] = first.step.median / one.step.median
+        else:
+            result[key] = {"note": one.note}
+    return result
+
+
+def packed(measured: list[Measurement]) -> list[dict]:
+    """For the file."""
+    return [dataclasses.asdict(one) for one in measured]
+
+
+def steps(options: argparse.Namespace, bandwidth: float) -> dict:
+    """Goals: at most 1.25 x the floor; 1.12 x and 1.30 x the base's tokens per second at 64 x 8k (wants 139 GiB)."""
+    _, engines = build(options, [PAPER, FOURS])
+    shapes = [(1, 4096), (16, 4096), (64, 8192)]
+    measured = run_shapes(options, engines, shapes, bandwidth, new=16, repeats=5, prompts=False)
+    return {"measurements": packed(measured), "summary": ratios(measured)}
+
+
+def sweep(options: argparse.Namespace, bandwidth: float) -> dict:
+    """Goal: the converted model is nowhere below 0.99 x the base; full, low-rank and no compensation."""
+    measured, found = [], {}
+    shapes = [(batch, context) for batch in (1, 4, 16, 64) for context in (512, 2048, 8192) if batch * context < 300000]
+    for compensation in ("full", 64):
+        _, engines = build(options, [PAPER, FOURS], compensation)
+        engines = {name if name == "base" else f"{name}, {compensation}": engines[name] for name in engines}
+        # Each with the base that had its turn beside it.
+        measured.append(run_shapes(options, engines, shapes, bandwidth, new=16, repeats=3, prompts=False))
+        found |= {name: value for name, value in ratios(measured[-1]).items() if not name.startswith("base")}
+        del engines
+    lowest = min(value["over_base"] for value in found.values() if "over_base" in value)
+    flat = [one for group in measured for one in group]
+    return {"measurements": packed(flat), "summary": {"lowest_over_base": lowest}, "ratios": found}
+
+
+def stock(options: argparse.Namespace, bandwidth: float) -> dict:
+    """Goal: twice the tokens per second of `generate` with a static cache, compiled, at 16 x 4k."""
+    models, engines = build(options, [])
+    batch, context = 16, max(4096 // options.scale, 8)
+    measured = measure_shape(engines, batch, context, new=32, repeats=3, prompts=True, bandwidth=bandwidth)
+    prompt = random_prompt(engines["base"], batch, context)
+    for static in (False, True):
+        measured.append(measure_stock("base", models["base"], prompt, new=32, repeats=3, static=static))
+        print(f"  {measured[-1].path}: {line(measured[-1])}", flush=True)
+    summary = {one.path: one.tokens_per_second for one in measured}
+    return {"measurements": packed(measured), "summary": summary}
+
+
+def prompts(options: argparse.Namespace, bandwidth: float) -> dict:
+    """Goal: time to the first token at most the base's, and below it with a rank of at most 128."""
+    measured, summary = [], {}
+    for compensation in ("full", 128, 64):
+        _, engines = build(options, [PAPER, FOURS], compensation)
+        engines = {name if name == "base" else f"{name}, {compensation}": engines[name] for name in engines}
+        shapes = [(1, 4096), (1, 16384)]
+        # A step is timed with each prompt; one is enough.
+        found = run_shapes(options, engines, shapes, bandwidth, new=1, repeats=7, prompts=True)
+        base = {one.context: one.first.median for one in found if one.model == "base" and one.first}
+        summary |= {
+            f"{one.model} {one.context}": one.first.median / base[one.context]
+            for one in found
+            if one.first and one.model != "base"
+        }
+        measured += found
+        del engines
+    return {"measurements": packed(measured), "summary": summary}
+
+
+def capacity(options: argparse.Namespace, bandwidth: float) -> dict:
+    """Goal: the largest batch at 8k grows as the bytes of the cache shrink."""
+    _, engines = build(options, [PAPER, FOURS])
+    context = max(8192 // options.scale, 8)
+    found = {}
+    for name, engine in engines.items():
+        found[name] = largest_batch(engine, context, most=None if options.device.type == "cuda" else 8)
+        print(f"  {name}: {found[name]} rows of {context}", flush=True)
+    return {"context": context, "summary": found}
+
+
+def text(options: argparse.Namespace, bandwidth: float) -> dict:
+    """Goal: 256 greedy tokens equal to the plain path in float32; logits within the noise of bfloat16."""
+    result = {}
+    for dtype in ("float32", "bfloat16"):
+        models = random_models("smollm2-135m", [PAPER, FOURS, f"kv@{PAPER}"], 64, dtype, options.device, options.layers)
+        prompt = torch.randint(0, 49152, (4, 64), generator=torch.Generator().manual_seed(0)).to(options.device)
+        mask = torch.ones_like(prompt)
+        mask[1, :30] = 0
+        for name, model in models.items():
+            # What the kernels give, and what plain operations give on the same weights.
+            known = Engine(model).difference
+            texts = [
+                decode(model, prompt, mask, max_new_tokens=256, engine=engine).tokens
+                for engine in ("engine", "transformers")
+            ]
+            equal = (texts[0] == texts[1]).cumprod(-1).sum(-1).min().item()
+            result[f"{name}, {dtype}"] = {"equal_tokens": equal, "logits": known}
+    return {"summary": result}
+
+
+PARTS = {
+    "text": text,
+    "steps": steps,
+    "stock": stock,
+    "prompts": prompts,
+    "capacity": capacity,
+    "sweep": sweep,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

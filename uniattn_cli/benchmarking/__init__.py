@@ -1,0 +1,1 @@
+"""The verb `bench`: what decoding costs, beside the limit and beside transformers."""

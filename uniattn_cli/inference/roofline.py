@@ -1,0 +1,103 @@
+"""The limit: bytes that a decoding step has to read, over the bandwidth that the device really has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from uniattn_cli.inference.program import LayerProgram, Program
+
+COPY_BYTES = {"cuda": 1 << 31}
+COPY_BYTES_ELSEWHERE = 1 << 27
+COPY_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What one decoding step of a whole batch has to read.
+
+    Attributes:
+        weights: every weight that takes part, once.
+        caches: keys and values that the layers look at; borrowed ones count again for every layer that reads them.
+    """
+
+    weights: int
+    caches: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.caches
+
+    def seconds(self, bandwidth: float) -> float:
+        """The floor: no step that reads these bytes is faster."""
+        return self.total / bandwidth
+
+
+def step_bytes(program: Program, batch: int, context: int) -> StepBytes:
+    """Counts for one new token per row with so many tokens before it.
+
+    The floor leaves out what is small beside these (activations, the maps that a leader keeps, norms, one row of the
+    embedding per sequence). Of experts, as many count as the rows of the batch can choose at most.
+    """
+    size = program.dtype.itemsize
+    weights = program.head.numel() + sum(_weights(layer, program, batch) for layer in program.layers)
+    caches = sum(_heads_read(layer) * min(context, layer.window or context) for layer in program.layers)
+    return StepBytes(weights * size, caches * program.shape.head_dim * batch * size)
+
+
+def _weights(layer: LayerProgram, program: Program, batch: int) -> int:
+    own = [layer.project, layer.output]
+    count = sum(tensor.numel() for tensor in own if tensor is not None)
+    if layer.kind == "linear":
+        count += _parameters(layer.compensation)
+    if layer.feed.gate_up is not None:
+        return count + layer.feed.gate_up.numel() + layer.feed.down.numel()
+    return count + _expert_weights(layer.feed.module, program, batch)
+
+
+def _expert_weights(module: nn.Module, program: Program, batch: int) -> int:
+    every, config = _parameters(module), program.config
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if not experts or not hasattr(module, "experts"):
+        return every
+    inside = _parameters(module.experts)
+    return every - inside + inside * min(experts, batch * config.num_experts_per_tok) // experts
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _heads_read(layer: LayerProgram) -> int:
+    """Heads of keys and of values that a layer looks at, whoever owns them."""
+    if not layer.parts:
+        return 0
+    return layer.kv_heads if layer.kind == "softmax" else 2 * layer.kv_heads
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written together, of a large copy on the device; the median of some."""
+    count = COPY_BYTES.get(device.type, COPY_BYTES_ELSEWHERE)
+    if device.type == "cuda":
+        count = min(count, torch.cuda.mem_get_info(device)[0] // 4)
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(COPY_ROUNDS + 1):
+        started = clock(device)
+        target.copy_(source)
+        times.append(clock(device) - started)
+    # The first one touches the memory.
+    return 2 * count / sorted(times[1:])[COPY_ROUNDS // 2]
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

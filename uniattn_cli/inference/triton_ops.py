@@ -1,0 +1,437 @@
+"""The operations of a decoder layer with Triton kernels where they do better than PyTorch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import nn
+
+from uniattn_cli.inference import kernels, pointwise
+from uniattn_cli.inference.caches import BLOCK, Caches
+from uniattn_cli.inference.ops import TorchOps
+from uniattn_cli.inference.program import Feed, LayerProgram, Program
+from uniattn_cli.inference.step import Step
+
+# Streaming multiprocessors of a device that has none (the interpreter), so that keys are split there too.
+FALLBACK_PROCESSORS = 4
+MOST_SPLITS = 128
+# Share of the device that has to be busy in the last wave of programs.
+GOOD_USE = 0.92
+# A program without a whole block of keys is of no use, one with few hardly pays for the merge.
+FEWEST_BLOCKS = 4
+GATE_BLOCK = 1024
+# Shared memory that a program may have on a device that does not say, and what is needed beside the blocks of keys.
+FALLBACK_SHARED = 227 << 10
+OTHER_SHARED = 24 << 10
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the attention kernels are launched.
+
+    Attributes:
+        programs: programs that one multiprocessor should hold.
+        warps: warps per program.
+        stages: blocks of keys in flight.
+    """
+
+    programs: int = 2
+    warps: int = 4
+    stages: int = 3
+
+    @classmethod
+    def from_environment(cls, role: str) -> Tuning:
+        """Reads `UNIATTN_LEAD` or `UNIATTN_FOLLOW`, such as `2,4,3`: programs, warps, stages."""
+        text = os.environ.get(f"UNIATTN_{role.upper()}")
+        return cls(*(int(value) for value in text.split(","))) if text else cls()
+
+
+def choose_splits(rows: int, blocks: int, slots: int) -> int:
+    """Into how many parts the keys of each row are cut.
+
+    The fewest parts with which the last wave of programs leaves little of the device idle.
+
+    Args:
+        rows: pairs of a sequence and a key/value head.
+        blocks: blocks of keys of the longest row.
+        slots: programs that the device runs at the same time.
+    """
+    best, best_use = 1, 0.0
+    for splits in range(1, max(1, min(MOST_SPLITS, blocks // FEWEST_BLOCKS)) + 1):
+        programs = rows * splits
+        use = programs / (-(-programs // slots) * slots)
+        if use >= GOOD_USE:
+            return splits
+        if use > best_use:
+            best, best_use = splits, use
+    return best
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """Where the heads of a layer begin in the caches' memory.
+
+    Attributes:
+        queries: [heads], elements from a row's first query.
+        keys, values: [heads of keys], elements from the beginning of the memory; None where the layer reads none.
+        row: elements from one row of the batch to the next, for keys and for values.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor | None
+    values: torch.Tensor
+    key_row: int
+    value_row: int
+
+
+class TritonOps(TorchOps):
+    """Needs 16-bit or float32 weights, heads of at most 256, and a CUDA device or Triton's interpreter."""
+
+    name = "triton"
+
+    def __init__(
+        self,
+        program: Program,
+        caches: Caches,
+        *,
+        reuse: bool = True,
+        lead: Tuning | None = None,
+        follow: Tuning | None = None,
+    ):
+        super().__init__(program, caches, reuse=reuse)
+        self.lead_tuning = lead or Tuning.from_environment("lead")
+        self.follow_tuning = follow or Tuning.from_environment("follow")
+        self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
+        self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.parts}
+        shape, device = program.shape, program.device
+        most = max(
+            (
+                self._splits(layer, tuning)
+                for layer in program.layers
+                if layer.parts
+                for tuning in (self.lead_tuning, self.follow_tuning)
+            ),
+            default=1,
+        )
+        parts = caches.batch * shape.query_heads * most
+        self.part_out = torch.empty(parts, shape.head_dim, dtype=torch.float32, device=device)
+        self.part_max = torch.empty(parts, dtype=torch.float32, device=device)
+        self.part_sum = torch.empty(parts, dtype=torch.float32, device=device)
+        self.norm_offsets: dict[nn.Module, float | None] = {}
+        self.nothing = torch.empty(0, dtype=program.dtype, device=device)
+
+    # --- attention of a decoding step
+
+    def _table(self, layer: LayerProgram) -> HeadTable:
+        """Own heads, or those that the layer borrows; one key/value head per query head where its map is free."""
+        caches, dim = self.caches, layer.head_dim
+        own = tuple((layer.index, head) for head in range(layer.kv_heads))
+        key_sources = layer.key_sources or own
+        value_sources = key_sources if layer.kind == "kv" else own
+        if layer.value_groups > 1 and not self.reuse:
+            value_sources = tuple(source for source in value_sources for _ in range(layer.value_groups))
+        reads_keys = layer.kind != "softmax" or not self.reuse
+        sources = self.map_rows.get(layer.index)
+        if sources is not None and not self.reuse:
+            # Queries of a slot lie behind those of all rows of the slots before it.
+            heads = layer.heads
+            queries = (sources // heads * caches.batch * heads + sources % heads) * dim
+        else:
+            queries = torch.arange(layer.heads, device=self.program.device) * dim
+        row = caches.capacity * dim
+        return HeadTable(
+            queries,
+            caches.head_offsets("k", key_sources) if reads_keys else None,
+            caches.head_offsets("v", value_sources),
+            row * self._heads_of(key_sources),
+            row * self._heads_of(value_sources),
+        )
+
+    def _heads_of(self, sources: tuple[tuple[int, int], ...]) -> int:
+        """Key/value heads of the layers that are borrowed from, which decide where the next row begins."""
+        return self.program.layers[sources[0][0]].kv_heads
+
+    def _splits(self, layer: LayerProgram, tuning: Tuning) -> int:
+        blocks = self.caches.capacity // BLOCK
+        if layer.window is not None:
+            blocks = min(blocks, layer.window // BLOCK + 1)
+        return choose_splits(self.caches.batch * layer.kv_heads, blocks, self.slots_of * tuning.programs)
+
+    def _stages(self, layer: LayerProgram, tuning: Tuning, read: int) -> int:
+        """Blocks in flight: as many as asked for, or as fit into shared memory where heads or elements are large.
+
+        Args:
+            read: tensors that are read block by block, 2 for keys and values.
+        """
+        block = read * BLOCK * _pad(layer.head_dim) * self.program.dtype.itemsize
+        return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
+
+    def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
+        caches = self.caches
+        if layer.map_slot is not None and queries is not None and not self.reuse:
+            caches.queries[layer.map_slot] = queries
+        if layer.kind == "softmax" and self.reuse:
+            self._follow(layer, step, out)
+        else:
+            self._lead(layer, queries, step, out)
+
+    def _lead(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
+        table, caches, tuning = self.tables[layer.index], self.caches, self.lead_tuning
+        borrowed = queries is None
+        queries = caches.queries if borrowed else queries
+        heads, splits = len(table.keys), self._splits(layer, tuning)
+        slot = layer.map_slot if self.reuse else None
+        group = layer.heads // heads
+        common = {"D": layer.head_dim, "D_PAD": _pad(layer.head_dim), "num_warps": tuning.warps}
+        kernels.lead_kernel[(step.batch * heads, splits)](
+            queries,
+            caches.flat,
+            table.queries,
+            table.keys,
+            table.values,
+            step.starts,
+            step.ends,
+            out,
+            self.part_out,
+            self.part_max,
+            self.part_sum,
+            *self._kept(slot),
+            layer.heads * layer.head_dim if borrowed else queries.stride(0),
+            table.key_row,
+            table.value_row,
+            out.stride(0),
+            caches.capacity,
+            layer.scale,
+            layer.softcap or 0.0,
+            layer.window or 0,
+            splits,
+            HEADS=heads,
+            GROUP=group,
+            GROUP_PAD=_pad(group),
+            BLOCK=BLOCK,
+            SPLIT=splits > 1,
+            KEEP=slot is not None,
+            SOFTCAP=layer.softcap is not None,
+            WINDOW=layer.window is not None,
+            num_stages=self._stages(layer, tuning, 2),
+            **common,
+        )
+        if splits > 1:
+            self._merge(layer, splits, out, slot, normalised=False)
+
+    def _follow(self, layer: LayerProgram, step: Step, out: torch.Tensor) -> None:
+        table, caches, tuning = self.tables[layer.index], self.caches, self.follow_tuning
+        splits, group = self._splits(layer, tuning), layer.heads // layer.kv_heads
+        kernels.follow_kernel[(step.batch * layer.kv_heads, splits)](
+            caches.flat,
+            self.map_rows[layer.index],
+            table.values,
+            step.starts,
+            step.ends,
+            out,
+            self.part_out,
+            caches.maps,
+            caches.block_max,
+            caches.lse,
+            table.value_row,
+            out.stride(0),
+            caches.capacity,
+            step.batch * layer.heads,
+            layer.window or 0,
+            splits,
+            HEADS=layer.kv_heads,
+            GROUP=group,
+            GROUP_PAD=_pad(group),
+            D=layer.head_dim,
+            D_PAD=_pad(layer.head_dim),
+            BLOCK=BLOCK,
+            SPLIT=splits > 1,
+            WINDOW=layer.window is not None,
+            num_warps=tuning.warps,
+            num_stages=self._stages(layer, tuning, 1),
+        )
+        if splits > 1:
+            self._merge(layer, splits, out, None, normalised=True)
+
+    def _kept(self, slot: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where a leader keeps its map; what is passed where it keeps none is never touched."""
+        caches = self.caches
+        if slot is None:
+            return self.nothing, self.part_max, self.part_max
+        return caches.maps[slot], caches.block_max[slot], caches.lse[slot]
+
+    def _merge(
+        self, layer: LayerProgram, splits: int, out: torch.Tensor, slot: int | None, *, normalised: bool
+    ) -> None:
+        kernels.merge_kernel[(out.shape[0] * layer.heads,)](
+            out,
+            self.part_out,
+            self.part_max,
+            self.part_sum,
+            self._kept(slot)[2],
+            out.stride(0),
+            splits,
+            HEADS=layer.heads,
+            D=layer.head_dim,
+            D_PAD=_pad(layer.head_dim),
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            NORMALISED=normalised,
+            KEEP=slot is not None,
+            num_warps=4,
+        )
+
+    # --- what stands between the products
+
+    def residual_norm(
+        self,
+        residual: torch.Tensor,
+        update: torch.Tensor | None,
+        post: nn.Module | None,
+        pre: nn.Module | None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        offsets = {self._offset(norm) for norm in (post, pre) if norm is not None}
+        if len(offsets) != 1 or None in offsets:
+            return super().residual_norm(residual, update, post, pre, out)
+        tokens, width = residual.shape
+        summed = residual if update is None else torch.empty_like(residual)
+        normed = (torch.empty_like(residual) if out is None else out) if pre is not None else summed
+        weights = [self.nothing if norm is None else norm.weight for norm in (post, pre)]
+        pointwise.residual_norm_kernel[(tokens,)](
+            residual,
+            residual if update is None else update,
+            *weights,
+            summed,
+            normed,
+            normed.stride(0),
+            width,
+            *(0.0 if norm is None else _epsilon(norm) for norm in (post, pre)),
+            BLOCK=triton.next_power_of_2(width),
+            UPDATE=update is not None,
+            POST=post is not None and update is not None,
+            PRE=pre is not None,
+            OFFSET=offsets.pop(),
+            num_warps=8 if width > 2048 else 4,
+        )
+        if pre is None and out is not None:
+            normed = out.copy_(summed)
+        return summed, normed
+
+    def _offset(self, norm: nn.Module) -> float | None:
+        """What a norm adds to its weights before it multiplies with them; None where it is no plain RMS norm.
+
+        Found by trying, once per norm's class: families name and write their norms in their own ways.
+        """
+        kind = type(norm)
+        if kind not in self.norm_offsets:
+            self.norm_offsets[kind] = _find_offset(norm)
+        return self.norm_offsets[kind]
+
+    def place(
+        self, layer: LayerProgram, projected: torch.Tensor, step: Step, extra: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        norms = [layer.q_norm if "q" in layer.parts else None, layer.k_norm if "k" in layer.parts else None]
+        rotated = [part for part in "qk" if part in layer.parts]
+        normed = [norm for norm in norms if norm is not None]
+        offset = self._offset(normed[0]) if normed else 0.0
+        if layer.wide_norm or offset is None or (normed and len(normed) != len(rotated)):
+            return super().place(layer, projected, step, extra)
+        caches, tokens = self.caches, len(projected)
+        queries = projected.new_empty(tokens, layer.heads, layer.head_dim) if "q" in layer.parts else None
+        heads = {part: (layer.heads if part == "q" else layer.kv_heads) for part in layer.parts}
+        cos, sin = step.tables[layer.rope] if layer.rope is not None else (self.nothing, self.nothing)
+        rank = 0 if extra is None else extra.shape[1]
+        programs = sum(heads.values()) + -(-rank // layer.head_dim)
+        pointwise.place_kernel[(tokens, programs)](
+            projected,
+            cos,
+            sin,
+            step.positions,
+            step.places,
+            *(self.nothing if norm is None else norm.weight for norm in norms),
+            self.nothing if queries is None else queries,
+            caches.keys.get(layer.index, self.nothing),
+            caches.values.get(layer.index, self.nothing),
+            self.nothing if extra is None else extra,
+            projected.stride(0),
+            layer.heads * layer.head_dim,
+            layer.kv_heads * caches.capacity * layer.head_dim,
+            0 if extra is None else extra.stride(0),
+            step.tokens,
+            caches.capacity,
+            _epsilon(normed[0]) if normed else 0.0,
+            NQ=heads.get("q", 0),
+            NK=heads.get("k", 0),
+            NV=heads.get("v", 0),
+            RANK=rank,
+            D=layer.head_dim,
+            D_PAD=_pad(layer.head_dim),
+            ROTARY=cos.shape[-1] if layer.rope is not None and rotated else 0,
+            QUERY_NORM=norms[0] is not None,
+            KEY_NORM=norms[1] is not None,
+            NORM=bool(normed),
+            OFFSET=offset,
+            num_warps=1,
+        )
+        return queries
+
+    def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
+        if not feed.activation:
+            return super().gate(feed, gate_up)
+        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(tokens, width)
+        pointwise.gate_kernel[(tokens, triton.cdiv(width, GATE_BLOCK))](
+            gate_up, out, width, BLOCK=GATE_BLOCK, GELU=feed.activation == "gelu_tanh", num_warps=4
+        )
+        return out
+
+
+def tuned(lead: Tuning, follow: Tuning) -> type[TritonOps]:
+    """The operations with other launch settings, for measuring them."""
+
+    class Tuned(TritonOps):
+        """With fixed settings."""
+
+        def __init__(self, program: Program, caches: Caches, *, reuse: bool = True):
+            super().__init__(program, caches, reuse=reuse, lead=replace(lead), follow=replace(follow))
+
+    return Tuned
+
+
+def _pad(size: int) -> int:
+    """What the matrix units take: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return getattr(norm, "variance_epsilon", None) or norm.eps
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return FALLBACK_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return FALLBACK_SHARED
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", FALLBACK_SHARED)
+
+
+@torch.no_grad()
+def _find_offset(norm: nn.Module) -> float | None:
+    weight = norm.weight
+    if not hasattr(norm, "variance_epsilon") and not hasattr(norm, "eps"):
+        return None
+    x = torch.linspace(-1, 2, weight.shape[0], device=weight.device, dtype=weight.dtype)[None]
+    found = norm(x).float()
+    unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + _epsilon(norm))
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
+    for offset in (0.0, 1.0):
+        if torch.allclose(found, unit * (weight.float() + offset), rtol=tolerance, atol=tolerance):
+            return offset
+    return None
