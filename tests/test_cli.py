@@ -32,7 +32,7 @@ STAGES = {
     "train": "uniattn_cli.training.train",
     "eval": "uniattn_cli.evaluation.evaluate",
 }
-COMMANDS = [*STAGES, "recipe", "families", "doctor"]
+COMMANDS = [*STAGES, "serve", "recipe", "families", "doctor"]
 
 
 # --- help, version, speed ---------------------------------------------------------------------------------------------
@@ -401,6 +401,12 @@ def test_stages_do_not_import_each_other_or_the_command_line():
         others = {f"uniattn_cli.{verb}" for verb in verbs - {path.parent.name}} | {"uniattn_cli.cli", "typer", "rich"}
         for name in imports(path):
             assert not any(name == other or name.startswith(other + ".") for other in others), f"{path}: {name}"
+
+
+def test_only_the_plugin_knows_vllm():
+    files = list((ROOT / "uniattn_cli").rglob("*.py"))
+    users = {path.name for path in files if any(name.split(".")[0] == "vllm" for name in imports(path))}
+    assert users == {"vllm_plugin.py", "vllm_layers.py", "vllm_model.py"}
 
 
 def test_only_the_console_knows_rich():
