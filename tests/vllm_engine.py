@@ -38,7 +38,7 @@ PATIENCE = 420
 
 
 def reference(directory: Path, prompts: list[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens and their log-probabilities as transformers computes them in float32, without any cache."""
+    """Greedy tokens and their log-probabilities as transformers computes them in float32, with its own cache."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -46,13 +46,14 @@ def reference(directory: Path, prompts: list[list[int]], tokens: int) -> list[tu
     ).eval()
     found = []
     for prompt in prompts:
-        ids, chosen, logprobs = list(prompt), [], []
+        ids, past, chosen, logprobs = torch.tensor([prompt]), None, [], []
         for _ in range(tokens):
             with torch.no_grad():
-                scores = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+                output = model(ids, past_key_values=past, use_cache=True)
+            scores, past = output.logits[0, -1].log_softmax(-1), output.past_key_values
             chosen.append(int(scores.argmax()))
             logprobs.append(float(scores.max()))
-            ids.append(chosen[-1])
+            ids = torch.tensor([chosen[-1:]])
         found.append((chosen, logprobs))
     return found
 

