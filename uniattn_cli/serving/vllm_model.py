@@ -20,6 +20,8 @@ from uniattn_cli.serving.cache_plan import CALLS_ATTENTION, shard_layout
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
 
 logger = init_logger("vllm.uniattn")
+# To be raised when the layers of `vllm_layers` are called in another way.
+CODE_VERSION = 1
 
 
 def obstacles(vllm_config) -> list[str]:
@@ -35,6 +37,8 @@ def obstacles(vllm_config) -> list[str]:
         found.append("speculative decoding is used")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         found.append("pipeline parallelism is used")
+    if not isinstance(vllm_config.additional_config, dict):
+        found.append("additional_config is no mapping")
     if vllm_config.use_v2_model_runner:
         found.append("model runner V2 is used")
     return found
@@ -54,6 +58,8 @@ class SharedCacheMixin:
                 ranks, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
                 self._shared_layout, self._shared_shape = shard_layout(layout, attention_shape(config), rank, ranks)
                 self._localise_heads()
+                # Compiled code is kept by configuration, and that of the plain path writes other caches.
+                self.vllm_config.additional_config |= {"uniattn_cache": CODE_VERSION}
         self._shared_peers: dict[int, SharedCacheAttention] = {}
         super()._create_attention_instances(prefix)
 
