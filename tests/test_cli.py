@@ -35,7 +35,7 @@ STAGES = {
     "sweep": "uniattn_cli.sweeping.sweep",
 }
 COMMANDS = [
-    *STAGES, "report", "generate", "chat", "bench", "data", "recipe", "recipes", "families", "doctor", "push",
+    *STAGES, "report", "generate", "chat", "bench", "serve", "data", "recipe", "recipes", "families", "doctor", "push",
 ]  # fmt: skip
 
 
@@ -422,6 +422,12 @@ def test_stages_do_not_import_each_other_or_the_command_line():
         others |= {"uniattn_cli.publishing", "uniattn_cli.cli", "typer", "rich"}
         for name in imports(path):
             assert not any(name == other or name.startswith(other + ".") for other in others), f"{path}: {name}"
+
+
+def test_only_the_plugin_knows_vllm():
+    files = list((ROOT / "uniattn_cli").rglob("*.py"))
+    users = {path.name for path in files if any(name.split(".")[0] == "vllm" for name in imports(path))}
+    assert users == {"vllm_plugin.py", "vllm_layers.py", "vllm_model.py"}
 
 
 def test_only_the_console_knows_rich():

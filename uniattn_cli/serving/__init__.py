@@ -1,0 +1,1 @@
+"""Serving converted checkpoints with engines that people already run."""
