@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from uniattn_cli.checkpoint import build_converted, save_checkpoint
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
+from uniattn_cli.modeling.sharing_uniattn import gather_heads
 from uniattn_cli.serving import cache_plan
 from uniattn_cli.serving.serve import find_checkpoint, serve
 
@@ -229,3 +231,45 @@ def test_clusters_and_how_they_are_packed():
     # Five windows to one full layer, as in Gemma 3: blocks of one full layer's size waste nothing.
     assert cache_plan.best_capacity([[2] * 5, [2]], [1, 4]) == 2
     assert cache_plan.best_capacity([[3, 2], [3]], [1, 1]) == 3
+
+
+# --- the model code in an engine that knows nothing of layouts --------------------------------------------------------
+
+
+def in_engine(name: str, query_heads: int = 6, kv_heads: int = 3):
+    """A converted model whose attention modules have vLLM's layers, of the model's sizes, and its logits without."""
+    model = build_converted(make_base(CASES[0][0]), make_layout(name))
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    for layer in model.model.layers:
+        layer.self_attn.attn = SimpleNamespace(num_heads=query_heads, num_kv_heads=kv_heads)
+    return model, ids, logits
+
+
+def test_pooled_heads_are_repeated_for_an_engine_that_expects_all():
+    model, ids, logits = in_engine("pooled")
+    for layer in model.model.layers:
+        # What an engine does with as many key heads as it reserved.
+        layer.self_attn.num_key_value_groups = 2
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, logits)
+
+
+def test_an_engine_that_reserved_other_heads_is_refused():
+    model, ids, _ = in_engine("free_several")
+    with pytest.raises(ValueError, match="computes 6 query and 6 key heads, vLLM reserved 6 and 3"):
+        model(ids, use_cache=False)
+    model, ids, _ = in_engine("leader", query_heads=3)
+    with pytest.raises(ValueError, match="vLLM reserved 3 and 3"):
+        model(ids, use_cache=False)
+
+
+def test_heads_of_another_device_are_not_borrowed():
+    states = {0: torch.zeros(1, 3, 2, 4)}
+    whole = tuple((0, head) for head in range(6))
+    assert gather_heads(states, whole, torch.device("cpu")) is states[0], "all heads: those of the shard"
+    with pytest.raises(ValueError, match="only 3 heads are on this device"):
+        gather_heads(states, whole[::-1], torch.device("cpu"))
+    with pytest.raises(ValueError, match="only 3 heads are on this device"):
+        gather_heads(states | {1: states[0]}, (*whole[:5], (1, 5)), torch.device("cpu"))
