@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import uniattn_cli
 from uniattn_cli.cli import app as app_module
-from uniattn_cli.cli import console, doctor, runner
+from uniattn_cli.cli import console, doctor, flags, runner
 from uniattn_cli.errors import DataError, RecipeError, UsageError
 from uniattn_cli.families import FAMILIES
 from uniattn_cli.modeling.layout_uniattn import KINDS
@@ -90,8 +90,8 @@ def test_nothing_heavy_is_imported_for_help(arguments):
 
 
 def test_completion_knows_the_settings():
-    assert "analysis.tokens=" in app_module._complete_setting("analysis.t")
-    assert app_module._complete_groups("a") == ["auto"]
+    assert "analysis.tokens=" in flags.complete_setting("analysis.t")
+    assert flags.complete_groups("a") == ["auto"]
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------

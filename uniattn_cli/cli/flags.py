@@ -1,0 +1,120 @@
+"""Options that several commands share, and what they mean for the recipe."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from uniattn_cli.cli import settings
+
+
+def _words(name: str, key: str) -> Any:
+    return enum.Enum(name, {word: word for word in settings.choices(key)}, type=str)
+
+
+Dtype = _words("Dtype", "model.dtype")
+HeadMap = _words("HeadMap", "layout.head_map")
+Part = enum.Enum("Part", {"train": "train", "heldout": "heldout"}, type=str)
+Sources = _words("Sources", "layout.sources")
+Search = _words("Search", "layout.search")
+
+
+def setting(key: str, flag: str, metavar: str | None = None) -> Any:
+    """An option that stands for a setting of the recipe and takes its help from there."""
+    entry = settings.find(key)
+    default = "" if entry.default == "null" else f", default {entry.default}"
+    return typer.Option(flag, metavar=metavar, help=f"{entry.help} [recipe: {key}{default}]", show_default=False)
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Keys of settings, for the shell."""
+    return [f"{entry.key}=" for entry in settings.settings() if entry.key.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of ready recipes, for the shell."""
+    from uniattn_cli import ready
+
+    return [name for name in ready.names() if name.startswith(incomplete)]
+
+
+def complete_groups(incomplete: str) -> list[str]:
+    """Forms of layouts, for the shell."""
+    return [word for word in ("auto", "paper", "every:4") if word.startswith(incomplete)]
+
+
+RunDirOption = Annotated[
+    Path,
+    typer.Option(
+        "-C",
+        "--run-dir",
+        metavar="DIR",
+        file_okay=False,
+        help="Work as if started in DIR: recipe and outputs lie there and every path is relative to it.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=complete_setting,
+        help="Use this value instead of the recipe's; repeatable. `uniattn recipe` lists the keys.",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a complete output directory.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below print.")]
+GroupsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--groups",
+        metavar="auto|paper|every:N|FIRST-LAST:N|LIST|FILE",
+        autocompletion=complete_groups,
+        help="Which layers share [recipe: layout.groups, default auto].",
+        show_default=False,
+    ),
+]
+FollowersOption = Annotated[int | None, setting("layout.followers", "--followers", "N")]
+KvOption = Annotated[float | None, setting("layout.kv", "--kv", "SHARE")]
+HeadMapOption = Annotated[HeadMap | None, setting("layout.head_map", "--head-map")]
+SearchOption = Annotated[Search | None, setting("layout.search", "--search")]
+KindsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kinds",
+        metavar="KIND,...",
+        help="Kinds that the thorough search may use: softmax, key, kv, pooled, linear, none [recipe: layout.kinds].",
+        show_default=False,
+    ),
+]
+SourcesOption = Annotated[Sources | None, setting("layout.sources", "--sources")]
+
+
+def overrides_of(**values: Any) -> list[str]:
+    """`section__name=value` as `section.name=value` strings, for the options that were given."""
+    plain = {key: value.value if isinstance(value, enum.Enum) else value for key, value in values.items()}
+    return [f"{key.replace('__', '.')}={value}" for key, value in plain.items() if value is not None]
+
+
+def layout_overrides(
+    followers: int | None,
+    kv: float | None,
+    search: Search | None,
+    kinds: str | None,
+    head_map: HeadMap | None,
+    sources: Sources | None,
+) -> list[str]:
+    """Overrides of `group` and `convert`; a budget replaces whichever budget the recipe has."""
+    if followers is not None and kv is not None:
+        raise typer.BadParameter("give one budget, not two", param_hint="--followers, --kv")
+    found = overrides_of(layout__search=search, layout__head_map=head_map, layout__sources=sources)
+    if kinds is not None:
+        found.append(f"layout.kinds=[{kinds}]")
+    if followers is not None or kv is not None:
+        budgets = {"followers": followers, "kv": kv, "params": None}
+        found += [f"layout.{key}={'null' if value is None else value}" for key, value in budgets.items()]
+    return found
