@@ -88,11 +88,11 @@ def prompts(vocabulary: int = 300) -> list[list[int]]:
     return [torch.randint(4, vocabulary, (length,)).tolist() for length in LENGTHS]
 
 
-def assert_same(found, expected) -> None:
+def assert_same(found, expected, tolerance: float = TOLERANCE) -> None:
     """The same tokens, and log-probabilities within the rounding of float32."""
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
     for (_, ours), (_, theirs) in zip(found, expected, strict=True):
-        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < TOLERANCE
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < tolerance
 
 
 def page_bytes(directory: Path) -> int:
@@ -350,4 +350,5 @@ def test_gemma_with_windows(tmp_path):
     with Server(directory, *arguments, log=tmp_path / "log") as server:
         server.wait()
         found = [as_pair(server.complete(prompt, 12)) for prompt in ids]
-    assert_same(found, reference(directory, ids, 12))
+    # One token past the window differs by 7e-4 between transformers and vLLM, with the plugin and without it alike.
+    assert_same(found, reference(directory, ids, 12), 2e-3)
