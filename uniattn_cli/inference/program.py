@@ -121,6 +121,8 @@ class Program:
         norm: the last norm.
         head: [vocabulary, hidden].
         logit_cap: soft-cap of the logits.
+        embed_scale, update_scale, logit_scale: factors of embeddings, of what each part adds to the residual stream,
+            and of logits, as Granite has them; 1 elsewhere.
         rotary: the model's own module of rotary embeddings.
         rotary_keys: the layer types that it is called with; `("",)` where it takes none.
         map_slots: maps that have to be kept at the same time.
@@ -139,6 +141,9 @@ class Program:
     rotary_keys: tuple[str, ...]
     map_slots: int
     dense: bool
+    embed_scale: float = 1.0
+    update_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,6 +187,9 @@ def read_program(model: PreTrainedModel) -> Program:
         rotary_keys=tuple(sorted({layer.rope for layer in layers if layer.rope is not None})),
         map_slots=count,
         dense=all(layer.feed.gate_up is not None for layer in layers),
+        embed_scale=getattr(config, "embedding_multiplier", 1.0),
+        update_scale=getattr(config, "residual_multiplier", 1.0),
+        logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
     )
 
 

@@ -228,7 +228,7 @@ class Session:
     def _run(self, tokens: torch.Tensor, step: Step, *, decoding: bool) -> torch.Tensor:
         """Logits [batch, vocabulary] after the newest token of each row; tokens [batch, tokens]."""
         program, ops = self.program, self.ops
-        residual = program.embed(tokens).flatten(0, 1)
+        residual = _scaled(program.embed(tokens).flatten(0, 1), program.embed_scale)
         update, post = None, None
         lent: dict[int, torch.Tensor] = {}
         for layer in program.layers:
@@ -236,16 +236,16 @@ class Session:
                 joined = self.joined[layer.output.shape[1]] if decoding and layer.parts else None
                 wanted = joined[:, layer.width :] if joined is not None and layer.takes_input else None
                 residual, normed = ops.residual_norm(residual, update, post, layer.pre_attention, wanted)
-                update = self._attention(layer, normed, step, lent, joined)
+                update = _scaled(self._attention(layer, normed, step, lent, joined), program.update_scale)
                 post = layer.post_attention
             for source in [source for source in lent if program.layout.last_use[source] <= layer.index]:
                 del lent[source]
             residual, normed = ops.residual_norm(residual, update, post, layer.pre_mlp)
-            update, post = ops.feed_forward(layer.feed, normed, step), layer.post_mlp
+            update, post = _scaled(ops.feed_forward(layer.feed, normed, step), program.update_scale), layer.post_mlp
         if step.tokens > 1:
             residual, update = (states.unflatten(0, (step.batch, -1))[:, -1] for states in (residual, update))
         _, normed = ops.residual_norm(residual.contiguous(), update.contiguous(), post, program.norm)
-        logits = functional.linear(normed, program.head)
+        logits = _scaled(functional.linear(normed, program.head), program.logit_scale)
         if program.logit_cap is not None:
             logits = torch.tanh(logits / program.logit_cap) * program.logit_cap
         return logits
@@ -276,6 +276,10 @@ class Session:
             other = normed if layer.takes_input else extra
             result = torch.addmm(result, other, layer.output[:, layer.width :].T)
         return result
+
+
+def _scaled(states: torch.Tensor, factor: float) -> torch.Tensor:
+    return states if factor == 1.0 else states * factor
 
 
 def _rotary_settings(program: Program) -> list[dict]:
