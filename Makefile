@@ -36,8 +36,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 	@$(BIN)/uniattn --version
 
+# One process per core; a file's tests stay together, because they share what is slow to make.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 $(VLLM_STAMP): pyproject.toml scripts/install_vllm.py $(VLLM_CONSTRAINTS)
 	@$(PYTHON) -m venv $(VLLM_VENV)
