@@ -19,6 +19,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Scores of one test are not those of another.
 os.environ["UNIATTN_CACHE"] = "off"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Test processes that run side by side are given a narrow terminal, in which tables would be wrapped.
+os.environ.pop("COLUMNS", None)
 
 
 def command() -> list[str]:
