@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, make_base, make_layout
+from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
 from tiny_run import make_tokenizer
 
 from uniattn_cli.accounting import cached_heads
-from uniattn_cli.checkpoint import build_converted, save_checkpoint
+from uniattn_cli.checkpoint import build_converted, make_config, save_checkpoint
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
@@ -273,3 +273,11 @@ def test_heads_of_another_device_are_not_borrowed():
         gather_heads(states, whole[::-1], torch.device("cpu"))
     with pytest.raises(ValueError, match="only 3 heads are on this device"):
         gather_heads(states | {1: states[0]}, (*whole[:5], (1, 5)), torch.device("cpu"))
+
+
+def test_engines_find_the_factor_of_granites_logits():
+    """vLLM multiplies logits by `logit_scale` and knows no `logits_scaling`."""
+    _, config, _ = next(entry for entry in FAMILIES if entry[0] == "granite")
+    converted = make_config(config(), make_layout("leader"))
+    assert converted.logit_scale == 1 / converted.logits_scaling != 1
+    assert "logit_scale" not in converted.to_dict()

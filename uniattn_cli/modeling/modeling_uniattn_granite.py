@@ -24,6 +24,11 @@ class UniAttnGraniteConfig(UniAttnConfigMixin, GraniteConfig):
     model_type = "uniattn_granite"
     uniattn: dict | None = None
 
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the logits under the name that vLLM's Transformers backend asks for; it knows no other."""
+        return 1.0 / self.logits_scaling
+
 
 class UniAttnGraniteAttention(SharedAttentionMixin, GraniteAttention):
     """Granite's attention, own or borrowed."""
