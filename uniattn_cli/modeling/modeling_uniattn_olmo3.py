@@ -3,7 +3,6 @@
 Annotations are evaluated here: transformers reads the class of `config` from them.
 """
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers.models.olmo3.configuration_olmo3 import Olmo3Config
 from transformers.models.olmo3.modeling_olmo3 import (
@@ -15,7 +14,7 @@ from transformers.models.olmo3.modeling_olmo3 import (
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
-from .sharing_uniattn import SharedAttentionMixin, SharedCausalLMMixin, SharedModelMixin
+from .sharing_uniattn import SharedCausalLMMixin, SharedModelMixin, WideNormAttentionMixin
 
 
 @strict
@@ -26,26 +25,11 @@ class UniAttnOlmo3Config(UniAttnConfigMixin, Olmo3Config):
     uniattn: dict | None = None
 
 
-class UniAttnOlmo3Attention(SharedAttentionMixin, Olmo3Attention):
+class UniAttnOlmo3Attention(WideNormAttentionMixin, Olmo3Attention):
     """OLMo 3's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
     eager_attention = staticmethod(eager_attention_forward)
-    pooled_names = ("k_proj", "v_proj", "k_norm")
-
-    def shrink_kv_heads(self, kept: int) -> None:
-        super().shrink_kv_heads(kept)
-        self.k_norm = type(self.k_norm)(kept * self.head_dim, self.config.rms_norm_eps)
-
-    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
-        """Norms come before the split into heads: their statistics are those of all heads."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        states = {}
-        for part in parts:
-            projected = getattr(self, f"{part}_proj")(hidden_states)
-            norm = getattr(self, f"{part}_norm", None)
-            states[part] = (projected if norm is None else norm(projected)).view(shape).transpose(1, 2)
-        return states
 
     def attention_arguments(self) -> dict:
         return {"sliding_window": self.sliding_window}

@@ -333,6 +333,25 @@ class SharedAttentionMixin:
         return queries, keys, values
 
 
+class WideNormAttentionMixin(SharedAttentionMixin):
+    """For families that norm queries and keys before the split into heads: statistics are those of all heads."""
+
+    pooled_names: ClassVar[tuple] = ("k_proj", "v_proj", "k_norm")
+
+    def shrink_kv_heads(self, kept: int) -> None:
+        super().shrink_kv_heads(kept)
+        self.k_norm = type(self.k_norm)(kept * self.head_dim, self.config.rms_norm_eps)
+
+    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        states = {}
+        for part in parts:
+            projected = getattr(self, f"{part}_proj")(hidden_states)
+            norm = getattr(self, f"{part}_norm", None)
+            states[part] = (projected if norm is None else norm(projected)).view(shape).transpose(1, 2)
+        return states
+
+
 class SharedPreTrainedMixin:
     """What the base model and the causal LM of a family have in common."""
 
