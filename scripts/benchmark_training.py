@@ -7,7 +7,10 @@ Every row is made by the tool's own commands in a run directory of its own, with
 the same order for a seed. The score is the mean of log perplexity on `--text` (first 30,720 tokens; the other pages are
 calibration text), of log perplexity on `--wikitext` (first 65,536 tokens) and of the loss on held-out responses; lower
 is better. The gap is the score minus that of the control of the same seed. Rows already in the output are not measured
-again; `--parts` and `--layouts` pick some. A table (`.md`) and a picture (`.png`) are written beside the JSON file.
+again; `--parts` and `--layouts` pick some. A part may name its own learning rate (`one@3e-4`, `two@3e-3,1e-4`).
+Layouts are searched, or taken from `benchmark_layouts.py` with `--layouts-from`. Several processes, each with its own
+`--out`, share the work; `--merge` puts their files together. A table (`.md`) and a picture (`.png`) are written beside
+the JSON file.
 """
 
 from __future__ import annotations
@@ -36,11 +39,15 @@ from uniattn_cli.scoring import window_loss
 TEXT_TOKENS, WIKITEXT_TOKENS = 30 * 1024, 64 * 1024
 # Twelve followers of SmolLM2-135M save 20 % of the KV bytes; the others save the same.
 LAYOUTS = {
-    "softmax": {"kinds": "[softmax]"},
-    "mixed": {"kinds": "[softmax, kv, linear]"},
-    "kv": {"kinds": "[kv]"},
-    "linear": {"kinds": "[linear]"},
+    "softmax": "[softmax]",
+    "mixed": "[softmax, kv, linear]",
+    "kv": "[kv]",
+    "linear": "[linear]",
+    "none": "[none]",
+    "pooled": "[pooled]",
 }
+# What these layouts are called in the file of benchmark_layouts.py.
+SEARCHED = {"softmax": "softmax, free", "mixed": "mixed", "kv": "kv", "linear": "linear", "none": "none"}
 PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "lora", "equal time")
 RATES = {"compensation": 1e-3, "all": 1e-4, "lora": 2e-4}
 # Share of the steps of the two-stage recipe that only train the compensation: 0.25 of 1.25 epochs.
@@ -67,6 +74,15 @@ class Bench:
         if self.content.setdefault("setting", setting)["comparable"] != setting["comparable"]:
             raise SystemExit(f"{self.out} holds rows of other settings ({self.content['setting']['comparable']})")
         self.steps = self._steps()
+        if arguments.layouts_from:
+            self._take_layouts(Path(arguments.layouts_from))
+
+    def _take_layouts(self, path: Path) -> None:
+        """The layouts that a search chose before, unless this file has its own."""
+        found = json.loads(path.read_text(encoding="utf-8"))["layouts"]
+        for name, stored in SEARCHED.items():
+            if stored in found:
+                self.content["layouts"].setdefault(name, found[stored]["steps"][-1])
 
     def _text(self, path: Path) -> torch.Tensor:
         """Evaluation windows from the first pages; the other pages go into a file for calibration."""
@@ -99,6 +115,7 @@ class Bench:
                 "kv": self.arguments.kv,
                 "batch_size": self.arguments.batch_size,
                 "max_length": self.arguments.max_length,
+                "group_by_length": True,
                 "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
                 "rates": RATES,
             },
@@ -127,6 +144,7 @@ class Bench:
             f"train.batch_size={spec.batch_size}",
             f"train.micro_batch_size={spec.micro_batch_size}",
             f"train.max_length={spec.max_length}",
+            "train.group_by_length=true",
         ]
 
     def _steps(self) -> int:
@@ -150,16 +168,17 @@ class Bench:
         if (folder / "converted" / "stage.json").is_file():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.analysis(), folder)
         stored = self.content["layouts"].get(layout)
         settings = self.settings(seed)
         if stored is None:
+            shutil.copytree(self.analysis(), folder)
             search = self.arguments.search if layout == "softmax" else "thorough"
             settings += [f"layout.kv={self.arguments.kv}", f"layout.search={search}"]
-            settings += [f"layout.kinds={LAYOUTS[layout]['kinds']}", f"layout.head_map={self.arguments.head_map}"]
+            settings += [f"layout.kinds={LAYOUTS[layout]}", f"layout.head_map={self.arguments.head_map}"]
             settings += [f"layout.score_tokens={self.arguments.score_tokens}"]
         else:
             tree = {"model": {"name": self.source.name}, "layout": {"layers": stored}}
+            folder.mkdir()
             (folder / "recipe.yaml").write_text(json.dumps(tree) + "\n", encoding="utf-8")
         result = convert(run_dir=folder, overrides=settings, options=self.options)
         if stored is None:
@@ -169,7 +188,7 @@ class Bench:
 
     def row(self, layout: str, part: str, seed: int) -> None:
         """Makes one row, unless it is there already."""
-        shared = part in ("base", "control")
+        shared = part.partition("@")[0] in ("base", "control")
         key = f"{'base' if shared else layout} | {part} | seed {seed}"
         if key in self.content["rows"]:
             return
@@ -194,7 +213,8 @@ class Bench:
         settings = [*self.settings(seed), *self._recipe_of(part, layout, seed)]
         if part == "control teaches":
             self._fetch_control(folder, seed)
-        result = train(run_dir=folder, control=part == "control", overrides=settings, options=self.options)
+        control = part.partition("@")[0] == "control"
+        result = train(run_dir=folder, control=control, overrides=settings, options=self.options)
         seconds, tokens = (sum(getattr(stage, name) for stage in result.stages) for name in ("seconds", "tokens"))
         if part == "control":
             shutil.copytree(folder / "control", self.work / f"control-{seed}", dirs_exist_ok=True)
@@ -209,6 +229,7 @@ class Bench:
     def _recipe_of(self, part: str, layout: str, seed: int) -> list[str]:
         """The stages of a part, as settings."""
         steps = self.steps
+        part, _, rates = part.partition("@")
         if part == "two":
             first = max(1, round(FIRST_SHARE * steps))
             stages = [("compensation", first, ""), ("all", max(1, steps - first), "")]
@@ -223,9 +244,10 @@ class Bench:
             stages = [("all", max(1, round(steps * rows[0]["seconds"] / rows[1]["seconds"])), "")]
         else:
             stages = [("all", steps, "")]
+        chosen = rates.split(",") if rates else [RATES[trains] for trains, *_ in stages]
         entries = [
-            f"{{trains: {trains}, steps: {count}, learning_rate: {RATES[trains]}{more}}}"
-            for trains, count, more in stages
+            f"{{trains: {trains}, steps: {count}, learning_rate: {float(rate)}{more}}}"
+            for (trains, count, more), rate in zip(stages, chosen, strict=True)
         ]
         teacher = "control" if part == "control teaches" else "base"
         return [f"train.stages=[{', '.join(entries)}]", f"train.distillation={{teacher: {teacher}, top_k: 64}}"]
@@ -240,49 +262,79 @@ class Bench:
 
     def save(self) -> None:
         """Writes JSON, table and picture."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        grouped = self.grouped()
-        self.out.with_suffix(".md").write_text(self.markdown(grouped), encoding="utf-8")
-        if any(row["gap"] for row in grouped):
-            draw(grouped, self.out.with_suffix(".png"))
+        write(self.content, self.out)
 
-    def grouped(self) -> list[dict]:
-        """One entry for each layout and part, seeds together, with the gap to the control of the same seed."""
-        rows = self.content["rows"]
-        found: dict[tuple[str, str], dict] = {}
-        for key, row in rows.items():
-            layout, part, seed = key.split(" | ")
-            entry = found.setdefault((layout, part), {"layout": layout, "part": part, "rows": [], "gap": []})
-            entry["rows"].append(row)
-            control = rows.get(f"base | control | {seed}")
-            if control is not None:
-                entry["gap"].append(row["score"] - control["score"])
-        return list(found.values())
 
-    def markdown(self, grouped: Sequence[dict]) -> str:
-        """One line for each layout and part; means over seeds, with their standard deviation."""
-        setting = self.content["setting"]
-        comparable = setting["comparable"]
-        lines = [
-            f"# {comparable['model']}: what training wins back",
-            "",
-            f"{comparable['tokens']:,} training tokens, {comparable['kv']:.0%} of the KV bytes kept; "
-            f"{setting['device']}, {setting['dtype']}. Score: mean of the three losses (nats per token, lower is "
-            "better); gap: score minus that of the control, the base after the same training, of the same seed. Made "
-            "by `scripts/benchmark_training.py`; the JSON file beside has all numbers.",
-            "",
-            "| layout | trained | score | gap | text | wikitext | responses | tokens | seconds | seeds |",
-            "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+def merged(contents: Sequence[dict]) -> dict:
+    """One file's content from those of several processes."""
+    together = contents[0]
+    for content in contents[1:]:
+        if content["setting"]["comparable"] != together["setting"]["comparable"]:
+            raise SystemExit("these files hold rows of different settings")
+        for name in ("layouts", "rows"):
+            together[name] |= content[name]
+    places = [list(LAYOUTS), list(PARTS)]
+
+    def place(key: str) -> list:
+        layout, part, seed = key.split(" | ")
+        name, _, rate = part.partition("@")
+        return [
+            layout != "base",
+            *(places[0].index(layout) if layout in LAYOUTS else -1, places[1].index(name)),
+            rate,
+            seed,
         ]
-        for entry in grouped:
-            rows = entry["rows"]
-            cells = [entry["layout"], entry["part"], spread([row["score"] for row in rows])]
-            cells.append(spread(entry["gap"]) if entry["gap"] else "–")
-            cells += [spread([row[name] for row in rows]) for name in ("text", "wikitext", "responses")]
-            cells += [f"{statistics.fmean(row[name] for row in rows):,.0f}" for name in ("tokens", "seconds")]
-            lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
-        return "\n".join(lines) + "\n"
+
+    together["rows"] = {key: together["rows"][key] for key in sorted(together["rows"], key=place)}
+    return together
+
+
+def write(content: dict, out: Path) -> None:
+    """Writes JSON, table and picture."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    entries = grouped(content["rows"])
+    out.with_suffix(".md").write_text(markdown(content["setting"], entries), encoding="utf-8")
+    if any(entry["gap"] for entry in entries):
+        draw(entries, out.with_suffix(".png"))
+
+
+def grouped(rows: dict[str, dict]) -> list[dict]:
+    """One entry for each layout and part, seeds together, with the gap to the control of the same seed."""
+    found: dict[tuple[str, str], dict] = {}
+    for key, row in rows.items():
+        layout, part, seed = key.split(" | ")
+        entry = found.setdefault((layout, part), {"layout": layout, "part": part, "rows": [], "gap": []})
+        entry["rows"].append(row)
+        control = rows.get(f"base | control | {seed}")
+        if control is not None:
+            entry["gap"].append(row["score"] - control["score"])
+    return list(found.values())
+
+
+def markdown(setting: dict, entries: Sequence[dict]) -> str:
+    """One line for each layout and part; means over seeds, with their standard deviation."""
+    comparable = setting["comparable"]
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in comparable["rates"].items())
+    lines = [
+        f"# {comparable['model']}: what training wins back",
+        "",
+        f"{comparable['tokens']:,} training tokens, {comparable['kv']:.0%} of the KV bytes kept; {setting['device']}, "
+        f"{setting['dtype']}. Score: mean of the three losses (nats per token, lower is better); gap: score minus that "
+        "of the control, the base after the same training, of the same seed. Learning rates, where none is named: "
+        f"{rates}. Made by `scripts/benchmark_training.py`; the JSON file beside has all numbers.",
+        "",
+        "| layout | trained | score | gap | text | wikitext | responses | tokens | seconds | seeds |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in entries:
+        rows = entry["rows"]
+        cells = [entry["layout"], entry["part"], spread([row["score"] for row in rows])]
+        cells.append(spread(entry["gap"]) if entry["gap"] else "–")
+        cells += [spread([row[name] for row in rows]) for name in ("text", "wikitext", "responses")]
+        cells += [f"{statistics.fmean(row[name] for row in rows):,.0f}" for name in ("tokens", "seconds")]
+        lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -291,12 +343,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
-def draw(grouped: Sequence[dict], path: Path) -> None:
+def draw(entries: Sequence[dict], path: Path) -> None:
     """Gaps as bars, one group for each layout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [entry for entry in grouped if entry["gap"] and entry["part"] != "control"]
+    shown = [entry for entry in entries if entry["gap"] and entry["part"] != "control"]
     if not shown:
         return
     figure = Figure(figsize=(max(6, 0.55 * len(shown) + 2), 4.8), dpi=150, layout="constrained")
@@ -328,7 +380,7 @@ def main() -> None:
     parser.add_argument("--out", default="docs/benchmarks/training.json")
     parser.add_argument("--work", help="folder of the run directories, kept; a temporary one by default")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each row")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), help=f"{', '.join(PARTS)}; @RATE after any trained")
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--kv", type=float, default=0.8, help="share of the KV bytes that all layouts keep")
@@ -338,12 +390,21 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window of text")
-    parser.add_argument("--fit-tokens", type=int, default=81920)
+    parser.add_argument("--fit-tokens", type=int, default=163840)
     parser.add_argument("--score-tokens", type=int, default=24576, help="that judge candidates of the search")
     parser.add_argument("--text-tokens", type=int, default=WIKITEXT_TOKENS, help="at most this many of each text")
     parser.add_argument("--responses", type=int, default=200, help="held-out rows of the score")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--layouts-from", help="JSON file of benchmark_layouts.py, for its layouts")
+    parser.add_argument("--merge", nargs="*", default=[], help="only put these JSON files of other processes together")
     arguments = parser.parse_args()
+    unknown = [part for part in arguments.parts if part.partition("@")[0] not in PARTS]
+    if unknown:
+        parser.error(f"unknown parts: {', '.join(unknown)} (known: {', '.join(PARTS)})")
+    out = Path(arguments.out)
+    if arguments.merge:
+        write(merged([json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments.merge]), out)
+        return
     bench = Bench(arguments)
     for seed in arguments.seeds:
         for layout in arguments.layouts:

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import TrainSpec, TrainStage
 from uniattn_cli.training.runner import quiet_training
 from uniattn_cli.training.sft import StageTrainer, compute_dtype, make_config
@@ -42,7 +43,7 @@ CASES = {
 
 
 def make_base(arguments: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
-    """A Llama shape with random weights in bfloat16 on the CPU."""
+    """A Llama shape with random weights in bfloat16."""
     config = LlamaConfig(
         vocab_size=arguments.vocabulary,
         hidden_size=arguments.hidden,
@@ -57,7 +58,9 @@ def make_base(arguments: argparse.Namespace, device: torch.device) -> LlamaForCa
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    # On the device, where drawing billions of weights takes a second and not a minute.
+    with device:
+        return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
 def make_layout(layers: int) -> Layout:
@@ -194,9 +197,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    device, out = torch.device(arguments.device), Path(arguments.out)
+    device, out = RunOptions(device=arguments.device).torch_device(), Path(arguments.out)
     content = json.loads(out.read_text()) if out.exists() else {"cases": {}}
     shown = ("layers", "hidden", "batch", "length", "rounds")
     content["setting"] = {name: getattr(arguments, name) for name in shown} | {

@@ -371,6 +371,18 @@ def test_text_rows_are_learned_in_full_and_end_once(bos):
     assert result.share == 1.0
 
 
+@pytest.mark.parametrize("limit, lengths", [(4, [4, 4, 3]), (5, [5, 4, 2]), (11, [11]), (500, [11])])
+def test_long_texts_are_divided_and_lose_nothing(limit, lengths):
+    tokenizer = make_tokenizer()
+    texts = datasets.Dataset.from_dict({"text": ["abcdefghij", "ab"]})
+    result = data.tokenize(texts, tokenizer, max_length=limit, loss="responses")
+    assert [len(row) for row in result.dataset["input_ids"]] == [*lengths, 3]
+    whole = [token for row in result.dataset["input_ids"] for token in row]
+    assert tokenizer.decode(whole) == "abcdefghij<|im_end|>ab<|im_end|>"
+    assert (result.rows, result.divided, result.split) == (2, len(lengths) - 1, 0)
+    assert (result.tokens, result.supervised, result.truncated, result.lost) == (14, 14, 0, 0)
+
+
 def test_all_tokens_can_be_learned():
     tokenizer = make_tokenizer()
     result = data.tokenize(chat_rows(QA), tokenizer, max_length=500, loss="all")

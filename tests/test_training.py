@@ -31,7 +31,7 @@ from uniattn_cli.data import IGNORED, Tokenised
 from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import TrainSpec, TrainStage
-from uniattn_cli.training.order import accumulation, batches, stage_steps
+from uniattn_cli.training.order import GROUPED_STEPS, accumulation, batches, stage_steps
 from uniattn_cli.training.preview import check_share, mark
 from uniattn_cli.training.train import Training, train
 
@@ -399,6 +399,25 @@ def test_order_covers_every_row_once_per_pass_and_goes_on_between_stages():
     assert stage_steps(TrainStage(epochs=0.25), 100, 8) == 3
     assert stage_steps(TrainStage(epochs=0.01), 100, 8) == 1
     assert stage_steps(TrainStage(epochs=3, steps=5), 100, 8) == 5
+
+
+def test_grouped_order_pads_less_and_is_the_same_stream():
+    lengths = [(37 * index) % 101 + 1 for index in range(1000)]
+    settings = {"batch_size": 8, "seed": 3}
+    plain, grouped = (batches(lengths, first=0, steps=125, grouped=grouped, **settings) for grouped in (False, True))
+    window = 8 * GROUPED_STEPS
+    for begin in range(0, 96, GROUPED_STEPS):
+        same = [{row for batch in order[begin : begin + GROUPED_STEPS] for row in batch} for order in (plain, grouped)]
+        assert same[0] == same[1] and len(same[0]) == window
+    assert batches(lengths, first=50, steps=70, grouped=True, **settings) == grouped[50:120]
+
+    def padded(order: list[list[int]]) -> int:
+        return sum(len(batch) * max(lengths[row] for row in batch) for batch in order[:96])
+
+    useful = sum(lengths[row] for batch in plain[:96] for row in batch)
+    assert padded(grouped) < 1.05 * useful < 1.5 * useful < padded(plain)
+    firsts = [max(lengths[row] for row in batch) for batch in grouped[:GROUPED_STEPS]]
+    assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True), "steps keep a random order"
 
 
 def test_batch_is_the_same_on_any_number_of_processes():

@@ -354,7 +354,9 @@ class TrainSpec:
     )
     batch_size: int = setting(16, "sequences per optimiser step, over all devices", minimum=1, common=True)
     micro_batch_size: int = setting(4, "sequences per device and forward pass", minimum=1, common=True)
-    max_length: int = setting(512, "longer sequences are cut at this many tokens", minimum=16, common=True)
+    max_length: int = setting(
+        512, "longer conversations are cut at this many tokens, longer texts divided", minimum=16, common=True
+    )
     loss: str = setting("responses", "which tokens are learned", choices=("responses", "all"))
     schedule: str = setting("cosine", "learning-rate schedule", choices=SCHEDULES)
     warmup: float = setting(
@@ -367,6 +369,9 @@ class TrainSpec:
     max_grad_norm: float = setting(1.0, "gradients are clipped at this norm", above=0)
     optimizer: str = setting("auto", "auto is AdamW; else any name that transformers knows, such as adamw_8bit")
     packing: bool = setting(False, "several rows in one sequence; rows never see each other")
+    group_by_length: bool = setting(
+        False, "rows of like length share an optimiser step: less padding, an order that is a little less random"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
     activation_offloading: bool = setting(False, "keep activations in the computer's memory (CUDA only)")
     fsdp: bool = setting(False, "shard weights and optimiser over the processes of a launcher (FSDP2) instead of DDP")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that is not learned
 _BATCH = 256  # rows tokenised at once
+_COUNTED = ("rows", "split", "divided", "used", "dropped", "truncated", "tokens", "lost", "supervised")
 
 Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learned
 
@@ -29,6 +30,7 @@ class Counts:
     Attributes:
         rows: rows given.
         split: sequences made beyond one per row, where a template cannot show all turns in one (`masks`).
+        divided: sequences made beyond one per row, because texts were longer than the limit.
         used: sequences kept.
         dropped: sequences left out because no token to learn was left.
         truncated: sequences longer than the limit, those dropped included.
@@ -40,6 +42,7 @@ class Counts:
 
     rows: int = 0
     split: int = 0
+    divided: int = 0
     used: int = 0
     dropped: int = 0
     truncated: int = 0
@@ -63,6 +66,7 @@ class Tokenised:
         supervised: tokens of the rows used that are learned.
         lost: tokens that were cut off, or of rows left out.
         split: rows of `dataset` beyond one per row given, where a conversation became one sequence per answer.
+        divided: rows of `dataset` beyond one per row given, where a long text became several.
         sources: the same by data set.
     """
 
@@ -75,6 +79,7 @@ class Tokenised:
     supervised: int
     lost: int = 0
     split: int = 0
+    divided: int = 0
     sources: dict[str, Counts] = field(default_factory=dict)
 
     @property
@@ -92,13 +97,14 @@ class _Tally:
     """Counts of one data set while they are made."""
 
     def __init__(self) -> None:
-        self.numbers = dict.fromkeys(("rows", "split", "used", "dropped", "truncated", "tokens", "lost"), 0)
+        self.numbers = dict.fromkeys(_COUNTED[:-1], 0)
         self.supervised = 0
         self.lengths: list[int] = []
 
-    def row(self, sequences: int) -> None:
+    def row(self, sequences: int, pieces: int) -> None:
         self.numbers["rows"] += 1
         self.numbers["split"] += sequences - 1
+        self.numbers["divided"] += pieces - sequences
 
     def sequence(self, length: int, mask: Sequence[bool]) -> bool:
         """Counts a sequence of `length` tokens of which those of `mask` are left; whether it is kept."""
@@ -128,7 +134,8 @@ def tokenize(
 
     With `responses` every assistant turn is learned, its end-of-turn token included and everything else masked; text
     rows are learned in full. Conversations are rendered with the tokenizer's chat template (`masks.ChatRenderer`
-    tells what happens without one), text rows end with EOS. Longer rows are cut at `max_length` tokens.
+    tells what happens without one), text rows end with EOS. Longer conversations are cut at `max_length` tokens, longer
+    texts divided into sequences of so many.
 
     Args:
         rows: columns `messages` and `text`, one of them None per row (or missing); `source` where known.
@@ -153,10 +160,12 @@ def tokenize(
         inputs, labels = [], []
         with all_cores():
             encoded = encoder.batch(_column(batch, "messages"), _column(batch, "text"))
-        for sequences, source in zip(encoded, _column(batch, "source"), strict=True):
+        columns = _column(batch, "text"), _column(batch, "source")
+        for sequences, text, source in zip(encoded, *columns, strict=True):
             tally = tallies.setdefault(source or "", _Tally())
-            tally.row(len(sequences))
-            for ids, mask in sequences:
+            parts = sequences if text is None else list(_divided(sequences, max_length))
+            tally.row(len(sequences), len(parts))
+            for ids, mask in parts:
                 if tally.sequence(len(ids), mask[:max_length]):
                     ids = ids[:max_length]
                     inputs.append(ids)
@@ -164,8 +173,7 @@ def tokenize(
         tables.append(pyarrow.table([inputs, labels], schema=schema))
         advance(len(next(iter(batch.values()))))
     sources = {source: tally.counts() for source, tally in sorted(tallies.items())}
-    names = ("rows", "split", "used", "dropped", "truncated", "tokens", "lost", "supervised")
-    total = {name: sum(getattr(counts, name) for counts in sources.values()) for name in names}
+    total = {name: sum(getattr(counts, name) for counts in sources.values()) for name in _COUNTED}
     if needed and not total["used"]:
         raise DataError(
             f"none of the {len(rows)} rows has a token to learn within {max_length} tokens; "
@@ -211,6 +219,16 @@ class RowEncoder:
             ids = add_eos(encode(self.tokenizer, text), self.eos)
             ids = ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
         return ids, [True] * len(ids)
+
+
+def _divided(sequences: Sequence[Encoded], limit: int) -> Iterator[Encoded]:
+    """Pieces of at most `limit` tokens; none of one token alone, which has nothing to predict."""
+    for ids, mask in sequences:
+        starts = list(range(0, len(ids), limit))
+        if len(ids) > limit > 2 and len(ids) % limit == 1:
+            starts[-1] -= 1
+        for start, end in itertools.pairwise([*starts, len(ids)]):
+            yield ids[start:end], mask[start:end]
 
 
 @contextlib.contextmanager

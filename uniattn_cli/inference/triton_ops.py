@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -38,15 +38,19 @@ class Tuning:
         stages: blocks of keys in flight.
     """
 
-    programs: int = 2
-    warps: int = 4
-    stages: int = 3
+    programs: int
+    warps: int
+    stages: int
 
     @classmethod
-    def from_environment(cls, role: str) -> Tuning:
-        """Reads `UNIATTN_LEAD` or `UNIATTN_FOLLOW`, such as `2,4,3`: programs, warps, stages."""
-        text = os.environ.get(f"UNIATTN_{role.upper()}")
-        return cls(*(int(value) for value in text.split(","))) if text else cls()
+    def of(cls, role: str) -> Tuning:
+        """What was fastest on a Hopper GPU, or `UNIATTN_LEAD`, `UNIATTN_ALONE`, `UNIATTN_FOLLOW`, such as `2,4,3`."""
+        text = os.environ.get(f"UNIATTN_{role.upper()}", TUNINGS[role])
+        return cls(*(int(value) for value in text.split(",")))
+
+
+# By role: a layer that keeps its map, one that lends nothing, one that borrows a map (`scripts/benchmark_kernels.py`).
+TUNINGS = {"lead": "2,8,3", "alone": "1,4,4", "follow": "2,4,3"}
 
 
 def choose_splits(rows: int, blocks: int, slots: int) -> int:
@@ -98,12 +102,10 @@ class TritonOps(TorchOps):
         caches: Caches,
         *,
         reuse: bool = True,
-        lead: Tuning | None = None,
-        follow: Tuning | None = None,
+        tuning: Tuning | None = None,
     ):
         super().__init__(program, caches, reuse=reuse)
-        self.lead_tuning = lead or Tuning.from_environment("lead")
-        self.follow_tuning = follow or Tuning.from_environment("follow")
+        self.tunings = {role: tuning or Tuning.of(role) for role in TUNINGS}
         self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
         self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.parts}
         shape, device = program.shape, program.device
@@ -112,7 +114,7 @@ class TritonOps(TorchOps):
                 self._splits(layer, tuning)
                 for layer in program.layers
                 if layer.parts
-                for tuning in (self.lead_tuning, self.follow_tuning)
+                for tuning in self.tunings.values()
             ),
             default=1,
         )
@@ -179,11 +181,12 @@ class TritonOps(TorchOps):
             self._lead(layer, queries, step, out)
 
     def _lead(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
-        table, caches, tuning = self.tables[layer.index], self.caches, self.lead_tuning
+        table, caches = self.tables[layer.index], self.caches
         borrowed = queries is None
         queries = caches.queries if borrowed else queries
-        heads, splits = len(table.keys), self._splits(layer, tuning)
         slot = layer.map_slot if self.reuse else None
+        tuning = self.tunings["alone" if slot is None else "lead"]
+        heads, splits = len(table.keys), self._splits(layer, tuning)
         group = layer.heads // heads
         common = {"D": layer.head_dim, "D_PAD": _pad(layer.head_dim), "num_warps": tuning.warps}
         kernels.lead_kernel[(step.batch * heads, splits)](
@@ -216,6 +219,7 @@ class TritonOps(TorchOps):
             KEEP=slot is not None,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
+            EVICT=os.environ.get("UNIATTN_EVICT", ""),
             num_stages=self._stages(layer, tuning, 2),
             **common,
         )
@@ -223,7 +227,7 @@ class TritonOps(TorchOps):
             self._merge(layer, splits, out, slot, normalised=False)
 
     def _follow(self, layer: LayerProgram, step: Step, out: torch.Tensor) -> None:
-        table, caches, tuning = self.tables[layer.index], self.caches, self.follow_tuning
+        table, caches, tuning = self.tables[layer.index], self.caches, self.tunings["follow"]
         splits, group = self._splits(layer, tuning), layer.heads // layer.kv_heads
         kernels.follow_kernel[(step.batch * layer.kv_heads, splits)](
             caches.flat,
@@ -250,6 +254,7 @@ class TritonOps(TorchOps):
             BLOCK=BLOCK,
             SPLIT=splits > 1,
             WINDOW=layer.window is not None,
+            EVICT=os.environ.get("UNIATTN_EVICT", ""),
             num_warps=tuning.warps,
             num_stages=self._stages(layer, tuning, 1),
         )
@@ -387,18 +392,6 @@ class TritonOps(TorchOps):
             gate_up, out, width, BLOCK=GATE_BLOCK, GELU=feed.activation == "gelu_tanh", num_warps=4
         )
         return out
-
-
-def tuned(lead: Tuning, follow: Tuning) -> type[TritonOps]:
-    """The operations with other launch settings, for measuring them."""
-
-    class Tuned(TritonOps):
-        """With fixed settings."""
-
-        def __init__(self, program: Program, caches: Caches, *, reuse: bool = True):
-            super().__init__(program, caches, reuse=reuse, lead=replace(lead), follow=replace(follow))
-
-    return Tuned
 
 
 def _pad(size: int) -> int:

@@ -251,6 +251,8 @@ def _remarks(recipe: Recipe, counts: Tokenised) -> list[str]:
             f"the chat template changes earlier turns, so conversations of several became one sequence per answer: "
             f"{counts.split:,} more sequences than rows"
         )
+    if counts.divided:
+        notes.append(f"texts longer than train.max_length became several sequences: {counts.divided:,} more than rows")
     if counts.lost_share > 0.1:
         notes.append(f"{counts.lost_share:.0%} of all tokens are lost; raise train.max_length, if memory allows")
     try:

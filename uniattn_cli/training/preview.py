@@ -23,6 +23,7 @@ LONGEST = {True: 600, False: 400}  # characters shown of a learned piece and of 
 def describe(data: Tokenised, max_length: int) -> str:
     """One line: rows, tokens, the learned share, what was split, cut and left out."""
     split = f"{data.split:,} more from conversations that became one row per answer; " if data.split else ""
+    split += f"{data.divided:,} more from long texts; " if data.divided else ""
     return (
         f"training rows: {data.used:,} with {data.tokens:,} tokens, {data.share:.1%} of them learned; {split}"
         f"{data.truncated:,} rows cut at {max_length} tokens, {data.dropped:,} left out with nothing to learn"

@@ -176,7 +176,14 @@ def run_stage(job: Job, index: int, first: int) -> StageResult:
     prepare(model, stage, low if low is stored else None, job.recipe.seed + index)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     steps = stage_steps(stage, len(job.lengths), job.recipe.train.batch_size)
-    order = batches(job.lengths, batch_size=job.recipe.train.batch_size, first=first, steps=steps, seed=job.recipe.seed)
+    order = batches(
+        job.lengths,
+        batch_size=job.recipe.train.batch_size,
+        first=first,
+        steps=steps,
+        seed=job.recipe.seed,
+        grouped=job.recipe.train.group_by_length,
+    )
     monitor = _train(job, index, model, order)
     # The trainer and the model refer to each other; what follows needs their memory.
     del model

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "uniattn_report.json"
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "loss.png"
-COUNTED = ("rows", "split", "used", "dropped", "truncated", "tokens", "lost", "supervised")
+COUNTED = ("rows", "split", "divided", "used", "dropped", "truncated", "tokens", "lost", "supervised")
 # Settings that an interrupted run must have had too.
 DECISIVE = ("seed", "model", "data.train", "data.holdout", "data.chat_template", "train", "evaluation.responses")
 FEWEST_VALIDATION_ROWS = 8
