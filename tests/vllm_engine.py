@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import http.client
 import json
 import multiprocessing
 import os
@@ -241,6 +242,24 @@ class Server:
         status, answer = self.request("/v1/completions", body | {"ignore_eos": True, "return_token_ids": True})
         assert status == 200, answer
         return answer["choices"][0]
+
+    def killed_while_answering(self, prompt: str, tokens: int) -> bytes:
+        """Kills the server after the first piece of a streamed answer; what still arrived of it, if anything."""
+        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            assert answer.readline().startswith(b"data: {")
+            self.stop(signal.SIGKILL)
+            try:
+                return answer.read()
+            except http.client.IncompleteRead as error:
+                return error.partial
+            except OSError:
+                return b""
 
     def metric(self, name: str) -> float:
         """A counter that the server publishes."""
