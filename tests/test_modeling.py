@@ -30,6 +30,7 @@ from uniattn_cli.evaluation.cost import cache_bytes
 from uniattn_cli.families import FAMILIES as RECORDS
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import REMOVED_PROJECTIONS, Layout
+from uniattn_cli.modeling.sharing_uniattn import SharedStates
 from uniattn_cli.parity import prove_parity, shrink_config
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
@@ -303,6 +304,45 @@ def test_gradients_with_checkpointing_equal_gradients_without(entry, layout):
         model(tokens, labels=tokens, use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         assert name not in plain or torch.equal(parameter.grad, plain[name]), name
+
+
+def catch_shared(model) -> list[SharedStates]:
+    """What the layers of each later forward call lend to each other."""
+    caught: list[SharedStates] = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.append(kwargs["uniattn_shared"]), with_kwargs=True
+    )
+    return caught
+
+
+@pytest.mark.parametrize("layout", ["leader", "mixed"])
+def test_checkpointing_lets_go_what_was_lent(layout):
+    model = converted_model(FAMILIES[0], layout).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    caught = catch_shared(model)
+    tokens = random_tokens()
+    with torch.enable_grad():
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        assert caught[0].keys
+        loss.backward()
+    assert len(set(map(id, caught))) == 1 < len(caught), "the first layer was computed twice, with one holder"
+    assert not (caught[0].queries or caught[0].keys or caught[0].values)
+
+
+@families
+def test_autocast_lends_what_attention_takes(entry):
+    model = converted_model(entry, "leader").train()
+    base = make_base(entry).train()
+    caught, tokens = catch_shared(model), random_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, use_cache=False)
+        wanted = base(tokens, use_cache=False, output_hidden_states=True).hidden_states
+        found = model(tokens, use_cache=False, output_hidden_states=True).hidden_states
+    lent = [states for shared in caught for part in vars(shared).values() for states in part.values()]
+    assert lent and all(states.dtype == torch.bfloat16 for states in lent)
+    first = next(index for index, plan in enumerate(model.config.layout) if plan.kind != "own")
+    for index in range(first + 1):
+        assert torch.equal(found[index], wanted[index]), "leaders compute what the base computes"
 
 
 def test_reentrant_checkpointing_is_refused():

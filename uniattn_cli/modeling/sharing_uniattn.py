@@ -30,6 +30,18 @@ class SharedStates:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
+    def lend(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hands over what a layer computed.
+
+        Gradient checkpointing computes a layer again in the backward pass, when all that borrow from it are done. What
+        it lent is then let go, and what it computes now is not kept: each would hold memory to the end of the pass.
+        """
+        if layer in self.keys and torch.is_grad_enabled():
+            for states in (self.queries, self.keys, self.values):
+                states.pop(layer, None)
+            return
+        self.queries[layer], self.keys[layer], self.values[layer] = queries, keys, values
+
     def to(self, *args, **kwargs) -> SharedStates:
         """Stays where it is: accelerate moves arguments between devices, the tensors follow when they are read."""
         return self
@@ -312,9 +324,9 @@ class SharedAttentionMixin:
             if past_key_values is not None:
                 keys, values = past_key_values.update(keys, values, self.layer_idx)
             if self.is_source:
-                shared.queries[self.layer_idx] = queries
-                shared.keys[self.layer_idx] = keys
-                shared.values[self.layer_idx] = values
+                # Under autocast rotary embedding gives float32, which the attention of every borrower would round.
+                queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+                shared.lend(self.layer_idx, queries, keys, values)
             return queries, keys, values
         keys = gather_heads(shared.keys, self.key_sources, device)
         if self.plan.kind == "softmax":
