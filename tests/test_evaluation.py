@@ -20,6 +20,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from uniattn_cli import checkpoint, heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
 from uniattn_cli.evaluation import capacity, cost, evaluate, figures, results, speed, subjects, tasks, verdict, wording
+from uniattn_cli.inference import engine
+from uniattn_cli.inference.engine import engine_for
+from uniattn_cli.inference.program import UnsupportedError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir, fingerprint
@@ -348,6 +351,46 @@ def test_speed_is_interleaved(run):
     assert [len(rounds) for rounds in timings.values()] == [4, 3]
 
 
+def test_the_engine_is_timed_alike(run):
+    found = {name: load(run, name) for name in ("base", "converted")}
+    engines = {name: engine_for(model) for name, model in found.items()}
+    calls = []
+    for name, each in engines.items():
+        each.borrow = lambda *sizes, name=name, own=each.borrow, **rest: (
+            calls.append((name, sizes)) or own(*sizes, **rest)
+        )
+    timings = speed.measure_speed(found, torch.ones(2, 5, dtype=torch.long), new=6, repeats=2, engines=engines)
+    assert [name for name, _ in calls] == ["base", "converted"] * 3 + ["base"]
+    assert {sizes for _, sizes in calls} == {(2, 11, 6)}, "warm-up and rounds share a session"
+    assert [len(rounds) for rounds in timings.values()] == [3, 2]
+    assert all(timing.first > 0 and timing.rest > 0 for rounds in timings.values() for timing in rounds)
+
+
+def test_one_engine_runs_all_models_or_none(tmp_path, monkeypatch):
+    root = make_run(tmp_path)
+    quick = ["evaluation.tokens=128", "evaluation.tasks=[]", "evaluation.samples=0", "evaluation.speed.engine=engine"]
+    results = evaluate.evaluate(root, overrides=quick).results
+    timed = results["settings"]["speed"]
+    assert (
+        (timed["run_by"], timed["cache"]) == ("engine", "static") == (results["identity"]["speed"]["run by"], "static")
+    )
+    assert any("this package's decoding engine" in note for note in results["notes"])
+    assert results["models"]["converted"]["cost"]["tokens_per_second"]["ratio_to_base"] > 0
+
+    def refuse(model):
+        if hasattr(model.config, "uniattn"):
+            raise UnsupportedError("its norms are unknown")
+
+    monkeypatch.setattr(engine, "engine_for", refuse)
+    with pytest.raises(ModelError, match="cannot run converted: its norms are unknown; set it to auto or transformers"):
+        evaluate.evaluate(root, overrides=quick, options=RunOptions(force=True))
+    monkeypatch.setattr(engine, "engine_wanted", lambda choice, device: True)
+    quick[-1] = "evaluation.speed.engine=auto"
+    results = evaluate.evaluate(root, overrides=quick, options=RunOptions(force=True)).results
+    assert results["settings"]["speed"]["run_by"] == "transformers"
+    assert any("the engine cannot run converted: its norms are unknown" in note for note in results["notes"])
+
+
 def test_ratios_are_those_of_rounds_side_by_side():
     base = [speed.Timing(1.0, 1.0), speed.Timing(4.0, 4.0), speed.Timing(2.0, 2.0)]
     own = [speed.Timing(0.5, 0.5), speed.Timing(2.0, 2.0), speed.Timing(1.0, 1.0)]
@@ -374,7 +417,7 @@ def test_every_figure_has_the_whole_schema(compared):
             assert set(figure) == keys
             assert (figure["difference_to_base"] is None) == (name == "base")
     speeds = results["settings"]["speed"]
-    assert {"device", "threads", "cache", "prompt", "new", "batch", "repeats", "interleaved"} <= set(speeds)
+    assert {"device", "threads", "run_by", "cache", "prompt", "new", "batch", "repeats", "interleaved"} <= set(speeds)
     assert results["models"]["converted"]["layers"] == {"own": 2, "softmax": 2, "kv": 1, "linear": 1}
 
 

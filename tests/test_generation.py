@@ -122,6 +122,39 @@ def test_the_cache_has_the_bytes_that_the_layout_predicts(speaker):
     assert found.kv_bytes == found.cached * kv_bytes_per_token(config.layout, attention_shape(config), 4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
+def test_the_engine_streams_an_answer_too(speaker, settings):
+    ids, decoding, pieces = plain_ids(speaker.tokenizer, PROMPT), Decoding(max_new_tokens=6, **settings), []
+    found = answer(speaker.model, speaker.tokenizer, ids, decoding, on_text=pieces.append, engine="engine")
+    plain = answer(speaker.model, speaker.tokenizer, ids, decoding)
+    assert found.path == "engine" and plain.path == "transformers" and found.text == "".join(pieces)
+    assert found.cached == found.prompt + len(found.tokens) - 1
+    layout, shape = speaker.model.config.layout, attention_shape(speaker.model.config)
+    assert found.kv_bytes == found.cached * kv_bytes_per_token(layout, shape, 4)
+    if settings:
+        again = answer(speaker.model, speaker.tokenizer, ids, decoding, engine="engine")
+        assert again.tokens == found.tokens, "a seed decides"
+    else:
+        assert (found.tokens, found.kv_bytes, found.ended) == (plain.tokens, plain.kv_bytes, plain.ended)
+
+
+def test_a_model_that_the_engine_cannot_run(speaker, monkeypatch):
+    from uniattn_cli.inference import engine
+    from uniattn_cli.inference.program import UnsupportedError
+
+    def refuse(model):
+        raise UnsupportedError("its norms are unknown")
+
+    monkeypatch.setattr(engine, "engine_for", refuse)
+    monkeypatch.setattr(engine, "engine_wanted", lambda choice, device: choice != "transformers")
+    ids = plain_ids(speaker.tokenizer, PROMPT)
+    with pytest.raises(ModelError, match="the engine cannot run this: its norms are unknown"):
+        answer(speaker.model, speaker.tokenizer, ids, FEW, engine="engine")
+    found = answer(speaker.model, speaker.tokenizer, ids, FEW, engine="auto")
+    assert (found.path, found.reason) == ("transformers", "its norms are unknown")
+    assert found.tokens == answer(speaker.model, speaker.tokenizer, ids, FEW).tokens
+
+
 def test_only_what_is_asked_for_decides_the_answer(speaker):
     ids = plain_ids(speaker.tokenizer, PROMPT)
     before = answer(speaker.model, speaker.tokenizer, ids, FEW)

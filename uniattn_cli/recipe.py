@@ -255,6 +255,7 @@ class ConversionSpec:
         return "residual" if self.solve == "reference" else self.target
 
 
+ENGINES = ("auto", "engine", "transformers")
 SCHEDULES = ("cosine", "linear", "constant")
 REPORTERS = ("tensorboard", "wandb", "trackio")
 TRAINABLE = ("compensation", "followers", "attention", "all", "everything", "lora")
@@ -438,6 +439,12 @@ class SpeedSpec:
     new: int = setting(32, "tokens generated", minimum=2, common=True)
     batch: int = setting(1, "sequences at once", minimum=1)
     repeats: int = setting(4, "timed rounds, interleaved over the models; the base closes them", minimum=1)
+    engine: str = setting(
+        "auto",
+        "what generates, for all models alike: engine (this package's), transformers, or auto: engine on a GPU if it "
+        "can run every model",
+        choices=ENGINES,
+    )
     batches: tuple[int, ...] = setting(tuple, "further numbers of sequences at once, for the grid", minimum=1)
     contexts: tuple[int, ...] = setting(tuple, "further lengths of the prompt, for the grid", minimum=1)
 

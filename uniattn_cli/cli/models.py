@@ -15,6 +15,14 @@ from uniattn_cli.cli.flags import DebugOption, DeviceOption, Dtype, ForceOption,
 from uniattn_cli.cli.runner import Common, guard, run_stage
 
 
+class Runner(str, enum.Enum):
+    """What can run a model here."""
+
+    auto = "auto"
+    engine = "engine"
+    transformers = "transformers"
+
+
 class Engine(str, enum.Enum):
     """What can serve a checkpoint."""
 
@@ -242,6 +250,10 @@ def generate(
     top_p: TopPOption = None,
     greedy: GreedyOption = False,
     seed: SeedOption = 0,
+    engine: Annotated[
+        Runner,
+        typer.Option("--engine", help="What runs the model; auto takes this package's engine on a GPU."),
+    ] = Runner.auto,
     stats: StatsOption = False,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
@@ -262,7 +274,14 @@ def generate(
             return talk.make_decoding(max_new_tokens, temperature, top_p, seed, greedy)
 
         return talk.run_generate(
-            words or (), decoding, beside=beside, raw=raw, stats=stats, overrides=overrides, options=options
+            words or (),
+            decoding,
+            beside=beside,
+            raw=raw,
+            engine=engine.value,
+            stats=stats,
+            overrides=overrides,
+            options=options,
         )
 
     run_stage("generate", Common(run_dir, set_ or (), device, False, debug), [], call)

@@ -63,6 +63,7 @@ def describe(name: str, answer: Answer) -> str:
         f"prompt {answer.prompt:,} tokens" + (f", {answer.reused:,} of them cached" if answer.reused else ""),
         f"KV cache {answer.kv_bytes:,} B for {answer.cached:,} tokens",
         ENDED.get(answer.ended, ""),
+        f"run by {answer.path}" + (f", not the engine: {answer.reason}" if answer.reason else ""),
     ]
     return f"({name}: {'; '.join(filter(None, parts))})"
 
@@ -130,6 +131,7 @@ def run_generate(
     *,
     beside: str | None,
     raw: bool,
+    engine: str,
     stats: bool,
     overrides: Sequence[str],
     options: RunOptions,
@@ -145,6 +147,7 @@ def run_generate(
         beside=beside,
         raw=raw,
         decoding=settings,
+        engine=engine,
         overrides=overrides,
         options=options,
         listener=Printer(names=beside is not None, stats=stats),

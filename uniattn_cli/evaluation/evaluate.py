@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.checkpoint import check_lengths, load_config, load_tokenizer
-from uniattn_cli.errors import DataError
+from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.evaluation import report
 from uniattn_cli.evaluation.agreement import Reference
 from uniattn_cli.evaluation.batches import Batches
@@ -21,7 +21,7 @@ from uniattn_cli.evaluation.plot import draw
 from uniattn_cli.evaluation.results import assemble
 from uniattn_cli.evaluation.retrieval import RetrievalItem, retrieval_items
 from uniattn_cli.evaluation.samples import Prompt, find_prompts, sample_all
-from uniattn_cli.evaluation.speed import GridPoint, measure_speed, prompt_tokens
+from uniattn_cli.evaluation.speed import GridPoint, Runner, measure_speed, prompt_tokens
 from uniattn_cli.evaluation.store import ScoreStore, cache_directory, model_key
 from uniattn_cli.evaluation.subjects import ModelPool, Subject, check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
@@ -143,8 +143,8 @@ def evaluate_into(
     batches = _batches(recipe, pool)
     store = ScoreStore([path for path in (folder / PARTS, scores, _kept(recipe)) if path is not None])
     measured = _measure_all(folder, subjects, pool, material, batches, store, recipe, options)
-    points = _time_all(subjects, pool, material, recipe, options)
-    results = assemble(recipe, subjects, material, measured, points, pool, batches, notes)
+    points, runner = _time_all(subjects, pool, material, recipe, options)
+    results = assemble(recipe, subjects, material, measured, points, runner, pool, batches, notes)
     if prompts:
         new = recipe.evaluation.sample_tokens
         results["samples"] = sample_all(folder, subjects, pool, material.tokenizer, prompts, new, options.progress)
@@ -247,11 +247,13 @@ def _stacked(rows: Sequence[Any]) -> Any:
 
 def _time_all(
     subjects: Sequence[Subject], pool: ModelPool, material: Material, recipe: Recipe, options: RunOptions
-) -> list[GridPoint]:
+) -> tuple[list[GridPoint], Runner]:
     """Times all models in turn if they fit into memory together, else one after the other; the recipe's point first."""
+    from uniattn_cli.inference.engine import engine_for
+
     spec = recipe.evaluation.speed
     if not spec.enabled:
-        return []
+        return [], Runner()
     points = list(
         dict.fromkeys(
             (batch, context) for batch in (spec.batch, *spec.batches) for context in (spec.prompt, *spec.contexts)
@@ -260,18 +262,43 @@ def _time_all(
     found = [GridPoint(batch, context, {}) for batch, context in points]
     rounds = len(subjects) * (spec.repeats + 1) + (len(subjects) > 1)
     with options.progress.track("speed", len(points) * rounds) as advance:
-        for subject in subjects:
-            pool.get(subject)
+        runner = _choose_runner(subjects, pool, spec.engine)
         groups = [subjects] if pool.together else [[subject] for subject in subjects]
         for group in groups:
             models = {subject.name: pool.get(subject) for subject in group}
+            engines = {name: engine_for(model) for name, model in models.items()} if runner.engine else None
             for point in found:
                 prompt = prompt_tokens(material.text.tokens, point.batch, point.context)
-                timings = measure_speed(models, prompt, new=spec.new, repeats=spec.repeats, advance=advance)
+                timings = measure_speed(
+                    models, prompt, new=spec.new, repeats=spec.repeats, engines=engines, advance=advance
+                )
                 point.timings.update(timings)
             # Nothing may hold a model that the pool has to drop before the next one fits.
-            del models
-    return found
+            del models, engines
+    return found, runner
+
+
+def _choose_runner(subjects: Sequence[Subject], pool: ModelPool, choice: str) -> Runner:
+    """One way of generating for all models, so that their speeds may be compared; loads each of them.
+
+    Raises:
+        ModelError: the engine was asked for and cannot run a model.
+    """
+    from uniattn_cli.inference.engine import engine_for, engine_wanted
+    from uniattn_cli.inference.program import UnsupportedError
+
+    wanted, reason = engine_wanted(choice, pool.device), ""
+    for subject in subjects:
+        model = pool.get(subject)
+        if wanted and not reason:
+            try:
+                engine_for(model)
+            except UnsupportedError as error:
+                reason = f"the engine cannot run {subject.name}: {error}"
+        del model
+    if reason and choice == "engine":
+        raise ModelError(f"evaluation.speed.engine: {reason}; set it to auto or transformers")
+    return Runner(wanted and not reason, reason)
 
 
 def _evaluation(directory: Path, results: dict[str, Any]) -> Evaluation:

@@ -29,8 +29,8 @@ Schema of `results.json` (`"schema": 2`):
               formula in settings: the longest context of one sequence, and the largest batch at a context; null where
               memory does not limit it
     identity  what has to be equal in two results before they may be compared: quality, speed
-    settings  what was tested, how, and for speed: device, threads, cache, compiled, prompt, new, batch,
-              repeats, warm_up, interleaved
+    settings  what was tested, how, and for speed: device, threads, run_by, cache, prompt, new,
+              batch, repeats, warm_up, interleaved
     samples   [{prompt, reference, texts: {model: text}}]: greedy answers to held-out prompts, and what the row says;
               absent where none were asked for
     notes     what was left out, and what limits a comparison

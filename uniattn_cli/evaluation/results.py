@@ -12,7 +12,7 @@ from uniattn_cli.evaluation.batches import Batches
 from uniattn_cli.evaluation.capacity import FORMULA, Footprint, capacity_table
 from uniattn_cli.evaluation.measured import Material, Measured
 from uniattn_cli.evaluation.retrieval import FACTS
-from uniattn_cli.evaluation.speed import WARM_UP_TOKENS, GridPoint, describe_device, grid_entry
+from uniattn_cli.evaluation.speed import WARM_UP_TOKENS, GridPoint, Runner, describe_device, grid_entry
 from uniattn_cli.evaluation.subjects import BASE, CONTROL, ModelPool, Subject
 from uniattn_cli.evaluation.verdict import verdict
 from uniattn_cli.recipe import Recipe
@@ -24,6 +24,7 @@ def assemble(
     material: Material,
     measured: dict[str, Measured],
     points: Sequence[GridPoint],
+    runner: Runner,
     pool: ModelPool,
     batches: Batches,
     notes: list[str],
@@ -53,9 +54,9 @@ def assemble(
         "tasks": shown,
         "speed_grid": [grid_entry(point, comparable, recipe.evaluation.speed.new) for point in points],
         "capacity": capacity_table(_footprints(subjects, measured), recipe.evaluation.capacity),
-        "settings": _settings(recipe, material, pool, batches, bool(timings)),
-        "identity": identity(recipe, subjects[0], material, measured[BASE], pool),
-        "notes": [*notes, *_limits(measured, pool)],
+        "settings": _settings(recipe, material, pool, batches, runner if timings else None),
+        "identity": identity(recipe, subjects[0], material, measured[BASE], runner, pool),
+        "notes": [*notes, *_limits(measured, pool), *([runner.note()] if timings else [])],
     }
 
 
@@ -99,16 +100,23 @@ def _scores(own: Measured, other: Measured | None, shown: Sequence[str]) -> tupl
     return tasks, quality if accuracy is None else {**quality, "accuracy": accuracy}
 
 
-def _settings(recipe: Recipe, material: Material, pool: ModelPool, batches: Batches, timed: bool) -> dict[str, Any]:
+def _settings(
+    recipe: Recipe, material: Material, pool: ModelPool, batches: Batches, runner: Runner | None
+) -> dict[str, Any]:
+    """What was tested and how.
+
+    Args:
+        runner: of the measurement of speed; None without one.
+    """
     import torch
 
     spec = recipe.evaluation
     text, responses = material.text, material.responses
-    speed = {
+    speed = runner and {
         "device": describe_device(pool.device),
         "threads": torch.get_num_threads(),
-        "cache": "dynamic",
-        "compiled": False,
+        "run_by": _name_of(runner),
+        "cache": "static" if runner.engine else "dynamic",
         "prompt": spec.speed.prompt,
         "new": spec.speed.new,
         "batch": spec.speed.batch,
@@ -136,11 +144,17 @@ def _settings(recipe: Recipe, material: Material, pool: ModelPool, batches: Batc
         },
         "batch": {"sequences": batches.first, "reduced": batches.reduced},
         "capacity": FORMULA,
-        "speed": speed if timed else None,
+        "speed": speed,
     }
 
 
-def identity(recipe: Recipe, base: Subject, material: Material, measured: Measured, pool: ModelPool) -> dict[str, Any]:
+def _name_of(runner: Runner) -> str:
+    return "engine" if runner.engine else "transformers"
+
+
+def identity(
+    recipe: Recipe, base: Subject, material: Material, measured: Measured, runner: Runner, pool: ModelPool
+) -> dict[str, Any]:
     """What must be the same for two results to be compared: for quality, and besides for speed."""
     spec = recipe.evaluation.speed
     return {
@@ -153,6 +167,7 @@ def identity(recipe: Recipe, base: Subject, material: Material, measured: Measur
             "device": describe_device(pool.device),
             "dtype": measured.size.dtype,
             "attention": measured.size.attention,
+            "run by": _name_of(runner),
             "prompt": spec.prompt,
             "new": spec.new,
             "batch": spec.batch,

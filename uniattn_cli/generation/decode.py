@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.accounting import cache_bytes
-from uniattn_cli.errors import DataError, UsageError
+from uniattn_cli.errors import DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -55,6 +56,8 @@ class Answer:
         cached: tokens in the cache at the end.
         kv_bytes: bytes of the cache at the end.
         ended: `stop` (the model ended), `length` (`max_new_tokens`) or `window` (the model's window is full).
+        path: what ran the model, `engine` or `transformers`.
+        reason: why it was not the engine, where that should have been tried.
     """
 
     text: str
@@ -66,6 +69,8 @@ class Answer:
     cached: int
     kv_bytes: int
     ended: str
+    path: str = "transformers"
+    reason: str = ""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -118,6 +123,7 @@ def answer(
     *,
     on_text: Callable[[str], None] = lambda piece: None,
     cache: DynamicCache | None = None,
+    engine: str = "transformers",
 ) -> Answer:
     """Continues a prompt.
 
@@ -129,12 +135,18 @@ def answer(
             so that two models answer under the same rules.
         on_text: gets the text piece by piece.
         cache: of the first tokens of the prompt, which are not computed again; it is extended. None makes a new one.
+        engine: `transformers`; `engine` insists on this package's engine, which takes no cache; `auto` takes it on a
+            GPU where it can run the model.
 
     Raises:
         DataError: the prompt is empty, or does not leave room for a token in the model's window.
+        ModelError: the engine was insisted on and cannot run the model.
     """
     import torch
     from transformers import DynamicCache
+
+    from uniattn_cli.inference.engine import engine_wanted
+    from uniattn_cli.inference.program import UnsupportedError
 
     if not ids:
         raise DataError("the prompt has no tokens; say something")
@@ -142,21 +154,32 @@ def answer(
     if window is not None and len(ids) >= window:
         raise DataError(f"the prompt has {len(ids):,} tokens, but the model's window is {window:,}; shorten it")
     room = decoding.max_new_tokens if window is None else min(decoding.max_new_tokens, window - len(ids))
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    reused = cache.get_seq_length()
-    streamer = Streamer(tokenizer, on_text)
-    torch.manual_seed(decoding.seed)
     tokens = torch.tensor([list(ids)], device=model.device)
     settings = generation_config(model, tokenizer, decoding, room)
-    started = time.perf_counter()
-    with torch.inference_mode(), _only(model, settings):
-        model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            past_key_values=cache,
-            generation_config=settings,
-            streamer=streamer,
-        )
+    reused, held, reason = 0, None, ""
+    if cache is None and engine_wanted(engine, model.device):
+        streamer, started = Streamer(tokenizer, on_text), time.perf_counter()
+        try:
+            held = _run_engine(model, tokens, settings, decoding, streamer)
+        except UnsupportedError as error:
+            if engine == "engine":
+                raise ModelError(f"the engine cannot run this: {error}; leave --engine out") from None
+            reason = str(error)
+    path = "transformers" if held is None else "engine"
+    if held is None:
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        reused = cache.get_seq_length()
+        streamer, started = Streamer(tokenizer, on_text), time.perf_counter()
+        torch.manual_seed(decoding.seed)
+        with torch.inference_mode(), _only(model, settings):
+            model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                generation_config=settings,
+                streamer=streamer,
+            )
+        held = cache_bytes(cache)
     stopped = streamer.tokens[-1] in settings.eos_token_id
     return Answer(
         text=streamer.text(),
@@ -165,10 +188,41 @@ def answer(
         reused=reused,
         first=streamer.times[0] - started,
         rest=streamer.times[-1] - streamer.times[0],
-        cached=cache.get_seq_length(),
-        kv_bytes=cache_bytes(cache),
+        cached=len(ids) + len(streamer.tokens) - 1,
+        kv_bytes=held,
         ended="stop" if stopped else "length" if room == decoding.max_new_tokens else "window",
+        path=path,
+        reason=reason,
     )
+
+
+def _run_engine(
+    model: PreTrainedModel, tokens: torch.Tensor, settings: GenerationConfig, decoding: Decoding, streamer: Streamer
+) -> int:
+    """Does what `generate` does, but for the random numbers of sampling; bytes that the cached tokens take.
+
+    Raises:
+        UnsupportedError: the engine cannot run this model, or not for so many tokens.
+    """
+    from uniattn_cli.inference.caches import cache_elements
+    from uniattn_cli.inference.engine import decode, engine_for
+
+    program = engine_for(model).program
+    streamer.put(tokens)
+    decode(
+        model,
+        tokens,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=settings.eos_token_id,
+        pad_token_id=settings.pad_token_id,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        seed=decoding.seed,
+        engine="engine",
+        on_tokens=streamer.put,
+    )
+    streamer.end()
+    return cache_elements(program, 1, tokens.shape[1] + len(streamer.tokens) - 1) * program.dtype.itemsize
 
 
 @contextlib.contextmanager

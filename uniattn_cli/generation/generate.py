@@ -54,6 +54,7 @@ def generate(
     beside: str | None = None,
     raw: bool = False,
     decoding: Decoding = DEFAULT_DECODING,
+    engine: str = "auto",
     run_dir: Path | str = ".",
     overrides: Sequence[str] = (),
     options: RunOptions = DEFAULT_OPTIONS,
@@ -67,6 +68,7 @@ def generate(
         beside: another model that answers the same prompt first.
         raw: leave the chat template out.
         decoding: how tokens are chosen.
+        engine: what runs the models, see `decode.answer`.
         run_dir: where the models of a run and its recipe are.
         overrides: settings of `model` in place of the recipe's.
         options: device and progress.
@@ -86,7 +88,7 @@ def generate(
         as_text = raw or not tokenizer.chat_template
         ids = plain_ids(tokenizer, prompt) if as_text else chat_ids(tokenizer, [{"role": "user", "content": prompt}])
         listener.begin(speaker.name)
-        answers[speaker.name] = answer(speaker.model, tokenizer, ids, decoding, on_text=listener.text)
+        answers[speaker.name] = answer(speaker.model, tokenizer, ids, decoding, on_text=listener.text, engine=engine)
         listener.finish(speaker.name, answers[speaker.name])
     return Generation(answers, notes)
 

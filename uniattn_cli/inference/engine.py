@@ -170,6 +170,11 @@ def engine_for(model: PreTrainedModel) -> Engine:
     return found[1]
 
 
+def engine_wanted(choice: str, device: torch.device) -> bool:
+    """Whether the engine is to be tried: where it is asked for, and by itself on a GPU, where it is much faster."""
+    return choice == "engine" or (choice == "auto" and device.type == "cuda")
+
+
 def decode(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
