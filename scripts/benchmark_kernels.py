@@ -4,7 +4,7 @@
     python scripts/benchmark_kernels.py --out docs/benchmarks/kernels_grid.json --grid
 
 Needs one GPU and nothing but torch, triton and this repository on PYTHONPATH. Every candidate is captured in a graph;
-in each round all of them have their turn. Ratios are of medians. `--block 128` tries larger blocks of keys.
+in each round all of them have their turn. Ratios are of medians. `--block` tries another size of the blocks of keys.
 """
 
 from __future__ import annotations
@@ -56,16 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="BxT")
-    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--block", type=int, help="keys that a kernel handles at once; default: as the engine chooses")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tunings", type=int, default=len(TUNINGS), help="how many of the launch settings to try")
     parser.add_argument("--grid", action="store_true", help="check correctness over many shapes instead of speed")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    from uniattn_cli.inference import caches
-
-    # Before anything else reads it.
-    caches.BLOCK = arguments.block
     from uniattn_cli.benchmarking.report import describe_device
     from uniattn_cli.inference.roofline import copy_bandwidth
 
@@ -78,7 +74,6 @@ def main() -> None:
         "kv_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
         "dtype": "bfloat16",
-        "block": arguments.block,
         "copy_bandwidth": copy_bandwidth(device),
         "shapes": {},
     }
@@ -90,7 +85,7 @@ def main() -> None:
         arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for shape in () if arguments.grid else arguments.shapes:
         batch, context = (int(part) for part in shape.split("x"))
-        found = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings])
+        found = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings], arguments.block)
         found |= judge(shape, found, content["copy_bandwidth"])
         content["shapes"][shape] = found
         print(f"{shape}: {json.dumps({key: found[key] for key in found if key != 'times'})}", flush=True)
@@ -98,7 +93,9 @@ def main() -> None:
         arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(batch: int, context: int, device: torch.device, rounds: int, tunings: list[tuple[int, int, int]]) -> dict:
+def measure(
+    batch: int, context: int, device: torch.device, rounds: int, tunings: list[tuple[int, int, int]], block: int | None
+) -> dict:
     """Milliseconds of every candidate, all rounds, and how far the kernels are from float64."""
     from uniattn_cli.inference.caches import Caches
     from uniattn_cli.inference.trial import attention_program, decoding_step
@@ -109,7 +106,7 @@ def measure(batch: int, context: int, device: torch.device, rounds: int, tunings
     program = attention_program(
         layout, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=torch.bfloat16, device=device
     )
-    caches = Caches(program, batch, context)
+    caches = Caches(program, batch, context, block=block)
     caches.flat.normal_()
     step = decoding_step(caches, [0] * batch, [context] * batch)
     queries = torch.randn(batch, HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
@@ -131,7 +128,7 @@ def measure(batch: int, context: int, device: torch.device, rounds: int, tunings
     for _ in range(rounds):
         for name, run in candidates.items():
             times[name].append(run())
-    return {"times": times, "errors": errors, "failures": failures}
+    return {"block": caches.block, "times": times, "errors": errors, "failures": failures}
 
 
 def check_shape(

@@ -89,8 +89,8 @@ def test_windows_and_experts_bound_the_floor():
 def test_what_does_not_fit_is_noted_and_the_rest_goes_on(monkeypatch):
     base = tiny.make_base(tiny.FAMILIES[0])
     engines = {"base": Engine(base), "shared": Engine(build_converted(base, tiny.make_layout("leader")))}
-    # Room for the smaller cache alone: 64 places, 6 layers of which 3 follow, 3 heads of 8, two kinds, four bytes.
-    room = {"base": 64 * 6 * 3 * 8 * 2 * 4}
+    # Room for the smaller cache alone: 128 places, 6 layers of which 3 follow, 3 heads of 8, two kinds, four bytes.
+    room = {"base": 128 * 6 * 3 * 8 * 2 * 4}
     monkeypatch.setattr(measure, "available_bytes", lambda: room["base"] + measure.HOST_RESERVE - 1)
     found = measure_shape(engines, 1, 20, new=2, repeats=1, prompts=True, bandwidth=1e9)
     assert [one.fits for one in found] == [False, True]

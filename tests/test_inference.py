@@ -14,7 +14,7 @@ from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.errors import UsageError
 from uniattn_cli.inference.engine import Engine, _generate, decode, engine_for
 from uniattn_cli.inference.program import UnsupportedError, map_slots
-from uniattn_cli.inference.sampling import Sampling, choose
+from uniattn_cli.inference.sampling import Sampling, choose, most_likely
 from uniattn_cli.inference.session import rotary_tables
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -98,10 +98,10 @@ def named(family):
 @pytest.mark.parametrize("name", tiny.LAYOUTS)
 def test_caches_hold_what_the_layout_predicts(name):
     engine = Engine(make_model(tiny.FAMILIES[0], name))
-    session = engine.session(2, 64, 8)
+    session = engine.session(2, 128, 8)
     program = engine.program
     per_token = kv_bytes_per_token(program.layout, attention_shape(program.config), 4)
-    assert session.caches.nbytes == session.caches.flat.nbytes == 2 * 64 * per_token
+    assert session.caches.nbytes == session.caches.flat.nbytes == 2 * 128 * per_token
 
 
 def test_maps_share_places_when_their_last_borrower_is_done():
@@ -329,3 +329,12 @@ def test_an_engine_is_made_again_when_the_weights_have_moved():
     second = engine_for(model)
     assert second is not first
     assert second.program.dtype == torch.float64
+
+
+@pytest.mark.parametrize("vocabulary", [64, 1000, 6400])
+def test_the_likeliest_token_is_the_first_of_equals(vocabulary):
+    torch.manual_seed(0)
+    logits = torch.randint(0, 5, (7, vocabulary)).float()
+    wanted = torch.tensor([row.tolist().index(row.max()) for row in logits])
+    assert torch.equal(most_likely(logits), wanted)
+    assert torch.equal(most_likely(-logits.abs()), (-logits.abs()).argmax(-1))

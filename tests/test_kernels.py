@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_inference import make_model
 
-from uniattn_cli.inference.caches import BLOCK, Caches
+from uniattn_cli.inference.caches import BLOCKS, Caches, choose_block
 from uniattn_cli.inference.engine import Engine
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import read_program
@@ -55,15 +55,17 @@ CASES = {
     "head of 16": {"head_dim": 16},
     "head of 96": {"head_dim": 96},
     "head of 256": {"head_dim": 256},
+    "large blocks": {"block": BLOCKS[1]},
+    "large blocks and a window": {"block": BLOCKS[1], "window": 100},
     "everything": {"head_dim": 80, "softcap": 1.5, "window": 100},
 }
 
 
-def make_trial(ops, dtype, *, reuse=True, head_dim=64, **options):
+def make_trial(ops, dtype, *, reuse=True, head_dim=64, block=BLOCKS[0], **options):
     """Layers with random caches; returns the attention outputs of all of them, and what made them."""
     layout = Layout.from_list(LAYERS, compensation="none")
     program = attention_program(layout, heads=6, kv_heads=3, head_dim=head_dim, dtype=dtype, device=DEVICE, **options)
-    caches = Caches(program, len(STARTS), 192)
+    caches = Caches(program, len(STARTS), 192 if block == BLOCKS[0] else 256, block=block)
     torch.manual_seed(0)
     caches.flat.copy_(torch.randn(caches.flat.shape))
     # What was left in unused places must not matter.
@@ -142,11 +144,38 @@ def test_kernels_keep_the_map_that_the_plain_operations_keep(splits, monkeypatch
     plain, kernels = (make_trial(ops, torch.float32)[1] for ops in (TorchOps, triton_ops.TritonOps))
     # Whole blocks from the first to the last place that a row sees.
     for row, (start, end) in enumerate(zip(STARTS, ENDS, strict=True)):
-        blocks = slice(start // BLOCK, -(-end // BLOCK))
-        places = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
+        blocks = slice(start // BLOCKS[0], -(-end // BLOCKS[0]))
+        places = slice(blocks.start * BLOCKS[0], blocks.stop * BLOCKS[0])
         torch.testing.assert_close(kernels.maps[:, row, :, places], plain.maps[:, row, :, places])
         torch.testing.assert_close(kernels.block_max[:, row, :, blocks], plain.block_max[:, row, :, blocks])
     torch.testing.assert_close(kernels.lse, plain.lse)
+
+
+def test_blocks_are_large_where_rows_are_many_and_heads_small():
+    def block(batch, head_dim=128, dtype=torch.bfloat16):
+        layout = Layout.from_list([{}])
+        program = attention_program(layout, heads=32, kv_heads=8, head_dim=head_dim, dtype=dtype, device="cpu")
+        return choose_block(program, batch)
+
+    assert [block(batch) for batch in (1, 15, 16, 64)] == [64, 64, 128, 128]
+    assert block(64, head_dim=256) == block(64, dtype=torch.float32) == 64
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 40), (700, 1500), (4096, 1024), (3000, 64)])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_vector_product_is_that_of_a_library(dtype, rows, columns, bias):
+    from uniattn_cli.inference.matvec import matvec
+
+    torch.manual_seed(0)
+    # A view of wider rows, as the parts of a joined weight are.
+    weight = torch.randn(rows, columns + 8).to(DEVICE, dtype)[:, :columns]
+    x, offset = torch.randn(1, columns).to(DEVICE, dtype), torch.randn(rows).to(DEVICE, dtype)
+    found = matvec(x, weight, offset if bias else None).double()
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
+    tolerance = 3 * TOLERANCES[dtype]
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * columns**0.5)
 
 
 @needs_triton
@@ -209,10 +238,10 @@ TYPES = {
 @pytest.fixture
 def compiled(monkeypatch):
     """A list that fills with (kernel, assembly) while operations are called on the CPU."""
-    from uniattn_cli.inference import kernels, pointwise
+    from uniattn_cli.inference import kernels, matvec, pointwise
 
     found = []
-    for module in (kernels, pointwise):
+    for module in (kernels, matvec, pointwise):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
     return found
@@ -225,6 +254,7 @@ def compiled(monkeypatch):
     ("dtype", "options"),
     [
         (torch.bfloat16, {"head_dim": 128}),
+        (torch.bfloat16, {"head_dim": 128, "block": BLOCKS[1]}),
         (torch.float16, {"head_dim": 96, "softcap": 2.0, "window": 70}),
         pytest.param(torch.float32, {"head_dim": 256}, marks=pytest.mark.slow),
     ],
@@ -240,6 +270,20 @@ def test_attention_kernels_compile_for_hopper_and_read_whole_vectors(compiled, d
         if name != "merge_kernel" and dtype != torch.float32:
             # Keys and values go through shared memory in pieces of 16 bytes; smaller ones would halve the speed.
             assert "cp.async.cg.shared.global" in assembly and "0x10" in assembly
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or INTERPRETED, reason="needs triton and no TRITON_INTERPRET"
+)
+@pytest.mark.parametrize(("rows", "columns"), [(6144, 4096), (4096, 8192), (1024, 4096)])
+def test_a_vector_product_compiles_for_hopper_and_reads_whole_vectors(compiled, rows, columns):
+    from uniattn_cli.inference.matvec import matvec
+
+    weight, x = (torch.empty(size, columns, dtype=torch.bfloat16) for size in (rows, 1))
+    matvec(x, weight, None)
+    [(_, assembly)] = compiled
+    # 16 bytes of the weight per thread and load.
+    assert "ld.global.v4.b32" in assembly
 
 
 @pytest.mark.skipif(

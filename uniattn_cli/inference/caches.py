@@ -6,8 +6,19 @@ import torch
 
 from uniattn_cli.inference.program import LayerProgram, Program
 
-# Keys that a kernel handles at once; the maximum of the scores is kept for each such block. Capacities are multiples.
-BLOCK = 64
+# Keys that a kernel handles at once; the maximum of the scores is kept for each such block.
+BLOCKS = (64, 128)
+# Capacities are multiples of this.
+GRAIN = max(BLOCKS)
+# Large blocks are faster where rows alone occupy the device and some of them fit into shared memory (seen on an H200).
+LARGE_ROWS, LARGE_HEAD_BYTES = 128, 256
+
+
+def choose_block(program: Program, batch: int) -> int:
+    """Keys that kernels handle at once: one of `BLOCKS`."""
+    head_bytes = program.shape.head_dim * program.dtype.itemsize
+    large = batch * program.shape.kv_heads >= LARGE_ROWS and head_bytes <= LARGE_HEAD_BYTES
+    return BLOCKS[large]
 
 
 def cache_elements(program: Program, batch: int, capacity: int) -> int:
@@ -28,6 +39,7 @@ class Caches:
     """Keys and values of all layers, and the maps of this step.
 
     Attributes:
+        block: keys that kernels handle at once.
         flat: the tensor that holds everything; heads of different layers are found in it by offset.
         keys: per layer that keeps keys, a view [batch, kv_heads, capacity, head_dim].
         values: the same for values.
@@ -37,9 +49,17 @@ class Caches:
         queries: [slots, batch, heads, head_dim], this step's queries of layers that lend them.
     """
 
-    def __init__(self, program: Program, batch: int, capacity: int, flat: torch.Tensor | None = None):
-        if capacity % BLOCK:
-            raise ValueError(f"a capacity must be a multiple of {BLOCK}, not {capacity}")
+    def __init__(
+        self,
+        program: Program,
+        batch: int,
+        capacity: int,
+        flat: torch.Tensor | None = None,
+        block: int | None = None,
+    ):
+        self.block = block or choose_block(program, batch)
+        if capacity % self.block:
+            raise ValueError(f"a capacity must be a multiple of {self.block}, not {capacity}")
         device, dtype, shape = program.device, program.dtype, program.shape
         needed = cache_elements(program, batch, capacity)
         if flat is None:
@@ -63,7 +83,7 @@ class Caches:
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
         slots, heads = program.map_slots, shape.query_heads
         self.maps = torch.zeros(slots, batch, heads, capacity, dtype=dtype, device=device)
-        self.block_max = torch.zeros(slots, batch, heads, capacity // BLOCK, dtype=accumulator, device=device)
+        self.block_max = torch.zeros(slots, batch, heads, capacity // self.block, dtype=accumulator, device=device)
         self.lse = torch.zeros(slots, batch, heads, dtype=accumulator, device=device)
         self.queries = torch.zeros(slots, batch, heads, shape.head_dim, dtype=dtype, device=device)
 

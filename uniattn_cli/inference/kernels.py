@@ -61,7 +61,6 @@ def lead_kernel(
     KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     """Attention over one split of the keys. `query_row` and so on: elements from one row of the batch to the next."""
     row = tl.program_id(0) // HEADS
@@ -89,8 +88,8 @@ def lead_kernel(
         seen = (place >= low) & (place < end)
         offsets = place[:, None] * D + d[None, :]
         wanted = seen[:, None] & inside[None, :]
-        k = tl.load(flat + key_base + offsets, mask=wanted, other=0.0, eviction_policy=EVICT)
-        v = tl.load(flat + value_base + offsets, mask=wanted, other=0.0, eviction_policy=EVICT)
+        k = tl.load(flat + key_base + offsets, mask=wanted, other=0.0)
+        v = tl.load(flat + value_base + offsets, mask=wanted, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SOFTCAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
@@ -147,7 +146,6 @@ def follow_kernel(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     """Borrowed maps times own values over one split of the keys. Normalised already, so parts are simply added."""
     row = tl.program_id(0) // HEADS
@@ -175,7 +173,6 @@ def follow_kernel(
             flat + value_base + place[:, None] * D + d[None, :],
             mask=seen[:, None] & inside[None, :],
             other=0.0,
-            eviction_policy=EVICT,
         )
         p = tl.load(maps + map_base[:, None] + place[None, :], mask=here[:, None], other=0.0)
         high = tl.load(block_max + borrowed * blocks + block, mask=here, other=0.0)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from uniattn_cli.inference import reference
-from uniattn_cli.inference.caches import BLOCK, Caches
+from uniattn_cli.inference.caches import Caches
 from uniattn_cli.inference.prefill import attend
 from uniattn_cli.inference.program import Feed, LayerProgram, Program
 from uniattn_cli.inference.step import Step, gather
@@ -63,7 +63,11 @@ class TorchOps:
         """[tokens, hidden] to the same."""
         if feed.gate_up is None:
             return feed.module(hidden.view(step.batch, step.tokens, -1)).view_as(hidden)
-        return functional.linear(self.gate(feed, functional.linear(hidden, feed.gate_up)), feed.down)
+        return self.linear(self.gate(feed, self.linear(hidden, feed.gate_up)), feed.down)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """A projection: [tokens, columns] to [tokens, rows]."""
+        return functional.linear(x, weight, bias)
 
     def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
         """activation(gate) * up: [tokens, 2 * intermediate] to [tokens, intermediate]."""
@@ -128,7 +132,7 @@ class TorchOps:
                 step.starts,
                 step.ends,
                 scale=layer.scale,
-                block=BLOCK,
+                block=caches.block,
                 softcap=layer.softcap,
                 window=layer.window,
                 kept=kept,

@@ -39,6 +39,20 @@ class Sampling:
         return torch.rand(steps, batch, generator=generator)
 
 
+# A row is searched in so many parts: one program per row, as in `argmax`, takes 37 microseconds for 128k tokens.
+PARTS = 64
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """[batch, vocabulary] to [batch]: `argmax`, the first of equals, fast where rows are few and long."""
+    batch, vocabulary = logits.shape
+    if vocabulary % PARTS:
+        return logits.argmax(-1)
+    values, places = logits.view(batch, PARTS, -1).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    return (part * (vocabulary // PARTS) + places.gather(-1, part))[:, 0]
+
+
 def choose(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor) -> torch.Tensor:
     """The next token of each row.
 
@@ -50,7 +64,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor) -> tor
         [batch] int64.
     """
     if sampling.greedy:
-        return logits.argmax(-1)
+        return most_likely(logits)
     weights = torch.softmax(logits.float() / sampling.temperature, dim=-1)
     order = None
     if sampling.top_p < 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from uniattn_cli.inference.caches import BLOCK, Caches
+from uniattn_cli.inference.caches import GRAIN, Caches
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import LayerProgram, Program, UnsupportedError
 from uniattn_cli.inference.sampling import Sampling, choose
@@ -80,7 +80,7 @@ class Session:
     ):
         self.program, self.batch, self.limit, self.new = program, batch, limit, new
         self.sampling = sampling or Sampling()
-        self.caches = Caches(program, batch, -(-limit // BLOCK) * BLOCK, flat)
+        self.caches = Caches(program, batch, -(-limit // GRAIN) * GRAIN, flat)
         self.ops = ops(program, self.caches, reuse=reuse)
         device = program.device
         self.stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
@@ -134,7 +134,7 @@ class Session:
             state.noise[:new] = self.sampling.noise(new, self.batch).to(device)
         state.count.zero_()
         state.finished.zero_()
-        size = chunk or max(CHUNK_TOKENS // self.batch, BLOCK)
+        size = chunk or max(CHUNK_TOKENS // self.batch, GRAIN)
         for first in range(0, prompt, size):
             part = tokens[:, first : first + size].to(device)
             state.ends.fill_(first + part.shape[1])
@@ -245,7 +245,7 @@ class Session:
         if step.tokens > 1:
             residual, update = (states.unflatten(0, (step.batch, -1))[:, -1] for states in (residual, update))
         _, normed = ops.residual_norm(residual.contiguous(), update.contiguous(), post, program.norm)
-        logits = _scaled(functional.linear(normed, program.head), program.logit_scale)
+        logits = _scaled(ops.linear(normed, program.head), program.logit_scale)
         if program.logit_cap is not None:
             logits = torch.tanh(logits / program.logit_cap) * program.logit_cap
         return logits
@@ -261,12 +261,12 @@ class Session:
         """Output of the attention part, compensation included, [tokens, hidden]."""
         if layer.kind == "linear":
             return layer.compensation(normed)
-        projected = functional.linear(normed, layer.project, layer.project_bias)
+        projected = self.ops.linear(normed, layer.project, layer.project_bias)
         low_rank = layer.extra > 0 and not layer.takes_input
         if joined is not None:
             queries = self.ops.place(layer, projected, step, joined[:, layer.width :] if low_rank else None)
             self.ops.decode(layer, queries, step, joined[:, : layer.width])
-            return functional.linear(joined, layer.output, layer.output_bias)
+            return self.ops.linear(joined, layer.output, layer.output_bias)
         extra = projected.new_empty(len(projected), layer.extra) if low_rank else None
         queries = self.ops.place(layer, projected, step, extra)
         heads = self.ops.prompt(layer, queries, lent, step)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from uniattn_cli.inference.caches import BLOCK, Caches
+from uniattn_cli.inference.caches import Caches
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Step:
     @property
     def filled_blocks(self) -> int:
         """The same, up to the end of the last block."""
-        return -(-self.filled // BLOCK) * BLOCK
+        return -(-self.filled // self.caches.block) * self.caches.block
 
 
 def gather(states: dict[int, torch.Tensor], sources: tuple[tuple[int, int], ...], length: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import nn
 
-from uniattn_cli.inference import kernels, pointwise
-from uniattn_cli.inference.caches import BLOCK, Caches
+from uniattn_cli.inference import kernels, matvec, pointwise
+from uniattn_cli.inference.caches import BLOCKS, Caches
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Feed, LayerProgram, Program
 from uniattn_cli.inference.step import Step
@@ -20,8 +20,8 @@ FALLBACK_PROCESSORS = 4
 MOST_SPLITS = 128
 # Share of the device that has to be busy in the last wave of programs.
 GOOD_USE = 0.92
-# A program without a whole block of keys is of no use, one with few hardly pays for the merge.
-FEWEST_BLOCKS = 4
+# A program with fewer keys than this hardly pays for the merge.
+FEWEST_KEYS = 256
 GATE_BLOCK = 1024
 # Shared memory that a program may have on a device that does not say, and what is needed beside the blocks of keys.
 FALLBACK_SHARED = 227 << 10
@@ -43,28 +43,29 @@ class Tuning:
     stages: int
 
     @classmethod
-    def of(cls, role: str) -> Tuning:
-        """What was fastest on a Hopper GPU, or `UNIATTN_LEAD`, `UNIATTN_ALONE`, `UNIATTN_FOLLOW`, such as `2,4,3`."""
-        text = os.environ.get(f"UNIATTN_{role.upper()}", TUNINGS[role])
+    def of(cls, role: str, block: int) -> Tuning:
+        """What was fastest on an H200, or `UNIATTN_LEAD`, `UNIATTN_ALONE`, `UNIATTN_FOLLOW`, such as `2,4,3`."""
+        text = os.environ.get(f"UNIATTN_{role.upper()}", TUNINGS[role][BLOCKS.index(block)])
         return cls(*(int(value) for value in text.split(",")))
 
 
-# By role: a layer that keeps its map, one that lends nothing, one that borrows a map (`scripts/benchmark_kernels.py`).
-TUNINGS = {"lead": "2,8,3", "alone": "1,4,4", "follow": "2,4,3"}
+# By role (a layer that keeps its map, one that lends nothing, one that borrows one) and size of a block of keys; found
+# with scripts/benchmark_kernels.py.
+TUNINGS = {"lead": ("2,8,3", "1,4,4"), "alone": ("1,4,4", "1,4,4"), "follow": ("2,4,3", "1,4,4")}
 
 
-def choose_splits(rows: int, blocks: int, slots: int) -> int:
+def choose_splits(rows: int, keys: int, slots: int) -> int:
     """Into how many parts the keys of each row are cut.
 
     The fewest parts with which the last wave of programs leaves little of the device idle.
 
     Args:
         rows: pairs of a sequence and a key/value head.
-        blocks: blocks of keys of the longest row.
+        keys: keys of the longest row.
         slots: programs that the device runs at the same time.
     """
     best, best_use = 1, 0.0
-    for splits in range(1, max(1, min(MOST_SPLITS, blocks // FEWEST_BLOCKS)) + 1):
+    for splits in range(1, max(1, min(MOST_SPLITS, keys // FEWEST_KEYS)) + 1):
         programs = rows * splits
         use = programs / (-(-programs // slots) * slots)
         if use >= GOOD_USE:
@@ -105,7 +106,7 @@ class TritonOps(TorchOps):
         tuning: Tuning | None = None,
     ):
         super().__init__(program, caches, reuse=reuse)
-        self.tunings = {role: tuning or Tuning.of(role) for role in TUNINGS}
+        self.tunings = {role: tuning or Tuning.of(role, caches.block) for role in TUNINGS}
         self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
         self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.parts}
         shape, device = program.shape, program.device
@@ -157,10 +158,10 @@ class TritonOps(TorchOps):
         return self.program.layers[sources[0][0]].kv_heads
 
     def _splits(self, layer: LayerProgram, tuning: Tuning) -> int:
-        blocks = self.caches.capacity // BLOCK
+        keys, block = self.caches.capacity, self.caches.block
         if layer.window is not None:
-            blocks = min(blocks, layer.window // BLOCK + 1)
-        return choose_splits(self.caches.batch * layer.kv_heads, blocks, self.slots_of * tuning.programs)
+            keys = min(keys, (layer.window // block + 1) * block)
+        return choose_splits(self.caches.batch * layer.kv_heads, keys, self.slots_of * tuning.programs)
 
     def _stages(self, layer: LayerProgram, tuning: Tuning, read: int) -> int:
         """Blocks in flight: as many as asked for, or as fit into shared memory where heads or elements are large.
@@ -168,7 +169,7 @@ class TritonOps(TorchOps):
         Args:
             read: tensors that are read block by block, 2 for keys and values.
         """
-        block = read * BLOCK * _pad(layer.head_dim) * self.program.dtype.itemsize
+        block = read * self.caches.block * _pad(layer.head_dim) * self.program.dtype.itemsize
         return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
 
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
@@ -214,12 +215,11 @@ class TritonOps(TorchOps):
             HEADS=heads,
             GROUP=group,
             GROUP_PAD=_pad(group),
-            BLOCK=BLOCK,
+            BLOCK=caches.block,
             SPLIT=splits > 1,
             KEEP=slot is not None,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
-            EVICT=os.environ.get("UNIATTN_EVICT", ""),
             num_stages=self._stages(layer, tuning, 2),
             **common,
         )
@@ -251,10 +251,9 @@ class TritonOps(TorchOps):
             GROUP_PAD=_pad(group),
             D=layer.head_dim,
             D_PAD=_pad(layer.head_dim),
-            BLOCK=BLOCK,
+            BLOCK=caches.block,
             SPLIT=splits > 1,
             WINDOW=layer.window is not None,
-            EVICT=os.environ.get("UNIATTN_EVICT", ""),
             num_warps=tuning.warps,
             num_stages=self._stages(layer, tuning, 1),
         )
@@ -288,7 +287,12 @@ class TritonOps(TorchOps):
             num_warps=4,
         )
 
-    # --- what stands between the products
+    # --- products, and what stands between them
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if len(x) == 1 and x.is_cuda and matvec.faster(x, weight, bias):
+            return matvec.matvec(x, weight, bias)
+        return super().linear(x, weight, bias)
 
     def residual_norm(
         self,
