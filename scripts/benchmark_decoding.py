@@ -26,6 +26,8 @@ from uniattn_cli.rundir import now, versions
 
 PAPER, FOURS = "paper", "every:4"
 LARGE = "llama-3.1-8b"
+# Steps under the profiler.
+PROFILED = 4
 
 
 def main() -> None:
@@ -188,6 +190,40 @@ def text(options: argparse.Namespace, bandwidth: float) -> dict:
     return {"summary": result}
 
 
+def profile(options: argparse.Namespace, bandwidth: float) -> dict:
+    """What each kernel of a step takes; the profiler itself adds a little between them."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    _, engines = build(options, [FOURS])
+    summary, kernels = {}, {}
+    for name, engine in engines.items():
+        for batch, context in ((1, 4096 // options.scale), (16, 4096 // options.scale)):
+            session = engine.session(batch, context + 2 * PROFILED, 2 * PROFILED)
+            session.pretend(context)
+            for _ in range(2):
+                session.advance()
+            activity = ProfilerActivity.CUDA if options.device.type == "cuda" else ProfilerActivity.CPU
+            with profiler(activities=[activity]) as record:
+                for _ in range(PROFILED):
+                    session.advance()
+                if options.device.type == "cuda":
+                    torch.cuda.synchronize()
+            events = [event for event in record.events() if event.time_range.elapsed_us()]
+            found: dict[str, dict] = {}
+            for event in events:
+                entry = found.setdefault(event.name, {"us": 0.0, "calls": 0})
+                entry["us"] += event.time_range.elapsed_us() / PROFILED
+                entry["calls"] += 1 / PROFILED
+            span = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
+            key = f"{name} {batch}x{context}"
+            busy = sum(entry["us"] for entry in found.values())
+            summary[key] = {"span_us": span / PROFILED, "busy_us": busy, "launches": len(events) / PROFILED}
+            kernels[key] = dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
+            del session
+    return {"summary": summary, "kernels": kernels}
+
+
 PARTS = {
     "text": text,
     "steps": steps,
@@ -195,6 +231,7 @@ PARTS = {
     "prompts": prompts,
     "capacity": capacity,
     "sweep": sweep,
+    "profile": profile,
 }
 
 
