@@ -15,7 +15,7 @@ from uniattn_cli.errors import UsageError
 from uniattn_cli.inference.engine import Engine, _generate, decode, engine_for
 from uniattn_cli.inference.program import UnsupportedError, map_slots
 from uniattn_cli.inference.sampling import Sampling, choose, most_likely
-from uniattn_cli.inference.session import rotary_tables
+from uniattn_cli.inference.session import Session, rotary_tables
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
 
@@ -338,3 +338,18 @@ def test_the_likeliest_token_is_the_first_of_equals(vocabulary):
     wanted = torch.tensor([row.tolist().index(row.max()) for row in logits])
     assert torch.equal(most_likely(logits), wanted)
     assert torch.equal(most_likely(-logits.abs()), (-logits.abs()).argmax(-1))
+
+
+def test_warming_up_leaves_no_trace(monkeypatch):
+    """As on a GPU, but the step is run instead of captured."""
+    engine = Engine(make_model(tiny.FAMILIES[0], "leader"))
+    engine.graphs = True
+    monkeypatch.setattr(Session, "_capture", lambda self: setattr(self, "graph", SimpleNamespace(replay=self._advance)))
+    settings = {"sampling": Sampling(), "stop": [], "pad": 0}
+    engine.warm_up(1, 13, 8, **settings)
+    session = engine.borrow(1, 13, 8, **settings)
+    assert session.graph is not None, "it is the session that is borrowed next"
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    found = _generate(session, prompt, None, 8, None)
+    plain = engine.session(1, 13, 8, graph=False)
+    assert torch.equal(found, _generate(plain, prompt, None, 8, None))

@@ -158,9 +158,9 @@ def answer(
     settings = generation_config(model, tokenizer, decoding, room)
     reused, held, reason = 0, None, ""
     if cache is None and engine_wanted(engine, model.device):
-        streamer, started = Streamer(tokenizer, on_text), time.perf_counter()
+        streamer = Streamer(tokenizer, on_text)
         try:
-            held = _run_engine(model, tokens, settings, decoding, streamer)
+            started, held = _run_engine(model, tokens, settings, decoding, streamer)
         except UnsupportedError as error:
             if engine == "engine":
                 raise ModelError(f"the engine cannot run this: {error}; leave --engine out") from None
@@ -198,31 +198,40 @@ def answer(
 
 def _run_engine(
     model: PreTrainedModel, tokens: torch.Tensor, settings: GenerationConfig, decoding: Decoding, streamer: Streamer
-) -> int:
-    """Does what `generate` does, but for the random numbers of sampling; bytes that the cached tokens take.
+) -> tuple[float, int]:
+    """Does what `generate` does, but for the random numbers of sampling.
+
+    Returns:
+        When it began, the engine being ready; bytes that the cached tokens take.
 
     Raises:
         UnsupportedError: the engine cannot run this model, or not for so many tokens.
     """
     from uniattn_cli.inference.caches import cache_elements
     from uniattn_cli.inference.engine import decode, engine_for
+    from uniattn_cli.inference.sampling import Sampling
 
-    program = engine_for(model).program
+    engine, new = engine_for(model), settings.max_new_tokens
+    sampling = Sampling(decoding.temperature, decoding.top_p, decoding.seed)
+    stop, pad = settings.eos_token_id, settings.pad_token_id
+    engine.warm_up(1, tokens.shape[1] + new, new, sampling=sampling, stop=stop, pad=pad)
+    started = time.perf_counter()
     streamer.put(tokens)
     decode(
         model,
         tokens,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=settings.eos_token_id,
-        pad_token_id=settings.pad_token_id,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        seed=decoding.seed,
+        max_new_tokens=new,
+        eos_token_id=stop,
+        pad_token_id=pad,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
         engine="engine",
         on_tokens=streamer.put,
     )
     streamer.end()
-    return cache_elements(program, 1, tokens.shape[1] + len(streamer.tokens) - 1) * program.dtype.itemsize
+    program, cached = engine.program, tokens.shape[1] + len(streamer.tokens) - 1
+    return started, cache_elements(program, 1, cached) * program.dtype.itemsize
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -84,6 +84,16 @@ class Engine:
         session = self._kept[1]
         session.sampling = sampling
         return session
+
+    def warm_up(self, batch: int, limit: int, new: int, **settings: Any) -> None:
+        """Captures the step of the session that `borrow` will give for the same arguments, where steps are captured.
+
+        It takes seconds where kernels have to be compiled, which the time of a first answer should not contain.
+        """
+        if self.graphs and new > 1:
+            session = self.borrow(batch, limit, new, **settings)
+            session.prefill(torch.zeros(batch, 1, dtype=torch.int64, device=self.program.device), new=2)
+            session.advance()
 
     @torch.inference_mode()
     def _compare(self, model: PreTrainedModel) -> float:
