@@ -32,8 +32,8 @@ SHAPES = {
     "1x4096": (None, None),
 }
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# Programs per multiprocessor, warps, stages.
-TUNINGS = [(2, 8, 3), (1, 4, 4), (2, 4, 3), (1, 8, 4), (2, 8, 2), (1, 4, 3), (4, 4, 2), (1, 8, 5)]
+# Programs per multiprocessor, warps, stages, and whether maps are stored directly.
+TUNINGS = [(1, 4, 4), (1, 4, 4, 1), (2, 8, 3), (2, 8, 3, 1), (2, 4, 3), (2, 4, 3, 1), (1, 8, 4), (1, 8, 4, 1)]
 CALLS = 8
 # For correctness: head size, query and key/value heads, window, soft-cap.
 GRID = [
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def measure(
-    batch: int, context: int, device: torch.device, rounds: int, tunings: list[tuple[int, int, int]], block: int | None
+    batch: int, context: int, device: torch.device, rounds: int, tunings: list[tuple[int, ...]], block: int | None
 ) -> dict:
     """Milliseconds of every candidate, all rounds, and how far the kernels are from float64."""
     from uniattn_cli.inference.caches import Caches
@@ -179,7 +179,7 @@ def check_shape(
     return {**sizes, "errors": errors}
 
 
-def operations(program, caches, tunings: list[tuple[int, int, int]], device: torch.device) -> dict:
+def operations(program, caches, tunings: list[tuple[int, ...]], device: torch.device) -> dict:
     """The kernels with every launch setting; without a GPU the plain operations, to try the script itself."""
     if device.type != "cuda":
         from uniattn_cli.inference.ops import TorchOps
