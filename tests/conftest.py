@@ -29,6 +29,14 @@ def command() -> list[str]:
     return [str(script)] if script.is_file() else [sys.executable, "-m", "uniattn_cli"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny matrices gain nothing from more, and test processes share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def uniattn(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """`uniattn("convert", "--dry-run", cwd=…, env={…})` runs the command, in an empty folder unless told otherwise."""

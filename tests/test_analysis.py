@@ -38,8 +38,7 @@ everything = pytest.mark.parametrize("entry", FAMILIES + OTHERS, ids=[entry[0] f
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def no_grad():
     with torch.no_grad():
         yield
 

@@ -17,7 +17,6 @@ cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch.set_num_threads(1)
     torch.compiler.reset()
     with torch.no_grad():
         yield

@@ -45,15 +45,12 @@ def template(tmp_path_factory):
     run = folder / "run"
     run.mkdir()
     write_data(run)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run)
         overrides = settings()
         analyze("../model", overrides=overrides)
         convert(groups="every:3")
     yield folder
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -87,7 +87,6 @@ def python(code, *arguments):
 
 @pytest.fixture(autouse=True)
 def no_grad():
-    torch.set_num_threads(1)
     with torch.no_grad():
         yield
 

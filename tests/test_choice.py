@@ -38,14 +38,6 @@ QUICK = ["layout.score_tokens=256", "conversion.tokens=512"]
 THOROUGH = ["layout.search=thorough", "layout.kinds=[softmax, kv, linear]", "layout.kv=0.7", *QUICK]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
     return make_analysed(tmp_path_factory.mktemp("choice"))

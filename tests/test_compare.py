@@ -21,14 +21,6 @@ SETTINGS = ("evaluation.tokens=192", "evaluation.lengths=[64]", "evaluation.leng
 IGNORED = shutil.ignore_patterns("evaluation", "comparison")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Two run directories of one base, evaluated alike, and a checkpoint of its own."""

@@ -18,15 +18,9 @@ from uniattn_cli.training.stages import control_stages
 from uniattn_cli.training.train import train
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run with `trained/` and `control/`. Tests only read it."""
-    torch.set_num_threads(1)
     run = make_run(tmp_path_factory.mktemp("control") / "run")
     text = "\n\n".join(f"Paragraph {n} says that {n} times {n} is {n * n}." for n in range(100))
     (run / "text.txt").write_text(text + "\n", encoding="utf-8")

@@ -23,11 +23,6 @@ families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in
 cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def windows():
     """Text with structure: a random walk over the vocabulary, so that hidden states are correlated as in language."""

@@ -23,8 +23,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def no_grad():
     with torch.no_grad():
         yield
 

@@ -38,11 +38,6 @@ CHANGED_LAYERS = (1, 3)
 FORCE = RunOptions(device="cpu", force=True)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("distillation") / "run")

@@ -37,14 +37,6 @@ QUICK = ("evaluation.tasks=[]", "evaluation.speed.enabled=false", "evaluation.to
 LAYOUT = "mixed"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes and a few special tokens."""
     special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]

@@ -53,14 +53,6 @@ CONVERSION = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
     return make_analysed(tmp_path_factory.mktemp("settings"))

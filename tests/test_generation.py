@@ -33,14 +33,6 @@ PROMPT = "What comes after 7?"
 FEW = Decoding(max_new_tokens=6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run directory with a recipe, `converted/` and `trained/`; `base` is its base model."""

@@ -51,8 +51,7 @@ TOKENS = 12
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def no_grad():
     with torch.no_grad():
         yield
 

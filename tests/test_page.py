@@ -13,7 +13,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from test_evaluation import make_run
 
@@ -72,12 +71,9 @@ class Tree(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run directory after an evaluation of three models."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     root = make_run(tmp_path_factory.mktemp("page"))
     shutil.copytree(root / "base", root / "copy")
     evaluate.evaluate(root, checkpoints=[str(root / "copy")])
-    torch.set_num_threads(threads)
     return root
 
 

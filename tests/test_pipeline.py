@@ -27,14 +27,6 @@ CPU = torch.device("cpu")
 REMARK = "# as few as will do"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def uniattn(folder: Path, *arguments: str) -> str:
     """Runs the installed command in a folder; returns what it printed."""
     done = subprocess.run(

@@ -72,7 +72,6 @@ module.train(run_dir=sys.argv[1], overrides=["train.fsdp=true", *sys.argv[4:]], 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
     """A run that one process has trained."""
-    torch.set_num_threads(1)
     run = make_run(tmp_path_factory.mktemp("processes") / "run")
     train(run_dir=run, overrides=SETTING, options=CPU)
     (run / "trained").rename(run / "one")

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import torch
 import yaml
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -38,7 +37,6 @@ STAGES = "[{trains: compensation, steps: 2, learning_rate: 0.003}, {trains: all,
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run directory with all stages done, made from a base with a card and terms of its own."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("push")
     base = make_model(folder / "tiny-base")
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: https://x.org/t\n---\nHi\n")

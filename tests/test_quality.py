@@ -21,14 +21,6 @@ from uniattn_cli.recipe import Recipe, TaskSpec
 NO_SPEED = "evaluation.speed.enabled=false"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A file of each shape."""

@@ -18,11 +18,6 @@ from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layou
 from uniattn_cli.recipe import ConversionSpec, LayoutSpec
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def windows(rows, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-3, 4, (rows, 32), generator=generator).cumsum(1) % 90 + 5

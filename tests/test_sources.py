@@ -26,8 +26,7 @@ PLENTY = Limits(features=4096, tokens=4096)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def no_grad():
     with torch.no_grad():
         yield
 

@@ -22,8 +22,7 @@ families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def no_grad():
     with torch.no_grad():
         yield
 

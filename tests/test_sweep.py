@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
 import uniattn_cli.sweeping.sweep as module
@@ -19,14 +18,6 @@ from uniattn_cli.sweeping.sweep import sweep
 
 SETTINGS = settings(evaluation__lengths="[64]", evaluation__length_tokens=128)
 BUDGETS = {"kv": [0.8, 0.3], "solve": ["both", "output"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -36,11 +36,6 @@ from uniattn_cli.training.preview import check_share, mark
 from uniattn_cli.training.train import Training, train
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("template") / "run")
@@ -56,7 +51,6 @@ def run(template: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(template: Path, tmp_path_factory) -> tuple[Path, Training, Recorder]:
     """A run that was never interrupted, its result and what it said. Tests only read it."""
-    torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(template, run)
     said = Recorder()

@@ -25,11 +25,6 @@ KEPT = {"middle": 4, "start": 0, "end": 8}
 SETTING = [*stages("trains: all, steps: 8, learning_rate: 0.003"), "train.eval_steps=2"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("validation") / "run")

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
+def context_window(config: Any) -> int | None:
+    """The most tokens of a sequence that a model was made for, None where its configuration does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 def cached_heads(plan: LayerPlan, shape: AttentionShape) -> int:
     """Heads of size `head_dim` that a layer keeps per token, keys and values counted apart."""
     return {

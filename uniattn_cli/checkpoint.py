@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli import templates
+from uniattn_cli.accounting import context_window
 from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.families import family_of
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -213,7 +214,7 @@ def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
     Raises:
         RecipeError: one line for each setting that asks for too many.
     """
-    window = getattr(config, "max_position_embeddings", None)
+    window = context_window(config)
     faults = [
         f"{key} is {length}, but the model's window is {window}"
         for key, length in lengths.items()

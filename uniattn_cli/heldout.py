@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.accounting import context_window
 from uniattn_cli.data import IGNORED, heldout_windows, load_rows, tokenize
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe import Recipe
@@ -85,7 +86,7 @@ def length_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any,
         DataError: there is not enough text for a length that the recipe names.
     """
     spec = recipe.evaluation
-    window = getattr(config, "max_position_embeddings", None) or max(LENGTHS)
+    window = context_window(config) or max(LENGTHS)
     found = {}
     for length in sorted(set(LENGTHS if spec.lengths is None else spec.lengths)):
         if spec.lengths is None and length > window:

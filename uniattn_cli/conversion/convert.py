@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.accounting import count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.accounting import context_window, count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
 from uniattn_cli.families import check_target
 from uniattn_cli.grouping.choose import Grouping, check_analysis, check_protected, choose, compensation_of
@@ -167,7 +167,7 @@ def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
 def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
     """What is saved at full length, where sliding layers keep their window only and bytes per token mislead."""
     windows = [window for window in layer_windows(config) if window is not None]
-    tokens = getattr(config, "max_position_embeddings", None)
+    tokens = context_window(config)
     if not windows or not tokens or tokens <= min(windows):
         return []
     before, after = (kv_bytes(config, entry, tokens, element_size) for entry in (Layout.own(len(layout)), layout))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uniattn_cli.accounting import kv_bytes
+from uniattn_cli.accounting import context_window, kv_bytes
 from uniattn_cli.modeling.layout_uniattn import Layout
 
 RESERVE = 1 << 29
@@ -68,7 +68,7 @@ def _largest(fits: Callable[[int], bool]) -> int | None:
 
 def capacity_table(footprints: dict[str, Footprint], sizes: tuple[float, ...]) -> list[dict[str, Any]]:
     """One entry per memory size in GB: for each model the longest context, and the largest batch at `at_context`."""
-    window = min(getattr(each.config, "max_position_embeddings", None) or CONTEXT for each in footprints.values())
+    window = min(context_window(each.config) or CONTEXT for each in footprints.values())
     context = min(CONTEXT, window)
     return [
         {
@@ -78,7 +78,7 @@ def capacity_table(footprints: dict[str, Footprint], sizes: tuple[float, ...]) -
                     "context": each.longest_context(size * 1e9),
                     "batch": each.largest_batch(size * 1e9, context),
                     "at_context": context,
-                    "window": getattr(each.config, "max_position_embeddings", None),
+                    "window": context_window(each.config),
                 }
                 for name, each in footprints.items()
             },

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uniattn_cli.accounting import context_window
 from uniattn_cli.checkpoint import check_lengths, load_config, load_tokenizer
 from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.evaluation import report
@@ -91,7 +92,7 @@ def evaluate(
     settings = [word for override in overrides for word in ("--set", override)]
     command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
     material = prepare(recipe, subjects, notes, options)
-    window = getattr(load_config(subjects[0].source), "max_position_embeddings", None)
+    window = context_window(load_config(subjects[0].source))
     prompts = find_prompts(recipe, material.tokenizer, window)
     with run.write("eval", recipe, inputs_of(subjects, material), force=options.force, resume=True) as folder:
         results = evaluate_into(folder, recipe, subjects, material, notes, command, options, scores, prompts)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.accounting import cache_bytes
+from uniattn_cli.accounting import cache_bytes, context_window
 from uniattn_cli.errors import DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def answer(
 
     if not ids:
         raise DataError("the prompt has no tokens; say something")
-    window = getattr(model.config, "max_position_embeddings", None)
+    window = context_window(model.config)
     if window is not None and len(ids) >= window:
         raise DataError(f"the prompt has {len(ids):,} tokens, but the model's window is {window:,}; shorten it")
     room = decoding.max_new_tokens if window is None else min(decoding.max_new_tokens, window - len(ids))

@@ -30,7 +30,6 @@ def _span(starts, ends, row, split, splits, window, BLOCK: tl.constexpr, WINDOW:
 def _store_pairs(pointers, values, wanted):
     """Stores 16-bit results of a matrix product from where they are, two neighbours of a row per thread.
 
-
     An ordinary store would first move them to the layout of memory, through shared memory and with barriers.
     """
     wanted, _ = tl.broadcast(wanted.to(tl.int32), pointers.to(tl.int64))

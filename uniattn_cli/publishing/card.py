@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.accounting import count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.accounting import context_window, count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.evaluation import report
 from uniattn_cli.grouping.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
@@ -147,7 +147,7 @@ def _cost(facts: Facts) -> Iterator[str]:
         ("parameters", *(count_parameters(config, each) for each in (stock, layout))),
         ("KV cache, bytes per token", *(kv_bytes_per_token(each, shape, size) for each in (stock, layout))),
     ]
-    tokens = getattr(config, "max_position_embeddings", None)
+    tokens = context_window(config)
     windows = [window for window in layer_windows(config) if window]
     if tokens and windows and tokens > min(windows):
         rows.append(
