@@ -354,6 +354,7 @@ def test_the_engine_is_timed_alike(run):
     timings = speed.measure_speed(found, torch.ones(2, 5, dtype=torch.long), new=6, repeats=2, engines=engines)
     assert [name for name, _ in calls] == ["base", "converted"] * 3 + ["base"]
     assert {sizes for _, sizes in calls} == {(2, 11, 6)}, "warm-up and rounds share a session"
+    assert all(each._kept is None for each in engines.values())
     assert [len(rounds) for rounds in timings.values()] == [3, 2]
     assert all(timing.first > 0 and timing.rest > 0 for rounds in timings.values() for timing in rounds)
 

@@ -119,6 +119,9 @@ def measure_speed(
         # An engine keeps its caches for the rounds to come, so only the first run sees them being taken.
         return replace(timing, peak=peaks.setdefault(name, timing.peak))
 
+    # What earlier measurements left would count as in use before this one.
+    for engine in (engines or {}).values():
+        engine.release()
     for name in models:
         run(name, min(new, WARM_UP_TOKENS))
         advance(1)
@@ -126,6 +129,8 @@ def measure_speed(
     for name in [*order, *(order[:1] if len(models) > 1 else [])]:
         found[name].append(run(name, new))
         advance(1)
+    for engine in (engines or {}).values():
+        engine.release()
     return found
 
 

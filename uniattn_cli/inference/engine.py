@@ -85,6 +85,10 @@ class Engine:
         session.sampling = sampling
         return session
 
+    def release(self) -> None:
+        """Lets go of the session that `borrow` keeps, and of its caches."""
+        self._kept = None
+
     def warm_up(self, batch: int, limit: int, new: int, **settings: Any) -> None:
         """Captures the step of the session that `borrow` will give for the same arguments, where steps are captured.
 
