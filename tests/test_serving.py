@@ -95,6 +95,38 @@ def test_the_newest_checkpoint_of_a_run_is_served(checkpoint, tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path / "trained"
 
 
+def test_transformers_serves_from_a_python_that_has_uniattn(checkpoint, engine, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else SimpleNamespace())
+    with pytest.raises(UsageError, match=r"without uvicorn; pip install 'transformers\[serving\]'"):
+        serve(checkpoint, engine="transformers")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())
+    started = f"-m uniattn_cli.serving.transformers_server serve {checkpoint} --trust-remote-code --port 8001"
+    command = serve(checkpoint, engine="transformers", arguments=["--port", "8001"])
+    assert str(command) == f"{sys.executable} {started}"
+    command = serve(checkpoint, engine="transformers", program=engine, arguments=["--port", "8001"])
+    assert str(command) == f"{engine.parent}/python {started}"
+
+
+def test_transformers_loads_the_class_that_a_checkpoint_brings(checkpoint, monkeypatch):
+    """`transformers serve` takes classes from transformers' own names, where those of a checkpoint are not."""
+    import transformers
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from uniattn_cli.families import FAMILIES as RECORDS
+    from uniattn_cli.serving.transformers_server import register
+
+    for family in RECORDS.values():
+        monkeypatch.setattr(transformers, f"{family.prefix}ForCausalLM", None, raising=False)
+    register()
+    manager = ModelManager(device="cpu", trust_remote_code=True)
+    try:
+        model, _ = manager.load_model_and_processor(f"{checkpoint}@main")
+        assert type(model).__name__ == model.config.architectures[0] == "UniAttnLlamaForCausalLM"
+        assert model.config.layout.changed
+    finally:
+        manager.shutdown()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

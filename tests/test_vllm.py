@@ -1,7 +1,8 @@
 """Converted checkpoints in the real vLLM: the same text as transformers, and a cache without the keys of followers.
 
 Needs vLLM in the environment (`make test-vllm`). Most tests run the engine without its server, which takes seconds for
-a tiny model; the others start `uniattn serve` and speak HTTP with it.
+a tiny model; the others start `uniattn serve` and speak HTTP with it. `transformers serve` is started here too, because
+vLLM brings what it needs.
 """
 
 from __future__ import annotations
@@ -359,3 +360,27 @@ def test_gemma_with_windows(tmp_path):
         found = [as_pair(server.complete(prompt, 12)) for prompt in ids]
     # One token past the window differs by 7e-4 between transformers and vLLM, with the plugin and without it alike.
     assert_same(found, reference(directory, ids, 12), 2e-3)
+
+
+# --- the other server -------------------------------------------------------------------------------------------------
+
+
+def test_transformers_serves_what_it_generates(smollm, tmp_path):
+    message = [{"role": "user", "content": "Name three colours."}]
+    tokenizer = load_tokenizer(locate(str(smollm)))
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    texts = [tokenizer.decode(reference(smollm, [prompt], 16)[0][0]) for prompt in (ids, tokenizer(LONG).input_ids)]
+    arguments = ["--engine=transformers", "--dtype=float32", "--device=cpu"]
+    with Server(smollm, *arguments, log=tmp_path / "log") as server:
+        server.wait()
+        body = {"model": server.model, "max_tokens": 16, "temperature": 0}
+        status, answer = server.request("/v1/chat/completions", body | {"messages": message})
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, texts[0])
+        status, stream = server.request("/v1/chat/completions", body | {"messages": message, "stream": True})
+        events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == texts[0]
+        status, answer = server.request("/v1/completions", body | {"prompt": LONG})
+        assert (status, answer["choices"][0]["text"]) == (200, texts[1])
+        assert server.request("/v1/completions", body | {"model": "nobody", "prompt": LONG})[0] == 400
+        assert server.request("/v1/completions", b"{not json")[0] == 422
+        assert server.request("/health")[0] == 200

@@ -18,6 +18,9 @@ from uniattn_cli.rundir import OUTPUTS, RunDir
 
 # What `vllm serve` runs.
 VLLM_MODULE = "vllm.entrypoints.openai.api_server"
+TRANSFORMERS_MODULE = "uniattn_cli.serving.transformers_server"
+# What `transformers serve` asks for before it starts.
+TRANSFORMERS_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
 ENGINES = ("vllm", "transformers")
 CHECKPOINT_STAGES = ("convert", "train")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -62,7 +65,8 @@ def serve(
     Args:
         directory: a checkpoint, or a run directory, of which the newest checkpoint is taken.
         engine: one of `ENGINES`.
-        program: the engine's program; without it, the one beside this Python, or the one on the PATH.
+        program: the engine's program; without it, the one beside this Python, or the one on the PATH. For transformers
+            uniattn has to be installed beside it.
         arguments: passed to the engine as they are.
 
     Raises:
@@ -74,7 +78,9 @@ def serve(
     checkpoint = find_checkpoint(Path(directory))
     check_checkpoint(checkpoint)
     found, fixed = find_program(engine, program), ["serve", str(checkpoint)]
-    if engine == "vllm" and lacks_command(found):
+    if engine == "transformers":
+        fixed = ["-m", TRANSFORMERS_MODULE, *fixed]
+    elif lacks_command(found):
         found, fixed = found.parent / "python", ["-m", VLLM_MODULE, "--model", str(checkpoint)]
     if not any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):
         fixed.append("--trust-remote-code")
@@ -154,7 +160,7 @@ def lacks_command(program: Path) -> bool:
 
 
 def find_program(engine: str, program: Path | str | None = None) -> Path:
-    """Path of the engine's program.
+    """Path of the engine's program; for transformers, of the Python that it is installed in.
 
     Raises:
         UsageError: it is not there; says how to install it.
@@ -163,12 +169,15 @@ def find_program(engine: str, program: Path | str | None = None) -> Path:
         found = shutil.which(str(program))
         if found is None:
             raise UsageError(f"--program {program}: no such program; {INSTALL[engine]}")
-        return Path(found).absolute()
+        found = Path(found).absolute()
+        return found.parent / "python" if engine == "transformers" else found
+    if engine == "transformers":
+        lacking = [name for name in TRANSFORMERS_NEEDS if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise UsageError(f"transformers cannot serve here without {' and '.join(lacking)}; {INSTALL[engine]}")
+        return Path(sys.executable)
     beside = Path(sys.executable).parent / engine
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which(engine)
-    missing = found is None
-    if engine == "transformers" and found == str(beside):
-        missing = any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn"))
-    if missing:
+    if found is None:
         raise UsageError(f"{engine} cannot serve here, it is not installed; {INSTALL[engine]}")
     return Path(found).absolute()
