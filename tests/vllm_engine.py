@@ -38,12 +38,14 @@ QUICK = ["--enforce-eager", f"--kv-cache-memory-bytes={CACHE_BYTES}", "--dtype=f
 PATIENCE = 420
 
 
-def reference(directory: Path, prompts: list[list[int]], tokens: int) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens and their log-probabilities as transformers computes them in float32, with its own cache."""
+def reference(
+    directory: Path, prompts: list[list[int]], tokens: int, dtype: torch.dtype = torch.float32
+) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and their log-probabilities as transformers computes them, with its own cache."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=True, dtype=torch.float32, attn_implementation="eager"
+        directory, trust_remote_code=True, dtype=dtype, attn_implementation="eager"
     ).eval()
     found = []
     for prompt in prompts:
