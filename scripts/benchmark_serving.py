@@ -179,7 +179,13 @@ def send(port: int, model: Path, prompt: str, tokens: int) -> Request:
                 count = event["usage"]["completion_tokens"]
     if first is None or count != tokens:
         sys.exit(f"error: asked for {tokens} tokens, got {count}")
-    return Request(first, time.perf_counter() - started, count)
+    return Request(round(first, 4), round(time.perf_counter() - started, 4), count)
+
+
+def as_json(record: dict, rounds: list[Round]) -> str:
+    """The record with its rounds, one on each line."""
+    lines = ",\n".join("  " + json.dumps(asdict(entry)) for entry in rounds)
+    return json.dumps(record, indent=1).removesuffix("\n}") + f',\n "rounds": [\n{lines}\n ]\n}}\n'
 
 
 def table(rounds: list[Round], models: list[Model]) -> str:
@@ -246,8 +252,7 @@ def main() -> None:
     code = "import vllm; print(vllm.__version__)"
     version = subprocess.run([options.python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     record = {"vllm": version[-1], "cpus": os.cpu_count(), "machine": platform.machine(), "settings": settings}
-    record["rounds"] = [asdict(entry) for entry in rounds]
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(as_json(record, rounds), encoding="utf-8")
     text = table(rounds, options.models)
     options.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
