@@ -103,6 +103,9 @@ def test_transformers_serves_from_a_python_that_has_uniattn(checkpoint, engine, 
     started = f"-m uniattn_cli.serving.transformers_server serve {checkpoint} --trust-remote-code --port 8001"
     command = serve(checkpoint, engine="transformers", arguments=["--port", "8001"])
     assert str(command) == f"{sys.executable} {started}"
+    with pytest.raises(UsageError, match="no python lies beside it"):
+        serve(checkpoint, engine="transformers", program=engine)
+    (engine.parent / "python").symlink_to(sys.executable)
     command = serve(checkpoint, engine="transformers", program=engine, arguments=["--port", "8001"])
     assert str(command) == f"{engine.parent}/python {started}"
 

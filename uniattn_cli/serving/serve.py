@@ -170,7 +170,12 @@ def find_program(engine: str, program: Path | str | None = None) -> Path:
         if found is None:
             raise UsageError(f"--program {program}: no such program; {INSTALL[engine]}")
         found = Path(found).absolute()
-        return found.parent / "python" if engine == "transformers" else found
+        if engine != "transformers":
+            return found
+        python = found.parent / "python"
+        if not os.access(python, os.X_OK):
+            raise UsageError(f"--program {program}: no python lies beside it; give the one in its environment's bin/")
+        return python
     if engine == "transformers":
         lacking = [name for name in TRANSFORMERS_NEEDS if importlib.util.find_spec(name) is None]
         if lacking:
