@@ -293,7 +293,7 @@ class TritonOps(TorchOps):
     # --- products, and what stands between them
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if len(x) == 1 and x.is_cuda and matvec.faster(x, weight, bias):
+        if len(x) == 1 and x.is_cuda and weight.stride(1) == 1 and matvec.faster(x, weight, bias):
             return matvec.matvec(x, weight, bias)
         return super().linear(x, weight, bias)
 
