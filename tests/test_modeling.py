@@ -328,6 +328,17 @@ def test_checkpointing_lets_go_what_was_lent(layout):
     assert not (caught[0].queries or caught[0].keys or caught[0].values)
 
 
+def test_a_second_backward_pass_with_checkpointing_is_refused():
+    model = converted_model(FAMILIES[0], "leader").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = random_tokens()
+    with torch.enable_grad():
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="lent is not there any more; with gradient checkpointing"):
+            loss.backward()
+
+
 @families
 def test_autocast_lends_what_attention_takes(entry):
     model = converted_model(entry, "leader").train()

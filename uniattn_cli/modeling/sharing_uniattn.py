@@ -60,8 +60,16 @@ def gather_heads(
     Returns:
         [batch, len(sources), tokens, head_dim]; without a copy where all heads of one layer are taken in order.
         Where an engine holds a shard of the heads only, taking all of them gives those of the shard.
+
+    Raises:
+        RuntimeError: a layer's states have been let go (`SharedStates.lend`).
     """
     layers = {layer for layer, _ in sources}
+    if not layers <= states.keys():
+        raise RuntimeError(
+            f"what layer {min(layers - states.keys())} lent is not there any more; with gradient checkpointing, each "
+            "backward pass needs a forward pass of its own"
+        )
     if len(layers) == 1:
         source = states[sources[0][0]].to(device)
         heads = [head for _, head in sources]
