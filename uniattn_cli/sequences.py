@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that is not learned
 _BATCH = 256  # rows tokenised at once
-_COUNTED = ("rows", "split", "divided", "used", "dropped", "truncated", "tokens", "lost", "supervised")
+# What is counted of each data set and of all together.
+COUNTED = ("rows", "split", "divided", "used", "dropped", "truncated", "tokens", "lost", "supervised")
 
 Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learned
 
@@ -97,7 +98,7 @@ class _Tally:
     """Counts of one data set while they are made."""
 
     def __init__(self) -> None:
-        self.numbers = dict.fromkeys(_COUNTED[:-1], 0)
+        self.numbers = dict.fromkeys(COUNTED[:-1], 0)
         self.supervised = 0
         self.lengths: list[int] = []
 
@@ -173,7 +174,7 @@ def tokenize(
         tables.append(pyarrow.table([inputs, labels], schema=schema))
         advance(len(next(iter(batch.values()))))
     sources = {source: tally.counts() for source, tally in sorted(tallies.items())}
-    total = {name: sum(getattr(counts, name) for counts in sources.values()) for name in _COUNTED}
+    total = {name: sum(getattr(counts, name) for counts in sources.values()) for name in COUNTED}
     if needed and not total["used"]:
         raise DataError(
             f"none of the {len(rows)} rows has a token to learn within {max_length} tokens; "

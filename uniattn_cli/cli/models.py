@@ -13,14 +13,10 @@ import typer
 from uniattn_cli.cli import settings, talk
 from uniattn_cli.cli.flags import DebugOption, DeviceOption, Dtype, ForceOption, RunDirOption, SetOption
 from uniattn_cli.cli.runner import Common, guard, run_stage
+from uniattn_cli.recipe import ENGINES
 
-
-class Runner(str, enum.Enum):
-    """What can run a model here."""
-
-    auto = "auto"
-    engine = "engine"
-    transformers = "transformers"
+# What can run a model here.
+Runner = enum.Enum("Runner", {word: word for word in ENGINES}, type=str)
 
 
 class Engine(str, enum.Enum):

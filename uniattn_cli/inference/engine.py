@@ -14,6 +14,7 @@ from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Program, UnsupportedError, read_program
 from uniattn_cli.inference.sampling import Sampling, choose
 from uniattn_cli.inference.session import Session
+from uniattn_cli.recipe import ENGINES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -220,7 +221,7 @@ def decode(
         UnsupportedError: `engine` was insisted on and cannot run the model.
         UsageError: impossible arguments.
     """
-    if engine not in ("auto", "engine", "transformers"):
+    if engine not in ENGINES:
         raise UsageError(f"engine must be auto, engine or transformers, not '{engine}'")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")

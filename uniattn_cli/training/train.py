@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 REPORT_FILE = "uniattn_report.json"
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "loss.png"
-COUNTED = ("rows", "split", "divided", "used", "dropped", "truncated", "tokens", "lost", "supervised")
 # Settings that an interrupted run must have had too.
 DECISIVE = ("seed", "model", "data.train", "data.holdout", "data.chat_template", "train", "evaluation.responses")
 FEWEST_VALIDATION_ROWS = 8
@@ -380,6 +379,7 @@ def _kept_notes(results: Sequence[StageResult]) -> list[str]:
 
 def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses: dict[str, Loss]) -> None:
     """Writes `uniattn_report.json` (data, stages, held-out losses in nats) and `loss.png`."""
+    from uniattn_cli.sequences import COUNTED
     from uniattn_cli.training.plots import plot_training
 
     counts = {name: getattr(rows, name) for name in COUNTED}
