@@ -142,13 +142,20 @@ def nearly(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one - other).abs().max() <= 1e-4 * other.abs().max()
 
 
+def labels_by_hand(batch: dict) -> torch.Tensor:
+    """What each position of `outputs_by_hand` is to predict, -100 where nothing is learned."""
+    from uniattn_cli.training.teacher import documents
+
+    return torch.tensor([label for _, labels in documents(batch, batch["labels"]) for label in labels[1:]])
+
+
 def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Logits and attention outputs, each row alone, at positions that predict something learned."""
+    """Logits and attention outputs, each row alone, at all positions that a next token follows."""
     from uniattn_cli.training.teacher import documents
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     found, outputs = [], {layer: [] for layer in CHANGED_LAYERS}
-    for tokens, labels in documents(inputs, batch["labels"]):
+    for tokens, _ in documents(inputs, batch["labels"]):
         kept = {}
         hooks = [
             model.model.layers[layer].self_attn.register_forward_hook(
@@ -156,10 +163,9 @@ def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.T
             )
             for layer in CHANGED_LAYERS
         ]
-        places = [place for place, label in enumerate(labels[1:]) if label != IGNORED]
-        found.append(model(torch.tensor([tokens]), use_cache=False).logits[0, places])
+        found.append(model(torch.tensor([tokens]), use_cache=False).logits[0, :-1])
         for layer, output in kept.items():
-            outputs[layer].append(output[0, places])
+            outputs[layer].append(output[0, :-1])
         for hook in hooks:
             hook.remove()
     return torch.cat(found), {layer: torch.cat(each) for layer, each in outputs.items()}
@@ -169,6 +175,8 @@ SPECS = {
     "dense": DistillationSpec(weight=0.7, temperature=2.0),
     "top_k": DistillationSpec(weight=1.0, top_k=5),
     "attention": DistillationSpec(weight=0.25, attention=3.0),
+    "all tokens": DistillationSpec(weight=0.5, attention=1.0, tokens="all"),
+    "top_k of all tokens": DistillationSpec(weight=0.5, top_k=5, tokens="all"),
     "attention alone": DistillationSpec(weight=0.0, attention=1.0),
 }
 
@@ -189,8 +197,12 @@ def test_loss_and_gradient_equal_a_computation_by_hand(run, name, packing):
 
     ours, theirs = ([outputs_by_hand(model, batch) for batch in batches] for model in (student, teacher))
     s, t = (torch.cat([logits for logits, _ in each]).double() for each in (ours, theirs))
-    targets = torch.cat([batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORED] for batch in batches])
-    expected = {"cross_entropy": -s.log_softmax(-1)[range(count), targets].mean()}
+    targets = torch.cat([labels_by_hand(batch) for batch in batches])
+    learned = targets != IGNORED
+    assert int(learned.sum()) == count < len(targets)
+    compared = torch.ones_like(learned) if spec.tokens == "all" else learned
+    expected = {"cross_entropy": -s[learned].log_softmax(-1)[range(count), targets[learned]].mean()}
+    s, t = s[compared], t[compared]
     if spec.weight:
         p, q = (t / spec.temperature).softmax(-1), (s / spec.temperature).softmax(-1)
         if spec.top_k:
@@ -201,8 +213,9 @@ def test_loss_and_gradient_equal_a_computation_by_hand(run, name, packing):
     if spec.attention:
         errors = []
         for layer in CHANGED_LAYERS:
-            a, b = (torch.cat([outputs[layer] for _, outputs in each]).double() for each in (ours, theirs))
-            errors.append((a - b).square().sum() / b.square().sum())
+            a, b = (torch.cat([outputs[layer] for _, outputs in each])[compared].double() for each in (ours, theirs))
+            energy = b.square().sum() / len(b)
+            errors.append((a - b).square().sum() / energy / count)
         expected["attention"] = sum(errors) / len(errors)
     assert parts.keys() == expected.keys()
     for key, value in expected.items():
@@ -305,8 +318,9 @@ def test_interrupted_distillation_ends_like_any_other(run):
     assert all(torch.equal(after[name], reference[name]) for name in reference)
 
 
+@pytest.mark.parametrize("tokens", ["learned", "all"])
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing):
+def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing, tokens):
     setting = [
         *stages("trains: all, loss: distillation, steps: 4, learning_rate: 0.003"),
         "train.log_steps=1",
@@ -314,10 +328,10 @@ def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing):
         "train.batch_size=4",
         "train.micro_batch_size=2",
     ]
-    train(run_dir=run, overrides=[*setting, "train.distillation={top_k: 6}"], options=CPU)
+    train(run_dir=run, overrides=[*setting, f"train.distillation={{top_k: 6, tokens: {tokens}}}"], options=CPU)
     live = losses_of(run / "trained")
     said = Recorder()
-    stored = [*setting, "train.distillation={top_k: 6, precompute: true}"]
+    stored = [*setting, f"train.distillation={{top_k: 6, tokens: {tokens}, precompute: true}}"]
     for _ in range(2):
         train(run_dir=run, overrides=stored, options=RunOptions(device="cpu", force=True, progress=said))
         assert losses_of(run / "trained") == pytest.approx(live, rel=1e-5)
@@ -340,12 +354,12 @@ def test_a_row_that_the_teacher_never_saw_is_refused(run):
     write_teacher(run / "teacher" / "x", trainer.distiller, rows, settings={}, batch_size=2, device=torch.device("cpu"))
     stored = StoredTeacher(run / "teacher" / "x")
     batch = {"input_ids": torch.tensor([[4, 5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
-    found = stored.lookup(batch, torch.tensor([[IGNORED, 5, 6, IGNORED]]))
+    found = stored.lookup(batch, torch.tensor([[IGNORED, 5, 6, IGNORED]]), "learned")
     assert isinstance(found, TopK) and found.ids.shape == (2, 3)
     total = found.logprobs.exp().sum(-1) + found.rest.exp()
     assert total.tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
     with pytest.raises(StageError, match="lacks a row"):
-        stored.lookup(batch, torch.tensor([[IGNORED, IGNORED, 6, IGNORED]]))
+        stored.lookup(batch, torch.tensor([[IGNORED, IGNORED, 6, IGNORED]]), "learned")
 
 
 def test_the_control_teaches_once_it_is_there(run):

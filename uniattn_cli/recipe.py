@@ -333,6 +333,11 @@ class DistillationSpec:
         "only the teacher's likeliest tokens and the mass of all others are compared; null compares all",
         minimum=1,
     )
+    tokens: str = setting(
+        "learned",
+        "where teacher and student are compared: at the tokens that are learned, or at those of prompts too",
+        choices=("learned", "all"),
+    )
     attention: float = setting(
         0.0,
         "weight of the squared difference of changed layers' attention outputs, relative to the teacher's",

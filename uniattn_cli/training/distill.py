@@ -1,13 +1,16 @@
 """Learning from a frozen teacher: the loss of stages with `loss: distillation`.
 
-For the learned tokens of an optimiser step, N of them over all processes and forward passes,
+For an optimiser step with N learned tokens over all processes and forward passes,
 
-    loss = 1/N · sum over tokens [ (1 - weight) · cross-entropy + weight · temperature² · KL(teacher || student)
-           + attention · mean over changed layers of |student's attention output - teacher's|² / E_layer ]
+    loss = 1/N · ( sum over learned tokens of (1 - weight) · cross-entropy
+           + sum over compared tokens of [ weight · temperature² · KL(teacher || student)
+             + attention · mean over changed layers of |student's attention output - teacher's|² / E_layer ] )
 
-E_layer is the mean |teacher's attention output|² over the learned tokens of the stage's first step; as a constant it
-keeps the loss a plain sum over tokens, which comes out the same however a step is divided. Both models see the same
-rows; the attention output is that of the attention block, where a follower's compensation has been added.
+Compared are the learned tokens, or with `tokens: all` those of prompts too: a teacher has something to say about each.
+A compared token counts the same whether it is learned or not. E_layer is the mean |teacher's attention output|² over
+the compared tokens of the stage's first step; as a constant it keeps the loss a plain sum over tokens, which comes out
+the same however a step is divided. Both models see the same rows; the attention output is that of the attention block,
+where a follower's compensation has been added.
 """
 
 from __future__ import annotations
@@ -34,19 +37,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a forward pass is compared with, at its learned positions, row after row.
+    """What a forward pass is compared with, at its compared positions, row after row.
 
     Attributes:
         labels: [batch, tokens], -100 where nothing is learned.
+        compared: [batch, tokens - 1], true at positions whose next token is compared.
         hidden: last hidden states of the teacher, [positions, hidden]; None where top_k is there.
         top_k: the teacher's coarsened distribution.
         attention: the teacher's attention outputs by layer, each [positions, hidden].
     """
 
     labels: torch.Tensor
+    compared: torch.Tensor
     hidden: torch.Tensor | None = None
     top_k: TopK | None = None
     attention: dict[int, torch.Tensor] | None = None
+
+
+def compared_positions(inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: str) -> torch.Tensor:
+    """Where a student is compared with its teacher.
+
+    Args:
+        inputs: a micro-batch, padded (`attention_mask`) or packed (`position_ids`).
+        labels: [batch, tokens].
+        tokens: `learned` or `all`, as `train.distillation.tokens`.
+
+    Returns:
+        [batch, tokens - 1], true at positions whose next token is compared; padding and the first token of a row, which
+        nothing is before, never are.
+    """
+    if tokens == "learned":
+        return labels[:, 1:] != IGNORED
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"][:, 1:].bool()
+    return inputs["position_ids"][:, 1:] != 0
 
 
 @contextlib.contextmanager
@@ -97,7 +121,7 @@ class Distiller:
         sums, count = dict.fromkeys(self.layers, 0.0), 0
         for batch in batches if self.layers else ():
             targets = self.targets(batch)
-            count += int((batch["labels"][:, 1:] != IGNORED).sum())
+            count += int(targets.compared.sum())
             for layer, output in targets.attention.items():
                 sums[layer] += output.double().square().sum().item()
         self.energies = {layer: total / max(count, 1) for layer, total in sums.items()}
@@ -107,18 +131,18 @@ class Distiller:
         """What the teacher says about a micro-batch with `labels`; the rest of it is the teacher's input too."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        compared = compared_positions(inputs, labels, self.spec.tokens)
         if self.teacher is None:
-            return Targets(labels, top_k=self.stored.lookup(inputs, labels))
-        learned = labels[:, 1:] != IGNORED
+            return Targets(labels, compared, top_k=self.stored.lookup(inputs, labels, self.spec.tokens))
         # The trainer's automatic mixed precision is the student's, not the teacher's.
         with torch.autocast(labels.device.type, enabled=False), attention_outputs(self.teacher, self.layers) as outputs:
-            hidden = self.teacher.model(**inputs, use_cache=False).last_hidden_state[:, :-1][learned]
-        attention = {layer: output[:, :-1][learned] for layer, output in outputs.items()}
-        return Targets(labels, hidden=hidden if self.spec.weight else None, attention=attention)
+            hidden = self.teacher.model(**inputs, use_cache=False).last_hidden_state[:, :-1][compared]
+        attention = {layer: output[:, :-1][compared] for layer, output in outputs.items()}
+        return Targets(labels, compared, hidden=hidden if self.spec.weight else None, attention=attention)
 
     @torch.no_grad()
     def top_k_of(self, inputs: dict[str, torch.Tensor]) -> TopK:
-        """The teacher's coarsened distributions at the learned positions of a micro-batch with `labels`."""
+        """The teacher's coarsened distributions at the compared positions of a micro-batch with `labels`."""
         hidden = self.targets(inputs).hidden
         size = max(1, LOGITS_AT_ONCE // self.teacher.config.vocab_size)
         spec = self.spec
@@ -126,7 +150,7 @@ class Distiller:
         return TopK(*(torch.cat([getattr(each, name) for each in pieces]) for name in ("ids", "logprobs", "rest")))
 
     def loss_sums(self, student: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> dict[str, torch.Tensor]:
-        """Runs the student and sums each part of the loss over the learned tokens.
+        """Runs the student and sums each part of the loss over its tokens.
 
         Args:
             student: may be inside DDP or FSDP; this is called in its forward (see `attach_objective`).
@@ -137,18 +161,18 @@ class Distiller:
             Scalars: `loss`, of which the gradient is taken, and its parts without their weights: `cross_entropy`,
             `divergence` and `attention`, those that have a weight.
         """
-        learned = targets.labels[:, 1:] != IGNORED
+        compared = targets.compared
         with attention_outputs(student, self.layers) as outputs:
             backbone = student.model(**inputs)
-        hidden = backbone.last_hidden_state[:, :-1][learned]
-        parts = self._token_parts(student, hidden, targets.labels[:, 1:][learned], targets)
+        hidden = backbone.last_hidden_state[:, :-1][compared]
+        parts = self._token_parts(student, hidden, targets.labels[:, 1:][compared], targets)
         weight = self.spec.weight
         parts["loss"] = (1 - weight) * parts["cross_entropy"]
         if weight:
             parts["loss"] = parts["loss"] + weight * parts["divergence"]
         if self.layers:
             errors = [
-                (outputs[layer][:, :-1][learned].float() - targets.attention[layer].float()).square().sum()
+                (outputs[layer][:, :-1][compared].float() - targets.attention[layer].float()).square().sum()
                 / self.energies[layer]
                 for layer in self.layers
             ]
@@ -179,7 +203,7 @@ class Distiller:
         self, student: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets, piece: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head_logits(student, hidden).float()
-        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         if not self.spec.weight:
             return cross_entropy, torch.zeros_like(cross_entropy)
         temperature = self.spec.temperature

@@ -52,18 +52,21 @@ class StoredTeacher:
         self.ids, self.logprobs, self.rest = load("ids"), load("logprobs"), load("rest")
         self.starts = {int(key): int(start) for key, start in load("rows")}
 
-    def lookup(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> TopK:
-        """The teacher's distributions at the learned positions of a micro-batch, padded or packed.
+    def lookup(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: str) -> TopK:
+        """The teacher's distributions at the compared positions of a micro-batch, padded or packed.
+
+        Args:
+            tokens: which positions those are, as they were written.
 
         Raises:
             StageError: a row was not among those written.
         """
         found = []
-        for tokens, targets in documents(inputs, labels):
-            start = self.starts.get(row_key(tokens, targets))
+        for row, targets in documents(inputs, labels):
+            start = self.starts.get(row_key(row, targets))
             if start is None:
                 raise StageError(f"{self.folder} lacks a row of the training data; remove the folder and run again")
-            found.append(np.arange(start, start + sum(target != IGNORED for target in targets[1:])))
+            found.append(np.arange(start, start + positions(targets, tokens)))
         places = np.concatenate(found)
         device = labels.device
         return TopK(
@@ -71,6 +74,11 @@ class StoredTeacher:
             torch.from_numpy(self.logprobs[places]).to(device),
             torch.from_numpy(self.rest[places]).to(device),
         )
+
+
+def positions(labels: Sequence[int], tokens: str) -> int:
+    """How many positions of a row are compared; `tokens` as `train.distillation.tokens`."""
+    return len(labels) - 1 if tokens == "all" else sum(label != IGNORED for label in labels[1:])
 
 
 def documents(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[tuple[list[int], list[int]]]:
@@ -97,7 +105,7 @@ def write_teacher(
     device: torch.device,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> None:
-    """Computes and writes the distributions at all learned positions, as a whole or not at all.
+    """Computes and writes the distributions at all compared positions, as a whole or not at all.
 
     Args:
         folder: made; what an interruption left of an earlier try is replaced.
@@ -107,7 +115,7 @@ def write_teacher(
         batch_size: rows per forward pass.
         advance: told the number of finished rows.
     """
-    counts = [sum(label != IGNORED for label in labels[1:]) for labels in rows["labels"]]
+    counts = [positions(labels, distiller.spec.tokens) for labels in rows["labels"]]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     keys = [row_key(tokens, labels) for tokens, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
     partial = folder.with_name(f".{folder.name}.partial")

@@ -87,6 +87,7 @@ class Teaching:
             "attention": model.attention,
             "top_k": spec.top_k,
             "temperature": spec.temperature,
+            "tokens": spec.tokens,
         }
 
 
