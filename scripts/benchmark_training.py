@@ -7,7 +7,8 @@ Every row is made by the tool's own commands in a run directory of its own, with
 the same order for a seed. The score is the mean of log perplexity on `--text` (first 30,720 tokens; the other pages are
 calibration text), of log perplexity on `--wikitext` (first 65,536 tokens) and of the loss on held-out responses; lower
 is better. The gap is the score minus that of the control of the same seed. Rows already in the output are not measured
-again; `--parts` and `--layouts` pick some. A part may name its own learning rate (`one@3e-4`, `two@3e-3,1e-4`).
+again; `--parts` and `--layouts` pick some. A part may name its own learning rates and settings of the recipe's
+`train.distillation`: `one@3e-4`, `two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`.
 Layouts are searched, or taken from `benchmark_layouts.py` with `--layouts-from`. Several processes, each with its own
 `--out`, share the work; `--merge` puts their files together. A table (`.md`) and a picture (`.png`) are written beside
 the JSON file.
@@ -145,6 +146,8 @@ class Bench:
             f"train.micro_batch_size={spec.micro_batch_size}",
             f"train.max_length={spec.max_length}",
             "train.group_by_length=true",
+            # Nobody resumes these runs, and writing takes longer than the steps of so small a model.
+            "train.save_steps=1000000",
         ]
 
     def _steps(self) -> int:
@@ -188,7 +191,7 @@ class Bench:
 
     def row(self, layout: str, part: str, seed: int) -> None:
         """Makes one row, unless it is there already."""
-        shared = part.partition("@")[0] in ("base", "control")
+        shared = name_of(part) in ("base", "control")
         key = f"{'base' if shared else layout} | {part} | seed {seed}"
         if key in self.content["rows"]:
             return
@@ -211,9 +214,9 @@ class Bench:
 
     def _train(self, folder: Path, layout: str, part: str, seed: int) -> tuple[Path, float, int]:
         settings = [*self.settings(seed), *self._recipe_of(part, layout, seed)]
-        if part == "control teaches":
+        if name_of(part) == "control teaches":
             self._fetch_control(folder, seed)
-        control = part.partition("@")[0] == "control"
+        control = name_of(part) == "control"
         result = train(run_dir=folder, control=control, overrides=settings, options=self.options)
         seconds, tokens = (sum(getattr(stage, name) for stage in result.stages) for name in ("seconds", "tokens"))
         if part == "control":
@@ -229,7 +232,8 @@ class Bench:
     def _recipe_of(self, part: str, layout: str, seed: int) -> list[str]:
         """The stages of a part, as settings."""
         steps = self.steps
-        part, _, rates = part.partition("@")
+        name_and_settings, _, rates = part.partition("@")
+        part, *more_settings = name_and_settings.split("+")
         if part == "two":
             first = max(1, round(FIRST_SHARE * steps))
             stages = [("compensation", first, ""), ("all", max(1, steps - first), "")]
@@ -250,7 +254,11 @@ class Bench:
             for (trains, count, more), rate in zip(stages, chosen, strict=True)
         ]
         teacher = "control" if part == "control teaches" else "base"
-        return [f"train.stages=[{', '.join(entries)}]", f"train.distillation={{teacher: {teacher}, top_k: 64}}"]
+        return [
+            f"train.stages=[{', '.join(entries)}]",
+            f"train.distillation={{teacher: {teacher}, top_k: 64}}",
+            *(f"train.distillation.{each}" for each in more_settings),
+        ]
 
     def _score(self, directory: Path, seed: int) -> dict[str, float]:
         model = load_model(locate(str(directory)), ModelSpec(dtype="float32"), self.device)
@@ -265,6 +273,11 @@ class Bench:
         write(self.content, self.out)
 
 
+def name_of(part: str) -> str:
+    """A part without its settings and learning rates."""
+    return part.partition("@")[0].partition("+")[0]
+
+
 def merged(contents: Sequence[dict]) -> dict:
     """One file's content from those of several processes."""
     together = contents[0]
@@ -277,11 +290,10 @@ def merged(contents: Sequence[dict]) -> dict:
 
     def place(key: str) -> list:
         layout, part, seed = key.split(" | ")
-        name, _, rate = part.partition("@")
         return [
             layout != "base",
-            *(places[0].index(layout) if layout in LAYOUTS else -1, places[1].index(name)),
-            rate,
+            *(places[0].index(layout) if layout in LAYOUTS else -1, places[1].index(name_of(part))),
+            part,
             seed,
         ]
 
@@ -380,7 +392,7 @@ def main() -> None:
     parser.add_argument("--out", default="docs/benchmarks/training.json")
     parser.add_argument("--work", help="folder of the run directories, kept; a temporary one by default")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each row")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), help=f"{', '.join(PARTS)}; @RATE after any trained")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), help=f"{', '.join(PARTS)}; +SETTING=VALUE and @RATE after any trained")
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--kv", type=float, default=0.8, help="share of the KV bytes that all layouts keep")
@@ -398,7 +410,7 @@ def main() -> None:
     parser.add_argument("--layouts-from", help="JSON file of benchmark_layouts.py, for its layouts")
     parser.add_argument("--merge", nargs="*", default=[], help="only put these JSON files of other processes together")
     arguments = parser.parse_args()
-    unknown = [part for part in arguments.parts if part.partition("@")[0] not in PARTS]
+    unknown = [part for part in arguments.parts if name_of(part) not in PARTS]
     if unknown:
         parser.error(f"unknown parts: {', '.join(unknown)} (known: {', '.join(PARTS)})")
     out = Path(arguments.out)
