@@ -242,10 +242,7 @@ class Bench:
         elif part in ("distillation", "control teaches"):
             stages = [("all", steps, ", loss: distillation")]
         elif part == "equal time":
-            rows = [self.content["rows"].get(f"{layout} | {name} | seed {seed}") for name in ("distillation", "one")]
-            if None in rows:
-                raise SystemExit("`equal time` needs the parts `one` and `distillation` of the same layout and seed")
-            stages = [("all", max(1, round(steps * rows[0]["seconds"] / rows[1]["seconds"])), "")]
+            stages = [("all", max(1, round(steps * self.arguments.equal_time)), "")]
         else:
             stages = [("all", steps, "")]
         chosen = rates.split(",") if rates else [RATES[trains] for trains, *_ in stages]
@@ -392,7 +389,12 @@ def main() -> None:
     parser.add_argument("--out", default="docs/benchmarks/training.json")
     parser.add_argument("--work", help="folder of the run directories, kept; a temporary one by default")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each row")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), help=f"{', '.join(PARTS)}; +SETTING=VALUE and @RATE after any trained")
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        default=list(PARTS),
+        help=f"{', '.join(PARTS)}; +SETTING=VALUE and @RATE after any trained",
+    )
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--kv", type=float, default=0.8, help="share of the KV bytes that all layouts keep")
@@ -406,6 +408,12 @@ def main() -> None:
     parser.add_argument("--score-tokens", type=int, default=24576, help="that judge candidates of the search")
     parser.add_argument("--text-tokens", type=int, default=WIKITEXT_TOKENS, help="at most this many of each text")
     parser.add_argument("--responses", type=int, default=200, help="held-out rows of the score")
+    parser.add_argument(
+        "--equal-time",
+        type=float,
+        default=1.5,
+        help="steps of that part over the others': the time that a teacher costs",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--layouts-from", help="JSON file of benchmark_layouts.py, for its layouts")
     parser.add_argument("--merge", nargs="*", default=[], help="only put these JSON files of other processes together")

@@ -30,6 +30,7 @@ from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import TrainSpec, TrainStage
+from uniattn_cli.training.process import Process
 from uniattn_cli.training.runner import quiet_training
 from uniattn_cli.training.sft import StageTrainer, compute_dtype, make_config
 from uniattn_cli.training.stages import prepare
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    device, out = RunOptions(device=arguments.device).torch_device(), Path(arguments.out)
+    device, out = Process.current(RunOptions(device=arguments.device)).device, Path(arguments.out)
     content = json.loads(out.read_text()) if out.exists() else {"cases": {}}
     shown = ("layers", "hidden", "batch", "length", "rounds")
     content["setting"] = {name: getattr(arguments, name) for name in shown} | {
