@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import nn
 
-from uniattn_cli.inference import kernels, matvec, pointwise
+from uniattn_cli.inference import kernels, matvec, pointwise, tuning
 from uniattn_cli.inference.caches import BLOCKS, Caches
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Feed, LayerProgram, Program
@@ -292,10 +292,19 @@ class TritonOps(TorchOps):
 
     # --- products, and what stands between them
 
+    def tune(self) -> None:
+        if self.caches.batch == 1:
+            tuning.tune(self.program, _gate)
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if len(x) == 1 and x.is_cuda and weight.stride(1) == 1 and matvec.faster(x, weight, bias):
-            return matvec.matvec(x, weight, bias)
-        return super().linear(x, weight, bias)
+        return tuning.product(x, weight, bias) if len(x) == 1 else super().linear(x, weight, bias)
+
+    def gated(self, feed: Feed, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) == 1 and feed.activation:
+            setting = tuning.chosen(feed.gate_up, activation=feed.activation)
+            if setting is not None:
+                return matvec.gated_matvec(hidden, feed.gate_up, feed.activation, setting)
+        return super().gated(feed, hidden)
 
     def residual_norm(
         self,
@@ -391,14 +400,17 @@ class TritonOps(TorchOps):
         return queries
 
     def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
-        if not feed.activation:
-            return super().gate(feed, gate_up)
-        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(tokens, width)
-        pointwise.gate_kernel[(tokens, triton.cdiv(width, GATE_BLOCK))](
-            gate_up, out, width, BLOCK=GATE_BLOCK, GELU=feed.activation == "gelu_tanh", num_warps=4
-        )
-        return out
+        return _gate(feed.activation, gate_up) if feed.activation else super().gate(feed, gate_up)
+
+
+def _gate(activation: str, gate_up: torch.Tensor) -> torch.Tensor:
+    """activation(gate) * up: [tokens, 2 * intermediate] to [tokens, intermediate]."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, width)
+    pointwise.gate_kernel[(tokens, triton.cdiv(width, GATE_BLOCK))](
+        gate_up, out, width, BLOCK=GATE_BLOCK, GELU=activation == "gelu_tanh", num_warps=4
+    )
+    return out
 
 
 def _pad(size: int) -> int:
