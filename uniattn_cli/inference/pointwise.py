@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+GATE_BLOCK = 1024
 
 
 @triton.jit
@@ -156,3 +159,17 @@ def gate_kernel(gate_up, out, width, BLOCK: tl.constexpr, GELU: tl.constexpr):
     gate = tl.load(gate_up + row * 2 * width + i, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0)
     tl.store(out + row * width + i, gated(gate, up, GELU), mask=inside)
+
+
+def gate(activation: str, gate_up: torch.Tensor) -> torch.Tensor:
+    """activation(gate) * up: [tokens, 2 * intermediate] to [tokens, intermediate].
+
+    Args:
+        activation: `silu` or `gelu_tanh`.
+    """
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, width)
+    gate_kernel[(tokens, triton.cdiv(width, GATE_BLOCK))](
+        gate_up, out, width, BLOCK=GATE_BLOCK, GELU=activation == "gelu_tanh", num_warps=4
+    )
+    return out

@@ -22,7 +22,6 @@ MOST_SPLITS = 128
 GOOD_USE = 0.92
 # A program with fewer keys than this hardly pays for the merge.
 FEWEST_KEYS = 256
-GATE_BLOCK = 1024
 # Shared memory that a program may have on a device that does not say, and what is needed beside the blocks of keys.
 FALLBACK_SHARED = 227 << 10
 OTHER_SHARED = 24 << 10
@@ -294,7 +293,7 @@ class TritonOps(TorchOps):
 
     def tune(self) -> None:
         if self.caches.batch == 1:
-            tuning.tune(self.program, _gate)
+            tuning.tune(self.program)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return tuning.product(x, weight, bias) if len(x) == 1 else super().linear(x, weight, bias)
@@ -400,17 +399,7 @@ class TritonOps(TorchOps):
         return queries
 
     def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
-        return _gate(feed.activation, gate_up) if feed.activation else super().gate(feed, gate_up)
-
-
-def _gate(activation: str, gate_up: torch.Tensor) -> torch.Tensor:
-    """activation(gate) * up: [tokens, 2 * intermediate] to [tokens, intermediate]."""
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(tokens, width)
-    pointwise.gate_kernel[(tokens, triton.cdiv(width, GATE_BLOCK))](
-        gate_up, out, width, BLOCK=GATE_BLOCK, GELU=activation == "gelu_tanh", num_warps=4
-    )
-    return out
+        return pointwise.gate(feed.activation, gate_up) if feed.activation else super().gate(feed, gate_up)
 
 
 def _pad(size: int) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from uniattn_cli.inference import matvec
+from uniattn_cli.inference import matvec, pointwise
 from uniattn_cli.inference.matvec import SETTINGS, Setting
 
 if TYPE_CHECKING:
@@ -48,12 +48,8 @@ def chosen(weight: torch.Tensor, bias: torch.Tensor | None = None, activation: s
 
 
 @torch.inference_mode()
-def tune(program: Program, gate: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Measures the products with one row that a program has, as far as they are not known yet; not while capturing.
-
-    Args:
-        gate: the kernel that follows a product apart, from the name of the activation and [1, 2 * intermediate].
-    """
+def tune(program: Program) -> None:
+    """Measures the products with one row that a program has, as far as they are not known yet; not while capturing."""
     groups: dict[tuple, tuple[list[torch.Tensor], torch.Tensor | None, str]] = {}
     for weight, bias, activation in _products(program):
         key = product_key(weight, bias, activation)
@@ -62,7 +58,7 @@ def tune(program: Program, gate: Callable[[str, torch.Tensor], torch.Tensor]) ->
     # Gates come after their products, whose choice they are compared with.
     for key, (weights, bias, activation) in sorted(groups.items(), key=lambda item: bool(item[1][2])):
         x = torch.randn(1, weights[0].shape[1], device=weights[0].device).to(weights[0].dtype)
-        candidates = gate_candidates(x, activation, gate) if activation else product_candidates(x, bias)
+        candidates = gate_candidates(x, activation) if activation else product_candidates(x, bias)
         _CHOSEN[key] = fastest(candidates, weights)
 
 
@@ -85,11 +81,9 @@ def product_candidates(x: torch.Tensor, bias: torch.Tensor | None = None) -> dic
     return candidates
 
 
-def gate_candidates(
-    x: torch.Tensor, activation: str, gate: Callable[[str, torch.Tensor], torch.Tensor]
-) -> dict[Setting | None, Product]:
+def gate_candidates(x: torch.Tensor, activation: str) -> dict[Setting | None, Product]:
     """The best product and then the gate, as None, and both in one kernel with every launch setting."""
-    candidates: dict[Setting | None, Product] = {None: lambda weight: gate(activation, product(x, weight))}
+    candidates: dict[Setting | None, Product] = {None: lambda weight: pointwise.gate(activation, product(x, weight))}
     for setting in SETTINGS:
         candidates[setting] = partial(matvec.gated_matvec, x, activation=activation, setting=setting)
     return candidates
