@@ -35,13 +35,13 @@ class Tuning:
         programs: programs that one multiprocessor should hold.
         warps: warps per program.
         stages: blocks of keys in flight.
-        direct: 1 stores maps from the registers of the matrix units (16-bit types on CUDA only).
+        resident: 1 asks the L2 cache to evict a leader's map last.
     """
 
     programs: int
     warps: int
     stages: int
-    direct: int = 0
+    resident: int = 0
 
     @classmethod
     def of(cls, role: str, block: int) -> Tuning:
@@ -221,7 +221,7 @@ class TritonOps(TorchOps):
             KEEP=slot is not None,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
-            DIRECT=bool(tuning.direct) and self.program.dtype.itemsize == 2,
+            RESIDENT=bool(tuning.resident),
             num_stages=self._stages(layer, tuning, 2),
             **common,
         )
