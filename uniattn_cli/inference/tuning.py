@@ -57,7 +57,7 @@ def tune(program: Program) -> None:
             groups.setdefault(key, ([], bias, activation))[0].append(weight)
     # Gates come after their products, whose choice they are compared with.
     for key, (weights, bias, activation) in sorted(groups.items(), key=lambda item: bool(item[1][2])):
-        x = torch.randn(1, weights[0].shape[1], device=weights[0].device).to(weights[0].dtype)
+        x = weights[0].new_ones(1, weights[0].shape[1])
         candidates = gate_candidates(x, activation) if activation else product_candidates(x, bias)
         _CHOSEN[key] = fastest(candidates, weights)
 
@@ -126,22 +126,18 @@ def measure(
     for _ in range(ROUNDS):
         for name, replay in replays.items():
             times[name].append(replay())
-    # In the first round clocks rise.
+    # Clocks rise in the first round.
     return {name: statistics.median(values[1:]) / calls for name, values in times.items()}
 
 
 def _captured(call: Product, weights: list[torch.Tensor]) -> Callable[[], float]:
     """A function that replays calls with all weights and returns milliseconds."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # Compiles, and sets the library up.
-        call(weights[0])
-        stream.synchronize()
-        graph.capture_begin()
+    # Compiles, and sets the library up.
+    call(weights[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         for weight in weights:
             call(weight)
-        graph.capture_end()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def replay() -> float:
