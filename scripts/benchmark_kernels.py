@@ -2,6 +2,7 @@
 
     python scripts/benchmark_kernels.py --out docs/benchmarks/kernels.json
     python scripts/benchmark_kernels.py --out docs/benchmarks/kernels_grid.json --grid
+    python scripts/benchmark_kernels.py --out docs/benchmarks/products.json --products
 
 Needs one GPU and nothing but torch, triton and this repository on PYTHONPATH. Every candidate is captured in a graph;
 in each round all of them have their turn. Ratios are of medians. `--block` tries another size of the blocks of keys.
@@ -32,9 +33,20 @@ SHAPES = {
     "1x4096": (None, None),
 }
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# Programs per multiprocessor, warps, stages, and whether maps are stored directly.
+# Programs per multiprocessor, warps, stages, and whether leaders' maps should stay in the cache.
 TUNINGS = [(1, 4, 4), (1, 4, 4, 1), (2, 8, 3), (2, 8, 3, 1), (2, 4, 3), (2, 4, 3, 1), (1, 8, 4), (1, 8, 4, 1)]
 CALLS = 8
+# Rows and columns of the matrices that a step of one row is multiplied with, and the activation that follows.
+PRODUCTS = {
+    "query, key, value": (6144, 4096, ""),
+    "value": (1024, 4096, ""),
+    "output": (4096, 4096, ""),
+    "output and W_c": (4096, 8192, ""),
+    "gate and up": (28672, 4096, ""),
+    "gate and up, gated": (28672, 4096, "silu"),
+    "down": (4096, 14336, ""),
+    "head": (128256, 4096, ""),
+}
 # For correctness: head size, query and key/value heads, window, soft-cap.
 GRID = [
     (64, 32, 8, None, None),
@@ -60,6 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tunings", type=int, default=len(TUNINGS), help="how many of the launch settings to try")
     parser.add_argument("--grid", action="store_true", help="check correctness over many shapes instead of speed")
+    parser.add_argument("--products", action="store_true", help="time products with one row instead of attention")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     from uniattn_cli.benchmarking.report import describe_device
@@ -83,7 +96,13 @@ def main() -> None:
         print(json.dumps(content["grid"][-1]), flush=True)
         content["seconds"] = time.perf_counter() - started
         arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for shape in () if arguments.grid else arguments.shapes:
+    for name, (rows, columns, activation) in PRODUCTS.items() if arguments.products else ():
+        found = measure_product(rows, columns, activation, device)
+        content.setdefault("products", {})[name] = found
+        print(f"{name}: {json.dumps(found)}", flush=True)
+        content["seconds"] = time.perf_counter() - started
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for shape in () if arguments.grid or arguments.products else arguments.shapes:
         batch, context = (int(part) for part in shape.split("x"))
         found = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings], arguments.block)
         found |= judge(shape, found, content["copy_bandwidth"])
@@ -129,6 +148,23 @@ def measure(
         for name, run in candidates.items():
             times[name].append(run())
     return {"block": caches.block, "times": times, "errors": errors, "failures": failures}
+
+
+def measure_product(rows: int, columns: int, activation: str, device: torch.device) -> dict:
+    """Milliseconds of the library and of our kernel with every launch setting, and the bytes per second of each."""
+    from uniattn_cli.inference import tuning
+
+    weights = [torch.randn(rows, columns, device=device, dtype=torch.bfloat16)]
+    x = torch.randn(1, columns, device=device, dtype=torch.bfloat16)
+    candidates = tuning.gate_candidates(x, activation) if activation else tuning.product_candidates(x)
+    milliseconds = tuning.measure(candidates, weights)
+    times = {"library" if key is None else ",".join(map(str, key)): value for key, value in milliseconds.items()}
+    return {
+        "bytes": weights[0].nbytes,
+        "best": min(times, key=times.__getitem__),
+        "ms": times,
+        "bytes_per_second": {name: weights[0].nbytes / value * 1e3 for name, value in times.items()},
+    }
 
 
 def check_shape(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 
 import pytest
 import tiny
@@ -161,21 +162,105 @@ def test_blocks_are_large_where_rows_are_many_and_heads_small():
     assert block(64, head_dim=256) == block(64, dtype=torch.float32) == 64
 
 
+def settings():
+    """All launch settings of products, where Triton is."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from uniattn_cli.inference.matvec import SETTINGS
+
+    return SETTINGS
+
+
 @needs_triton
+@pytest.mark.parametrize("setting", settings(), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(5, 40), (700, 1500), (4096, 1024), (3000, 64)])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_a_vector_product_is_that_of_a_library(dtype, rows, columns, bias):
+@pytest.mark.parametrize(("rows", "columns"), [(5, 40), (70, 1500), (256, 4096), (30, 64), (50, 4160)])
+def test_a_vector_product_is_that_of_a_library(dtype, rows, columns, setting):
     from uniattn_cli.inference.matvec import matvec
 
     torch.manual_seed(0)
     # A view of wider rows, as the parts of a joined weight are.
     weight = torch.randn(rows, columns + 8).to(DEVICE, dtype)[:, :columns]
     x, offset = torch.randn(1, columns).to(DEVICE, dtype), torch.randn(rows).to(DEVICE, dtype)
-    found = matvec(x, weight, offset if bias else None).double()
-    wanted = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
     tolerance = 3 * TOLERANCES[dtype]
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * columns**0.5)
+    for bias in (None, offset):
+        found = matvec(x, weight, bias, setting).double()
+        wanted = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * columns**0.5)
+
+
+@needs_triton
+@pytest.mark.parametrize("setting", settings(), ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 40), (70, 1500), (256, 2048)])
+def test_a_gated_product_is_a_product_and_a_gate(dtype, rows, columns, activation, setting):
+    from uniattn_cli.inference.matvec import gated_matvec
+
+    torch.manual_seed(0)
+    weight, x = (torch.randn(size, columns).to(DEVICE, dtype) for size in (2 * rows, 1))
+    gate, up = (
+        torch.nn.functional.linear(x.double(), weight.double()).to(dtype).double().mul(columns**-0.5).chunk(2, -1)
+    )
+    function = (
+        torch.nn.functional.silu if activation == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
+    )
+    found = gated_matvec(x * columns**-0.5, weight, activation, setting)
+    torch.testing.assert_close(found.double(), function(gate) * up, rtol=0, atol=10 * TOLERANCES[dtype])
+
+
+@needs_triton
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen2"])
+@pytest.mark.parametrize("way", [0, -1], ids=["library", "kernels"])
+def test_products_of_one_row_are_chosen_once_and_give_the_logits_of_transformers(family, way, monkeypatch):
+    from uniattn_cli.inference import tuning
+
+    measured, used = [], []
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
+    monkeypatch.setattr(
+        tuning, "fastest", lambda candidates, weights: measured.append(weights) or list(candidates)[way]
+    )
+    for name in ("matvec", "gated_matvec"):
+        call = getattr(tuning.matvec, name)
+        spy = lambda *values, name=name, call=call, **named: used.append(name) or call(*values, **named)  # noqa: E731
+        monkeypatch.setattr(tuning.matvec, name, spy)
+    entry = next(entry for entry in tiny.FAMILIES if entry[0] == family)
+    model = make_model(entry, "mixed").to(DEVICE)
+    engine = Engine(model, ops="triton")
+    assert not measured, "a batch needs no products of one row"
+    tokens = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    session = engine.session(1, 16, 4, graph=False)
+    count = len(measured)
+    # Every weight of a step and no other, the gates' twice.
+    program = engine.program
+    weights = [weight for layer in program.layers for weight in (layer.project, layer.output) if weight is not None]
+    assert sum(map(len, measured)) == len(weights) + 3 * len(program.layers) + 1
+    session.prefill(tokens[:, :-1])
+    used.clear()
+    session.state.token.copy_(tokens[:, -1])
+    session.advance()
+    with torch.inference_mode():
+        torch.testing.assert_close(session.logits, model(tokens).logits[:, -1], rtol=1e-4, atol=1e-4)
+    products = len(weights) + len(program.layers) + 1
+    assert used.count("gated_matvec") == (len(program.layers) if way else 0)
+    assert used.count("matvec") == (products if way else 0)
+    engine.session(1, 16, 4, graph=False)
+    assert len(measured) == count
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a CUDA device")
+def test_a_measurement_finds_the_faster_way():
+    from torch.nn import functional
+
+    from uniattn_cli.inference import tuning
+
+    # Small enough for the cache: copies are what keeps it from being measured.
+    weight, x = (torch.randn(size, 2048, device="cuda").bfloat16() for size in (1024, 1))
+    once = lambda weight: functional.linear(x, weight)  # noqa: E731
+    assert tuning.fastest({"twice": lambda weight: (once(weight), once(weight)), "once": once}, [weight]) == "once"
+    [milliseconds] = tuning.measure({"once": once}, [weight]).values()
+    # No device reads this fast from memory.
+    assert weight.nbytes / milliseconds * 1e3 < 1e13
 
 
 @needs_triton
@@ -276,33 +361,37 @@ def test_attention_kernels_compile_for_hopper_and_read_whole_vectors(compiled, d
     importlib.util.find_spec("triton") is None or INTERPRETED, reason="needs triton and no TRITON_INTERPRET"
 )
 @pytest.mark.parametrize("block", BLOCKS)
-def test_maps_are_stored_directly_without_a_barrier(compiled, block, monkeypatch):
+def test_maps_are_asked_to_stay_in_the_cache(compiled, block, monkeypatch):
     from uniattn_cli.inference import triton_ops
 
-    barriers = {}
-    for direct in (0, 1):
-        monkeypatch.setenv("UNIATTN_LEAD", f"1,4,4,{direct}")
+    for resident in (0, 1):
+        monkeypatch.setenv("UNIATTN_LEAD", f"1,4,4,{resident}")
         del compiled[:]
         make_trial(triton_ops.TritonOps, torch.bfloat16, head_dim=128, block=block)
         # The first layer lends its map, the last one does not.
         leaders = [assembly for name, assembly in compiled if name == "lead_kernel"]
-        barriers[direct] = leaders[0].count("bar.sync") - leaders[-1].count("bar.sync")
-        assert ("@q st.global.b32" in leaders[0]) is bool(direct)
-    assert barriers[0] > barriers[1] == 0
+        assert ("st.global.L1::evict_last.L2::cache_hint" in leaders[0]) is bool(resident)
+        assert "evict_last" not in leaders[-1]
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or INTERPRETED, reason="needs triton and no TRITON_INTERPRET"
 )
-@pytest.mark.parametrize(("rows", "columns"), [(6144, 4096), (4096, 8192), (1024, 4096)])
-def test_a_vector_product_compiles_for_hopper_and_reads_whole_vectors(compiled, rows, columns):
-    from uniattn_cli.inference.matvec import matvec
+@pytest.mark.parametrize("setting", settings(), ids=str)
+@pytest.mark.parametrize("columns", [4096, 8192, 14336, 4160])
+def test_a_vector_product_compiles_for_hopper_and_reads_whole_vectors(compiled, columns, setting):
+    from uniattn_cli.inference.matvec import gated_matvec, matvec
 
-    weight, x = (torch.empty(size, columns, dtype=torch.bfloat16) for size in (rows, 1))
-    matvec(x, weight, None)
-    [(_, assembly)] = compiled
-    # 16 bytes of the weight per thread and load.
-    assert "ld.global.v4.b32" in assembly
+    weight, x = (torch.empty(size, columns, dtype=torch.bfloat16) for size in (1024, 1))
+    matvec(x, weight, None, setting)
+    gated_matvec(x, weight, "silu", setting)
+    for (name, assembly), lanes in zip(compiled, (setting.rows, 2 * setting.rows), strict=True):
+        loads = [line for line in assembly.splitlines() if "ld.global" in line]
+        weights = [line for line in loads if "L1::evict_first" in line]
+        # 16 bytes per thread and load, of the matrix and of the vector, and none through shared memory.
+        assert loads and all(".v4.b32" in line for line in loads), name
+        chunks = -(-columns // setting.block)
+        assert len(weights) == chunks * lanes * setting.block // (setting.warps * 256), name
 
 
 @pytest.mark.skipif(

@@ -27,36 +27,6 @@ def _span(starts, ends, row, split, splits, window, BLOCK: tl.constexpr, WINDOW:
 
 
 @triton.jit
-def _store_pairs(pointers, values, wanted):
-    """Stores 16-bit results of a matrix product from where they are, two neighbours of a row per thread.
-
-    An ordinary store would first move them to the layout of memory, through shared memory and with barriers.
-    """
-    wanted, _ = tl.broadcast(wanted.to(tl.int32), pointers.to(tl.int64))
-    tl.inline_asm_elementwise(
-        "{ .reg .pred q; setp.ne.s32 q, $4, 0; @q st.global.b32 [$1], $3; mov.b32 $0, 0; }",
-        "=r,l,l,r,r,r",
-        [pointers.to(tl.int64), values, wanted],
-        dtype=tl.int16,
-        is_pure=False,
-        pack=2,
-    )
-
-
-@triton.jit
-def _store_floats(pointers, values, wanted):
-    """The same for float32 that several threads hold: all of them store it."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred q; setp.ne.s32 q, $3, 0; @q st.global.f32 [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,f,r",
-        [pointers.to(tl.int64), values, wanted.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def lead_kernel(
     queries,
     flat,
@@ -91,7 +61,7 @@ def lead_kernel(
     KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
-    DIRECT: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
     """Attention over one split of the keys. `query_row` and so on: elements from one row of the batch to the next."""
     row = tl.program_id(0) // HEADS
@@ -136,14 +106,11 @@ def lead_kernel(
         acc = acc * old[:, None] + new[:, None] * tl.dot(p, v, input_precision="ieee")
         top = new_top
         if KEEP:
+            # Followers read it soon and the next leader writes over it: what stays in the cache never goes to memory.
+            policy: tl.constexpr = "evict_last" if RESIDENT else ""
             map_place = maps + (kept * capacity)[:, None] + place[None, :]
-            max_place = block_max + kept * blocks + block
-            if DIRECT:
-                _store_pairs(map_place, p, here[:, None])
-                _store_floats(max_place, high, here)
-            else:
-                tl.store(map_place, p, mask=here[:, None])
-                tl.store(max_place, high, mask=here)
+            tl.store(map_place, p, mask=here[:, None], eviction_policy=policy)
+            tl.store(block_max + kept * blocks + block, high, mask=here, eviction_policy=policy)
     if not SPLIT:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         place_out = row64 * out_row + heads[:, None] * D + d[None, :]

@@ -63,11 +63,18 @@ class TorchOps:
         """[tokens, hidden] to the same."""
         if feed.gate_up is None:
             return feed.module(hidden.view(step.batch, step.tokens, -1)).view_as(hidden)
-        return self.linear(self.gate(feed, self.linear(hidden, feed.gate_up)), feed.down)
+        return self.linear(self.gated(feed, hidden), feed.down)
+
+    def tune(self) -> None:
+        """Chooses between several ways to the same product, where there are several; before steps are captured."""
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """A projection: [tokens, columns] to [tokens, rows]."""
         return functional.linear(x, weight, bias)
+
+    def gated(self, feed: Feed, hidden: torch.Tensor) -> torch.Tensor:
+        """activation(gate) * up from the input of both: [tokens, hidden] to [tokens, intermediate]."""
+        return self.gate(feed, self.linear(hidden, feed.gate_up))
 
     def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
         """activation(gate) * up: [tokens, 2 * intermediate] to [tokens, intermediate]."""

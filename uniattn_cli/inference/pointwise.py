@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+GATE_BLOCK = 1024
 
 
 @triton.jit
@@ -136,6 +139,18 @@ def place_kernel(
 
 
 @triton.jit
+def gated(gate, up, GELU: tl.constexpr):
+    """activation(gate) * up, rounded as two steps would round."""
+    x = gate.to(tl.float32)
+    if GELU:
+        # tanh(z) = 2 sigmoid(2 z) - 1, so that 0.5 (1 + tanh(z)) = sigmoid(2 z).
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        x = x * tl.sigmoid(x)
+    return (x.to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def gate_kernel(gate_up, out, width, BLOCK: tl.constexpr, GELU: tl.constexpr):
     """activation(gate) * up for one piece of one token."""
     row = tl.program_id(0).to(tl.int64)
@@ -143,11 +158,18 @@ def gate_kernel(gate_up, out, width, BLOCK: tl.constexpr, GELU: tl.constexpr):
     inside = i < width
     gate = tl.load(gate_up + row * 2 * width + i, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0)
-    x = gate.to(tl.float32)
-    if GELU:
-        # tanh(z) = 2 sigmoid(2 z) - 1, so that 0.5 (1 + tanh(z)) = sigmoid(2 z).
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        x = x * tl.sigmoid(x)
-    x = x.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
-    tl.store(out + row * width + i, x.to(gate.dtype), mask=inside)
+    tl.store(out + row * width + i, gated(gate, up, GELU), mask=inside)
+
+
+def gate(activation: str, gate_up: torch.Tensor) -> torch.Tensor:
+    """activation(gate) * up: [tokens, 2 * intermediate] to [tokens, intermediate].
+
+    Args:
+        activation: `silu` or `gelu_tanh`.
+    """
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, width)
+    gate_kernel[(tokens, triton.cdiv(width, GATE_BLOCK))](
+        gate_up, out, width, BLOCK=GATE_BLOCK, GELU=activation == "gelu_tanh", num_warps=4
+    )
+    return out

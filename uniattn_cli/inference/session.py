@@ -82,6 +82,7 @@ class Session:
         self.sampling = sampling or Sampling()
         self.caches = Caches(program, batch, -(-limit // GRAIN) * GRAIN, flat)
         self.ops = ops(program, self.caches, reuse=reuse)
+        self.ops.tune()
         device = program.device
         self.stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         self.pad = torch.tensor(pad, dtype=torch.int64, device=device)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import nn
 
-from uniattn_cli.inference import kernels, matvec, pointwise
+from uniattn_cli.inference import kernels, matvec, pointwise, tuning
 from uniattn_cli.inference.caches import BLOCKS, Caches
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Feed, LayerProgram, Program
@@ -22,7 +22,6 @@ MOST_SPLITS = 128
 GOOD_USE = 0.92
 # A program with fewer keys than this hardly pays for the merge.
 FEWEST_KEYS = 256
-GATE_BLOCK = 1024
 # Shared memory that a program may have on a device that does not say, and what is needed beside the blocks of keys.
 FALLBACK_SHARED = 227 << 10
 OTHER_SHARED = 24 << 10
@@ -36,13 +35,13 @@ class Tuning:
         programs: programs that one multiprocessor should hold.
         warps: warps per program.
         stages: blocks of keys in flight.
-        direct: 1 stores maps from the registers of the matrix units (16-bit types on CUDA only).
+        resident: 1 asks the L2 cache to evict a leader's map last.
     """
 
     programs: int
     warps: int
     stages: int
-    direct: int = 0
+    resident: int = 0
 
     @classmethod
     def of(cls, role: str, block: int) -> Tuning:
@@ -222,7 +221,7 @@ class TritonOps(TorchOps):
             KEEP=slot is not None,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
-            DIRECT=bool(tuning.direct) and self.program.dtype.itemsize == 2,
+            RESIDENT=bool(tuning.resident),
             num_stages=self._stages(layer, tuning, 2),
             **common,
         )
@@ -292,10 +291,19 @@ class TritonOps(TorchOps):
 
     # --- products, and what stands between them
 
+    def tune(self) -> None:
+        if self.caches.batch == 1:
+            tuning.tune(self.program)
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if len(x) == 1 and x.is_cuda and weight.stride(1) == 1 and matvec.faster(x, weight, bias):
-            return matvec.matvec(x, weight, bias)
-        return super().linear(x, weight, bias)
+        return tuning.product(x, weight, bias) if len(x) == 1 else super().linear(x, weight, bias)
+
+    def gated(self, feed: Feed, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) == 1 and feed.activation:
+            setting = tuning.chosen(feed.gate_up, activation=feed.activation)
+            if setting is not None:
+                return matvec.gated_matvec(hidden, feed.gate_up, feed.activation, setting)
+        return super().gated(feed, hidden)
 
     def residual_norm(
         self,
@@ -391,14 +399,7 @@ class TritonOps(TorchOps):
         return queries
 
     def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
-        if not feed.activation:
-            return super().gate(feed, gate_up)
-        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(tokens, width)
-        pointwise.gate_kernel[(tokens, triton.cdiv(width, GATE_BLOCK))](
-            gate_up, out, width, BLOCK=GATE_BLOCK, GELU=feed.activation == "gelu_tanh", num_warps=4
-        )
-        return out
+        return pointwise.gate(feed.activation, gate_up) if feed.activation else super().gate(feed, gate_up)
 
 
 def _pad(size: int) -> int:
