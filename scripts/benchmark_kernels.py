@@ -33,8 +33,9 @@ SHAPES = {
     "1x4096": (None, None),
 }
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# Programs per multiprocessor, warps, stages, and whether leaders' maps should stay in the cache.
-TUNINGS = [(1, 4, 4), (1, 4, 4, 1), (2, 8, 3), (2, 8, 3, 1), (2, 4, 3), (2, 4, 3, 1), (1, 8, 4), (1, 8, 4, 1)]
+# Programs per multiprocessor, warps, stages, and the percentage of the L2 cache that a leader's map may take.
+TUNINGS = [(1, 4, 4, 33), (1, 4, 4, 0), (1, 4, 4, 50), (1, 4, 4, 20), (1, 4, 4, 100), (2, 8, 3, 33), (2, 8, 3, 0)]
+TUNINGS += [(2, 4, 3, 33), (2, 4, 3, 0), (1, 8, 4, 33), (1, 8, 4, 0)]
 CALLS = 8
 # Rows and columns of the matrices that a step of one row is multiplied with, and the activation that follows.
 PRODUCTS = {

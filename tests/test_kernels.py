@@ -137,6 +137,20 @@ def test_kernels_equal_materialised_maps(dtype, options, reuse, splits, monkeypa
 
 
 @needs_triton
+@pytest.mark.parametrize("resident", [0, 2, len(STARTS)])
+def test_where_maps_stay_changes_no_result(resident, monkeypatch):
+    from uniattn_cli.inference import triton_ops
+
+    row = 6 * 192 * torch.float32.itemsize
+    monkeypatch.setattr(triton_ops, "cache_bytes", lambda device: resident * row * 2)
+    monkeypatch.setenv("UNIATTN_LEAD", "1,4,4,50")
+    program, caches, *_ = make_trial(triton_ops.TritonOps, torch.float32)
+    operations = triton_ops.TritonOps(program, caches)
+    assert operations.resident_rows(operations.tunings["lead"]) == resident
+    check(triton_ops.TritonOps, torch.float32, True, {})
+
+
+@needs_triton
 @pytest.mark.parametrize("splits", [1, 3])
 def test_kernels_keep_the_map_that_the_plain_operations_keep(splits, monkeypatch):
     from uniattn_cli.inference import triton_ops
@@ -361,17 +375,14 @@ def test_attention_kernels_compile_for_hopper_and_read_whole_vectors(compiled, d
     importlib.util.find_spec("triton") is None or INTERPRETED, reason="needs triton and no TRITON_INTERPRET"
 )
 @pytest.mark.parametrize("block", BLOCKS)
-def test_maps_are_asked_to_stay_in_the_cache(compiled, block, monkeypatch):
+def test_maps_are_asked_to_stay_in_the_cache(compiled, block):
     from uniattn_cli.inference import triton_ops
 
-    for resident in (0, 1):
-        monkeypatch.setenv("UNIATTN_LEAD", f"1,4,4,{resident}")
-        del compiled[:]
-        make_trial(triton_ops.TritonOps, torch.bfloat16, head_dim=128, block=block)
-        # The first layer lends its map, the last one does not.
-        leaders = [assembly for name, assembly in compiled if name == "lead_kernel"]
-        assert ("st.global.L1::evict_last.L2::cache_hint" in leaders[0]) is bool(resident)
-        assert "evict_last" not in leaders[-1]
+    make_trial(triton_ops.TritonOps, torch.bfloat16, head_dim=128, block=block)
+    # The first layer lends its map, the last one does not.
+    leaders = [assembly for name, assembly in compiled if name == "lead_kernel"]
+    assert "st.global.L1::evict_last.L2::cache_hint" in leaders[0]
+    assert "evict_last" not in leaders[-1]
 
 
 @pytest.mark.skipif(

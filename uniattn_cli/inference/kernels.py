@@ -51,6 +51,7 @@ def lead_kernel(
     softcap,
     window,
     splits,
+    resident_rows,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -61,7 +62,6 @@ def lead_kernel(
     KEEP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
-    RESIDENT: tl.constexpr,
 ):
     """Attention over one split of the keys. `query_row` and so on: elements from one row of the batch to the next."""
     row = tl.program_id(0) // HEADS
@@ -106,11 +106,15 @@ def lead_kernel(
         acc = acc * old[:, None] + new[:, None] * tl.dot(p, v, input_precision="ieee")
         top = new_top
         if KEEP:
-            # Followers read it soon and the next leader writes over it: what stays in the cache never goes to memory.
-            policy: tl.constexpr = "evict_last" if RESIDENT else ""
             map_place = maps + (kept * capacity)[:, None] + place[None, :]
-            tl.store(map_place, p, mask=here[:, None], eviction_policy=policy)
-            tl.store(block_max + kept * blocks + block, high, mask=here, eviction_policy=policy)
+            max_place = block_max + kept * blocks + block
+            # Followers read it soon and the next leader writes over it: what stays in the cache never goes to memory.
+            if row < resident_rows:
+                tl.store(map_place, p, mask=here[:, None], eviction_policy="evict_last")
+                tl.store(max_place, high, mask=here, eviction_policy="evict_last")
+            else:
+                tl.store(map_place, p, mask=here[:, None])
+                tl.store(max_place, high, mask=here)
     if not SPLIT:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         place_out = row64 * out_row + heads[:, None] * D + d[None, :]

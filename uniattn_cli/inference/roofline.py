@@ -10,6 +10,8 @@ from torch import nn
 
 from uniattn_cli.inference.program import LayerProgram, Program
 
+FALLBACK_CACHE = 50 << 20
+
 COPY_BYTES = {"cuda": 1 << 31}
 COPY_BYTES_ELSEWHERE = 1 << 27
 COPY_ROUNDS = 10
@@ -76,6 +78,13 @@ def _heads_read(layer: LayerProgram) -> int:
     if not layer.parts:
         return 0
     return layer.kv_heads if layer.kind == "softmax" else 2 * layer.kv_heads
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the device's L2 cache; that of an H100 where the device does not say or has none."""
+    if device.type != "cuda":
+        return FALLBACK_CACHE
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or FALLBACK_CACHE
 
 
 def copy_bandwidth(device: torch.device) -> float:

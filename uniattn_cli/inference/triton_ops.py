@@ -13,6 +13,7 @@ from uniattn_cli.inference import kernels, matvec, pointwise, tuning
 from uniattn_cli.inference.caches import BLOCKS, Caches
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Feed, LayerProgram, Program
+from uniattn_cli.inference.roofline import cache_bytes
 from uniattn_cli.inference.step import Step
 
 # Streaming multiprocessors of a device that has none (the interpreter), so that keys are split there too.
@@ -35,7 +36,8 @@ class Tuning:
         programs: programs that one multiprocessor should hold.
         warps: warps per program.
         stages: blocks of keys in flight.
-        resident: 1 asks the L2 cache to evict a leader's map last.
+        resident: percent of the L2 cache that a leader's map may take. The cache is asked to keep that of as many rows
+            as fit, because a map that goes to memory costs far more than its bytes.
     """
 
     programs: int
@@ -52,7 +54,7 @@ class Tuning:
 
 # By role (a layer that keeps its map, one that lends nothing, one that borrows one) and size of a block of keys; found
 # with scripts/benchmark_kernels.py.
-TUNINGS = {"lead": ("2,8,3", "1,4,4"), "alone": ("1,4,4", "1,4,4"), "follow": ("2,4,3", "1,4,4")}
+TUNINGS = {"lead": ("2,8,3,33", "1,4,4,33"), "alone": ("1,4,4", "1,4,4"), "follow": ("2,4,3", "1,4,4")}
 
 
 def choose_splits(rows: int, keys: int, slots: int) -> int:
@@ -173,6 +175,12 @@ class TritonOps(TorchOps):
         block = read * self.caches.block * _pad(layer.head_dim) * self.program.dtype.itemsize
         return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
 
+    def resident_rows(self, tuning: Tuning) -> int:
+        """Rows of the batch whose map the L2 cache is asked to keep: those that its share of the cache holds."""
+        maps = self.caches.maps
+        row = maps.shape[-2] * maps.shape[-1] * maps.element_size()
+        return min(self.caches.batch, cache_bytes(self.program.device) * tuning.resident // 100 // row)
+
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
         caches = self.caches
         if layer.map_slot is not None and queries is not None and not self.reuse:
@@ -213,6 +221,7 @@ class TritonOps(TorchOps):
             layer.softcap or 0.0,
             layer.window or 0,
             splits,
+            self.resident_rows(tuning),
             HEADS=heads,
             GROUP=group,
             GROUP_PAD=_pad(group),
@@ -221,7 +230,6 @@ class TritonOps(TorchOps):
             KEEP=slot is not None,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
-            RESIDENT=bool(tuning.resident),
             num_stages=self._stages(layer, tuning, 2),
             **common,
         )

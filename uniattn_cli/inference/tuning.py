@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from uniattn_cli.inference import matvec, pointwise
 from uniattn_cli.inference.matvec import SETTINGS, Setting
+from uniattn_cli.inference.roofline import cache_bytes
 
 if TYPE_CHECKING:
     from uniattn_cli.inference.program import Program
@@ -28,9 +29,6 @@ READ_BYTES = 1 << 30
 FEWEST_CALLS, MOST_CALLS = 4, 256
 # Weights that a measurement goes through are so many times the cache.
 COLD_CACHES = 4
-# L2 of a device that does not say.
-FALLBACK_CACHE = 50 << 20
-
 # By `product_key`: the fastest launch setting, or None where the library, or product and gate apart, are faster.
 _CHOSEN: dict[tuple, Setting | None] = {}
 
@@ -116,8 +114,7 @@ def measure(
     """
     size = weights[0].nbytes
     calls = max(FEWEST_CALLS, min(MOST_CALLS, READ_BYTES // size))
-    properties = torch.cuda.get_device_properties(weights[0].device)
-    cold = COLD_CACHES * (getattr(properties, "L2_cache_size", 0) or FALLBACK_CACHE)
+    cold = COLD_CACHES * cache_bytes(weights[0].device)
     needed = min(calls, -(-cold // size))
     weights = list(weights[:calls])
     weights += [weights[0].clone() for _ in range(needed - len(weights))]
