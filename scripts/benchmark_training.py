@@ -341,12 +341,20 @@ def markdown(setting: dict, entries: Sequence[dict]) -> str:
     ]
     for entry in entries:
         rows = entry["rows"]
-        cells = [entry["layout"], entry["part"], spread([row["score"] for row in rows])]
+        cells = [entry["layout"], words(entry["part"]), spread([row["score"] for row in rows])]
         cells.append(spread(entry["gap"]) if entry["gap"] else "–")
         cells += [spread([row[name] for row in rows]) for name in ("text", "wikitext", "responses")]
         cells += [f"{statistics.fmean(row[name] for row in rows):,.0f}" for name in ("tokens", "seconds")]
         lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def words(part: str) -> str:
+    """A part's name for tables: `control teaches, weight 1.0, tokens all, 2e-4`."""
+    names, _, rates = part.partition("@")
+    # Where a teacher's distributions come from changes the time and no result.
+    kept = [name.replace("=", " ") for name in names.split("+") if not name.startswith("precompute")]
+    return ", ".join([*kept, *(rates.split(",") if rates else [])])
 
 
 def spread(values: Sequence[float]) -> str:
@@ -363,21 +371,20 @@ def draw(entries: Sequence[dict], path: Path) -> None:
     shown = [entry for entry in entries if entry["gap"] and entry["part"] != "control"]
     if not shown:
         return
-    figure = Figure(figsize=(max(6, 0.55 * len(shown) + 2), 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 0.24 * len(shown) + 1), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     layouts = list(dict.fromkeys(entry["layout"] for entry in shown))
-    colours = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+    colours = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     for place, entry in enumerate(shown):
         error = statistics.stdev(entry["gap"]) if len(entry["gap"]) > 1 else math.nan
         colour = colours[layouts.index(entry["layout"]) % len(colours)]
-        axis.bar(place, statistics.fmean(entry["gap"]), yerr=error, capsize=3, color=colour, alpha=0.85)
-    axis.set_xticks(
-        range(len(shown)), [f"{entry['layout']}, {entry['part']}" for entry in shown], rotation=60, ha="right"
-    )
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_ylabel("gap to the control, nats per token")
-    axis.grid(axis="y", alpha=0.3)
+        axis.barh(place, statistics.fmean(entry["gap"]), xerr=error, capsize=3, color=colour, alpha=0.85)
+    labels = [f"{entry['layout']}: {words(entry['part'])}" for entry in shown]
+    axis.set_yticks(range(len(shown)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("gap to the control, nats per token")
+    axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
