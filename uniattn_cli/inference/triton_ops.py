@@ -54,7 +54,7 @@ class Tuning:
 
 # By role (a layer that keeps its map, one that lends nothing, one that borrows one) and size of a block of keys; found
 # with scripts/benchmark_kernels.py.
-TUNINGS = {"lead": ("2,8,3,33", "1,4,4,33"), "alone": ("1,4,4", "1,4,4"), "follow": ("2,4,3", "1,4,4")}
+TUNINGS = {"lead": ("2,8,3,33", "1,8,4,33"), "alone": ("1,4,4", "1,4,4"), "follow": ("2,4,3", "1,4,4")}
 
 
 def choose_splits(rows: int, keys: int, slots: int) -> int:
