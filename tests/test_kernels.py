@@ -141,10 +141,10 @@ def test_kernels_equal_materialised_maps(dtype, options, reuse, splits, monkeypa
 def test_where_maps_stay_changes_no_result(resident, monkeypatch):
     from uniattn_cli.inference import triton_ops
 
-    row = 6 * 192 * torch.float32.itemsize
-    monkeypatch.setattr(triton_ops, "cache_bytes", lambda device: resident * row * 2)
     monkeypatch.setenv("UNIATTN_LEAD", "1,4,4,50")
     program, caches, *_ = make_trial(triton_ops.TritonOps, torch.float32)
+    row = program.map_slots * 6 * 192 * torch.float32.itemsize
+    monkeypatch.setattr(triton_ops, "cache_bytes", lambda device: resident * row * 2)
     operations = triton_ops.TritonOps(program, caches)
     assert operations.resident_rows(operations.tunings["lead"]) == resident
     check(triton_ops.TritonOps, torch.float32, True, {})

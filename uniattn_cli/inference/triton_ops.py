@@ -176,9 +176,8 @@ class TritonOps(TorchOps):
         return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
 
     def resident_rows(self, tuning: Tuning) -> int:
-        """Rows of the batch whose map the L2 cache is asked to keep: those that its share of the cache holds."""
-        maps = self.caches.maps
-        row = maps.shape[-2] * maps.shape[-1] * maps.element_size()
+        """Rows of the batch whose maps the L2 cache is asked to keep: as many as its share of the cache holds."""
+        row = max(1, self.caches.maps[:, :1].nbytes)
         return min(self.caches.batch, cache_bytes(self.program.device) * tuning.resident // 100 // row)
 
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
