@@ -7,7 +7,8 @@ Every row is made by the tool's own commands in a run directory of its own, with
 the same order for a seed. The score is the mean of log perplexity on `--text` (first 30,720 tokens; the other pages are
 calibration text), of log perplexity on `--wikitext` (first 65,536 tokens) and of the loss on held-out responses; lower
 is better. The gap is the score minus that of the control of the same seed. Rows already in the output are not measured
-again; `--parts` and `--layouts` pick some. A part may name its own learning rates and settings of the recipe's
+again; `--parts` and `--layouts` pick some. `control converted` converts the control instead of the base and learns from
+it, so that it has seen the data twice. A part may name its own learning rates and settings of the recipe's
 `train.distillation`: `one@3e-4`, `two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`.
 Layouts are searched, or taken from `benchmark_layouts.py` with `--layouts-from`. Several processes, each with its own
 `--out`, share the work; `--merge` puts their files together. A table (`.md`) and a picture (`.png`) are written beside
@@ -49,7 +50,8 @@ LAYOUTS = {
 }
 # What these layouts are called in the file of benchmark_layouts.py.
 SEARCHED = {"softmax": "softmax, free", "mixed": "mixed", "kv": "kv", "linear": "linear", "none": "none"}
-PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "lora", "equal time")
+PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "control converted", "lora")
+PARTS += ("equal time",)
 RATES = {"compensation": 1e-3, "all": 1e-4, "lora": 2e-4}
 # Share of the steps of the two-stage recipe that only train the compensation: 0.25 of 1.25 epochs.
 FIRST_SHARE = 0.2
@@ -183,13 +185,22 @@ class Bench:
             settings += [f"layout.kinds={LAYOUTS[layout]}", f"layout.head_map={self.arguments.head_map}"]
             settings += [f"layout.score_tokens={self.arguments.score_tokens}"]
         else:
-            tree = {"model": {"name": self.source.name}, "layout": {"layers": stored}}
-            folder.mkdir()
-            (folder / "recipe.yaml").write_text(json.dumps(tree) + "\n", encoding="utf-8")
+            write_recipe(folder, self.source.name, stored)
         result = convert(run_dir=folder, overrides=settings, options=self.options)
         if stored is None:
             self.content["layouts"][layout] = result.layout.to_list()
             self.save()
+        return folder
+
+    def converted_control(self, layout: str, seed: int) -> Path:
+        """A run directory like those of `run_dir`, where not the base was converted, but the control."""
+        folder = self.work / f"{layout}-{seed}-control"
+        if not (folder / "converted" / "stage.json").is_file():
+            self._fetch_control(self.run_dir(layout, seed), seed)
+            shutil.rmtree(folder, ignore_errors=True)
+            control = (self.work / f"control-{seed}").absolute()
+            write_recipe(folder, str(control), self.content["layouts"][layout])
+            convert(run_dir=folder, overrides=self.settings(seed), options=self.options)
         return folder
 
     def row(self, layout: str, part: str, seed: int) -> None:
@@ -198,7 +209,8 @@ class Bench:
         key = f"{'base' if shared else layout} | {part} | seed {seed}"
         if key in self.content["rows"]:
             return
-        folder = self.run_dir(layout, seed)
+        start = self.converted_control if name_of(part) == "control converted" else self.run_dir
+        folder = start(layout, seed)
         seconds = tokens = 0.0
         directory = folder / "converted"
         if part == "base":
@@ -242,7 +254,7 @@ class Bench:
             stages = [("compensation", first, ""), ("all", max(1, steps - first), "")]
         elif part == "lora":
             stages = [("lora", steps, "")]
-        elif part in ("distillation", "control teaches"):
+        elif part in ("distillation", "control teaches", "control converted"):
             stages = [("all", steps, ", loss: distillation")]
         elif part == "equal time":
             stages = [("all", max(1, round(steps * self.arguments.equal_time)), "")]
@@ -271,6 +283,13 @@ class Bench:
     def save(self) -> None:
         """Writes JSON, table and picture."""
         write(self.content, self.out)
+
+
+def write_recipe(folder: Path, model: str, layers: list[dict]) -> None:
+    """Makes a run directory with a model and a layout."""
+    folder.mkdir()
+    tree = {"model": {"name": model}, "layout": {"layers": layers}}
+    (folder / "recipe.yaml").write_text(json.dumps(tree) + "\n", encoding="utf-8")
 
 
 def name_of(part: str) -> str:

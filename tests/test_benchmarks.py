@@ -35,7 +35,7 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     done = run_script("benchmark_training.py", *common)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
-    parts = ["converted", "one", "two", "distillation", "control teaches", "lora", "equal time"]
+    parts = ["converted", "one", "two", "distillation", "control teaches", "control converted", "lora", "equal time"]
     expected = {f"softmax | {part} | seed 0" for part in parts} | {
         f"base | {part} | seed 0" for part in ("base", "control")
     }
