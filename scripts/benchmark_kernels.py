@@ -2,7 +2,7 @@
 
     python scripts/benchmark_kernels.py --out docs/benchmarks/kernels.json
     python scripts/benchmark_kernels.py --out docs/benchmarks/kernels_grid.json --grid
-    python scripts/benchmark_kernels.py --out docs/benchmarks/products.json --products
+    python scripts/benchmark_kernels.py --out docs/benchmarks/kernels_products.json --products
 
 Needs one GPU and nothing but torch, triton and this repository on PYTHONPATH. Every candidate is captured in a graph;
 in each round all of them have their turn. Ratios are of medians. `--block` tries another size of the blocks of keys.
@@ -92,25 +92,26 @@ def main() -> None:
         "shapes": {},
     }
     print(f"{content['device']}: copies at {content['copy_bandwidth'] / 1e9:.0f} GB/s")
-    for shape in GRID if arguments.grid else ():
-        content.setdefault("grid", []).append(check_shape(device, *shape))
-        print(json.dumps(content["grid"][-1]), flush=True)
+
+    def keep(line: str) -> None:
+        """Says what was just measured, and writes all that is known."""
+        print(line, flush=True)
         content["seconds"] = time.perf_counter() - started
         arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    for shape in GRID if arguments.grid else ():
+        content.setdefault("grid", []).append(check_shape(device, *shape))
+        keep(json.dumps(content["grid"][-1]))
     for name, (rows, columns, activation) in PRODUCTS.items() if arguments.products else ():
         found = measure_product(rows, columns, activation, device)
         content.setdefault("products", {})[name] = found
-        print(f"{name}: {json.dumps(found)}", flush=True)
-        content["seconds"] = time.perf_counter() - started
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        keep(f"{name}: {json.dumps(found)}")
     for shape in () if arguments.grid or arguments.products else arguments.shapes:
         batch, context = (int(part) for part in shape.split("x"))
         found = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings], arguments.block)
         found |= judge(shape, found, content["copy_bandwidth"])
         content["shapes"][shape] = found
-        print(f"{shape}: {json.dumps({key: found[key] for key in found if key != 'times'})}", flush=True)
-        content["seconds"] = time.perf_counter() - started
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        keep(f"{shape}: {json.dumps({key: found[key] for key in found if key != 'times'})}")
 
 
 def measure(

@@ -145,8 +145,7 @@ def test_where_maps_stay_changes_no_result(resident, monkeypatch):
     program, caches, *_ = make_trial(triton_ops.TritonOps, torch.float32)
     row = program.map_slots * 6 * 192 * torch.float32.itemsize
     monkeypatch.setattr(triton_ops, "cache_bytes", lambda device: resident * row * 2)
-    operations = triton_ops.TritonOps(program, caches)
-    assert operations.resident_rows(operations.tunings["lead"]) == resident
+    assert triton_ops.TritonOps(program, caches).resident_rows == resident
     check(triton_ops.TritonOps, torch.float32, True, {})
 
 

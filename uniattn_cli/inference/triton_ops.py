@@ -126,6 +126,9 @@ class TritonOps(TorchOps):
         self.part_out = torch.empty(parts, shape.head_dim, dtype=torch.float32, device=device)
         self.part_max = torch.empty(parts, dtype=torch.float32, device=device)
         self.part_sum = torch.empty(parts, dtype=torch.float32, device=device)
+        # Rows of the batch whose maps the L2 cache is asked to keep: as many as their share of it holds.
+        share = cache_bytes(device) * self.tunings["lead"].resident // 100
+        self.resident_rows = min(caches.batch, share // max(1, caches.maps[:, :1].nbytes))
         self.norm_offsets: dict[nn.Module, float | None] = {}
         self.nothing = torch.empty(0, dtype=program.dtype, device=device)
 
@@ -175,11 +178,6 @@ class TritonOps(TorchOps):
         block = read * self.caches.block * _pad(layer.head_dim) * self.program.dtype.itemsize
         return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
 
-    def resident_rows(self, tuning: Tuning) -> int:
-        """Rows of the batch whose maps the L2 cache is asked to keep: as many as its share of the cache holds."""
-        row = max(1, self.caches.maps[:, :1].nbytes)
-        return min(self.caches.batch, cache_bytes(self.program.device) * tuning.resident // 100 // row)
-
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
         caches = self.caches
         if layer.map_slot is not None and queries is not None and not self.reuse:
@@ -220,7 +218,7 @@ class TritonOps(TorchOps):
             layer.softcap or 0.0,
             layer.window or 0,
             splits,
-            self.resident_rows(tuning),
+            self.resident_rows,
             HEADS=heads,
             GROUP=group,
             GROUP_PAD=_pad(group),
