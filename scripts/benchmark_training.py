@@ -113,7 +113,7 @@ class Bench:
         return {
             "comparable": {
                 "model": Path(self.arguments.model).name,
-                "train": [Path(name).name for name in self.arguments.train],
+                "train": [Path(name).name for name in [*self.arguments.train, *self.arguments.synthetic]],
                 "tokens": self.arguments.tokens,
                 "kv": self.arguments.kv,
                 "batch_size": self.arguments.batch_size,
@@ -133,10 +133,11 @@ class Bench:
         """What all rows of a seed have in common."""
         spec = self.arguments
         train_files = ", ".join(str(Path(name).absolute()) for name in spec.train)
+        synthetic = [f"{{source: {Path(name).absolute()}, heldout: false}}" for name in spec.synthetic]
         return [
             f"seed={seed}",
             "model.dtype=float32",
-            f"data.train=[{train_files}]",
+            f"data.train=[{', '.join([train_files, *synthetic])}]",
             f"data.calibration=[{self.work.absolute() / 'calibration.jsonl'}, {train_files}]",
             f"analysis.tokens={spec.fit_tokens}",
             f"analysis.length={spec.length}",
@@ -413,6 +414,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="directory or hub id")
     parser.add_argument("--train", nargs="+", required=True, help="training rows, files or hub data sets")
+    parser.add_argument(
+        "--synthetic", nargs="*", default=[], help="further training rows, which `uniattn synthesize` wrote"
+    )
     parser.add_argument("--text", required=True, help="JSONL with a column `text`")
     parser.add_argument("--wikitext", required=True, help="plain text")
     parser.add_argument("--out", default="docs/benchmarks/training.json")

@@ -227,5 +227,5 @@ def test_scripts_for_the_gpu_run_with_torch_and_transformers_alone(script, optio
         assert max(found["errors"].values()) < 1e-2
         assert set(found["best"]) == {"leader", "follower", "alone"}
     else:
-        assert set(content["parts"]) == {"text", "steps", "stock", "prompts", "capacity", "sweep"}
+        assert set(content["parts"]) == {"text", "steps", "stock", "prompts", "capacity", "sweep", "profile"}
         assert content["parts"]["text"]["summary"]["base, float32"]["equal_tokens"] == 256

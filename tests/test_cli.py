@@ -33,6 +33,7 @@ STAGES = {
     "eval": "uniattn_cli.evaluation.evaluate",
     "compare": "uniattn_cli.evaluation.compare",
     "sweep": "uniattn_cli.sweeping.sweep",
+    "synthesize": "uniattn_cli.generation.synthesize",
 }
 COMMANDS = [
     *STAGES, "report", "generate", "chat", "bench", "serve", "data", "recipe", "recipes", "families", "doctor", "push",

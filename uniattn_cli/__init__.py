@@ -15,6 +15,7 @@ _STAGES = {
     "group": "uniattn_cli.grouping.group",
     "convert": "uniattn_cli.conversion.convert",
     "view_data": "uniattn_cli.training.dataview",
+    "synthesize": "uniattn_cli.generation.synthesize",
     "train": "uniattn_cli.training.train",
     "evaluate": "uniattn_cli.evaluation.evaluate",
     "push": "uniattn_cli.publishing.push",

@@ -49,9 +49,9 @@ def load_mix(
 
     A row is held out if a hash of its content falls below `holdout`: duplicates never straddle, the two parts are
     disjoint, and neither the seed nor other rows change the side of a row. Built-in rows have a held-out part of
-    their own. The seed shuffles training rows; held-out rows come in the order of their hashes, so that any first
-    few are the same sample in every run. Weights mix training rows (see `mixing`) and leave held-out ones alone, so
-    that losses of other mixes stay comparable.
+    their own; of a source with `heldout: false` every row is a training row. The seed shuffles training rows; held-out
+    rows come in the order of their hashes, so that any first few are the same sample in every run. Weights mix training
+    rows (see `mixing`) and leave held-out ones alone, so that losses of other mixes stay comparable.
 
     Args:
         repeat: whether a source with fewer rows than its share gives them several times; otherwise each row comes
@@ -65,6 +65,7 @@ def load_mix(
         DataError: a source cannot be read, or no row is left in the part.
     """
     heldout = part == "heldout"
+    specs = [spec for spec in specs if spec.heldout or not heldout]
     # In the order of hashes, so that the order of a file decides nothing.
     read = [sorted(((_hash(row), row) for row in _part_rows(spec, heldout, holdout)), key=_first) for spec in specs]
     names = [label(spec) for spec in specs]
@@ -126,7 +127,7 @@ def _part_rows(spec: DatasetSpec, heldout: bool, holdout: float) -> Iterator[dic
         yield from _builtin_rows(spec, "heldout" if heldout else "train")
         return
     for row in read_rows(spec):
-        if (int(_hash(row)[:13], 16) / 16**13 < holdout) == heldout:
+        if (int(_hash(row)[:13], 16) / 16**13 < holdout and spec.heldout) == heldout:
             yield {**row, "source": label(spec)}
 
 

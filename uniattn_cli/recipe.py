@@ -95,6 +95,9 @@ class DatasetSpec:
         "share of the training rows, relative to the other data sets: a small one is repeated, a large one sampled",
         above=0,
     )
+    heldout: bool = setting(
+        True, "hold a share of its rows out, see data.holdout; false for rows that a model wrote (uniattn synthesize)"
+    )
 
 
 @dataclass(frozen=True)
@@ -502,6 +505,23 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True)
+class SynthesisSpec:
+    """Training rows that a model writes, of at most train.max_length tokens."""
+
+    model: str = setting("base", "who writes: base, control, converted or trained, a directory or a hub id")
+    tokens: int = setting(1_000_000, "tokens to write, their prompts included", minimum=1)
+    prefix: int = setting(32, "tokens of a text that are given; conversations are given up to the answer", minimum=1)
+    temperature: float = setting(1.0, "logits are divided by it; 0 takes the likeliest token", minimum=0)
+    top_p: float = setting(
+        0.95, "only the likeliest tokens that together have this probability are drawn from", above=0, maximum=1
+    )
+    batch_size: int = setting(64, "rows written at once", minimum=1)
+    engine: str = setting(
+        "auto", "what generates: engine (this package's), transformers, or auto: engine on a GPU", choices=ENGINES
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Every setting of a run."""
 
@@ -514,6 +534,7 @@ class Recipe:
     conversion: ConversionSpec = setting(ConversionSpec, "uniattn convert", common=True)
     train: TrainSpec = setting(TrainSpec, "uniattn train", common=True)
     evaluation: EvaluationSpec = setting(EvaluationSpec, "uniattn eval", common=True)
+    synthesis: SynthesisSpec = setting(SynthesisSpec, "uniattn synthesize")
 
     @classmethod
     def load(cls, path: Path | str, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -37,6 +37,7 @@ OUTPUTS = {
     "control": "control",
     "eval": "evaluation",
     "compare": "comparison",
+    "synthesize": "synthetic",
 }
 COMMANDS = {
     "analyze": "analyze MODEL",
@@ -46,6 +47,7 @@ COMMANDS = {
     "control": "train recipe.yaml --control",
     "eval": "eval",
     "compare": "compare A B",
+    "synthesize": "synthesize",
 }
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 

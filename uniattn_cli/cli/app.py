@@ -45,6 +45,7 @@ app.command()(stages.group)
 app.command()(stages.convert)
 app.command()(stages.train)
 app.command()(stages.data)
+app.command()(stages.synthesize)
 app.command(name="eval")(stages.evaluate)
 # What it does not know goes to the engine.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(models.serve)

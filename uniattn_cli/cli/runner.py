@@ -38,6 +38,7 @@ LESS_MEMORY = {
     "eval": "--set evaluation.batch_size=1 or --set evaluation.length=256",
     "compare": "--set evaluation.batch_size=1 or --set evaluation.length=256",
     "sweep": "--set conversion.length=256, --set evaluation.batch_size=1 or --set evaluation.length=256",
+    "synthesize": "--set synthesis.batch_size=8 or --set train.max_length=256",
     "bench": "fewer checkpoints or --dtype bfloat16",
 }
 # What the same command does after an interruption; the others start over.

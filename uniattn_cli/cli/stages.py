@@ -200,6 +200,35 @@ def data(
     run_stage("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)
 
 
+def synthesize(
+    model: Annotated[str | None, setting("synthesis.model", "--model", "MODEL")] = None,
+    tokens: Annotated[int | None, setting("synthesis.tokens", "--tokens", "N")] = None,
+    temperature: Annotated[float | None, setting("synthesis.temperature", "--temperature", "T")] = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Let a model write training rows, where there are few.
+
+    Continues passages of the recipe's texts and answers the questions of its conversations, never of held-out ones.
+    Writes synthetic/, whose files data.train can name.
+
+    \b
+    Example:
+      uniattn synthesize --tokens 2000000 --set model.dtype=bfloat16
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.generation.synthesize import synthesize
+
+        return synthesize(overrides=overrides, options=options)
+
+    overrides = overrides_of(synthesis__model=model, synthesis__tokens=tokens, synthesis__temperature=temperature)
+    run_stage("synthesize", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+
+
 def evaluate(
     checkpoints: Annotated[
         list[str] | None, typer.Argument(metavar="[CHECKPOINT]...", help="Further checkpoint directories.")

@@ -1,0 +1,210 @@
+"""`uniattn synthesize`: rows that a model writes, from the training rows alone, and of use in training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import make_model, make_tokenizer, settings, write_data
+
+import uniattn_cli
+from uniattn_cli import data
+from uniattn_cli.checkpoint import load_model, load_tokenizer, locate
+from uniattn_cli.errors import DataError, StageError
+from uniattn_cli.generation.prompts import chat_ids, plain_ids
+from uniattn_cli.generation.synthesize import Writer, _asked, _passage, _whole_sentences
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import ModelSpec, Recipe, SynthesisSpec, default_tree, write_tree
+from uniattn_cli.rundir import RunDir
+
+CPU, AGAIN = RunOptions(device="cpu"), RunOptions(device="cpu", force=True)
+BOTH = "[rows.jsonl, {source: text.txt, format: text}]"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run directory with recipe and data, and the model that the recipe names."""
+    folder = tmp_path_factory.mktemp("synthesis")
+    run = folder / "run"
+    run.mkdir()
+    write_data(run)
+    model = make_model(folder / "model")
+    # So many tokens end an answer that random ones often do.
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, *range(100, 106)]}))
+    write_tree(default_tree(str(model)), run / "recipe.yaml")
+    return run
+
+
+@pytest.fixture
+def run(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+def overrides(**changes) -> list[str]:
+    quick = {"data__train": BOTH, "synthesis__tokens": 4000, "synthesis__prefix": 8, "synthesis__batch_size": 16}
+    return settings(**quick | changes)
+
+
+def synthesize(**changes):
+    return uniattn_cli.synthesize(overrides=overrides(**changes), options=AGAIN)
+
+
+def written(name: str) -> list[dict]:
+    path = Path("synthetic") / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def loaded(**spec):
+    source = locate(Recipe.load("recipe.yaml").model.name)
+    model, tokenizer = load_model(source, ModelSpec(dtype="float32"), torch.device("cpu")), load_tokenizer(source)
+    return model, tokenizer, Writer(model, tokenizer, SynthesisSpec(**spec), 64, 0)
+
+
+def training_rows(part="train", train=BOTH):
+    recipe = Recipe.load("recipe.yaml", overrides(data__train=train))
+    return data.load_rows(recipe.data.train, part, holdout=recipe.data.holdout, seed=0)
+
+
+def test_rows_go_on_from_training_rows_and_from_no_others(run):
+    result = synthesize()
+    texts, chats = written("text.jsonl"), written("chats.jsonl")
+    assert result.rows == {"text": len(texts), "messages": len(chats)} and min(result.rows.values()) > 3
+    train, heldout = training_rows(), training_rows("heldout")
+    asked = {row["messages"][0]["content"] for row in train if row["messages"]}
+    kept_back = {row["messages"][0]["content"] for row in heldout if row["messages"]}
+    assert kept_back and not kept_back & asked
+    for row in chats:
+        question, answer = row["messages"]
+        assert question["content"] in asked and answer["role"] == "assistant" and answer["content"]
+    passages = [row["text"] for row in train if row["text"]]
+    tokenizer = make_tokenizer()
+    for row in texts:
+        start = tokenizer.decode(tokenizer(row["text"])["input_ids"][:4])
+        assert any(start in passage for passage in passages)
+
+
+def test_there_are_as_many_tokens_as_asked_for_in_rows_that_fit(run):
+    result = synthesize()
+    assert 4000 <= result.tokens < 4000 + 64
+    sizes = [size for batch in loaded(tokens=2000, batch_size=16)[2].batches(training_rows()) for *_, size in batch]
+    # With the end-of-text token, that training adds, a row is full.
+    assert max(sizes) == 63 and 2000 <= sum(sizes) < 2000 + 64
+
+
+def test_the_likeliest_text_is_that_of_generate(run):
+    model, tokenizer, writer = loaded(temperature=0.0, top_p=1.0, prefix=8, batch_size=16, tokens=2000)
+    found = [entry for batch in writer.batches(training_rows()) for entry in batch]
+    assert {kind for kind, *_ in found} == {"text", "messages"}
+    for kind, row, size in found:
+        ids = chat_ids(tokenizer, row[:-1]) if kind == "messages" else plain_ids(tokenizer, row)[:8]
+        new = 64 - len(ids) - 1
+        tokens = torch.tensor([ids])
+        whole = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new)[0]
+        whole = whole[:-1] if whole[-1] in writer.ends else whole
+        said = tokenizer.decode(whole if kind == "text" else whole[len(ids) :], skip_special_tokens=True)
+        if kind == "messages":
+            assert row[-1]["content"] == said.strip()
+            assert size == len(whole)
+        else:
+            assert said.startswith(row) and 2 * len(row) > len(said)
+
+
+def test_the_same_seed_writes_the_same_whatever_runs_the_model(run):
+    rows = training_rows()
+    once = [list(loaded(tokens=1000, batch_size=8, engine=engine)[2].batches(rows)) for engine in ("engine", "auto")]
+    assert once[0] == once[1]
+    model, tokenizer, _ = loaded()
+    other = Writer(model, tokenizer, SynthesisSpec(tokens=1000, batch_size=8), 64, 1)
+    assert list(other.batches(rows)) != once[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", 0.3), ("top_p", 0.2), ("prefix", 20), ("tokens", 400), ("batch_size", 3), ("model", "other")],
+)
+def test_settings_change_what_is_written(key, value, run):
+    synthesize()
+    before = written("text.jsonl")
+    if value == "other":
+        make_model(run / "other", seed=1)
+    synthesize(**{f"synthesis__{key}": value})
+    assert written("text.jsonl") != before
+
+
+def test_rows_of_a_model_are_trained_on_and_never_held_out(run):
+    synthesize()
+    files = "{source: synthetic/text.jsonl, heldout: false}, {source: synthetic/chats.jsonl, heldout: false}"
+    more = f"[rows.jsonl, {{source: text.txt, format: text}}, {files}]"
+    assert training_rows("heldout", more)["source"] == training_rows("heldout")["source"]
+    count = len(written("text.jsonl")) + len(written("chats.jsonl"))
+    assert len(training_rows("train", more)) == len(training_rows()) + count
+    # And they are not continued once more.
+    before = written("text.jsonl")
+    synthesize(data__train=more)
+    assert written("text.jsonl") == before
+
+
+def test_what_cannot_be_used_is_counted(run):
+    _, _, writer = loaded(tokens=10_000, temperature=0.0, batch_size=16)
+    questions = [
+        {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "x"}], "text": None}
+        for words in ("Why? " * 30, "Go on.", "Go on.")
+    ]
+    with pytest.raises(DataError, match=r"nothing new \(.*1 conversations whose prompt leaves no room"):
+        list(writer.batches(questions))
+    assert writer.left_out["long"] >= 1
+    assert writer.left_out["again"] + writer.left_out["cut"] + writer.left_out["empty"] >= 2
+
+
+def test_an_answer_to_the_last_question_is_asked_for():
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant", "user")]
+    assert _asked(turns) == turns[:3]
+    assert _asked(turns[:1]) is None and _asked(turns[1:2]) is None
+
+
+def test_passages_begin_with_words_and_reach_every_part():
+    import random
+
+    text = " ".join(f"word{number}" for number in range(200))
+    found = [_passage(text, 40, random.Random(seed)) for seed in range(300)]
+    assert all(passage.startswith("word") and len(passage) <= 40 for passage in found)
+    assert {passage.split()[0] for passage in found} > {"word0", "word100", "word190"} or len(set(found)) > 150
+    assert _passage("short", 40, random.Random(0)) == "short"
+    assert _passage("x" * 100, 40, random.Random(3)) == "x" * 40
+
+
+def test_texts_end_with_a_sentence_where_most_of_them_is_kept():
+    assert _whole_sentences("One. Two 3.5 is said. And th") == "One. Two 3.5 is said."
+    assert _whole_sentences('He said "go." Then') == 'He said "go."'
+    assert _whole_sentences("Yes. But then a very long sentence that does not e") == (
+        "Yes. But then a very long sentence that does not e"
+    )
+    assert _whole_sentences("no end at all") == "no end at all"
+
+
+def test_mistakes_are_told_before_anything_is_written(run):
+    synthesize()
+    with pytest.raises(StageError, match="use --force"):
+        uniattn_cli.synthesize(overrides=overrides(), options=CPU)
+    with pytest.raises(DataError, match=r"synthesis.prefix is 40 tokens, but rows have 64"):
+        synthesize(synthesis__prefix=40)
+    with pytest.raises(StageError, match=r"trained is missing; run `uniattn train recipe.yaml` first"):
+        synthesize(synthesis__model="trained")
+    assert written("text.jsonl") and not RunDir(".").partial("synthesize").exists()
+
+
+def test_the_command_writes_rows_that_the_next_one_reads(made, uniattn, tmp_path):
+    for name in ("rows.jsonl", "text.txt", "recipe.yaml"):
+        (tmp_path / name).write_text((made / name).read_text())
+    options = [word for entry in overrides(synthesis__tokens=900, synthesis__batch_size=4) for word in ("--set", entry)]
+    done = uniattn("synthesize", "--device", "cpu", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "add to data.train: {source: synthetic/text.jsonl, heldout: false}" in " ".join(done.stdout.split())
+    more = "data.train=[rows.jsonl, {source: synthetic/text.jsonl, heldout: false}]"
+    shown = uniattn("data", "--set", more, "--set", "train.max_length=64", cwd=tmp_path)
+    assert shown.returncode == 0 and "synthetic/text.jsonl" in shown.stdout
+    again = uniattn("synthesize", "--device", "cpu", *options, cwd=tmp_path)
+    assert again.returncode != 0 and "use --force to replace it" in again.stderr
