@@ -8,7 +8,8 @@ the same order for a seed. The score is the mean of log perplexity on `--text` (
 calibration text), of log perplexity on `--wikitext` (first 65,536 tokens) and of the loss on held-out responses; lower
 is better. The gap is the score minus that of the control of the same seed. Rows already in the output are not measured
 again; `--parts` and `--layouts` pick some. `control converted` converts the control instead of the base and learns from
-it, so that it has seen the data twice. A part may name its own learning rates and settings of the recipe's
+it, so that it has seen the data twice. `--synthetic` adds rows of `uniattn synthesize`; with `--controls` controls of
+other runs, without these rows, teach. A part may name its own learning rates and settings of the recipe's
 `train.distillation`: `one@3e-4`, `two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`.
 Layouts are searched, or taken from `benchmark_layouts.py` with `--layouts-from`. Several processes, each with its own
 `--out`, share the work; `--merge` puts their files together. A table (`.md`) and a picture (`.png`) are written beside
@@ -52,6 +53,8 @@ LAYOUTS = {
 SEARCHED = {"softmax": "softmax, free", "mixed": "mixed", "kv": "kv", "linear": "linear", "none": "none"}
 PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "control converted", "lora")
 PARTS += ("equal time",)
+# What teaches with `--controls`.
+TEACHER = "control of other runs"
 RATES = {"compensation": 1e-3, "all": 1e-4, "lora": 2e-4}
 # Share of the steps of the two-stage recipe that only train the compensation: 0.25 of 1.25 epochs.
 FIRST_SHARE = 0.2
@@ -114,6 +117,7 @@ class Bench:
             "comparable": {
                 "model": Path(self.arguments.model).name,
                 "train": [Path(name).name for name in [*self.arguments.train, *self.arguments.synthetic]],
+                **({"synthetic": self._provenance()} if self.arguments.synthetic else {}),
                 "tokens": self.arguments.tokens,
                 "kv": self.arguments.kv,
                 "batch_size": self.arguments.batch_size,
@@ -128,6 +132,14 @@ class Bench:
             "transformers": transformers.__version__,
             "trl": trl.__version__,
         }
+
+    def _provenance(self) -> list[dict]:
+        """How `uniattn synthesize` wrote the synthetic rows, as the record beside them says."""
+        found = []
+        for name in self.arguments.synthetic:
+            record = json.loads(Path(name).with_name("stage.json").read_text(encoding="utf-8"))["settings"]["synthesis"]
+            found.append({key: record[key] for key in ("model", "tokens", "prefix", "temperature", "top_p")})
+        return found
 
     def settings(self, seed: int) -> list[str]:
         """What all rows of a seed have in common."""
@@ -199,8 +211,7 @@ class Bench:
         if not (folder / "converted" / "stage.json").is_file():
             self._fetch_control(self.run_dir(layout, seed), seed)
             shutil.rmtree(folder, ignore_errors=True)
-            control = (self.work / f"control-{seed}").absolute()
-            write_recipe(folder, str(control), self.content["layouts"][layout])
+            write_recipe(folder, str(self._control(seed)), self.content["layouts"][layout])
             convert(run_dir=folder, overrides=self.settings(seed), options=self.options)
         return folder
 
@@ -218,7 +229,11 @@ class Bench:
             directory = self.source.path
         elif part != "converted":
             directory, seconds, tokens = self._train(folder, layout, part, seed)
-        scores = self._score(directory, seed)
+        self._keep(key, directory, seconds, tokens)
+
+    def _keep(self, key: str, directory: Path, seconds: float, tokens: int) -> None:
+        """Scores a model and writes its row."""
+        scores = self._score(directory, int(key.rpartition(" ")[2]))
         self.content["rows"][key] = {
             "score": round(statistics.fmean(scores.values()), 5),
             "seconds": round(seconds, 1),
@@ -228,6 +243,12 @@ class Bench:
         print(key, self.content["rows"][key], flush=True)
         self.save()
 
+    def teacher_row(self, seed: int) -> None:
+        """The control of other runs that teaches here: what the gap is to where these runs have no control."""
+        key = f"base | {TEACHER} | seed {seed}"
+        if key not in self.content["rows"]:
+            self._keep(key, self._control(seed), 0.0, 0)
+
     def _train(self, folder: Path, layout: str, part: str, seed: int) -> tuple[Path, float, int]:
         settings = [*self.settings(seed), *self._recipe_of(part, layout, seed)]
         if name_of(part) == "control teaches":
@@ -236,14 +257,23 @@ class Bench:
         result = train(run_dir=folder, control=control, overrides=settings, options=self.options)
         seconds, tokens = (sum(getattr(stage, name) for stage in result.stages) for name in ("seconds", "tokens"))
         if part == "control":
-            shutil.copytree(folder / "control", self.work / f"control-{seed}", dirs_exist_ok=True)
+            shutil.rmtree(self.work / f"control-{seed}", ignore_errors=True)
+            shutil.copytree(folder / "control", self.work / f"control-{seed}")
         return result.directory, seconds, tokens
 
     def _fetch_control(self, folder: Path, seed: int) -> None:
-        if not (self.work / f"control-{seed}").is_dir():
+        source = self._control(seed)
+        if not source.is_dir():
             self._train(folder, "", "control", seed)
         if not (folder / "control").is_dir():
-            shutil.copytree(self.work / f"control-{seed}", folder / "control")
+            shutil.copytree(source, folder / "control")
+
+    def _control(self, seed: int) -> Path:
+        """The control that teaches: of these runs, or of others."""
+        found = Path(self.arguments.controls or self.work).absolute() / f"control-{seed}"
+        if self.arguments.controls and not found.is_dir():
+            raise SystemExit(f"{found} is missing; run the part control of that seed with that --work first")
+        return found
 
     def _recipe_of(self, part: str, layout: str, seed: int) -> list[str]:
         """The stages of a part, as settings."""
@@ -306,7 +336,7 @@ def merged(contents: Sequence[dict]) -> dict:
             raise SystemExit("these files hold rows of different settings")
         for name in ("layouts", "rows"):
             together[name] |= content[name]
-    places = [list(LAYOUTS), list(PARTS)]
+    places = [list(LAYOUTS), [*PARTS, TEACHER]]
 
     def place(key: str) -> list:
         layout, part, seed = key.split(" | ")
@@ -338,7 +368,7 @@ def grouped(rows: dict[str, dict]) -> list[dict]:
         layout, part, seed = key.split(" | ")
         entry = found.setdefault((layout, part), {"layout": layout, "part": part, "rows": [], "gap": []})
         entry["rows"].append(row)
-        control = rows.get(f"base | control | {seed}")
+        control = rows.get(f"base | control | {seed}") or rows.get(f"base | {TEACHER} | {seed}")
         if control is not None:
             entry["gap"].append(row["score"] - control["score"])
     return list(found.values())
@@ -353,7 +383,8 @@ def markdown(setting: dict, entries: Sequence[dict]) -> str:
         "",
         f"{comparable['tokens']:,} training tokens, {comparable['kv']:.0%} of the KV bytes kept; {setting['device']}, "
         f"{setting['dtype']}. Score: mean of the three losses (nats per token, lower is better); gap: score minus that "
-        "of the control, the base after the same training, of the same seed. Learning rates, where none is named: "
+        "of the control of the same seed: the base after the same training, or the control of other runs that teaches. "
+        "Learning rates, where none is named: "
         f"{rates}. Made by `scripts/benchmark_training.py`; the JSON file beside has all numbers.",
         "",
         "| layout | trained | score | gap | text | wikitext | responses | tokens | seconds | seeds |",
@@ -388,7 +419,7 @@ def draw(entries: Sequence[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [entry for entry in entries if entry["gap"] and entry["part"] != "control"]
+    shown = [entry for entry in entries if entry["gap"] and entry["part"] not in ("control", TEACHER)]
     if not shown:
         return
     figure = Figure(figsize=(8, 0.24 * len(shown) + 1), dpi=150, layout="constrained")
@@ -421,6 +452,9 @@ def main() -> None:
     parser.add_argument("--wikitext", required=True, help="plain text")
     parser.add_argument("--out", default="docs/benchmarks/training.json")
     parser.add_argument("--work", help="folder of the run directories, kept; a temporary one by default")
+    parser.add_argument(
+        "--controls", help="--work of other runs, whose controls teach here; by default those of these runs do"
+    )
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each row")
     parser.add_argument(
         "--parts",
@@ -460,6 +494,8 @@ def main() -> None:
         return
     bench = Bench(arguments)
     for seed in arguments.seeds:
+        if arguments.controls:
+            bench.teacher_row(seed)
         for layout in arguments.layouts:
             for part in arguments.parts:
                 bench.row(layout, part, seed)

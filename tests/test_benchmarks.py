@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from tiny_run import make_model, write_data
+
+from uniattn_cli.recipe import SynthesisSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +58,26 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     assert done.returncode == 0 and done.stdout == "" and out.read_text() == before
     done = run_script("benchmark_training.py", *common, "--tokens", 3000)
     assert done.returncode == 1 and "rows of other settings" in done.stderr
+    # A model's own text is trained on and not held out, and a control of these runs can teach with it.
+    (tmp_path / "synthetic").mkdir()
+    own = [{"text": f"{n} comes before {n + 1}, and that is all there is to say about {n}."} for n in range(50)]
+    (tmp_path / "synthetic" / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    record = {"settings": {"synthesis": dataclasses.asdict(SynthesisSpec(tokens=1000))}}
+    (tmp_path / "synthetic" / "stage.json").write_text(json.dumps(record))
+    more = ["--synthetic", tmp_path / "synthetic" / "text.jsonl", "--out", tmp_path / "more.json"]
+    more += ["--work", tmp_path / "more", "--parts", "control teaches+weight=1.0"]
+    done = run_script("benchmark_training.py", *common, *more, "--controls", tmp_path / "nowhere")
+    assert done.returncode == 1 and "run the part control of that seed" in done.stderr
+    done = run_script("benchmark_training.py", *common, *more, "--controls", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "more.json").read_text())
+    teacher = "base | control of other runs | seed 0"
+    assert list(content["rows"]) == [teacher, "softmax | control teaches+weight=1.0 | seed 0"]
+    assert content["rows"][teacher]["score"] == rows["base | control | seed 0"]["score"]
+    assert "| – |" not in (tmp_path / "more.md").read_text()
+    wanted = {"model": "base", "tokens": 1000, "prefix": 32, "temperature": 1.0, "top_p": 1.0}
+    assert content["setting"]["comparable"]["synthetic"] == [wanted]
+    assert content["setting"]["comparable"]["train"] == ["rows.jsonl", "text.jsonl"]
 
 
 def test_speed_benchmark_alternates_base_and_converted(tmp_path):

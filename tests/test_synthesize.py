@@ -15,6 +15,7 @@ from uniattn_cli.checkpoint import load_model, load_tokenizer, locate
 from uniattn_cli.errors import DataError, StageError
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
 from uniattn_cli.generation.synthesize import Writer, _asked, _passage, _whole_sentences
+from uniattn_cli.masks import ChatRenderer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import ModelSpec, Recipe, SynthesisSpec, default_tree, write_tree
 from uniattn_cli.rundir import RunDir
@@ -90,24 +91,27 @@ def test_there_are_as_many_tokens_as_asked_for_in_rows_that_fit(run):
     result = synthesize()
     assert 4000 <= result.tokens < 4000 + 64
     sizes = [size for batch in loaded(tokens=2000, batch_size=16)[2].batches(training_rows()) for *_, size in batch]
-    # With the end-of-text token, that training adds, a row is full.
-    assert max(sizes) == 63 and 2000 <= sum(sizes) < 2000 + 64
+    assert max(sizes) <= 64 and 2000 <= sum(sizes) < 2000 + 64
 
 
 def test_the_likeliest_text_is_that_of_generate(run):
-    model, tokenizer, writer = loaded(temperature=0.0, top_p=1.0, prefix=8, batch_size=16, tokens=2000)
+    model, tokenizer, writer = loaded(temperature=0.0, top_p=1.0, prefix=8, batch_size=16, tokens=4000)
     found = [entry for batch in writer.batches(training_rows()) for entry in batch]
     assert {kind for kind, *_ in found} == {"text", "messages"}
     for kind, row, size in found:
         ids = chat_ids(tokenizer, row[:-1]) if kind == "messages" else plain_ids(tokenizer, row)[:8]
-        new = 64 - len(ids) - 1
+        new = 64 - len(ids) + (8 if kind == "messages" else -1)
         tokens = torch.tensor([ids])
         whole = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new)[0]
-        whole = whole[:-1] if whole[-1] in writer.ends else whole
+        ended = whole[-1] in writer.ends
+        whole = whole[:-1] if ended else whole
         said = tokenizer.decode(whole if kind == "text" else whole[len(ids) :], skip_special_tokens=True)
         if kind == "messages":
-            assert row[-1]["content"] == said.strip()
-            assert size == len(whole)
+            # Rows with shorter prompts than others of their batch go on a little longer.
+            assert row[-1]["content"].startswith(said.strip()[:-1])
+            assert size == min(len(whole), 64)
+            # What was not finished is longer than a row, so that no end of the turn is learned.
+            assert ended or len(ChatRenderer(tokenizer).ids(row)) > 64
         else:
             assert said.startswith(row) and 2 * len(row) > len(said)
 
@@ -153,10 +157,10 @@ def test_what_cannot_be_used_is_counted(run):
         {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "x"}], "text": None}
         for words in ("Why? " * 30, "Go on.", "Go on.")
     ]
-    with pytest.raises(DataError, match=r"nothing new \(.*1 conversations whose prompt leaves no room"):
+    with pytest.raises(DataError, match=r"nothing new \(2 conversations whose prompt leaves no room"):
         list(writer.batches(questions))
-    assert writer.left_out["long"] >= 1
-    assert writer.left_out["again"] + writer.left_out["cut"] + writer.left_out["empty"] >= 2
+    # The second pass found nothing, and in both the same two rows gave the same text.
+    assert writer.left_out["long"] == 2 and writer.left_out["again"] + writer.left_out["empty"] == 3
 
 
 def test_an_answer_to_the_last_question_is_asked_for():

@@ -513,7 +513,7 @@ class SynthesisSpec:
     prefix: int = setting(32, "tokens of a text that are given; conversations are given up to the answer", minimum=1)
     temperature: float = setting(1.0, "logits are divided by it; 0 takes the likeliest token", minimum=0)
     top_p: float = setting(
-        0.95, "only the likeliest tokens that together have this probability are drawn from", above=0, maximum=1
+        1.0, "only the likeliest tokens that together have this probability are drawn from", above=0, maximum=1
     )
     batch_size: int = setting(64, "rows written at once", minimum=1)
     engine: str = setting(

@@ -2,7 +2,8 @@
 
 A model continues passages of the recipe's texts and answers the questions of its conversations. What it has to say
 about them is what a converted model has lost, and there is no end of it: distillation on a model's own text needs no
-data of others (Liu et al., LLM-QAT, arXiv 2305.17888).
+data of others (Liu et al., LLM-QAT, arXiv 2305.17888). Cross-entropy is another matter: of its own text, drawn at
+temperature 1, a model can learn nothing, and drawn more greedily, only to be greedier.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.accounting import context_window
 from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe, SynthesisSpec
@@ -38,9 +40,11 @@ LEAST_ROOM = 32
 CHARACTERS_PER_TOKEN = 16
 # A sentence's end that a text cut by its length is shortened to.
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?=\s)|\n")
+# An answer that is not finished goes on for so many tokens behind a row's length: training cuts it there, and no end of
+# the turn is learned.
+BEYOND = 8
 LEFT_OUT = {
     "long": "conversations whose prompt leaves no room",
-    "cut": "answers that were not finished",
     "empty": "empty answers",
     "again": "texts that were there already",
 }
@@ -131,6 +135,7 @@ def synthesize(
     notes = [f"written by {writer.path}" + (f", not the engine: {writer.reason}" if writer.reason else "")]
     for kind in written:
         notes.append(f"add to data.train: {{source: {output / FILES[kind]}, heldout: false}}")
+    notes.append("for stages with loss: distillation; cross-entropy gains nothing from it, so train a control before")
     return Synthesis(written, counts["tokens"], dict(writer.left_out), output, [table], notes)
 
 
@@ -167,6 +172,7 @@ class Writer:
         settings = generation_config(model, tokenizer, Decoding(temperature=spec.temperature), 1)
         self.tries_engine = engine_wanted(spec.engine, model.device)
         self.ends, self.pad = settings.eos_token_id, settings.pad_token_id
+        self.window = context_window(model.config)
         self.left_out: Counter[str] = Counter()
         self.path = self.reason = ""
 
@@ -242,18 +248,19 @@ class Writer:
         decoded = self._decode(prompts, seed)
         self.path, self.reason = decoded.path, decoded.reason if self.tries_engine else ""
         for prompt, row in zip(prompts, decoded.tokens.tolist(), strict=True):
+            if prompt.messages is None:
+                # One place is left for the end-of-text token that training puts behind a text.
+                row = row[: self.length - 1 - len(prompt.ids)]
             end = next((place for place, token in enumerate(row) if token in self.ends), None)
             new = row[:end]
-            size = len(prompt.ids) + len(new)
+            size = min(len(prompt.ids) + len(new), self.length)
             if prompt.messages is None:
                 text = self._text([*prompt.ids, *new])
                 yield "text", text if end is not None else _whole_sentences(text), size
-                continue
-            said = self._text(new).strip()
-            if end is None or not said:
-                self.left_out["cut" if end is None else "empty"] += 1
-            else:
+            elif said := self._text(new).strip():
                 yield "messages", [*prompt.messages, {"role": "assistant", "content": said}], size
+            else:
+                self.left_out["empty"] += 1
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -264,7 +271,10 @@ class Writer:
         from uniattn_cli.inference.engine import decode
         from uniattn_cli.inference.program import UnsupportedError
 
-        longest = max(len(prompt.ids) for prompt in prompts)
+        longest, shortest = (pick(len(prompt.ids) for prompt in prompts) for pick in (max, min))
+        room = self.length + BEYOND - shortest
+        if self.window is not None:
+            room = min(room, self.window - longest)
         tokens = torch.full((len(prompts), longest), self.pad)
         mask = torch.zeros_like(tokens)
         for place, prompt in enumerate(prompts):
@@ -275,8 +285,7 @@ class Writer:
                 self.model,
                 tokens,
                 mask,
-                # One place is left for the end-of-text token that training puts behind a text.
-                max_new_tokens=self.length - longest - 1,
+                max_new_tokens=room,
                 eos_token_id=self.ends,
                 pad_token_id=self.pad,
                 temperature=self.spec.temperature,
