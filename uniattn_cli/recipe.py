@@ -138,9 +138,13 @@ class DataSpec:
         weighted = [spec.weight is not None for spec in self.train]
         if any(weighted) and not all(weighted):
             faults.append("data.train: give every data set a weight, or none of them")
+        if self.train and not any(spec.heldout for spec in self.train):
+            faults.append("data.train: heldout is false everywhere, so that no row could be held out; leave one out")
         for key in ("train", "calibration", "text"):
             for index, spec in enumerate(getattr(self, key) or ()):
                 where = f"data.{key}[{index}]"
+                if key != "train" and not spec.heldout:
+                    faults.append(f"{where}.heldout: only rows of data.train are held out")
                 if key != "train" and spec.weight is not None:
                     faults.append(f"{where}.weight: only the data sets of data.train are mixed by weight")
                 for name, column in (spec.columns or {}).items():

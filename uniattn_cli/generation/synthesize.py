@@ -29,6 +29,7 @@ from uniattn_cli.tables import Table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from uniattn_cli.checkpoint import Source
     from uniattn_cli.inference.engine import Decoded
 
 FILES = {"text": "text.jsonl", "messages": "chats.jsonl"}
@@ -38,6 +39,8 @@ SORTED_BATCHES = 8
 LEAST_ROOM = 32
 # Characters in which the first tokens of a passage are looked for, each; longer tokens are rare.
 CHARACTERS_PER_TOKEN = 16
+# And of a usual token.
+CHARACTERS_USUAL = 4
 # A sentence's end that a text cut by its length is shortened to.
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?=\s)|\n")
 # An answer that is not finished goes on for so many tokens behind a row's length: training cuts it there, and no end of
@@ -139,7 +142,7 @@ def synthesize(
     return Synthesis(written, counts["tokens"], dict(writer.left_out), output, [table], notes)
 
 
-def _writer(run: RunDir, recipe: Recipe):
+def _writer(run: RunDir, recipe: Recipe) -> Source:
     """The model that writes: the base, a finished stage's, or any other."""
     from uniattn_cli.checkpoint import locate
     from uniattn_cli.rundir import OUTPUTS
@@ -211,13 +214,12 @@ class Writer:
         Long texts have as many passages as they have rows' lengths, so that each part of a text is as likely as any.
         """
         from uniattn_cli.generation.prompts import chat_ids, plain_ids
-        from uniattn_cli.masks import encode
 
         chance = random.Random(f"{self.seed} {number}")
         places: list[int] = []
         for index, row in enumerate(rows):
-            pieces = 1 if row.get("messages") else max(1, len(encode(self.tokenizer, row["text"])) // self.length)
-            places += [index] * pieces
+            pieces = 1 if row.get("messages") else len(row["text"]) // (CHARACTERS_USUAL * self.length)
+            places += [index] * max(1, pieces)
         chance.shuffle(places)
         for index in places:
             messages, text = rows[index].get("messages"), rows[index].get("text")
