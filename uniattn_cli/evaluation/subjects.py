@@ -93,14 +93,30 @@ def _control_notes(run: RunDir) -> list[str]:
         ]
     trained, control = run.record("train"), run.record("control")
     different = [key for key in SHARED_SETTINGS if _lookup(trained, key) != _lookup(control, key)]
-    if trained["inputs"].get("data") != control["inputs"].get("data"):
+    (rows, written), (other_rows, other_written) = _rows_and_written(trained), _rows_and_written(control)
+    notes = []
+    if written and not other_written and rows == other_rows:
+        different.remove("data.train")
+        notes = [
+            f"trained/ also saw what a model wrote ({', '.join(written)}), further tokens that control/ did not see: "
+            "its cross-entropy would gain nothing from them."
+        ]
+    elif trained["inputs"].get("data") != control["inputs"].get("data"):
         different.append("the training rows")
     if not different:
-        return []
+        return notes
     return [
+        *notes,
         f"control/ is no fair comparison: it was not trained like trained/ (they differ in {', '.join(different)}); "
-        f"run `uniattn {COMMANDS['control']} --force`."
+        f"run `uniattn {COMMANDS['control']} --force`.",
     ]
+
+
+def _rows_and_written(record: dict) -> tuple[list[dict], list[str]]:
+    """The data sets that a stage trained on, and the sources of those whose rows a model wrote."""
+    specs = _lookup(record, "data.train") or []
+    own = [spec for spec in specs if spec.get("heldout", True)]
+    return own, [spec["source"] for spec in specs if not spec.get("heldout", True)]
 
 
 def _lookup(record: dict, key: str) -> object:
