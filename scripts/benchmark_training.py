@@ -137,7 +137,10 @@ class Bench:
         """How `uniattn synthesize` wrote the synthetic rows, as the record beside them says."""
         found = []
         for name in self.arguments.synthetic:
-            record = json.loads(Path(name).with_name("stage.json").read_text(encoding="utf-8"))["settings"]["synthesis"]
+            path = Path(name).with_name("stage.json")
+            if not path.is_file():
+                raise SystemExit(f"{path} is missing; leave what `uniattn synthesize` wrote in one folder")
+            record = json.loads(path.read_text(encoding="utf-8"))["settings"]["synthesis"]
             found.append({key: record[key] for key in ("model", "tokens", "prefix", "temperature", "top_p")})
         return found
 
@@ -265,8 +268,9 @@ class Bench:
         source = self._control(seed)
         if not source.is_dir():
             self._train(folder, "", "control", seed)
-        if not (folder / "control").is_dir():
-            shutil.copytree(source, folder / "control")
+        # One that these runs have trained may not be the one that teaches.
+        shutil.rmtree(folder / "control", ignore_errors=True)
+        shutil.copytree(source, folder / "control")
 
     def _control(self, seed: int) -> Path:
         """The control that teaches: of these runs, or of others."""

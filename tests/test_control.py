@@ -164,15 +164,20 @@ def test_evaluation_says_that_the_control_is_missing_or_unlike(run):
     )
     notes = evaluated(run).notes
     assert any("control/ is no fair comparison" in note and "train.stages" in note for note in notes)
-    # What a model wrote is for the model that has a teacher; that the control lacks it is told, and no fault.
+    # What the base wrote is for a model that has a teacher: that the control lacks it is told, and no fault.
     path = run / "trained" / "stage.json"
     record = json.loads(path.read_text())
     rows = record["settings"]["data"]["train"]
     rows.append(rows[0] | {"source": "synthetic/text.jsonl", "heldout": False})
     record["inputs"]["data"] = "another"
     path.write_text(json.dumps(record))
+    (fault,) = (note for note in evaluated(run).notes if "control/" in note)
+    assert "differ in data.train, train.stages, the training rows)" in fault
+    for stage in record["settings"]["train"]["stages"]:
+        stage["loss"] = "distillation"
+    path.write_text(json.dumps(record))
     (told, fault) = (note for note in evaluated(run).notes if "control/" in note)
-    assert "trained/ also saw what a model wrote (synthetic/text.jsonl)" in told
+    assert "control/ did not see synthetic/text.jsonl (heldout: false)" in told
     assert "differ in train.stages)" in fault
     shutil.rmtree(run / "control")
     notes = evaluated(run).notes

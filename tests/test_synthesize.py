@@ -12,9 +12,10 @@ from tiny_run import make_model, make_tokenizer, settings, write_data
 import uniattn_cli
 from uniattn_cli import data
 from uniattn_cli.checkpoint import load_model, load_tokenizer, locate
-from uniattn_cli.errors import DataError, StageError
+from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
 from uniattn_cli.generation.synthesize import Writer, _asked, _passage, _whole_sentences
+from uniattn_cli.inference.engine import Decoded
 from uniattn_cli.masks import ChatRenderer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import ModelSpec, Recipe, SynthesisSpec, default_tree, write_tree
@@ -100,15 +101,14 @@ def test_the_likeliest_text_is_that_of_generate(run):
     assert {kind for kind, *_ in found} == {"text", "messages"}
     for kind, row, size in found:
         ids = chat_ids(tokenizer, row[:-1]) if kind == "messages" else plain_ids(tokenizer, row)[:8]
-        new = 64 - len(ids) + (8 if kind == "messages" else -1)
+        new = 64 - len(ids) + (16 if kind == "messages" else -1)
         tokens = torch.tensor([ids])
         whole = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new)[0]
         ended = whole[-1] in writer.ends
         whole = whole[:-1] if ended else whole
         said = tokenizer.decode(whole if kind == "text" else whole[len(ids) :], skip_special_tokens=True)
         if kind == "messages":
-            # Rows with shorter prompts than others of their batch go on a little longer.
-            assert row[-1]["content"].startswith(said.strip()[:-1])
+            assert row[-1]["content"] == said.strip()
             assert size == min(len(whole), 64)
             # What was not finished is longer than a row, so that no end of the turn is learned.
             assert ended or len(ChatRenderer(tokenizer).ids(row)) > 64
@@ -151,16 +151,104 @@ def test_rows_of_a_model_are_trained_on_and_never_held_out(run):
     assert written("text.jsonl") == before
 
 
+def asking(words: str) -> dict:
+    return {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "x"}], "text": None}
+
+
 def test_what_cannot_be_used_is_counted(run):
-    _, _, writer = loaded(tokens=10_000, temperature=0.0, batch_size=16)
+    writer = loaded(tokens=10_000, temperature=0.0, batch_size=16)[2]
     questions = [
-        {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "x"}], "text": None}
-        for words in ("Why? " * 30, "Go on.", "Go on.")
+        asking("Why? " * 30),
+        *(asking(f"Go on with {number}.") for number in range(8)),
+        asking("Go on with 1."),
     ]
-    with pytest.raises(DataError, match=r"nothing new \(2 conversations whose prompt leaves no room"):
-        list(writer.batches(questions))
-    # The second pass found nothing, and in both the same two rows gave the same text.
-    assert writer.left_out["long"] == 2 and writer.left_out["again"] + writer.left_out["empty"] == 3
+    rows = [row for batch in writer.batches(questions) for row in batch]
+    # A second pass gave nothing new, and what the first gave is kept.
+    assert len(rows) == 8 - (writer.left_out["empty"] + writer.left_out["unfinished"]) // 2
+    assert writer.left_out["long"] == 1 and writer.left_out["again"] == len(rows) + 2
+    writer = loaded(batch_size=16)[2]
+    with pytest.raises(DataError, match=r"gave nothing \(1 conversations whose prompt leaves no room\)"):
+        list(writer.batches(questions[:1]))
+
+
+def decoded(row: torch.Tensor):
+    """In place of `Writer._decode`: the same tokens, [1, new], for every prompt."""
+    return lambda prompts, seed: Decoded(row.repeat(len(prompts), 1), row, "engine")
+
+
+@pytest.mark.parametrize("more", [[], [{"messages": None, "text": "A passage of text to go on with."}]])
+def test_conversations_without_a_question_are_left_alone(more, run):
+    alone = {"messages": [], "text": None}
+    rows = [alone, asking("Well?"), *more]
+    kinds = [kind for batch in loaded(tokens=60)[2].batches(rows) for kind, *_ in batch]
+    assert kinds and set(kinds) <= {"messages", "text"}
+
+
+def test_a_model_with_nothing_to_add_gives_no_copy(run, monkeypatch):
+    writer = loaded(tokens=100, batch_size=4)[2]
+    monkeypatch.setattr(writer, "_decode", decoded(torch.full((1, 5), writer.ends[0])))
+    with pytest.raises(DataError, match="2 passages and questions with nothing to add"):
+        list(writer.batches([asking("Well?"), {"messages": None, "text": "A heading"}]))
+
+
+def test_an_answer_that_a_small_window_cuts_is_not_taken_for_finished(run, monkeypatch):
+    _, tokenizer, writer = loaded(tokens=100, batch_size=4)
+    said = torch.tensor([tokenizer("I do not know what to say" * 4)["input_ids"]])
+    answered = [decoded(said[:, :width]) for width in (10, said.shape[1])]
+    prompt = len(tokenizer.apply_chat_template(asking("Well?")["messages"][:1], add_generation_prompt=True).input_ids)
+    assert prompt + 10 < 64 < prompt + said.shape[1]
+    monkeypatch.setattr(writer, "_decode", answered[0])
+    with pytest.raises(DataError, match="1 answers that training would take for finished"):
+        list(writer.batches([asking("Well?")]))
+    monkeypatch.setattr(writer, "_decode", answered[1])
+    ((kept,),) = [batch for batch in writer.batches([asking("Well?")]) if batch]
+    assert kept[2] == 64
+
+
+# Drops what stands before the end of a thought, and ends turns with a token that ends no text.
+THOUGHTS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% else %}<|assistant|>"
+    "{{ m['content'].split('9')[-1] }}<pad>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_answers_are_what_training_will_render(run):
+    model, tokenizer, _ = loaded()
+    tokenizer.chat_template = THOUGHTS
+    writer = Writer(model, tokenizer, SynthesisSpec(tokens=3000, batch_size=16), 64, 0)
+    assert tokenizer.pad_token_id in writer.ends and writer.ends != [tokenizer.pad_token_id]
+    rows = [row for batch in writer.batches(training_rows(train="rows.jsonl")) for _, row, _ in batch]
+    assert rows and not any("9" in row[-1]["content"] for row in rows)
+    assert writer.left_out["unlike"] > 0
+
+
+def test_trained_models_write_too(run):
+    options = overrides(layout__layers="[{}, {}, {leader: 1}, {}, {}, {}]", data__train="rows.jsonl")
+    uniattn_cli.convert(overrides=options, options=AGAIN)
+    result = synthesize(synthesis__model="converted", synthesis__tokens=300)
+    assert result.tokens >= 300
+    record = json.loads(Path("synthetic/stage.json").read_text())
+    assert record["inputs"]["model"] == locate("converted").fingerprint
+    synthesize(synthesis__model="converted", synthesis__tokens=300, train__max_length=1024, synthesis__batch_size=2)
+    with pytest.raises(RecipeError, match=r"train.max_length is 1100, but the model's window is 1024"):
+        synthesize(synthesis__model="converted", train__max_length=1100)
+
+
+def test_rows_that_are_held_out_stay_so_when_named_again(run):
+    again = "[rows.jsonl, {source: rows.jsonl, heldout: false}]"
+    heldout = {json.dumps(row["messages"]) for row in training_rows("heldout", "rows.jsonl")}
+    assert heldout and not heldout & {json.dumps(row["messages"]) for row in training_rows("train", again)}
+
+
+def test_the_lines_for_the_recipe_hold_what_it_has(run):
+    found = synthesize(synthesis__tokens=200, data__train="[{source: rows.jsonl, weight: 3, limit: 100}]").notes
+    wanted = (
+        "[{source: rows.jsonl, limit: 100, weight: 3.0}, {source: synthetic/chats.jsonl, weight: 1.0, heldout: false}]"
+    )
+    assert any(note.endswith(f"data.train: {wanted}") for note in found)
+    rows = training_rows("train", wanted)
+    assert set(rows["source"]) == {"rows.jsonl", "synthetic/chats.jsonl"}
 
 
 def test_an_answer_to_the_last_question_is_asked_for():
@@ -206,7 +294,7 @@ def test_the_command_writes_rows_that_the_next_one_reads(made, uniattn, tmp_path
     options = [word for entry in overrides(synthesis__tokens=900, synthesis__batch_size=4) for word in ("--set", entry)]
     done = uniattn("synthesize", "--device", "cpu", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "add to data.train: {source: synthetic/text.jsonl, heldout: false}" in " ".join(done.stdout.split())
+    assert "{source: synthetic/text.jsonl, heldout: false}" in " ".join(done.stdout.split())
     more = "data.train=[rows.jsonl, {source: synthetic/text.jsonl, heldout: false}]"
     shown = uniattn("data", "--set", more, "--set", "train.max_length=64", cwd=tmp_path)
     assert shown.returncode == 0 and "synthetic/text.jsonl" in shown.stdout

@@ -49,9 +49,10 @@ def load_mix(
 
     A row is held out if a hash of its content falls below `holdout`: duplicates never straddle, the two parts are
     disjoint, and neither the seed nor other rows change the side of a row. Built-in rows have a held-out part of
-    their own; of a source with `heldout: false` every row is a training row. The seed shuffles training rows; held-out
-    rows come in the order of their hashes, so that any first few are the same sample in every run. Weights mix training
-    rows (see `mixing`) and leave held-out ones alone, so that losses of other mixes stay comparable.
+    their own; of a source with `heldout: false` every row is a training row that no other source holds out. The seed
+    shuffles training rows; held-out rows come in the order of their hashes, so that any first few are the same sample
+    in every run. Weights mix training rows (see `mixing`) and leave held-out ones alone, so that losses of other mixes
+    stay comparable.
 
     Args:
         repeat: whether a source with fewer rows than its share gives them several times; otherwise each row comes
@@ -68,6 +69,14 @@ def load_mix(
     specs = [spec for spec in specs if spec.heldout or not heldout]
     # In the order of hashes, so that the order of a file decides nothing.
     read = [sorted(((_hash(row), row) for row in _part_rows(spec, heldout, holdout)), key=_first) for spec in specs]
+    if not heldout and not all(spec.heldout for spec in specs):
+        kept_back = {
+            _hash(row)
+            for spec in specs
+            if spec.heldout and spec.source != BUILTIN
+            for row in _part_rows(spec, True, holdout)
+        }
+        read = [[pair for pair in rows if pair[0] not in kept_back] for rows in read]
     names = [label(spec) for spec in specs]
     weights = [None if heldout else spec.weight for spec in specs]
     empty = [name for name, rows, weight in zip(names, read, weights, strict=True) if weight and not rows]

@@ -82,6 +82,18 @@ class ChatRenderer:
         """The whole conversation as text."""
         return self._render(messages, False)
 
+    def prompt(self, messages: Messages) -> str:
+        """The conversation up to where the assistant begins to write."""
+        return self._render(messages, True)
+
+    def turn_end(self) -> int | None:
+        """The special token that the template puts behind an answer; None where it is another kind of text."""
+        answer = "answer"
+        text = self.text([{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}])
+        ids = encode(self.tokenizer, text[text.rindex(answer) + len(answer) :])
+        known = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+        return ids[0] if known is not None and known.special else None
+
     def ids(self, messages: Messages) -> list[int]:
         """Token ids of the whole conversation."""
         return encode(self.tokenizer, self.text(messages))

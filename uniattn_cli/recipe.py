@@ -510,7 +510,7 @@ class EvaluationSpec:
 
 @dataclass(frozen=True)
 class SynthesisSpec:
-    """Training rows that a model writes, of at most train.max_length tokens."""
+    """Training rows that a model writes, as long as train.max_length allows."""
 
     model: str = setting("base", "who writes: base, control, converted or trained, a directory or a hub id")
     tokens: int = setting(1_000_000, "tokens to write, their prompts included", minimum=1)

@@ -93,13 +93,17 @@ def _control_notes(run: RunDir) -> list[str]:
         ]
     trained, control = run.record("train"), run.record("control")
     different = [key for key in SHARED_SETTINGS if _lookup(trained, key) != _lookup(control, key)]
-    (rows, written), (other_rows, other_written) = _rows_and_written(trained), _rows_and_written(control)
+    (rows, further), (other_rows, other_further) = _rows(trained), _rows(control)
     notes = []
-    if written and not other_written and rows == other_rows:
+    if rows == other_rows and further == other_further:
+        # What did not name a setting had its default.
+        different = [key for key in different if key != "data.train"]
+    distils = all(stage.get("loss") == "distillation" for stage in _lookup(trained, "train.stages") or ())
+    if distils and further and not other_further and rows == other_rows:
         different.remove("data.train")
         notes = [
-            f"trained/ also saw what a model wrote ({', '.join(written)}), further tokens that control/ did not see: "
-            "its cross-entropy would gain nothing from them."
+            f"control/ did not see {', '.join(further)} (heldout: false): fair where the base wrote these rows, since "
+            "it could learn nothing from them; else no fair comparison."
         ]
     elif trained["inputs"].get("data") != control["inputs"].get("data"):
         different.append("the training rows")
@@ -112,11 +116,10 @@ def _control_notes(run: RunDir) -> list[str]:
     ]
 
 
-def _rows_and_written(record: dict) -> tuple[list[dict], list[str]]:
-    """The data sets that a stage trained on, and the sources of those whose rows a model wrote."""
-    specs = _lookup(record, "data.train") or []
-    own = [spec for spec in specs if spec.get("heldout", True)]
-    return own, [spec["source"] for spec in specs if not spec.get("heldout", True)]
+def _rows(record: dict) -> tuple[list[dict], list[str]]:
+    """The data sets of a stage that hold rows out, and the sources of those that do not, such as what a model wrote."""
+    specs = [{"heldout": True} | spec for spec in _lookup(record, "data.train") or []]
+    return [spec for spec in specs if spec["heldout"]], [spec["source"] for spec in specs if not spec["heldout"]]
 
 
 def _lookup(record: dict, key: str) -> object:

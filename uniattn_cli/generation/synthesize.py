@@ -8,6 +8,7 @@ temperature 1, a model can learn nothing, and drawn more greedily, only to be gr
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from uniattn_cli.accounting import context_window
 from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import Recipe, SynthesisSpec
+from uniattn_cli.recipe import DatasetSpec, Recipe, SynthesisSpec
 from uniattn_cli.rundir import RunDir
 from uniattn_cli.tables import Table
 
@@ -44,12 +45,14 @@ CHARACTERS_USUAL = 4
 # A sentence's end that a text cut by its length is shortened to.
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?=\s)|\n")
 # An answer that is not finished goes on for so many tokens behind a row's length: training cuts it there, and no end of
-# the turn is learned.
-BEYOND = 8
+# the turn is learned. Some, because the same text is often fewer tokens when it is read than when it was drawn.
+BEYOND = 16
 LEFT_OUT = {
     "long": "conversations whose prompt leaves no room",
-    "empty": "empty answers",
-    "again": "texts that were there already",
+    "empty": "passages and questions with nothing to add",
+    "unfinished": "answers that training would take for finished",
+    "unlike": "answers that the chat template would change",
+    "again": "rows that were there already",
 }
 
 
@@ -100,7 +103,7 @@ def synthesize(
         UniAttnError: one of its subclasses, with one clear line.
     """
     from uniattn_cli import data
-    from uniattn_cli.checkpoint import check_lengths, load_config, load_model, load_tokenizer
+    from uniattn_cli.checkpoint import check_lengths, load_model, load_tokenizer
 
     options = options or RunOptions()
     run = RunDir(run_dir)
@@ -112,7 +115,6 @@ def synthesize(
             f"synthesis.prefix is {spec.prefix} tokens, but rows have {length}; raise train.max_length or lower it"
         )
     source = _writer(run, recipe)
-    check_lengths(load_config(source), {"train.max_length": length})
     device = options.torch_device()
     tokenizer = load_tokenizer(source, recipe.data.chat_template)
     # What a model wrote is not continued once more.
@@ -120,6 +122,7 @@ def synthesize(
     rows = data.load_rows(given, "train", holdout=recipe.data.holdout, seed=recipe.seed, repeat=False)
     options.progress.note(f"loading {source.name} on {device}")
     model = load_model(source, recipe.model, device)
+    check_lengths(model.config, {"train.max_length": length})
     writer = Writer(model, tokenizer, spec, length, recipe.seed)
     started = time.perf_counter()
     counts: Counter[str] = Counter()
@@ -136,10 +139,36 @@ def synthesize(
     output = run.output("synthesize")
     table = _table(source.name, written, counts["tokens"], seconds, writer.left_out)
     notes = [f"written by {writer.path}" + (f", not the engine: {writer.reason}" if writer.reason else "")]
-    for kind in written:
-        notes.append(f"add to data.train: {{source: {output / FILES[kind]}, heldout: false}}")
+    if counts["tokens"] < spec.tokens:
+        notes.append(f"only {counts['tokens']:,} of {spec.tokens:,} tokens: another pass gave nothing new")
+    notes.append(f"use it with data.train: {_data_sets(recipe, [output / FILES[kind] for kind in written])}")
     notes.append("for stages with loss: distillation; cross-entropy gains nothing from it, so train a control before")
     return Synthesis(written, counts["tokens"], dict(writer.left_out), output, [table], notes)
+
+
+def _data_sets(recipe: Recipe, files: Sequence[Path]) -> str:
+    """The recipe's training data with these files, as YAML in one line."""
+    weighted = any(spec.weight is not None for spec in recipe.data.train)
+    added = [DatasetSpec(str(file), heldout=False, weight=1.0 if weighted else None) for file in files]
+    # What an earlier run wrote was replaced.
+    kept = [spec for spec in recipe.data.train if spec.source not in {each.source for each in added}]
+    entries = []
+    for spec in (*kept, *added):
+        given = {
+            entry.name: getattr(spec, entry.name)
+            for entry in dataclasses.fields(spec)
+            if getattr(spec, entry.name) != entry.default
+        }
+        given = {"source": spec.source} | given
+        entries.append(
+            spec.source if len(given) == 1 else "{" + ", ".join(_yaml(*item) for item in given.items()) + "}"
+        )
+    return f"[{', '.join(entries)}]"
+
+
+def _yaml(key: str, value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
+    return f"{key}: {text}"
 
 
 def _writer(run: RunDir, recipe: Recipe) -> Source:
@@ -170,20 +199,24 @@ class Writer:
     ):
         from uniattn_cli.generation.decode import Decoding, generation_config
         from uniattn_cli.inference.engine import engine_wanted
+        from uniattn_cli.masks import ChatRenderer
 
         self.model, self.tokenizer, self.spec, self.length, self.seed = model, tokenizer, spec, length, seed
         settings = generation_config(model, tokenizer, Decoding(temperature=spec.temperature), 1)
         self.tries_engine = engine_wanted(spec.engine, model.device)
-        self.ends, self.pad = settings.eos_token_id, settings.pad_token_id
+        self.renderer = ChatRenderer(tokenizer)
+        # A base model's own end is that of a text; its template may end turns otherwise.
+        self.ends = sorted({*settings.eos_token_id, self.renderer.turn_end()} - {None})
+        self.pad = settings.pad_token_id
         self.window = context_window(model.config)
         self.left_out: Counter[str] = Counter()
         self.path = self.reason = ""
 
     def batches(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[str, Any, int]]]:
-        """Batch by batch (kind, row, tokens), until there are `synthesis.tokens` of them.
+        """Batch by batch (kind, row, tokens), until there are `synthesis.tokens` or a whole pass gives nothing new.
 
         Raises:
-            DataError: a whole pass over the rows gave nothing new.
+            DataError: the first pass gave nothing.
         """
         wanted, made, seen = self.spec.tokens, 0, set()
         for number in itertools.count():
@@ -201,11 +234,13 @@ class Writer:
                 yield kept
                 if made >= wanted:
                     return
-            if made == before:
+            if made == before and made:
+                return
+            if not made:
                 reasons = ", ".join(f"{count:,} {LEFT_OUT[name]}" for name, count in self.left_out.items())
                 raise DataError(
-                    f"a whole pass over the training rows gave nothing new ({reasons or 'no prompts'}) after {made:,} "
-                    f"of {wanted:,} tokens; raise train.max_length or synthesis.temperature, or name more rows"
+                    f"a whole pass over the training rows gave nothing ({reasons or 'nothing to go on with'}); raise "
+                    "train.max_length, or name other rows or another model"
                 )
 
     def prompts(self, rows: Sequence[dict[str, Any]], number: int) -> Iterator[Prompt]:
@@ -213,25 +248,26 @@ class Writer:
 
         Long texts have as many passages as they have rows' lengths, so that each part of a text is as likely as any.
         """
-        from uniattn_cli.generation.prompts import chat_ids, plain_ids
+        from uniattn_cli.generation.prompts import plain_ids
+        from uniattn_cli.masks import encode
 
         chance = random.Random(f"{self.seed} {number}")
         places: list[int] = []
         for index, row in enumerate(rows):
-            pieces = 1 if row.get("messages") else len(row["text"]) // (CHARACTERS_USUAL * self.length)
-            places += [index] * max(1, pieces)
+            text = row.get("text")
+            places += [index] * max(1, 0 if text is None else len(text) // (CHARACTERS_USUAL * self.length))
         chance.shuffle(places)
         for index in places:
-            messages, text = rows[index].get("messages"), rows[index].get("text")
-            if messages:
-                turns = _asked(messages)
+            text = rows[index].get("text")
+            if text is None:
+                turns = _asked(rows[index]["messages"])
                 if turns is None:
                     continue
-                ids = chat_ids(self.tokenizer, turns)
+                ids = encode(self.tokenizer, self.renderer.prompt(turns))
                 if len(ids) + LEAST_ROOM <= self.length:
                     yield Prompt(ids, turns)
                 else:
-                    self.left_out["long"] += 1
+                    self.left_out["long"] += number == 0
             else:
                 ids = plain_ids(self.tokenizer, _passage(text, self.spec.prefix * CHARACTERS_PER_TOKEN, chance))
                 yield Prompt(ids[: self.spec.prefix])
@@ -250,19 +286,31 @@ class Writer:
         decoded = self._decode(prompts, seed)
         self.path, self.reason = decoded.path, decoded.reason if self.tries_engine else ""
         for prompt, row in zip(prompts, decoded.tokens.tolist(), strict=True):
-            if prompt.messages is None:
-                # One place is left for the end-of-text token that training puts behind a text.
-                row = row[: self.length - 1 - len(prompt.ids)]
+            # A text leaves one place for the end-of-text token that training puts behind it.
+            row = row[: self.length - len(prompt.ids) + (-1 if prompt.messages is None else BEYOND)]
             end = next((place for place, token in enumerate(row) if token in self.ends), None)
             new = row[:end]
             size = min(len(prompt.ids) + len(new), self.length)
-            if prompt.messages is None:
+            said = self._text(new).strip()
+            if not said:
+                self.left_out["empty"] += 1
+            elif prompt.messages is None:
                 text = self._text([*prompt.ids, *new])
                 yield "text", text if end is not None else _whole_sentences(text), size
-            elif said := self._text(new).strip():
-                yield "messages", [*prompt.messages, {"role": "assistant", "content": said}], size
             else:
-                self.left_out["empty"] += 1
+                messages = [*prompt.messages, {"role": "assistant", "content": said}]
+                fault = self._fault(messages, finished=end is not None)
+                if fault:
+                    self.left_out[fault] += 1
+                else:
+                    yield "messages", messages, size
+
+    def _fault(self, messages: list[dict[str, str]], *, finished: bool) -> str | None:
+        """Why training would not see what was said; one of `LEFT_OUT`."""
+        *asked, answer = messages
+        if not self.renderer.text(messages).startswith(self.renderer.prompt(asked) + answer["content"]):
+            return "unlike"
+        return None if finished or len(self.renderer.ids(messages)) > self.length else "unfinished"
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
