@@ -90,7 +90,8 @@ class ChatRenderer:
         """The special token that the template puts behind an answer; None where it is another kind of text."""
         answer = "answer"
         text = self.text([{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}])
-        ids = encode(self.tokenizer, text[text.rindex(answer) + len(answer) :])
+        place = text.rfind(answer)
+        ids = encode(self.tokenizer, text[place + len(answer) :]) if place >= 0 else []
         known = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
         return ids[0] if known is not None and known.special else None
 

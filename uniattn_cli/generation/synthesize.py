@@ -224,7 +224,8 @@ class Writer:
             for index, prompts in enumerate(self._grouped(self.prompts(rows, number), number)):
                 kept = []
                 for kind, row, size in self._write(prompts, self.seed + index + (number << 20)):
-                    key = json.dumps(row, sort_keys=True)
+                    # Only its hash: there may be gigabytes of rows.
+                    key = hash(json.dumps(row, sort_keys=True))
                     if key in seen:
                         self.left_out["again"] += 1
                     elif made < wanted:
