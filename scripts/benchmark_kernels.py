@@ -173,7 +173,7 @@ def check_shape(
     device: torch.device, head_dim: int, heads: int, kv_heads: int, window: int | None, softcap: float | None
 ) -> dict:
     """Kernels over caches that are filled raggedly, every kind of layer, against the plain operations in float64."""
-    from uniattn_cli.inference.caches import GRAIN, Caches
+    from uniattn_cli.inference.caches import Caches, whole_grains
     from uniattn_cli.inference.ops import TorchOps
     from uniattn_cli.inference.trial import attention_program, decoding_step
     from uniattn_cli.modeling.layout_uniattn import Layout
@@ -196,7 +196,7 @@ def check_shape(
         queries = torch.randn(len(layout), GRID_BATCH, heads, head_dim, device=device).to(dtype)
         for kind in (dtype, torch.float64):
             program = attention_program(layout, dtype=kind, device=device, **sizes)
-            caches = Caches(program, GRID_BATCH, -(-context // GRAIN) * GRAIN)
+            caches = Caches(program, GRID_BATCH, whole_grains(context))
             kept = caches.flat.normal_() if kept is None else kept
             caches.flat.copy_(kept)
             exact = kind == torch.float64

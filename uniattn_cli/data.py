@@ -67,15 +67,10 @@ def load_mix(
     """
     heldout = part == "heldout"
     specs = [spec for spec in specs if spec.heldout or not heldout]
+    kept_back: set[str] = set()
     # In the order of hashes, so that the order of a file decides nothing.
-    read = [sorted(((_hash(row), row) for row in _part_rows(spec, heldout, holdout)), key=_first) for spec in specs]
+    read = [sorted(_part_rows(spec, heldout, holdout, kept_back), key=_first) for spec in specs]
     if not heldout and not all(spec.heldout for spec in specs):
-        kept_back = {
-            _hash(row)
-            for spec in specs
-            if spec.heldout and spec.source != BUILTIN
-            for row in _part_rows(spec, True, holdout)
-        }
         read = [[pair for pair in rows if pair[0] not in kept_back] for rows in read]
     names = [label(spec) for spec in specs]
     weights = [None if heldout else spec.weight for spec in specs]
@@ -131,13 +126,21 @@ def _hash(row: dict[str, Any]) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _part_rows(spec: DatasetSpec, heldout: bool, holdout: float) -> Iterator[dict[str, Any]]:
+def _part_rows(
+    spec: DatasetSpec, heldout: bool, holdout: float, kept_back: set[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Hash and row of those in the part; `kept_back` gets the hashes of rows that the source holds out."""
     if spec.source == BUILTIN:
-        yield from _builtin_rows(spec, "heldout" if heldout else "train")
+        for row in _builtin_rows(spec, "heldout" if heldout else "train"):
+            yield _hash(row), row
         return
     for row in read_rows(spec):
-        if (int(_hash(row)[:13], 16) / 16**13 < holdout and spec.heldout) == heldout:
-            yield {**row, "source": label(spec)}
+        digest = _hash(row)
+        held = spec.heldout and int(digest[:13], 16) / 16**13 < holdout
+        if held:
+            kept_back.add(digest)
+        if held == heldout:
+            yield digest, {**row, "source": label(spec)}
 
 
 def _builtin_rows(spec: DatasetSpec, part: str) -> Iterator[dict[str, Any]]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -634,6 +636,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value
+
+
+def flow(value: Any, number: Callable[[float], str] = str) -> str:
+    """A value in YAML's flow style, in one line; sections inside lists show only what differs from their own defaults.
+
+    Args:
+        number: writes numbers that are not whole.
+    """
+    if dataclasses.is_dataclass(value):
+        sourced = isinstance(value, (DatasetSpec, TaskSpec))
+        if sourced and value == type(value)(source=value.source):
+            return value.source
+        plain = type(value)()
+        names = [entry.name for entry in dataclasses.fields(value)]
+        shown = [
+            name for name in names if getattr(value, name) != getattr(plain, name) or (sourced and name == "source")
+        ]
+        return "{" + ", ".join(f"{name}: {flow(getattr(value, name), number)}" for name in shown or names[:1]) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(flow(item, number) for item in value) + "]"
+    if value is None or isinstance(value, (bool, dict)):
+        return json.dumps(value)
+    return number(value) if isinstance(value, float) else str(value) or "''"
 
 
 def _yaml() -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from uniattn_cli.inference.caches import GRAIN, cache_elements
+from uniattn_cli.inference.caches import cache_elements, whole_grains
 from uniattn_cli.inference.engine import Engine
 from uniattn_cli.inference.roofline import clock, step_bytes
 from uniattn_cli.inference.session import Session
@@ -174,7 +174,7 @@ def _shared_memory(
     engines: dict[str, Engine], batch: int, limit: int, found: dict[str, Measurement]
 ) -> torch.Tensor | None:
     """Memory for the largest caches that there is room for; notes down the models whose caches are larger."""
-    capacity = -(-limit // GRAIN) * GRAIN
+    capacity = whole_grains(limit)
     needs = {name: cache_elements(engine.program, batch, capacity) for name, engine in engines.items()}
     program = next(iter(engines.values())).program
     for name in sorted(needs, key=needs.get, reverse=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import UsageError, suggest
-from uniattn_cli.recipe import DatasetSpec, Recipe, TaskSpec
+from uniattn_cli.recipe import Recipe, flow
 from uniattn_cli.tables import Table
 
 TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
@@ -150,29 +150,7 @@ def _default(entry: dataclasses.Field) -> str:
     value = entry.default
     if value is dataclasses.MISSING:
         value = entry.default_factory()  # type: ignore[misc]
-    return _yaml(value)
-
-
-def _yaml(value: Any) -> str:
-    """A value in YAML's flow style; sections inside lists show only what differs from their own defaults."""
-    if dataclasses.is_dataclass(value):
-        plain = type(value)()
-        given = [
-            f"{entry.name}: {_yaml(getattr(value, entry.name))}"
-            for entry in dataclasses.fields(value)
-            if getattr(value, entry.name) != getattr(plain, entry.name)
-        ]
-        if isinstance(value, (DatasetSpec, TaskSpec)) and value == type(value)(source=value.source):
-            return value.source
-        first = dataclasses.fields(value)[0].name
-        return "{" + ", ".join(given or [f"{first}: {_yaml(getattr(value, first))}"]) + "}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_yaml(item) for item in value) + "]"
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
+    return flow(value, number="{:g}".format)
 
 
 def check(path: Path, overrides: Sequence[str]) -> Listing:

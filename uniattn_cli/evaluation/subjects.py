@@ -94,19 +94,19 @@ def _control_notes(run: RunDir) -> list[str]:
     trained, control = run.record("train"), run.record("control")
     different = [key for key in SHARED_SETTINGS if _lookup(trained, key) != _lookup(control, key)]
     (rows, further), (other_rows, other_further) = _rows(trained), _rows(control)
-    notes = []
-    if rows == other_rows and further == other_further:
-        # What did not name a setting had its default.
-        different = [key for key in different if key != "data.train"]
     distils = all(stage.get("loss") == "distillation" for stage in _lookup(trained, "train.stages") or ())
-    if distils and further and not other_further and rows == other_rows:
-        different.remove("data.train")
+    excused = distils and rows == other_rows and bool(further) and not other_further
+    # A setting that was not named had its default.
+    if excused or (rows, further) == (other_rows, other_further):
+        different = [key for key in different if key != "data.train"]
+    if not excused and trained["inputs"].get("data") != control["inputs"].get("data"):
+        different.append("the training rows")
+    notes = []
+    if excused:
         notes = [
             f"control/ did not see {', '.join(further)} (heldout: false): fair where the base wrote these rows, since "
             "it could learn nothing from them; else no fair comparison."
         ]
-    elif trained["inputs"].get("data") != control["inputs"].get("data"):
-        different.append("the training rows")
     if not different:
         return notes
     return [

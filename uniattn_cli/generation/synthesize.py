@@ -8,7 +8,6 @@ temperature 1, a model can learn nothing, and drawn more greedily, only to be gr
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import random
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.accounting import context_window
 from uniattn_cli.errors import DataError, ModelError
+from uniattn_cli.masks import ChatRenderer, encode
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import DatasetSpec, Recipe, SynthesisSpec
+from uniattn_cli.recipe import DatasetSpec, Recipe, SynthesisSpec, flow
 from uniattn_cli.rundir import RunDir
 from uniattn_cli.tables import Table
 
@@ -152,23 +152,7 @@ def _data_sets(recipe: Recipe, files: Sequence[Path]) -> str:
     added = [DatasetSpec(str(file), heldout=False, weight=1.0 if weighted else None) for file in files]
     # What an earlier run wrote was replaced.
     kept = [spec for spec in recipe.data.train if spec.source not in {each.source for each in added}]
-    entries = []
-    for spec in (*kept, *added):
-        given = {
-            entry.name: getattr(spec, entry.name)
-            for entry in dataclasses.fields(spec)
-            if getattr(spec, entry.name) != entry.default
-        }
-        given = {"source": spec.source} | given
-        entries.append(
-            spec.source if len(given) == 1 else "{" + ", ".join(_yaml(*item) for item in given.items()) + "}"
-        )
-    return f"[{', '.join(entries)}]"
-
-
-def _yaml(key: str, value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
-    return f"{key}: {text}"
+    return flow((*kept, *added))
 
 
 def _writer(run: RunDir, recipe: Recipe) -> Source:
@@ -199,7 +183,6 @@ class Writer:
     ):
         from uniattn_cli.generation.decode import Decoding, generation_config
         from uniattn_cli.inference.engine import engine_wanted
-        from uniattn_cli.masks import ChatRenderer
 
         self.model, self.tokenizer, self.spec, self.length, self.seed = model, tokenizer, spec, length, seed
         settings = generation_config(model, tokenizer, Decoding(temperature=spec.temperature), 1)
@@ -235,14 +218,14 @@ class Writer:
                 yield kept
                 if made >= wanted:
                     return
-            if made == before and made:
-                return
             if not made:
                 reasons = ", ".join(f"{count:,} {LEFT_OUT[name]}" for name, count in self.left_out.items())
                 raise DataError(
                     f"a whole pass over the training rows gave nothing ({reasons or 'nothing to go on with'}); raise "
                     "train.max_length, or name other rows or another model"
                 )
+            if made == before:
+                return
 
     def prompts(self, rows: Sequence[dict[str, Any]], number: int) -> Iterator[Prompt]:
         """Prompts of one pass over the rows: of a conversation all but its last answer, of texts random passages.
@@ -250,7 +233,6 @@ class Writer:
         Long texts have as many passages as they have rows' lengths, so that each part of a text is as likely as any.
         """
         from uniattn_cli.generation.prompts import plain_ids
-        from uniattn_cli.masks import encode
 
         chance = random.Random(f"{self.seed} {number}")
         places: list[int] = []
@@ -309,9 +291,10 @@ class Writer:
     def _fault(self, messages: list[dict[str, str]], *, finished: bool) -> str | None:
         """Why training would not see what was said; one of `LEFT_OUT`."""
         *asked, answer = messages
-        if not self.renderer.text(messages).startswith(self.renderer.prompt(asked) + answer["content"]):
+        text = self.renderer.text(messages)
+        if not text.startswith(self.renderer.prompt(asked) + answer["content"]):
             return "unlike"
-        return None if finished or len(self.renderer.ids(messages)) > self.length else "unfinished"
+        return None if finished or len(encode(self.tokenizer, text)) > self.length else "unfinished"
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -353,7 +336,7 @@ def _asked(messages: Sequence[dict[str, str]]) -> list[dict[str, str]] | None:
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers or not answers[-1]:
         return None
-    return [{"role": message["role"], "content": message["content"]} for message in messages[: answers[-1]]]
+    return list(messages[: answers[-1]])
 
 
 def _passage(text: str, characters: int, chance: random.Random) -> str:

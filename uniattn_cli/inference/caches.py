@@ -14,6 +14,11 @@ GRAIN = max(BLOCKS)
 LARGE_ROWS, LARGE_HEAD_BYTES = 128, 256
 
 
+def whole_grains(tokens: int) -> int:
+    """The smallest capacity that holds so many tokens."""
+    return -(-tokens // GRAIN) * GRAIN
+
+
 def choose_block(program: Program, batch: int) -> int:
     """Keys that kernels handle at once: one of `BLOCKS`."""
     head_bytes = program.shape.head_dim * program.dtype.itemsize

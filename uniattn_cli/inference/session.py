@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from uniattn_cli.inference.caches import GRAIN, Caches
+from uniattn_cli.inference.caches import GRAIN, Caches, whole_grains
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import LayerProgram, Program, UnsupportedError
 from uniattn_cli.inference.sampling import Sampling, choose
@@ -80,7 +80,7 @@ class Session:
     ):
         self.program, self.batch, self.limit, self.new = program, batch, limit, new
         self.sampling = sampling or Sampling()
-        self.caches = Caches(program, batch, -(-limit // GRAIN) * GRAIN, flat)
+        self.caches = Caches(program, batch, whole_grains(limit), flat)
         self.ops = ops(program, self.caches, reuse=reuse)
         self.ops.tune()
         device = program.device
