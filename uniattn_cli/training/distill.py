@@ -1,16 +1,15 @@
 """Learning from a frozen teacher: the loss of stages with `loss: distillation`.
 
-For an optimiser step with N learned tokens over all processes and forward passes,
+    loss = (1 - weight) · mean over learned tokens of cross-entropy
+           + mean over compared tokens of [ weight · temperature² · KL(teacher || student)
+             + attention · mean over changed layers of |student's attention output - teacher's|² / E_layer ]
 
-    loss = 1/N · ( sum over learned tokens of (1 - weight) · cross-entropy
-           + sum over compared tokens of [ weight · temperature² · KL(teacher || student)
-             + attention · mean over changed layers of |student's attention output - teacher's|² / E_layer ] )
-
-Compared are the learned tokens, or with `tokens: all` those of prompts too: a teacher has something to say about each.
-A compared token counts the same whether it is learned or not. E_layer is the mean |teacher's attention output|² over
-the compared tokens of the stage's first step; as a constant it keeps the loss a plain sum over tokens, which comes out
-the same however a step is divided. Both models see the same rows; the attention output is that of the attention block,
-where a follower's compensation has been added.
+Means are over the tokens of an optimiser step, of all its processes and forward passes. Compared are the learned
+tokens, or with `tokens: all` those of prompts too: a teacher has something to say about each. Each mean has a count of
+its own, because a step of long prompts with short answers would otherwise count several times as much as another.
+E_layer is the mean |teacher's attention output|² over the compared tokens of the stage's first step; as a constant it
+keeps the loss a sum over tokens, which comes out the same however a step is divided. Both models see the same rows;
+the attention output is that of the attention block, where a follower's compensation has been added.
 """
 
 from __future__ import annotations
@@ -149,6 +148,11 @@ class Distiller:
         pieces = [top_k(self.teacher_logits(part), spec.top_k, spec.temperature) for part in hidden.split(size)]
         return TopK(*(torch.cat([getattr(each, name) for each in pieces]) for name in ("ids", "logprobs", "rest")))
 
+    def count(self, batches: Sequence[dict[str, torch.Tensor]]) -> int:
+        """Compared tokens of micro-batches with `labels`."""
+        counts = (compared_positions(batch, batch["labels"], self.spec.tokens).sum() for batch in batches)
+        return sum(int(count) for count in counts)
+
     def loss_sums(self, student: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> dict[str, torch.Tensor]:
         """Runs the student and sums each part of the loss over its tokens.
 
@@ -158,18 +162,14 @@ class Distiller:
             targets: what `targets` gave for the same rows.
 
         Returns:
-            Scalars: `loss`, of which the gradient is taken, and its parts without their weights: `cross_entropy`,
-            `divergence` and `attention`, those that have a weight.
+            Scalars, without their weights: `cross_entropy` over learned tokens, `divergence` and `attention` over
+            compared ones, where they have a weight; for a mixture of experts `router`, a mean.
         """
         compared = targets.compared
         with attention_outputs(student, self.layers) as outputs:
             backbone = student.model(**inputs)
         hidden = backbone.last_hidden_state[:, :-1][compared]
         parts = self._token_parts(student, hidden, targets.labels[:, 1:][compared], targets)
-        weight = self.spec.weight
-        parts["loss"] = (1 - weight) * parts["cross_entropy"]
-        if weight:
-            parts["loss"] = parts["loss"] + weight * parts["divergence"]
         if self.layers:
             errors = [
                 (outputs[layer][:, :-1][compared].float() - targets.attention[layer].float()).square().sum()
@@ -177,10 +177,15 @@ class Distiller:
                 for layer in self.layers
             ]
             parts["attention"] = torch.stack(errors).mean()
-            parts["loss"] = parts["loss"] + self.spec.attention * parts["attention"]
         if getattr(backbone, "router_logits", None) is not None:
             parts["router"] = router_loss(student, backbone.router_logits, inputs.get("attention_mask"))
         return parts
+
+    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss from the mean of each of its parts."""
+        spec = self.spec
+        weights = {"cross_entropy": 1 - spec.weight, "divergence": spec.weight, "attention": spec.attention}
+        return sum(weights[name] * value for name, value in parts.items())
 
     def _token_parts(
         self, student: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets

@@ -199,6 +199,7 @@ class StageTrainer(SFTTrainer):
         attach_objective(self.model)
         self.distiller = distiller
         self.trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self._compared: torch.Tensor | None = None  # tokens of the step at hand, over all processes
         self._step_loss: torch.Tensor | float = 0.0
         self._step_parts: dict[str, torch.Tensor] = {}
 
@@ -227,25 +228,34 @@ class StageTrainer(SFTTrainer):
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        sums = model(**inputs, use_cache=False, objective=partial(self.distiller.loss_sums, targets=targets))
-        router = sums.pop("router", None)
-        divisor = self._divisor(targets.labels[:, 1:] != IGNORED, num_items_in_batch)
-        for name, value in sums.items():
-            if name != "loss":
-                self._step_parts[name] = self._step_parts.get(name, 0.0) + value.detach() / divisor
-        loss = sums["loss"] / divisor
+        parts = model(**inputs, use_cache=False, objective=partial(self.distiller.loss_sums, targets=targets))
+        router = parts.pop("router", None)
+        learned = self._divisor(targets.labels[:, 1:] != IGNORED, num_items_in_batch)
+        compared = self._divisor(targets.compared, None if num_items_in_batch is None else self._compared)
+        for name in parts:
+            parts[name] = parts[name] / (learned if name == "cross_entropy" else compared)
+            self._step_parts[name] = self._step_parts.get(name, 0.0) + parts[name].detach()
+        loss = self.distiller.weigh(parts)
         if router is None:
             return loss
         # A mean over each forward pass, where the others are sums; as TRL weighs it.
         passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return loss + self.router_aux_loss_coef * router / passes
 
-    def _divisor(self, learned: torch.Tensor, num_items_in_batch: Any) -> Any:
-        """What a sum over the tokens of one forward pass is divided by."""
-        if num_items_in_batch is None:
-            return learned.sum().clamp(min=1)
-        # Gradients are averaged over processes, while the number of learned tokens is that of all of them.
-        return num_items_in_batch / self.accelerator.num_processes
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step and the number of its learned tokens; that of compared ones is kept."""
+        samples, learned = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.distiller is not None:
+            count = torch.tensor(self.distiller.count(samples), device=device)
+            self._compared = self.accelerator.reduce(count, reduction="sum")
+        return samples, learned
+
+    def _divisor(self, counted: torch.Tensor, of_step: Any) -> Any:
+        """What a sum over the tokens of one forward pass is divided by, to add up to a mean over those of the step."""
+        if of_step is None:
+            return counted.sum().clamp(min=1)
+        # Gradients are averaged over processes, while the number of tokens is that of all of them.
+        return of_step / self.accelerator.num_processes
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
