@@ -38,6 +38,7 @@ from uniattn_cli.heldout import response_rows, row_losses
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import ModelSpec, Recipe
 from uniattn_cli.scoring import window_loss
+from uniattn_cli.training.sft import pack
 
 TEXT_TOKENS, WIKITEXT_TOKENS = 30 * 1024, 64 * 1024
 # Twelve followers of SmolLM2-135M save 20 % of the KV bytes; the others save the same.
@@ -122,7 +123,8 @@ class Bench:
                 "kv": self.arguments.kv,
                 "batch_size": self.arguments.batch_size,
                 "max_length": self.arguments.max_length,
-                "group_by_length": True,
+                "group_by_length": self._recipe().train.group_by_length,
+                **({"settings": self.arguments.set} if self.arguments.set else {}),
                 "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
                 "rates": RATES,
             },
@@ -169,14 +171,20 @@ class Bench:
             "train.save_steps=1000000",
             "train.eval_steps=300",
             "evaluation.batch_size=32",
+            *spec.set,
         ]
+
+    def _recipe(self, seed: int = 0) -> Recipe:
+        return Recipe.from_tree({"model": {"name": self.source.name}}, overrides=self.settings(seed))
 
     def _steps(self) -> int:
         """Optimiser steps that see about the wanted number of tokens."""
-        recipe = Recipe.from_tree({"model": {"name": self.source.name}}, overrides=self.settings(0))
+        recipe = self._recipe()
+        spec = recipe.train
         rows = data.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
-        tokenised = data.tokenize(rows, self.tokenizer, max_length=recipe.train.max_length, loss=recipe.train.loss)
-        return max(1, round(self.arguments.tokens / (tokenised.tokens / tokenised.used) / self.arguments.batch_size))
+        tokenised = data.tokenize(rows, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
+        sequences = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.used
+        return max(1, round(self.arguments.tokens / (tokenised.tokens / sequences) / spec.batch_size))
 
     def analysis(self) -> Path:
         """A directory with `analysis/`, made once."""
@@ -310,8 +318,7 @@ class Bench:
     def _score(self, directory: Path, seed: int) -> dict[str, float]:
         model = load_model(locate(str(directory)), ModelSpec(dtype="float32"), self.device)
         found = {name: window_loss(model, windows).mean for name, windows in self.texts.items()}
-        recipe = Recipe.from_tree({"model": {"name": self.source.name}}, overrides=self.settings(seed))
-        rows = response_rows(recipe, self.tokenizer)
+        rows = response_rows(self._recipe(seed), self.tokenizer)
         found["responses"] = row_losses(model, rows, batch_size=self.arguments.micro_batch_size).summary().mean
         return found
 
@@ -474,6 +481,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of the recipe, for all rows"
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window of text")
     parser.add_argument("--fit-tokens", type=int, default=163840)
     parser.add_argument("--score-tokens", type=int, default=24576, help="that judge candidates of the search")
