@@ -41,6 +41,7 @@ class Targets:
     Attributes:
         labels: [batch, tokens], -100 where nothing is learned.
         compared: [batch, tokens - 1], true at positions whose next token is compared.
+        places: int64 [positions], the same as indices into [batch * tokens].
         hidden: last hidden states of the teacher, [positions, hidden]; None where top_k is there.
         top_k: the teacher's coarsened distribution.
         attention: the teacher's attention outputs by layer, each [positions, hidden].
@@ -48,6 +49,7 @@ class Targets:
 
     labels: torch.Tensor
     compared: torch.Tensor
+    places: torch.Tensor
     hidden: torch.Tensor | None = None
     top_k: TopK | None = None
     attention: dict[int, torch.Tensor] | None = None
@@ -70,6 +72,11 @@ def compared_positions(inputs: dict[str, torch.Tensor], labels: torch.Tensor, to
     if "attention_mask" in inputs:
         return inputs["attention_mask"][:, 1:].bool()
     return inputs["position_ids"][:, 1:] != 0
+
+
+def _pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """States [batch, tokens, hidden] at places, [positions, hidden]."""
+    return states.flatten(0, 1).index_select(0, places)
 
 
 @contextlib.contextmanager
@@ -131,13 +138,15 @@ class Distiller:
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         compared = compared_positions(inputs, labels, self.spec.tokens)
+        # Found once: the device has to be waited for, which a mask in place of indices would do again in each layer.
+        places = F.pad(compared, (0, 1)).flatten().nonzero().squeeze(1)
         if self.teacher is None:
-            return Targets(labels, compared, top_k=self.stored.lookup(inputs, labels, self.spec.tokens))
+            return Targets(labels, compared, places, top_k=self.stored.lookup(inputs, labels, self.spec.tokens))
         # The trainer's automatic mixed precision is the student's, not the teacher's.
         with torch.autocast(labels.device.type, enabled=False), attention_outputs(self.teacher, self.layers) as outputs:
-            hidden = self.teacher.model(**inputs, use_cache=False).last_hidden_state[:, :-1][compared]
-        attention = {layer: output[:, :-1][compared] for layer, output in outputs.items()}
-        return Targets(labels, compared, hidden=hidden if self.spec.weight else None, attention=attention)
+            hidden = _pick(self.teacher.model(**inputs, use_cache=False).last_hidden_state, places)
+        attention = {layer: _pick(output, places) for layer, output in outputs.items()}
+        return Targets(labels, compared, places, hidden=hidden if self.spec.weight else None, attention=attention)
 
     @torch.no_grad()
     def top_k_of(self, inputs: dict[str, torch.Tensor]) -> TopK:
@@ -165,14 +174,15 @@ class Distiller:
             Scalars, without their weights: `cross_entropy` over learned tokens, `divergence` and `attention` over
             compared ones, where they have a weight; for a mixture of experts `router`, a mean.
         """
-        compared = targets.compared
+        places = targets.places
         with attention_outputs(student, self.layers) as outputs:
             backbone = student.model(**inputs)
-        hidden = backbone.last_hidden_state[:, :-1][compared]
-        parts = self._token_parts(student, hidden, targets.labels[:, 1:][compared], targets)
+        # The label of a position is the next token's; the last of a row is never compared.
+        labels = targets.labels.roll(-1, dims=1).flatten()[places]
+        parts = self._token_parts(student, _pick(backbone.last_hidden_state, places), labels, targets)
         if self.layers:
             errors = [
-                (outputs[layer][:, :-1][compared].float() - targets.attention[layer].float()).square().sum()
+                (_pick(outputs[layer], places).float() - targets.attention[layer].float()).square().sum()
                 / self.energies[layer]
                 for layer in self.layers
             ]
