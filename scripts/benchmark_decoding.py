@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -43,6 +44,10 @@ def main() -> None:
     options.device = torch.device(options.device)
     content = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"parts": {}}
     for part in options.parts:
+        # Models of the part before refer to themselves; the next one may want all of the memory.
+        gc.collect()
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
         started = time.perf_counter()
         bandwidth = copy_bandwidth(options.device)
         entry = {"device": describe_device(options.device), "copy_bandwidth": bandwidth, "shape": options.shape}

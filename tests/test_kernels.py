@@ -45,6 +45,18 @@ LAYERS = [
     {"kind": "kv", "heads": "0:2 1:1 0:0"},
     {"kind": "pooled", "kv_heads": 1},
 ]
+# Followers that their leaders can serve: the same heads, groups of two layers, two of one group; one head serves three.
+SERVED = [
+    OWN,
+    OWN,
+    {"leader": 1},
+    {"heads": "1:1 1:0 0:2 0:2 1:4 1:5"},
+    {"heads": "0:0 0:1 1:5 1:5 0:1 0:0"},
+    {"kind": "key", "heads": "0:1 1:0 1:2"},
+    {"kind": "pooled", "kv_heads": 1},
+    OWN,
+    {"leader": 7},
+]
 # Rows: everything, padding, one key, a part of a block, the end of a block, nothing but the newest.
 STARTS = [0, 70, 0, 130, 1, 191]
 ENDS = [192, 192, 1, 150, 128, 192]
@@ -62,16 +74,16 @@ CASES = {
 }
 
 
-def make_trial(ops, dtype, *, reuse=True, head_dim=64, block=BLOCKS[0], **options):
+def make_trial(ops, dtype, *, reuse=True, head_dim=64, block=BLOCKS[0], layers=LAYERS, **options):
     """Layers with random caches; returns the attention outputs of all of them, and what made them."""
-    layout = Layout.from_list(LAYERS, compensation="none")
+    layout = Layout.from_list(layers, compensation="none")
     program = attention_program(layout, heads=6, kv_heads=3, head_dim=head_dim, dtype=dtype, device=DEVICE, **options)
     caches = Caches(program, len(STARTS), 192 if block == BLOCKS[0] else 256, block=block)
     torch.manual_seed(0)
     caches.flat.copy_(torch.randn(caches.flat.shape))
     # What was left in unused places must not matter.
     caches.maps.fill_(7.0), caches.block_max.fill_(3.0)
-    queries = torch.randn(len(LAYERS), len(STARTS), 6, head_dim).mul(2).to(DEVICE, dtype)
+    queries = torch.randn(len(layers), len(STARTS), 6, head_dim).mul(2).to(DEVICE, dtype)
     step = decoding_step(caches, STARTS, ENDS)
     operations = ops(program, caches, reuse=reuse)
     found = []
@@ -134,6 +146,69 @@ def test_kernels_equal_materialised_maps(dtype, options, reuse, splits, monkeypa
 
     monkeypatch.setattr(triton_ops, "choose_splits", lambda *arguments: splits)
     check(triton_ops.TritonOps, dtype, reuse, options)
+
+
+@needs_triton
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_leaders_that_serve_their_followers_equal_materialised_maps(dtype, options, splits, monkeypatch):
+    from uniattn_cli.inference import triton_ops
+
+    monkeypatch.setattr(triton_ops, "choose_splits", lambda *arguments: splits)
+    check(triton_ops.TritonOps, dtype, True, options | {"layers": SERVED})
+
+
+@needs_triton
+def test_a_leader_that_serves_its_followers_keeps_no_map_and_does_not_see_their_newest_value():
+    from uniattn_cli.inference import triton_ops
+
+    program, caches, queries, before = make_trial(triton_ops.TritonOps, torch.float32, layers=SERVED)
+    # As it was filled: nobody has written into it.
+    assert (caches.maps == 7.0).all() and (caches.block_max == 3.0).all()
+    del caches.maps, caches.block_max
+    operations = triton_ops.TritonOps(program, caches)
+    step = decoding_step(caches, STARTS, ENDS)
+    newest = [caches.values[2][row, :, end - 1].clone() for row, end in enumerate(ENDS)]
+    outputs = torch.empty(len(SERVED), len(STARTS), 6 * 64, device=DEVICE)
+    for layer in program.layers[:3]:
+        if layer.index == 2:
+            for row, values in enumerate(newest):
+                caches.values[2][row, :, ENDS[row] - 1] = values
+        operations.decode(layer, queries[layer.index] if "q" in layer.parts else None, step, outputs[layer.index])
+        for row, end in enumerate(ENDS):
+            # What a step leaves behind that is run again before it counts, as while it is captured.
+            caches.values[2][row, :, end - 1] = float("nan")
+    assert "maps" not in vars(caches)
+    torch.testing.assert_close(outputs[2].view(before[2].shape), before[2], rtol=1e-5, atol=1e-5)
+
+
+def serving(*layers):
+    """Who is served in a layout of layers with six query and three key/value heads."""
+    from uniattn_cli.inference.lending import plan_lending
+
+    layout = Layout.from_list(list(layers), compensation="none")
+    return plan_lending(attention_program(layout, heads=6, kv_heads=3, head_dim=16, dtype=torch.float32))
+
+
+def test_followers_are_served_whose_groups_take_one_group_of_a_leader():
+    found = serving(OWN, {"leader": 0}, OWN, {"heads": "2:1 2:0 0:5 0:4 2:0 2:0"}, {"kind": "key", "leader": 0})
+    assert found.places == {1: (0, 0, 0), 3: (0, 1, 1)}
+    assert found.served == {0: (((1, 0),), ((1, 1),), ((1, 2), (3, 1))), 2: (((3, 0), (3, 2)), (), ())}
+    assert [found.count(layer) for layer in range(5)] == [2, 0, 2, 0, 0]
+    three = serving(OWN, *[{"leader": 0}] * 3)
+    assert three.count(0) == 3 and set(three.places) == {1, 2, 3}
+
+
+def test_a_leader_serves_all_its_followers_or_none():
+    # A free map of layer 0; whoever else borrows from layer 0, and from whom they borrow too, reads maps as well.
+    free = {"heads": "0:3 0:2 0:1 0:0 0:0 0:5"}
+    found = serving(OWN, OWN, free, {"heads": "0:0 0:1 1:2 1:3 1:4 1:5"}, {"leader": 1}, OWN, {"leader": 5})
+    assert set(found.served) == {5} and set(found.places) == {6}
+    assert serving(OWN, *[{"leader": 0}] * 4).served == {}
+    # Four heads that all want one.
+    assert serving(OWN, {"leader": 0}, {"heads": "0:0 0:1 0:0 0:1 0:0 0:1"}).places == {}
+    assert set(serving(OWN, {"heads": "0:0 0:1 0:0 0:1 0:0 0:1"}).places) == {1}
 
 
 @needs_triton
@@ -368,6 +443,11 @@ def test_attention_kernels_compile_for_hopper_and_read_whole_vectors(compiled, d
         if name != "merge_kernel" and dtype != torch.float32:
             # Keys and values go through shared memory in pieces of 16 bytes; smaller ones would halve the speed.
             assert "cp.async.cg.shared.global" in assembly and "0x10" in assembly
+    compiled.clear()
+    make_trial(triton_ops.TritonOps, dtype, layers=SERVED, **options)
+    assert {name for name, _ in compiled} == {"lead_kernel", "receive_kernel", "merge_kernel"}
+    leaders = [assembly for name, assembly in compiled if name == "lead_kernel"]
+    assert dtype == torch.float32 or all("cp.async.cg.shared.global" in assembly for assembly in leaders)
 
 
 @pytest.mark.skipif(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from uniattn_cli.inference.program import LayerProgram, Program
@@ -86,11 +88,20 @@ class Caches:
                     self._starts[name, layer.index] = used
                     used += size
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-        slots, heads = program.map_slots, shape.query_heads
-        self.maps = torch.zeros(slots, batch, heads, capacity, dtype=dtype, device=device)
-        self.block_max = torch.zeros(slots, batch, heads, capacity // self.block, dtype=accumulator, device=device)
-        self.lse = torch.zeros(slots, batch, heads, dtype=accumulator, device=device)
-        self.queries = torch.zeros(slots, batch, heads, shape.head_dim, dtype=dtype, device=device)
+        self._heads = (program.map_slots, batch, shape.query_heads)
+        self.lse = torch.zeros(*self._heads, dtype=accumulator, device=device)
+        self.queries = torch.zeros(*self._heads, shape.head_dim, dtype=dtype, device=device)
+
+    @functools.cached_property
+    def maps(self) -> torch.Tensor:
+        """See the head of this class; made when first asked for, because not every way to decode keeps maps."""
+        return torch.zeros(*self._heads, self.capacity, dtype=self.flat.dtype, device=self.flat.device)
+
+    @functools.cached_property
+    def block_max(self) -> torch.Tensor:
+        """Likewise."""
+        blocks = self.capacity // self.block
+        return torch.zeros(*self._heads, blocks, dtype=self.lse.dtype, device=self.flat.device)
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,15 @@ def _span(starts, ends, row, split, splits, window, BLOCK: tl.constexpr, WINDOW:
 
 
 @triton.jit
+def _cap(s, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log2 from products of queries and keys."""
+    s = s * scale
+    if SOFTCAP:
+        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
+    return s * 1.4426950408889634
+
+
+@triton.jit
 def lead_kernel(
     queries,
     flat,
@@ -42,10 +51,15 @@ def lead_kernel(
     maps,
     block_max,
     lse,
+    follower_heads,
+    lent,
+    newest,
     query_row,
     key_row,
     value_row,
     out_row,
+    part_rows,
+    lent_rows,
     capacity,
     scale,
     softcap,
@@ -60,10 +74,19 @@ def lead_kernel(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     KEEP: tl.constexpr,
+    LENT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Attention over one split of the keys. `query_row` and so on: elements from one row of the batch to the next."""
+    """Attention over one split of the keys, and with the same map over the older values of up to three followers.
+
+    Args:
+        follower_heads: [HEADS, LENT], where followers' values begin for the first row of the batch; -1 for none.
+        lent: [LENT, rows, D], what followers add their newest value to.
+        newest: score of the newest key, times log2(e).
+        query_row, key_row, value_row, out_row: elements from one row of the batch to the next.
+        part_rows, lent_rows: heads of all rows (times splits) in `part_out` and `lent`, one follower after the other.
+    """
     row = tl.program_id(0) // HEADS
     kv_head = tl.program_id(0) % HEADS
     split = tl.program_id(1)
@@ -79,6 +102,18 @@ def lead_kernel(
     value_base = tl.multiple_of(tl.load(value_heads + kv_head) + row64 * value_row, 16)
     query_base = tl.multiple_of(tl.load(query_heads + heads, mask=here, other=0) + row64 * query_row, 8)
     q = tl.load(queries + query_base[:, None] + d[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+    if LENT > 0:
+        first = tl.load(follower_heads + kv_head * LENT)
+        first_base = tl.multiple_of(tl.maximum(first, 0) + row64 * value_row, 16)
+        first_acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
+    if LENT > 1:
+        second = tl.load(follower_heads + kv_head * LENT + 1)
+        second_base = tl.multiple_of(tl.maximum(second, 0) + row64 * value_row, 16)
+        second_acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
+    if LENT > 2:
+        third = tl.load(follower_heads + kv_head * LENT + 2)
+        third_base = tl.multiple_of(tl.maximum(third, 0) + row64 * value_row, 16)
+        third_acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
     top = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
     acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
@@ -91,20 +126,39 @@ def lead_kernel(
         wanted = seen[:, None] & inside[None, :]
         k = tl.load(flat + key_base + offsets, mask=wanted, other=0.0)
         v = tl.load(flat + value_base + offsets, mask=wanted, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if SOFTCAP:
-            s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
-        s = tl.where(seen[None, :], s * 1.4426950408889634, float("-inf"))
+        # A follower's newest value is not there yet.
+        older = wanted & (place < end - 1)[:, None]
+        if LENT > 0:
+            first_v = tl.load(flat + first_base + offsets, mask=older & (first >= 0), other=0.0)
+        if LENT > 1:
+            second_v = tl.load(flat + second_base + offsets, mask=older & (second >= 0), other=0.0)
+        if LENT > 2:
+            third_v = tl.load(flat + third_base + offsets, mask=older & (third >= 0), other=0.0)
+        s = _cap(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        s = tl.where(seen[None, :], s, float("-inf"))
         # Every block of the loop has a place that is seen, so its maximum is finite.
         high = tl.max(s, 1)
-        p = tl.exp2(s - high[:, None])
         new_top = tl.maximum(top, high)
         old = tl.exp2(top - new_top)
-        new = tl.exp2(high - new_top)
-        total = total * old + new * tl.sum(p, 1)
-        p = p.to(v.dtype)
-        acc = acc * old[:, None] + new[:, None] * tl.dot(p, v, input_precision="ieee")
         top = new_top
+        if KEEP:
+            # Below the maximum of its block, which is exact enough in 16 bits.
+            p = tl.exp2(s - high[:, None])
+            new = tl.exp2(high - new_top)
+            total = total * old + new * tl.sum(p, 1)
+            p = p.to(v.dtype)
+            acc = acc * old[:, None] + new[:, None] * tl.dot(p, v, input_precision="ieee")
+        else:
+            p = tl.exp2(s - new_top[:, None])
+            total = total * old + tl.sum(p, 1)
+            p = p.to(v.dtype)
+            acc = tl.dot(p, v, acc * old[:, None], input_precision="ieee")
+        if LENT > 0:
+            first_acc = tl.dot(p, first_v, first_acc * old[:, None], input_precision="ieee")
+        if LENT > 1:
+            second_acc = tl.dot(p, second_v, second_acc * old[:, None], input_precision="ieee")
+        if LENT > 2:
+            third_acc = tl.dot(p, third_v, third_acc * old[:, None], input_precision="ieee")
         if KEEP:
             map_place = maps + (kept * capacity)[:, None] + place[None, :]
             max_place = block_max + kept * blocks + block
@@ -115,17 +169,32 @@ def lead_kernel(
             else:
                 tl.store(map_place, p, mask=here[:, None])
                 tl.store(max_place, high, mask=here)
+    filled = here[:, None] & inside[None, :]
     if not SPLIT:
-        acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        norm = 1.0 / tl.where(total > 0.0, total, 1.0)[:, None]
         place_out = row64 * out_row + heads[:, None] * D + d[None, :]
-        tl.store(out + place_out, acc.to(out.dtype.element_ty), mask=here[:, None] & inside[None, :])
-        if KEEP:
+        tl.store(out + place_out, (acc * norm).to(out.dtype.element_ty), mask=filled)
+        if KEEP or LENT > 0:
             tl.store(lse + kept, top + tl.log2(total), mask=here)
+        target, rows = lent + (kept * D)[:, None] + d[None, :], lent_rows
     else:
+        norm = 1.0
         part = kept * splits + split
-        tl.store(part_out + (part * D)[:, None] + d[None, :], acc, mask=here[:, None] & inside[None, :])
+        place_part = (part * D)[:, None] + d[None, :]
+        tl.store(part_out + place_part, acc, mask=filled)
         tl.store(part_max + part, top, mask=here)
         tl.store(part_sum + part, total, mask=here)
+        target, rows = part_out + part_rows.to(tl.int64) * D + place_part, part_rows
+    if LENT > 0:
+        tl.store(target, first_acc * norm, mask=filled)
+        if split == 0:
+            k = tl.load(flat + key_base + (end - 1) * D + d, mask=inside, other=0.0)
+            s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
+            tl.store(newest + kept, _cap(s, scale, softcap, SOFTCAP), mask=here)
+    if LENT > 1:
+        tl.store(target + rows.to(tl.int64) * D, second_acc * norm, mask=filled)
+    if LENT > 2:
+        tl.store(target + rows.to(tl.int64) * (2 * D), third_acc * norm, mask=filled)
 
 
 @triton.jit
@@ -195,13 +264,58 @@ def follow_kernel(
 
 
 @triton.jit
+def receive_kernel(
+    flat,
+    map_rows,
+    loans,
+    value_heads,
+    starts,
+    ends,
+    out,
+    lent,
+    newest,
+    lse,
+    value_row,
+    out_row,
+    batch_heads,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """What a leader summed up for a follower, and the follower's newest value; one head of one row."""
+    row = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    d = tl.arange(0, D_PAD)
+    inside = d < D
+    row64 = row.to(tl.int64)
+    # A source is slot * heads + head; a row of what was lent is ((slot * most + place) * batch + row) * heads + head.
+    source = tl.load(map_rows + head)
+    slot = source // HEADS
+    borrowed = row64 * HEADS + source % HEADS
+    end = tl.load(ends + row)
+    value = tl.load(value_heads + head // GROUP) + row64 * value_row + (end - 1) * D
+    v = tl.load(flat + value + d, mask=inside, other=0.0).to(tl.float32)
+    older = tl.load(
+        lent + ((slot * MOST + tl.load(loans + head)) * batch_heads + borrowed) * D + d, mask=inside, other=0.0
+    )
+    weight = tl.exp2(tl.load(newest + slot * batch_heads + borrowed) - tl.load(lse + slot * batch_heads + borrowed))
+    weight = tl.where(end > tl.load(starts + row), weight, 0.0)
+    tl.store(out + row64 * out_row + head * D + d, (older + weight * v).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def merge_kernel(
     out,
     part_out,
     part_max,
     part_sum,
     lse,
+    lent,
     out_row,
+    part_rows,
+    lent_rows,
     splits,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -210,14 +324,20 @@ def merge_kernel(
     NORMALISED: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Puts the parts of one query head of one row together: a log-sum-exp merge, or a sum of normalised parts."""
+    """Puts the parts of one query head of one row together: a log-sum-exp merge, or a sum of normalised parts.
+
+    The second number of a program is 0 for the layer's own output, else that of a follower, see `lead_kernel`.
+    """
     index = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(1).to(tl.int64)
     part = tl.arange(0, SPLITS_PAD)
     d = tl.arange(0, D_PAD)
     here = part < splits
     inside = d < D
     values = tl.load(
-        part_out + ((index * splits + part) * D)[:, None] + d[None, :], mask=here[:, None] & inside[None, :], other=0.0
+        part_out + ((which * part_rows + index * splits + part) * D)[:, None] + d[None, :],
+        mask=here[:, None] & inside[None, :],
+        other=0.0,
     )
     if NORMALISED:
         result = tl.sum(values, 0)
@@ -230,5 +350,8 @@ def merge_kernel(
         result = tl.sum(weight[:, None] * values, 0) / tl.where(norm > 0.0, norm, 1.0)
         if KEEP:
             tl.store(lse + index, high + tl.log2(norm))
-    place = index // HEADS * out_row + index % HEADS * D + d
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    if which == 0:
+        place = index // HEADS * out_row + index % HEADS * D + d
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(lent + ((which - 1) * lent_rows + index) * D + d, result, mask=inside)

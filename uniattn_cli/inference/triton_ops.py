@@ -11,6 +11,7 @@ from torch import nn
 
 from uniattn_cli.inference import kernels, matvec, pointwise, tuning
 from uniattn_cli.inference.caches import BLOCKS, Caches
+from uniattn_cli.inference.lending import Lending, plan_lending
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Feed, LayerProgram, Program
 from uniattn_cli.inference.roofline import cache_bytes
@@ -26,6 +27,10 @@ FEWEST_KEYS = 256
 # Shared memory that a program may have on a device that does not say, and what is needed beside the blocks of keys.
 FALLBACK_SHARED = 227 << 10
 OTHER_SHARED = 24 << 10
+# Keys that a kernel handles at once where it weighs followers' values too: as many as fit into shared memory twice.
+LENDING_BLOCKS = (64, 32, 16)
+# Bytes in flight beyond which such a kernel becomes slower (seen on an H200).
+LENDING_SHARED = 160 << 10
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,19 @@ class Tuning:
 
     @classmethod
     def of(cls, role: str, block: int) -> Tuning:
-        """What was fastest on an H200, or `UNIATTN_LEAD`, `UNIATTN_ALONE`, `UNIATTN_FOLLOW`, such as `2,4,3`."""
+        """What was fastest on an H200, or `UNIATTN_LEAD`, `UNIATTN_ALONE` and so on, such as `2,4,3`."""
         text = os.environ.get(f"UNIATTN_{role.upper()}", TUNINGS[role][BLOCKS.index(block)])
         return cls(*(int(value) for value in text.split(",")))
 
 
-# By role (a layer that keeps its map, one that lends nothing, one that borrows one) and size of a block of keys; found
-# with scripts/benchmark_kernels.py.
-TUNINGS = {"lead": ("2,8,3,33", "1,8,4,33"), "alone": ("1,4,4", "1,4,4"), "follow": ("2,4,3", "1,4,4")}
+# By role (a layer that keeps its map, one that weighs its followers' values, one that lends nothing, one that borrows a
+# map) and size of a block of keys; found with scripts/benchmark_kernels.py.
+TUNINGS = {
+    "lead": ("2,8,3,33", "1,8,4,33"),
+    "lend": ("1,4,3", "1,4,3"),
+    "alone": ("1,4,4", "1,4,4"),
+    "follow": ("2,4,3", "1,4,4"),
+}
 
 
 def choose_splits(rows: int, keys: int, slots: int) -> int:
@@ -96,7 +106,11 @@ class HeadTable:
 
 
 class TritonOps(TorchOps):
-    """Needs 16-bit or float32 weights, heads of at most 256, and a CUDA device or Triton's interpreter."""
+    """Needs 16-bit or float32 weights, heads of at most 256, and a CUDA device or Triton's interpreter.
+
+    Args:
+        lending: leaders weigh the values of the followers of `plan_lending`; else all of them read maps.
+    """
 
     name = "triton"
 
@@ -106,9 +120,11 @@ class TritonOps(TorchOps):
         caches: Caches,
         *,
         reuse: bool = True,
+        lending: bool = True,
         tuning: Tuning | None = None,
     ):
         super().__init__(program, caches, reuse=reuse)
+        self.lending = plan_lending(program) if reuse and lending else Lending({}, {})
         self.tunings = {role: tuning or Tuning.of(role, caches.block) for role in TUNINGS}
         self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
         self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.parts}
@@ -122,13 +138,22 @@ class TritonOps(TorchOps):
             ),
             default=1,
         )
-        parts = caches.batch * shape.query_heads * most
-        self.part_out = torch.empty(parts, shape.head_dim, dtype=torch.float32, device=device)
-        self.part_max = torch.empty(parts, dtype=torch.float32, device=device)
-        self.part_sum = torch.empty(parts, dtype=torch.float32, device=device)
+        heads, floats = caches.batch * shape.query_heads, {"dtype": torch.float32, "device": device}
+        # Followers that one head serves, at most, here and with every leader that serves some.
+        lent = max(map(self.lending.count, self.lending.served), default=0)
+        self.part_out = torch.empty(1 + lent, heads * most, shape.head_dim, **floats)
+        self.part_max = torch.empty(heads * most, **floats)
+        self.part_sum = torch.empty(heads * most, **floats)
+        slots = program.map_slots if lent else 0
+        self.lent = torch.empty(slots, lent, heads, shape.head_dim, **floats)
+        self.newest = torch.empty(slots, heads, **floats)
+        self.borrowed_values = {leader: self._borrowed_values(leader) for leader in self.lending.served}
+        self.loans = {follower: self._loans(follower) for follower in self.lending.places}
         # Rows of the batch whose maps the L2 cache is asked to keep: as many as their share of it holds.
-        share = cache_bytes(device) * self.tunings["lead"].resident // 100
-        self.resident_rows = min(caches.batch, share // max(1, caches.maps[:, :1].nbytes))
+        self.resident_rows = 0
+        if any(self._keeps_map(layer) for layer in program.layers):
+            share = cache_bytes(device) * self.tunings["lead"].resident // 100
+            self.resident_rows = min(caches.batch, share // max(1, caches.maps[:, :1].nbytes))
         self.norm_offsets: dict[nn.Module, float | None] = {}
         self.nothing = torch.empty(0, dtype=program.dtype, device=device)
 
@@ -159,12 +184,31 @@ class TritonOps(TorchOps):
             row * self._heads_of(value_sources),
         )
 
+    def _keeps_map(self, layer: LayerProgram) -> bool:
+        return layer.map_slot is not None and self.reuse and layer.index not in self.lending.served
+
+    def _borrowed_values(self, leader: int) -> torch.Tensor:
+        """[key/value heads, followers], where the values begin that a leader weighs for others; -1 for none."""
+        served, most = self.lending.served[leader], self.lending.count(leader)
+        rows = [
+            [*self.caches.head_offsets("v", heads).tolist(), *[-1] * (most - len(heads))] if heads else [-1] * most
+            for heads in served
+        ]
+        return torch.tensor(rows, dtype=torch.int64, device=self.program.device)
+
+    def _loans(self, follower: int) -> torch.Tensor:
+        """[heads], which of the followers that its source serves each head of a follower is."""
+        layer, places = self.program.layers[follower], self.lending.places[follower]
+        group = layer.heads // layer.kv_heads
+        of_heads = [places[head // group] for head in range(layer.heads)]
+        return torch.tensor(of_heads, dtype=torch.int64, device=self.program.device)
+
     def _heads_of(self, sources: tuple[tuple[int, int], ...]) -> int:
         """Key/value heads of the layers that are borrowed from, which decide where the next row begins."""
         return self.program.layers[sources[0][0]].kv_heads
 
-    def _splits(self, layer: LayerProgram, tuning: Tuning) -> int:
-        keys, block = self.caches.capacity, self.caches.block
+    def _splits(self, layer: LayerProgram, tuning: Tuning, block: int | None = None) -> int:
+        keys, block = self.caches.capacity, block or self.caches.block
         if layer.window is not None:
             keys = min(keys, (layer.window // block + 1) * block)
         return choose_splits(self.caches.batch * layer.kv_heads, keys, self.slots_of * tuning.programs)
@@ -178,11 +222,20 @@ class TritonOps(TorchOps):
         block = read * self.caches.block * _pad(layer.head_dim) * self.program.dtype.itemsize
         return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
 
+    def _lending_block(self, layer: LayerProgram, lent: int) -> tuple[int, int]:
+        """Keys that a kernel handles at once while it weighs the values of so many followers, and their bytes."""
+        key = (2 + lent) * _pad(layer.head_dim) * self.program.dtype.itemsize
+        room = min(LENDING_SHARED, self.shared - OTHER_SHARED)
+        block = next((size for size in LENDING_BLOCKS if 2 * size * key <= room), LENDING_BLOCKS[-1])
+        return block, block * key
+
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
         caches = self.caches
         if layer.map_slot is not None and queries is not None and not self.reuse:
             caches.queries[layer.map_slot] = queries
-        if layer.kind == "softmax" and self.reuse:
+        if layer.index in self.lending.places:
+            self._receive(layer, step, out)
+        elif layer.kind == "softmax" and self.reuse:
             self._follow(layer, step, out)
         else:
             self._lead(layer, queries, step, out)
@@ -191,11 +244,15 @@ class TritonOps(TorchOps):
         table, caches = self.tables[layer.index], self.caches
         borrowed = queries is None
         queries = caches.queries if borrowed else queries
-        slot = layer.map_slot if self.reuse else None
-        tuning = self.tunings["alone" if slot is None else "lead"]
-        heads, splits = len(table.keys), self._splits(layer, tuning)
+        lent, slot = self.lending.count(layer.index), layer.map_slot if self.reuse else None
+        tuning = self.tunings["lend" if lent else "alone" if slot is None else "lead"]
+        block, stages = caches.block, self._stages(layer, tuning, 2)
+        if lent:
+            block, size = self._lending_block(layer, lent)
+            # One block less than stages is in flight.
+            stages = 1 + max(1, min(tuning.stages - 1, LENDING_SHARED // size))
+        heads, splits = len(table.keys), self._splits(layer, tuning, block)
         group = layer.heads // heads
-        common = {"D": layer.head_dim, "D_PAD": _pad(layer.head_dim), "num_warps": tuning.warps}
         kernels.lead_kernel[(step.batch * heads, splits)](
             queries,
             caches.flat,
@@ -208,11 +265,15 @@ class TritonOps(TorchOps):
             self.part_out,
             self.part_max,
             self.part_sum,
-            *self._kept(slot),
+            *self._kept(slot, keeps=not lent),
+            self.borrowed_values.get(layer.index, table.keys),
+            *self._lent(slot if lent else None),
             layer.heads * layer.head_dim if borrowed else queries.stride(0),
             table.key_row,
             table.value_row,
             out.stride(0),
+            self.part_out.shape[1],
+            self.lent.shape[2],
             caches.capacity,
             layer.scale,
             layer.softcap or 0.0,
@@ -222,16 +283,43 @@ class TritonOps(TorchOps):
             HEADS=heads,
             GROUP=group,
             GROUP_PAD=_pad(group),
-            BLOCK=caches.block,
+            D=layer.head_dim,
+            D_PAD=_pad(layer.head_dim),
+            BLOCK=block,
             SPLIT=splits > 1,
-            KEEP=slot is not None,
+            KEEP=slot is not None and not lent,
+            LENT=lent,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
-            num_stages=self._stages(layer, tuning, 2),
-            **common,
+            num_warps=tuning.warps,
+            num_stages=stages,
         )
         if splits > 1:
-            self._merge(layer, splits, out, slot, normalised=False)
+            self._merge(layer, splits, out, slot, normalised=False, lent=lent)
+
+    def _receive(self, layer: LayerProgram, step: Step, out: torch.Tensor) -> None:
+        table, caches = self.tables[layer.index], self.caches
+        kernels.receive_kernel[(step.batch * layer.heads,)](
+            caches.flat,
+            self.map_rows[layer.index],
+            self.loans[layer.index],
+            table.values,
+            step.starts,
+            step.ends,
+            out,
+            self.lent,
+            self.newest,
+            caches.lse,
+            table.value_row,
+            out.stride(0),
+            self.lent.shape[2],
+            HEADS=layer.heads,
+            GROUP=layer.heads // layer.kv_heads,
+            D=layer.head_dim,
+            D_PAD=_pad(layer.head_dim),
+            MOST=self.lent.shape[1],
+            num_warps=1,
+        )
 
     def _follow(self, layer: LayerProgram, step: Step, out: torch.Tensor) -> None:
         table, caches, tuning = self.tables[layer.index], self.caches, self.tunings["follow"]
@@ -267,23 +355,32 @@ class TritonOps(TorchOps):
         if splits > 1:
             self._merge(layer, splits, out, None, normalised=True)
 
-    def _kept(self, slot: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a leader keeps its map; what is passed where it keeps none is never touched."""
+    def _kept(self, slot: int | None, keeps: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where a leader keeps its map and its sum; what is passed where it keeps none is never touched."""
         caches = self.caches
         if slot is None:
             return self.nothing, self.part_max, self.part_max
+        if not keeps:
+            return self.nothing, self.part_max, caches.lse[slot]
         return caches.maps[slot], caches.block_max[slot], caches.lse[slot]
 
+    def _lent(self, slot: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a leader leaves what it weighed for followers, likewise."""
+        return (self.part_out, self.part_max) if slot is None else (self.lent[slot], self.newest[slot])
+
     def _merge(
-        self, layer: LayerProgram, splits: int, out: torch.Tensor, slot: int | None, *, normalised: bool
+        self, layer: LayerProgram, splits: int, out: torch.Tensor, slot: int | None, *, normalised: bool, lent: int = 0
     ) -> None:
-        kernels.merge_kernel[(out.shape[0] * layer.heads,)](
+        kernels.merge_kernel[(out.shape[0] * layer.heads, 1 + lent)](
             out,
             self.part_out,
             self.part_max,
             self.part_sum,
-            self._kept(slot)[2],
+            self.caches.lse if slot is None else self.caches.lse[slot],
+            self._lent(slot if lent else None)[0],
             out.stride(0),
+            self.part_out.shape[1],
+            self.lent.shape[2],
             splits,
             HEADS=layer.heads,
             D=layer.head_dim,
