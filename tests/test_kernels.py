@@ -160,6 +160,23 @@ def test_leaders_that_serve_their_followers_equal_materialised_maps(dtype, optio
 
 
 @needs_triton
+@pytest.mark.parametrize(("shared", "blocks"), [(227 << 10, {64}), (99 << 10, {16, 32}), (30 << 10, {16})])
+def test_leaders_that_serve_their_followers_fit_into_shared_memory(shared, blocks, monkeypatch):
+    from uniattn_cli.inference import triton_ops
+
+    monkeypatch.setattr(triton_ops, "_shared_memory", lambda device: shared)
+    program, caches, *_ = make_trial(triton_ops.TritonOps, torch.float32, layers=SERVED)
+    operations, found = triton_ops.TritonOps(program, caches), {}
+    for leader in operations.lending.served:
+        block, stages = operations.lending_block(program.layers[leader], triton_ops.Tuning(1, 4, 4))
+        size = (2 + operations.lending.count(leader)) * 64 * torch.float32.itemsize * block
+        assert stages >= 2 and (size * (stages - 1) <= shared - triton_ops.OTHER_SHARED or block == 16)
+        found[leader] = block
+    assert set(found.values()) == blocks
+    check(triton_ops.TritonOps, torch.float32, True, {"layers": SERVED})
+
+
+@needs_triton
 def test_a_leader_that_serves_its_followers_keeps_no_map_and_does_not_see_their_newest_value():
     from uniattn_cli.inference import triton_ops
 
@@ -352,11 +369,17 @@ def test_a_measurement_finds_the_faster_way():
 
 
 @needs_triton
+@pytest.mark.parametrize("layout", ["mixed", "leader"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "phi3", "smollm3"])
-def test_a_model_on_kernels_gives_the_logits_of_transformers(family):
+def test_a_model_on_kernels_gives_the_logits_of_transformers(family, layout):
+    from uniattn_cli.inference.lending import plan_lending
+
     entry = next(entry for entry in tiny.FAMILIES if entry[0] == family)
-    engine = Engine(make_model(entry, "mixed").to(DEVICE), ops="triton")
+    engine = Engine(make_model(entry, layout).to(DEVICE), ops="triton")
     assert engine.ops.name == "triton"
+    # Leaders of one layout serve their followers.
+    followers = {layer.index for layer in engine.program.layers if layer.kind == "softmax"}
+    assert layout != "leader" or (followers and set(plan_lending(engine.program).places) == followers)
     assert engine.difference < 1e-5
 
 

@@ -139,7 +139,7 @@ class TritonOps(TorchOps):
             default=1,
         )
         heads, floats = caches.batch * shape.query_heads, {"dtype": torch.float32, "device": device}
-        # Followers that one head serves, at most, here and with every leader that serves some.
+        # Most followers that a head of any leader serves.
         lent = max(map(self.lending.count, self.lending.served), default=0)
         self.part_out = torch.empty(1 + lent, heads * most, shape.head_dim, **floats)
         self.part_max = torch.empty(heads * most, **floats)
@@ -222,12 +222,13 @@ class TritonOps(TorchOps):
         block = read * self.caches.block * _pad(layer.head_dim) * self.program.dtype.itemsize
         return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
 
-    def _lending_block(self, layer: LayerProgram, lent: int) -> tuple[int, int]:
-        """Keys that a kernel handles at once while it weighs the values of so many followers, and their bytes."""
-        key = (2 + lent) * _pad(layer.head_dim) * self.program.dtype.itemsize
+    def lending_block(self, layer: LayerProgram, tuning: Tuning) -> tuple[int, int]:
+        """Keys that a kernel handles at once while it weighs followers' values too, and its stages."""
+        key = (2 + self.lending.count(layer.index)) * _pad(layer.head_dim) * self.program.dtype.itemsize
         room = min(LENDING_SHARED, self.shared - OTHER_SHARED)
         block = next((size for size in LENDING_BLOCKS if 2 * size * key <= room), LENDING_BLOCKS[-1])
-        return block, block * key
+        # One block less than stages is in flight.
+        return block, 1 + max(1, min(tuning.stages - 1, room // (block * key)))
 
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
         caches = self.caches
@@ -246,11 +247,7 @@ class TritonOps(TorchOps):
         queries = caches.queries if borrowed else queries
         lent, slot = self.lending.count(layer.index), layer.map_slot if self.reuse else None
         tuning = self.tunings["lend" if lent else "alone" if slot is None else "lead"]
-        block, stages = caches.block, self._stages(layer, tuning, 2)
-        if lent:
-            block, size = self._lending_block(layer, lent)
-            # One block less than stages is in flight.
-            stages = 1 + max(1, min(tuning.stages - 1, LENDING_SHARED // size))
+        block, stages = self.lending_block(layer, tuning) if lent else (caches.block, self._stages(layer, tuning, 2))
         heads, splits = len(table.keys), self._splits(layer, tuning, block)
         group = layer.heads // heads
         kernels.lead_kernel[(step.batch * heads, splits)](
