@@ -49,9 +49,7 @@ class Runner:
     def note(self) -> str:
         """For the report."""
         if self.engine:
-            return (
-                "Speed: every model was run by this package's decoding engine, where followers read their leader's map."
-            )
+            return "Speed: every model was run by this package's decoding engine, where leaders' scores are reused."
         reason = f" ({self.reason})" if self.reason else ""
         return (
             f"Speed: every model was run by transformers{reason}, where followers compute their leader's scores again; "

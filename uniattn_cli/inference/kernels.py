@@ -87,6 +87,8 @@ def lead_kernel(
         query_row, key_row, value_row, out_row: elements from one row of the batch to the next.
         part_rows, lent_rows: heads of all rows (times splits) in `part_out` and `lent`, one follower after the other.
     """
+    # A kept map is relative to the maximum of a block, what is weighed for followers to that of all blocks so far.
+    tl.static_assert(LENT == 0 or not KEEP)
     row = tl.program_id(0) // HEADS
     kv_head = tl.program_id(0) % HEADS
     split = tl.program_id(1)
@@ -184,7 +186,7 @@ def lead_kernel(
         tl.store(part_out + place_part, acc, mask=filled)
         tl.store(part_max + part, top, mask=here)
         tl.store(part_sum + part, total, mask=here)
-        target, rows = part_out + part_rows.to(tl.int64) * D + place_part, part_rows
+        target, rows = part_out + part_rows * D + place_part, part_rows
     if LENT > 0:
         tl.store(target, first_acc * norm, mask=filled)
         if split == 0:
@@ -192,9 +194,9 @@ def lead_kernel(
             s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
             tl.store(newest + kept, _cap(s, scale, softcap, SOFTCAP), mask=here)
     if LENT > 1:
-        tl.store(target + rows.to(tl.int64) * D, second_acc * norm, mask=filled)
+        tl.store(target + rows * D, second_acc * norm, mask=filled)
     if LENT > 2:
-        tl.store(target + rows.to(tl.int64) * (2 * D), third_acc * norm, mask=filled)
+        tl.store(target + rows * (2 * D), third_acc * norm, mask=filled)
 
 
 @triton.jit

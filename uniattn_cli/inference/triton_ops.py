@@ -335,7 +335,7 @@ class TritonOps(TorchOps):
             table.value_row,
             out.stride(0),
             caches.capacity,
-            step.batch * layer.heads,
+            caches.batch * layer.heads,
             layer.window or 0,
             splits,
             HEADS=layer.kv_heads,

@@ -263,7 +263,7 @@ class StageTrainer(SFTTrainer):
         return loss
 
     def take_step_loss(self) -> float:
-        """Mean loss per learned token since the last call, over all processes."""
+        """The loss since the last call, over all processes: of a whole step, as the trainer takes its gradient."""
         loss, self._step_loss = self._step_loss, 0.0
         return self.accelerator.reduce(torch.as_tensor(loss), reduction="mean").item()
 
