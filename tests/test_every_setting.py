@@ -24,7 +24,7 @@ from uniattn_cli.rundir import RunDir
 CPU = RunOptions(device="cpu")
 FEW = {"analysis.tokens": 256, "conversion.tokens": 512, "layout.score_tokens": 128, "layout.kv": 0.8}
 THOROUGH = {"layout.search": "thorough", "layout.kv": 0.9, "layout.match": "maps"}
-PLAIN = {"layout.layers": "[{}, {}, {leader: 1}, {}, {leader: 3}, {}]"}
+PLAIN = {"layout.layers": "[{}, {}, {leader: 1}, {}, {kind: key, leader: 3}, {}]"}
 
 # By setting: what it is changed to, and what else holds before and after.
 ANALYSIS = {"tokens": 512, "length": 32, "max_distance": 2, "rows": 2, "top_k": 3}
@@ -48,6 +48,7 @@ CONVERSION = {
     "length": (32, PLAIN),
     "solve": ("output", PLAIN),
     "rank": (4, PLAIN),
+    "align": (5, PLAIN),
     "target": ("residual", PLAIN),
     "holdout": (0.5, PLAIN),
 }

@@ -313,9 +313,13 @@ def test_the_servers_cache(server, smollm):
 def test_a_killed_server_starts_again(tmp_path):
     directory = write(tmp_path / "model", FAMILIES[0], "leader")
     arguments = [*QUICK, "--max-model-len=256"]
-    with Server(directory, *arguments, log=tmp_path / "log") as server:
-        first = as_pair(server.wait().complete(prompts()[1], 8))
-        assert b"[DONE]" not in server.killed_while_answering(prompts()[0], 200)
+    for attempt in range(3):
+        with Server(directory, *arguments, log=tmp_path / f"log{attempt}") as server:
+            first = as_pair(server.wait().complete(prompts()[1], 8))
+            if b"[DONE]" not in server.killed_while_answering(prompts()[0], 200):
+                break
+    else:
+        pytest.fail("a busy machine finished every answer before it came to kill the server")
     with Server(directory, *arguments, log=tmp_path / "again", port=server.port) as server:
         assert as_pair(server.wait().complete(prompts()[1], 8)) == first
 

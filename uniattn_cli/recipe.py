@@ -246,6 +246,11 @@ class ConversionSpec:
         common=True,
     )
     rank: int | str = setting("full", "rank of W_c", choices=("full",), minimum=1)
+    align: int = setting(
+        0,
+        "steps in which queries of key and kv layers learn the base's maps with borrowed keys; 0 leaves them alone",
+        minimum=0,
+    )
     target: str = setting(
         "attention",
         "what the fit aims at: the base's attention output, or its residual stream",

@@ -275,6 +275,12 @@ def _fit_tables(fits: list[LayerFit]) -> list[Table]:
         for fit in fits
     ]
     columns = ["layer", "kind", "error before", "after", "ridge"]
-    return [
+    tables = [
         Table("error of the attention output on tokens held out from the fit, relative to its energy", columns, rows)
     ]
+    aligned = [(fit, fit.divergence) for fit in fits if fit.divergence is not None]
+    if aligned:
+        rows = [[str(fit.layer), fit.kind, f"{pair[0]:.3f}", f"{pair[1]:.3f}"] for fit, pair in aligned]
+        title = "divergence of maps from the base's, in nats, where queries were aligned with borrowed keys"
+        tables.append(Table(title, ["layer", "kind", "before", "after"], rows))
+    return tables

@@ -8,7 +8,7 @@ already contain the errors of the changed layers before it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from uniattn_cli.checkpoint import build_attention
 from uniattn_cli.errors import ModelError
+from uniattn_cli.fitting.align import align_queries
 from uniattn_cli.fitting.moments import Moments, PositionSums, RidgeFit, fit_ridge, reduce_rank
 from uniattn_cli.fitting.sources import SourceChooser
 from uniattn_cli.fitting.stream import (
@@ -45,6 +46,7 @@ class LayerFit:
         ridge: chosen ridge strength; infinity where the unfitted weights were best.
         error_before: mean squared error of the attention output before the fit, relative to the target's mean square.
         error_after: the same after the fit.
+        divergence: of its map from the base's, in nats, before and after its queries were aligned; None if not done.
     """
 
     layer: int
@@ -52,6 +54,7 @@ class LayerFit:
     ridge: float
     error_before: float
     error_after: float
+    divergence: tuple[float, float] | None = None
 
 
 @torch.no_grad()
@@ -66,7 +69,7 @@ def fit_layers(
     batch_size: int = 8,
     advance: Callable[..., None] = lambda steps=1, text="": None,
 ) -> list[LayerFit]:
-    """Solves W_o and W_c of every changed layer and writes them into `converted`.
+    """Solves W_o and W_c of every changed layer and writes them into `converted`; first W_q where keys are borrowed.
 
     Args:
         base: the stock model.
@@ -105,7 +108,13 @@ def fit_layers(
                 for batch in batches:
                     batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
             else:
-                fits += step_layer(base_layer, layer, index, batches, spec)
+                divergence = None
+                if spec.align and plan.kind in ("key", "kv"):
+                    own = build_attention(base, Layout.own(len(layout)), index)
+                    divergence = align_queries(base_layer, layer, own, index, batches, spec.align)
+                fits += [
+                    replace(fit, divergence=divergence) for fit in step_layer(base_layer, layer, index, batches, spec)
+                ]
         for batch in batches:
             release(batch.shared, layout, index, chooser.max_distance if chooser else None)
         advance(1, f"layer {index}")

@@ -222,9 +222,14 @@ def attention_features(
 
 
 def attention_inputs(
-    layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates
+    layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments with which a converted layer calls its attention module, `hidden_states` among them."""
+    """The keyword arguments with which a layer calls its attention module, `hidden_states` among them.
+
+    Args:
+        shared: what earlier layers lend to a converted layer; None for one of the base.
+    """
+    more = {} if shared is None else {"uniattn_shared": shared}
     seen: dict[str, Any] = {}
 
     def keep(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
@@ -235,7 +240,7 @@ def attention_inputs(
 
     with _hooks(layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)):
         with contextlib.suppress(_ForwardStoppedError):
-            run_layer(layer, hidden, kwargs, uniattn_shared=shared)
+            run_layer(layer, hidden, kwargs, **more)
     return seen
 
 

@@ -1,0 +1,132 @@
+"""Queries of layers that borrow keys learn the base's maps, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import FAMILIES, backends, make_base, make_layout
+from tiny_run import make_analysed, settings
+
+from uniattn_cli import convert
+from uniattn_cli.checkpoint import build_attention, build_converted
+from uniattn_cli.fitting import align
+from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.stream import start_batches
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.recipe import ConversionSpec
+
+families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def windows():
+    """A random walk over the vocabulary, longer than the windows of families that have them."""
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(-3, 4, (24, 32), generator=generator).cumsum(1) % 90 + 5
+
+
+def fitted(base, layout, windows, steps, **options):
+    """A converted model and its fits."""
+    torch.manual_seed(0)
+    model = build_converted(base, layout)
+    return model, fit_layers(base, model, windows, ConversionSpec(align=steps), batch_size=8, **options)
+
+
+@families
+@pytest.mark.parametrize("name", ["key", "kv"])
+def test_maps_come_closer_to_the_base_and_only_their_queries_are_trained(entry, name, windows):
+    base = make_base(entry)
+    before = {key: weight.clone() for key, weight in base.named_parameters()}
+    layout = make_layout(name, base.config)
+    model, fits = fitted(base, layout, windows, STEPS)
+    plain, without = fitted(base, layout, windows, 0)
+    borrowing = [index for index, plan in enumerate(layout) if plan.kind == name]
+    assert [fit.layer for fit in fits if fit.divergence is not None] == borrowing
+    assert all(fit.divergence is None for fit in without)
+    for fit in fits:
+        # Held-out tokens: a random walk has little in common with the next one, so that not every layer gains much.
+        assert fit.divergence[1] < fit.divergence[0], fit
+    assert sum(fit.divergence[1] for fit in fits) < 0.8 * sum(fit.divergence[0] for fit in fits)
+    theirs = dict(plain.named_parameters())
+    trained = {}
+    for key, weight in model.named_parameters():
+        if not torch.equal(weight, theirs[key]) and not any(part in key for part in ("o_proj", "compensation")):
+            assert ".q_proj." in key or ".qkv_proj." in key, key
+            trained[int(key.split(".")[2])] = weight, theirs[key]
+    assert set(trained) == set(borrowing)
+    for weight, other in trained.values():
+        # Where queries and values are one matrix.
+        rows = base.config.num_attention_heads * base.model.layers[0].self_attn.head_dim
+        assert torch.equal(weight[rows:], other[rows:])
+    assert all(torch.equal(weight, before[key]) for key, weight in base.named_parameters())
+
+
+@families
+def test_the_map_is_that_of_the_attention_backend(entry, windows):
+    base = make_base(entry)
+    if "eager" not in backends(base.config):
+        pytest.skip("this family gives no maps")
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = base.model(windows[:3], use_cache=False, output_attentions=True).attentions
+        batch = start_batches(base, windows[:3], 0.3, 3)[0]
+        for index, layer in enumerate(base.model.layers):
+            own = build_attention(base, Layout.own(len(base.model.layers)), index)
+            given = align.attention_inputs(layer, batch.base, batch.kwargs[index])
+            states = own.project(given["hidden_states"], "qk")
+            own.embed_positions(states, given["position_embeddings"])
+            found = align._log_map(own, states["q"], states["k"], given.get("attention_mask")).exp()
+            torch.testing.assert_close(found, expected[index][: len(found)], atol=1e-5, rtol=1e-4)
+            batch.base = layer(batch.base, **batch.kwargs[index])
+
+
+def test_keys_that_are_the_same_need_no_other_queries(windows):
+    """Borrowed keys that a rotation of each pair of dimensions makes of the own ones can be met exactly."""
+    base = make_base(FAMILIES[0])
+    first, second = (base.model.layers[index].self_attn for index in (1, 2))
+    layout = Layout.from_list([{}, {}, {"kind": "key", "leader": 1}, {}, {}, {}])
+    with torch.no_grad():
+        # Layer 1 adds nothing, so that layer 2 sees what it saw, up to the norms' weights.
+        base.model.layers[1].mlp.down_proj.weight.zero_()
+        first.o_proj.weight.zero_()
+        half = second.k_proj.weight.unflatten(0, (-1, 2, second.head_dim // 2))
+        # A quarter turn of every pair, which commutes with rotary embedding.
+        first.k_proj.weight.copy_(torch.stack((-half[:, 1], half[:, 0]), dim=1).flatten(0, 2))
+        base.model.layers[1].input_layernorm.weight.copy_(base.model.layers[2].input_layernorm.weight)
+    _, [fit] = fitted(base, layout, windows, 400)
+    assert fit.divergence[0] > 0.5 and fit.divergence[1] < 0.05 * fit.divergence[0]
+
+
+def test_little_memory_takes_fewer_rows_at_once_and_gains_as_well(windows, monkeypatch):
+    base = make_base(FAMILIES[0])
+    layout = make_layout("kv", base.config)
+    monkeypatch.setattr(align, "MOST_SCORES", 2 * 6 * 32 * 32)
+    seen = []
+    plain = align._divergence
+    monkeypatch.setattr(
+        align, "_divergence", lambda *arguments: seen.append(len(arguments[2].converted)) or plain(*arguments)
+    )
+    _, fits = fitted(base, layout, windows, STEPS)
+    assert set(seen) == {1, 2} and seen.count(2) == STEPS * len(fits)
+    assert all(fit.divergence[1] < fit.divergence[0] for fit in fits)
+
+
+def test_the_same_seed_gives_the_same_queries(windows):
+    base = make_base(FAMILIES[0])
+    layout = make_layout("key", base.config)
+    one, two = (fitted(base, layout, windows, 10)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_convert_aligns_and_reports(tmp_path, monkeypatch):
+    run = make_analysed(tmp_path)
+    monkeypatch.chdir(run)
+    layers = "[{}, {}, {kind: kv, leader: 1}, {}, {kind: key, leader: 3}, {}]"
+    quick = [entry for entry in settings() if not entry.startswith("layout.")]
+    result = convert(overrides=[*quick, f"layout.layers={layers}", "conversion.align=5"])
+    report = json.loads((result.directory / "uniattn_report.json").read_text())
+    assert [len(fit["divergence"]) for fit in report["fits"]] == [2, 2]
+    assert any("queries were aligned" in table.title for table in result.tables)
