@@ -80,6 +80,8 @@ def test_the_map_is_that_of_the_attention_backend(entry, windows):
             own.embed_positions(states, given["position_embeddings"])
             found = align._log_map(own, states["q"], states["k"], given.get("attention_mask")).exp()
             torch.testing.assert_close(found, expected[index][: len(found)], atol=1e-5, rtol=1e-4)
+            # FlashAttention is given no mask, and windows as a number.
+            torch.testing.assert_close(align._log_map(own, states["q"], states["k"], None).exp(), found)
             batch.base = layer(batch.base, **batch.kwargs[index])
 
 

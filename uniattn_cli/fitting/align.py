@@ -146,11 +146,15 @@ def _log_map(
     """Logarithms of the map, float32 [rows, heads, tokens, tokens]."""
     keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     scores = queries.float() @ keys.transpose(-1, -2) * attention.scaling
-    cap = attention.attention_arguments().get("softcap")
+    arguments = attention.attention_arguments()
+    cap, window = arguments.get("softcap"), arguments.get("sliding_window")
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    if mask is None:
+    if not isinstance(mask, torch.Tensor):
+        # No mask, or one that only a backend can read: calibration rows have no padding, so it says nothing else.
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(-window)
         scores = scores.masked_fill(hidden, -torch.inf)
     elif mask.dtype is torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
