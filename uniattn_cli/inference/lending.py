@@ -41,7 +41,7 @@ def plan_lending(program: Program) -> Lending:
     layers = {layer.index: layer for layer in program.layers if layer.kind == "softmax"}
     kept: set[int] = set()
     while True:
-        served, places = _serve(program, [layer for layer in layers.values() if not kept & _leaders(layer)])
+        served, places = _serve([layer for layer in layers.values() if not kept & _leaders(layer)])
         missed = set(layers) - set(places)
         found = kept.union(*(_leaders(layers[index]) for index in missed))
         if found == kept:
@@ -57,15 +57,13 @@ def _leaders(layer: LayerProgram) -> set[int]:
 
 
 def _serve(
-    program: Program, followers: list[LayerProgram]
+    followers: list[LayerProgram],
 ) -> tuple[dict[int, list[list[tuple[int, int]]]], dict[int, list[int]]]:
     """Serves followers in order, each wholly or not at all."""
     served: dict[int, list[list[tuple[int, int]]]] = {}
     places: dict[int, list[int]] = {}
     for layer in followers:
-        if layer.value_groups > 1 or any(
-            program.layers[leader].kv_heads != layer.kv_heads for leader in _leaders(layer)
-        ):
+        if layer.value_groups > 1:
             continue
         lists = [
             served.setdefault(leader, [[] for _ in range(layer.kv_heads)])[head] for leader, head in layer.key_sources

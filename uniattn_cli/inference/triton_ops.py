@@ -246,6 +246,7 @@ class TritonOps(TorchOps):
         borrowed = queries is None
         queries = caches.queries if borrowed else queries
         lent, slot = self.lending.count(layer.index), layer.map_slot if self.reuse else None
+        keeps = self._keeps_map(layer)
         tuning = self.tunings["lend" if lent else "alone" if slot is None else "lead"]
         block, stages = self.lending_block(layer, tuning) if lent else (caches.block, self._stages(layer, tuning, 2))
         heads, splits = len(table.keys), self._splits(layer, tuning, block)
@@ -262,7 +263,7 @@ class TritonOps(TorchOps):
             self.part_out,
             self.part_max,
             self.part_sum,
-            *self._kept(slot, keeps=not lent),
+            *self._kept(slot, keeps),
             self.borrowed_values.get(layer.index, table.keys),
             *self._lent(slot if lent else None),
             layer.heads * layer.head_dim if borrowed else queries.stride(0),
@@ -284,7 +285,7 @@ class TritonOps(TorchOps):
             D_PAD=_pad(layer.head_dim),
             BLOCK=block,
             SPLIT=splits > 1,
-            KEEP=slot is not None and not lent,
+            KEEP=keeps,
             LENT=lent,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
@@ -373,7 +374,7 @@ class TritonOps(TorchOps):
             self.part_out,
             self.part_max,
             self.part_sum,
-            self.caches.lse if slot is None else self.caches.lse[slot],
+            self._kept(slot, keeps=False)[2],
             self._lent(slot if lent else None)[0],
             out.stride(0),
             self.part_out.shape[1],
