@@ -1,9 +1,9 @@
 """Queries of a layer that borrows keys, taught the maps that the base has there.
 
 A layer of kind `key` or `kv` keeps its own W_q, which was made for other keys: with borrowed ones its map has nothing
-to do with the base's, and what it attends to is noise to W_o. So W_q is trained first, alone and layer by layer, on the
-divergence KL(base's map || map with borrowed keys), the mean over heads and positions. There is no closed form: rotary
-embedding stands between queries and keys. Training it on the error of the attention output instead hardly moves it.
+to do with the base's, and what it attends to is noise to W_o. So W_q is matched to the borrowed keys in closed form
+(`fitting.keys`) and then trained, alone and layer by layer, on the divergence KL(base's map || map with borrowed keys),
+the mean over heads and positions. Training it on the error of the attention output instead hardly moves it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from uniattn_cli.fitting.keys import KeyMatches
 from uniattn_cli.fitting.stream import Batch, attention_inputs
 from uniattn_cli.modeling.sharing_uniattn import gather_heads
 
-# Largest step of Adam, in units of the root mean square of the weights.
-RATE = 0.03
+# Largest step of Adam, in units of the root mean square of the weights; of a few hundred steps the second moments of a
+# thousand would see too little.
+RATE = 0.1
+BETAS = (0.9, 0.95)
 WARMUP = 0.1
+# Rows that judge.
+JUDGED = 16
 # Scores of one step at most, 256 MiB in float32; a few tensors of that size are alive at a time.
 MOST_SCORES = 1 << 26
 # Stands for the logarithm of zero.
@@ -52,7 +57,7 @@ class _Material:
 def align_queries(
     base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batches: Sequence[Batch], steps: int
 ) -> tuple[float, float]:
-    """Trains W_q of a converted layer that borrows keys; see the head of this file.
+    """Matches and trains W_q of a converted layer that borrows keys; see the head of this file.
 
     Args:
         base_layer: the base's layer.
@@ -62,20 +67,100 @@ def align_queries(
         steps: of Adam; each sees a batch that is not held out, or as many rows of it as memory allows.
 
     Returns:
-        The divergence before and after, in nats, on held-out tokens where there are some.
+        The divergence before and after, in nats, on held-out tokens where there are some. What makes it larger there
+        is not kept.
     """
     attention = layer.self_attn
-    projection = getattr(attention, "q_proj", None) or attention.qkv_proj
     material = [_prepare(base_layer, layer, own, index, batch) for batch in batches]
     judged = [each for each in material if each.held] or material
-    before = _mean(attention, own, judged)
     learned = [each for each in material if not each.held] or material
-    kept = {name: parameter for name, parameter in projection.named_parameters(recurse=False)}
-    trained = {name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in kept.items()}
-    for name, parameter in trained.items():
-        setattr(projection, name, parameter)
-    scale = trained["weight"].square().mean().sqrt().item()
-    optimizer = torch.optim.Adam(trained.values(), lr=RATE * scale)
+    weights = _Queries(attention)
+    before = best = _mean(attention, own, judged)
+    untouched = weights.copy()
+    sources = sorted({source for source, _ in attention.key_sources})
+    matches = KeyMatches.of(base_layer, own, index, batches, sources)
+    weights.match(matches.maps(attention.key_sources))
+    start = _mean(attention, own, judged)
+    if start < best:
+        best = start
+    else:
+        weights.restore(untouched)
+    start_weights = weights.copy()
+    _train(weights, attention, own, learned, steps)
+    after = _mean(attention, own, judged)
+    if after < best:
+        best = after
+    else:
+        weights.restore(start_weights)
+    weights.round()
+    return before, best
+
+
+class _Queries:
+    """The parameters that queries come from, in float32 while they are trained.
+
+    Args:
+        attention: of the converted layer; its weights may be shared with the base and are replaced, not changed.
+    """
+
+    def __init__(self, attention: nn.Module):
+        self.attention = attention
+        projection = getattr(attention, "q_proj", None) or attention.qkv_proj
+        self.norm = getattr(attention, "q_norm", None)
+        modules = [projection] if self.norm is None else [projection, self.norm]
+        self.kept = [(module, *item) for module in modules for item in module.named_parameters(recurse=False)]
+        self.trained = [nn.Parameter(parameter.detach().float().clone()) for _, _, parameter in self.kept]
+        for (module, name, _), parameter in zip(self.kept, self.trained, strict=True):
+            setattr(module, name, parameter)
+        self.scales = [
+            (self.gain() if module is self.norm else projection.weight).square().mean().sqrt().item()
+            for module, _, _ in self.kept
+        ]
+
+    def gain(self) -> torch.Tensor:
+        """What the norm of queries multiplies by, [1 or heads, dim]; some families store it less one."""
+        width = self.norm.weight.shape[-1]
+        return self.norm(self.norm.weight.new_ones(width)).detach().view(-1, self.attention.head_dim)
+
+    def match(self, maps: torch.Tensor) -> None:
+        """Puts `B q` in the place of each query q, up to its length where queries are normed.
+
+        Args:
+            maps: [units, dim, dim] of `KeyMatches`.
+        """
+        dim = self.attention.head_dim
+        heads = len(maps) * (self.attention.config.num_attention_heads // len(maps))
+        turn = maps.repeat_interleave(heads // len(maps), dim=0)
+        if self.norm is not None:
+            gain = self.gain()
+            inverse = gain / (gain.square() + 1e-4 * gain.square().mean())
+            turn = inverse.unsqueeze(-1) * turn * gain.unsqueeze(-2)
+        for (module, _, _), parameter in zip(self.kept, self.trained, strict=True):
+            if module is not self.norm:
+                # Where queries, keys and values are one matrix, queries come first.
+                rows = parameter[: heads * dim].view(heads, dim, -1)
+                parameter[: heads * dim] = (turn @ rows).view_as(parameter[: heads * dim])
+
+    def copy(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.trained]
+
+    def restore(self, weights: Sequence[torch.Tensor]) -> None:
+        for parameter, weight in zip(self.trained, weights, strict=True):
+            parameter.copy_(weight)
+
+    def round(self) -> None:
+        """Rounds to the model's dtype, as everything that is fitted."""
+        for (module, name, parameter), trained in zip(self.kept, self.trained, strict=True):
+            new = nn.Parameter(trained.detach().to(parameter.dtype), requires_grad=parameter.requires_grad)
+            setattr(module, name, new)
+
+
+def _train(weights: _Queries, attention: nn.Module, own: nn.Module, learned: Sequence[_Material], steps: int) -> None:
+    groups = [
+        {"params": [parameter], "lr": RATE * scale}
+        for parameter, scale in zip(weights.trained, weights.scales, strict=True)
+    ]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     for step in range(steps):
         each = learned[step % len(learned)]
@@ -84,16 +169,11 @@ def align_queries(
         first = step // len(learned) * count % len(each.converted)
         with torch.enable_grad():
             loss = _divergence(attention, own, each.rows(slice(first, first + count)))
-            gradients = torch.autograd.grad(loss, list(trained.values()))
-        for parameter, gradient in zip(trained.values(), gradients, strict=True):
+            gradients = torch.autograd.grad(loss, weights.trained)
+        for parameter, gradient in zip(weights.trained, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         scheduler.step()
-    # Rounded to the model's dtype as everything that is fitted; the weights before may be shared with the base.
-    for name, parameter in kept.items():
-        new = trained[name].detach().to(parameter.dtype)
-        setattr(projection, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
-    return before, _mean(attention, own, judged)
 
 
 def _share(step: int, steps: int) -> float:
@@ -134,7 +214,7 @@ def _divergence(attention: nn.Module, own: nn.Module, material: _Material) -> to
 def _mean(attention: nn.Module, own: nn.Module, material: Sequence[_Material]) -> float:
     total = rows = 0
     for each in material:
-        for row in range(len(each.converted)):
+        for row in range(min(len(each.converted), JUDGED - rows)):
             total += _divergence(attention, own, each.rows(slice(row, row + 1))).item()
             rows += 1
     return total / rows

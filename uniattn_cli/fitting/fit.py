@@ -108,13 +108,7 @@ def fit_layers(
                 for batch in batches:
                     batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
             else:
-                divergence = None
-                if spec.align and plan.kind in ("key", "kv"):
-                    own = build_attention(base, Layout.own(len(layout)), index)
-                    divergence = align_queries(base_layer, layer, own, index, batches, spec.align)
-                fits += [
-                    replace(fit, divergence=divergence) for fit in step_layer(base_layer, layer, index, batches, spec)
-                ]
+                fits += fit_layer(base, converted, index, batches, spec)
         for batch in batches:
             release(batch.shared, layout, index, chooser.max_distance if chooser else None)
         advance(1, f"layer {index}")
@@ -123,6 +117,18 @@ def fit_layers(
         for index, layer in enumerate(converted.model.layers):
             layer.self_attn.is_source = index in layout.last_use
     return fits
+
+
+def fit_layer(
+    base: PreTrainedModel, converted: PreTrainedModel, index: int, batches: list[Batch], spec: ConversionSpec
+) -> list[LayerFit]:
+    """Aligns the queries of a layer that borrows keys, fits the layer and moves both streams through it."""
+    base_layer, layer = base.model.layers[index], converted.model.layers[index]
+    divergence = None
+    if spec.align and layer.self_attn.plan.kind in ("key", "kv"):
+        own = build_attention(base, Layout.own(len(base.model.layers)), index)
+        divergence = align_queries(base_layer, layer, own, index, batches, spec.align)
+    return [replace(fit, divergence=divergence) for fit in step_layer(base_layer, layer, index, batches, spec)]
 
 
 def step_layer(

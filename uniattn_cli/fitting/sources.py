@@ -17,6 +17,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from uniattn_cli.checkpoint import build_attention
+from uniattn_cli.fitting.keys import KeyMatches, matched
 from uniattn_cli.fitting.moments import Moments
 from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step
 from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
@@ -67,20 +68,34 @@ class Block:
 
 
 def candidate_blocks(
-    matcher: Matcher, layer: int, lenders: Sequence[int], kind: str, features: int, *, one_source: bool = False
+    matcher: Matcher,
+    layer: int,
+    lenders: Sequence[int],
+    kind: str,
+    features: int,
+    *,
+    one_source: bool = False,
+    matches: KeyMatches | None = None,
 ) -> list[Block]:
     """The blocks that a layer may choose among, the most similar ones first for each unit.
+
+    Similar are maps, or keys where queries will be matched to them.
 
     Args:
         lenders: layers that may lend.
         kind: `softmax`, `key` or `kv`.
         features: width of all blocks together, at most; each unit keeps two blocks at least.
         one_source: a choice takes all its blocks from one layer, so that layers are kept or left out as a whole.
+        matches: of the layer's keys with those of the lenders, for `key` and `kv`.
     """
     shape = matcher.shape
     units = range(shape.query_heads if matcher.head_map == "free" and kind == "softmax" else shape.kv_heads)
     most = max(2, features // (shape.query_heads * shape.head_dim))
-    found = {(unit, source): _scored_blocks(matcher, layer, unit, source, kind) for unit in units for source in lenders}
+    found = {
+        (unit, source): _scored_blocks(matcher, layer, unit, source, kind, matches)
+        for unit in units
+        for source in lenders
+    }
     if one_source:
         best = {source: sum(found[unit, source][0][0] for unit in units) for source in lenders}
         lenders = sorted(lenders, key=lambda source: -best[source])[:most]
@@ -93,9 +108,14 @@ def candidate_blocks(
     return chosen
 
 
-def _scored_blocks(matcher: Matcher, layer: int, unit: int, source: int, kind: str) -> list[tuple[float, Block]]:
-    """(similarity of the maps, block) for all blocks that one layer could lend to a unit, the best first."""
+def _scored_blocks(
+    matcher: Matcher, layer: int, unit: int, source: int, kind: str, matches: KeyMatches | None
+) -> list[tuple[float, Block]]:
+    """(similarity, block) for all blocks that one layer could lend to a unit, the best first."""
     shape, size = matcher.shape, matcher.shape.group_size
+    if matches is not None:
+        found = [(-matches.missed(source, head, unit), Block(unit, source, (head,))) for head in range(shape.kv_heads)]
+        return sorted(found, key=lambda entry: -entry[0])
     table = matcher.similarity[layer, layer - source - 1]
     if matcher.head_map == "free" and kind == "softmax":
         found = [(float(table[unit, head]), Block(unit, source, (head,))) for head in range(shape.query_heads)]
@@ -119,6 +139,7 @@ class Borrowing:
         index: number of the layer.
         kind: what the layer becomes.
         shape: of the model.
+        matches: matches queries to borrowed keys; None leaves them as they are.
     """
 
     base_layer: nn.Module
@@ -127,6 +148,7 @@ class Borrowing:
     index: int
     kind: str
     shape: AttentionShape
+    matches: KeyMatches | None = None
 
     @torch.no_grad()
     def choose(
@@ -188,7 +210,6 @@ class Borrowing:
         """
         own, group = self.own, self.shape.group_size
         states = own.project(given["hidden_states"], {"softmax": "v", "key": "qv", "kv": "q"}[self.kind])
-        own.embed_positions(states, given["position_embeddings"])
         outputs: dict[tuple[int, int], torch.Tensor] = {}
         features = []
         for block in blocks:
@@ -202,12 +223,12 @@ class Borrowing:
                 heads = list(range(first * group, (first + 1) * group))
             key = (block.source, turn)
             if key not in outputs:
-                outputs[key] = self._attend(states, shared, *key, given.get("attention_mask"))
+                outputs[key] = self._attend(states, shared, *key, given)
             features.append(outputs[key][:, heads].flatten(1))
         return torch.cat(features, dim=1).float()
 
     def _attend(
-        self, states: dict[str, torch.Tensor], shared: SharedStates, source: int, turn: int, mask: torch.Tensor | None
+        self, states: dict[str, torch.Tensor], shared: SharedStates, source: int, turn: int, given: dict[str, Any]
     ) -> torch.Tensor:
         """Attention [rows * tokens, query_heads, head_dim] of all heads of a source layer at once.
 
@@ -218,12 +239,23 @@ class Borrowing:
         if self.kind == "softmax":
             values = values[:, turn : turn + 1].expand(-1, self.shape.kv_heads, -1, -1)
         else:
-            queries = states["q"].roll(turn * self.shape.group_size, 1)
+            queries = self._queries(states["q"], source, turn, given["position_embeddings"])
             values = shared.values[source] if self.kind == "kv" else values.roll(turn, 1)
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
+        mask = given.get("attention_mask")
         return backend(own, queries, keys, values, mask, **arguments)[0].flatten(0, 1)
+
+    def _queries(self, queries: torch.Tensor, source: int, turn: int, position_embeddings: Any) -> torch.Tensor:
+        """Own queries with positions, so turned that each group meets the head of the source `turn` places on."""
+        units = self.shape.kv_heads
+        if self.matches is not None:
+            pairs = [(source, (unit + turn) % units) for unit in range(units)]
+            queries = matched(queries, self.matches.maps(pairs))
+        states = {"q": queries}
+        self.own.embed_positions(states, position_embeddings)
+        return states["q"].roll(turn * self.shape.group_size, 1)
 
 
 class SourceChooser:
@@ -233,10 +265,18 @@ class SourceChooser:
         matcher: limits and orders the candidates; layers with an `identity` map keep what they have.
         lenders: the layers that may lend to a layer of a layout.
         limits: how many candidates are compared, on how many tokens.
+        match_keys: whether queries will be matched to borrowed keys (`conversion.align`).
     """
 
-    def __init__(self, matcher: Matcher, lenders: Callable[[Layout, int], list[int]], limits: Limits):
-        self.matcher, self.lenders, self.limits = matcher, lenders, limits
+    def __init__(
+        self,
+        matcher: Matcher,
+        lenders: Callable[[Layout, int], list[int]],
+        limits: Limits,
+        *,
+        match_keys: bool = True,
+    ):
+        self.matcher, self.lenders, self.limits, self.match_keys = matcher, lenders, limits, match_keys
 
     @property
     def max_distance(self) -> int:
@@ -258,10 +298,21 @@ class SourceChooser:
         if not lenders:
             return plan
         one_source = not self.matcher.several
-        blocks = candidate_blocks(self.matcher, index, lenders, plan.kind, self.limits.features, one_source=one_source)
         own = build_attention(base, Layout.own(self.matcher.shape.layers), index)
         layers = base.model.layers[index], converted.model.layers[index]
-        problem = Borrowing(*layers, own, index, plan.kind, self.matcher.shape)
+        matches = None
+        if self.match_keys and plan.kind != "softmax":
+            matches = KeyMatches.of(layers[0], own, index, batches, lenders, self.limits.tokens)
+        blocks = candidate_blocks(
+            self.matcher,
+            index,
+            lenders,
+            plan.kind,
+            self.limits.features,
+            one_source=one_source,
+            matches=matches,
+        )
+        problem = Borrowing(*layers, own, index, plan.kind, self.matcher.shape, matches)
         found = problem.choose(batches, blocks, self.limits.tokens, one_source=one_source)
         return replace(plan, leader=None, heads=self._heads(index, found, plan.kind))
 

@@ -132,7 +132,8 @@ class Workbench:
 
         if not matches_by_output(self.recipe):
             return None
-        return SourceChooser(self.matcher, lenders, Limits.of(self.options.torch_device()))
+        limits = Limits.of(self.options.torch_device())
+        return SourceChooser(self.matcher, lenders, limits, match_keys=self.recipe.conversion.align > 0)
 
     def match_heads(self, layout: Layout, *, fixed: bool = False) -> Layout:
         """The layout with the heads that a conversion matches by output; as it is where there is nothing to match.

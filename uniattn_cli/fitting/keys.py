@@ -1,0 +1,139 @@
+"""What turns queries made for a layer's own keys into queries for borrowed ones, in closed form.
+
+Keys of neighbouring layers are nearly linear functions of one another. With own keys k, borrowed keys s (rows, both
+before rotary embedding) and the regression k ~ s B + c, scores are q k^T ~ (q B^T) s^T, but for q c^T, which is the
+same for all keys of a query and does not change its map. Rotary embedding stands between, so that this is exact only
+for nearby tokens: `fitting.align` starts from it and trains the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from uniattn_cli.fitting.stream import Batch, attention_inputs
+
+if TYPE_CHECKING:
+    from uniattn_cli.modeling.sharing_uniattn import SharedStates
+
+RIDGE = 1e-4
+
+
+class KeyMatches:
+    """Regressions of a layer's own keys on those that other layers lend.
+
+    Args:
+        own: the layer's attention module as it is while the layer is `own`, with the base's weights.
+        sources: layers that lend.
+    """
+
+    def __init__(self, own: nn.Module, sources: Sequence[int]):
+        self.own = own
+        self.sources = list(sources)
+        self.tokens = 0
+        self._sums: dict[Any, torch.Tensor] = {}
+        self._maps: torch.Tensor | None = None
+        self._missed: torch.Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        base_layer: nn.Module,
+        own: nn.Module,
+        index: int,
+        batches: Sequence[Batch],
+        sources: Sequence[int],
+        tokens: int | None = None,
+    ) -> KeyMatches:
+        """Regressions over calibration tokens.
+
+        Args:
+            base_layer: the base's layer, whose keys are to be met.
+            own: see the class.
+            index: number of the layer.
+            batches: streams where they enter the layer, and what earlier layers lend; those held out are not used.
+            sources: layers that lend.
+            tokens: enough to regress on; None takes all.
+        """
+        found = cls(own, sources)
+        for batch in [batch for batch in batches if not batch.held] or batches:
+            given = attention_inputs(base_layer, batch.base, batch.kwargs[index])
+            found.add(given, batch.shared)
+            if tokens is not None and found.tokens >= tokens:
+                break
+        return found
+
+    def add(self, given: dict[str, Any], shared: SharedStates) -> None:
+        """Adds tokens: what the base's attention module is called with, and what the sources lend for it."""
+        states = self.own.project(given["hidden_states"], "qk")
+        heads = states["k"].shape[1]
+        # One copy of a unit's keys, all query heads that read them.
+        queries = states["q"].float().unflatten(1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+        own = states["k"].float().transpose(0, 1).flatten(1, 2)
+        queries = queries.transpose(0, 1).flatten(1, 2)
+        self.tokens += own.shape[1]
+        sums = {"qq": queries.mT @ queries / queries.shape[1] * own.shape[1], "kk": own.mT @ own, "k": own.sum(1)}
+        for source in self.sources:
+            lent = unrotated(self.own, shared.keys[source], given["position_embeddings"])
+            lent = lent.transpose(0, 1).flatten(1, 2)
+            sums |= {("ss", source): lent.mT @ lent, ("sk", source): lent.mT.unsqueeze(1) @ own}
+            sums["s", source] = lent.sum(1)
+        for name, product in sums.items():
+            # In float64 between batches: what is missed is a small difference of large sums.
+            self._sums[name] = self._sums.get(name, 0) + product.double()
+
+    def _solve(self) -> None:
+        """Maps [sources, heads, units, dim, dim] and missed shares [sources, heads, units]."""
+        sums = {name: value / self.tokens for name, value in self._sums.items()}
+        of_sources = lambda name: torch.stack([sums[name, source] for source in self.sources])  # noqa: E731
+        own, lent = sums["k"], of_sources("s")
+        within = of_sources("ss") - lent.unsqueeze(-1) * lent.unsqueeze(-2)
+        across = of_sources("sk") - lent[:, :, None, :, None] * own[None, None, :, None, :]
+        wanted = sums["kk"] - own.unsqueeze(-1) * own.unsqueeze(-2)
+        ridge = RIDGE * within.diagonal(dim1=-2, dim2=-1).mean(-1)
+        # Keys that never change are met by any map.
+        ridge = torch.where(ridge > 0, ridge, 1.0)
+        within = within + ridge[..., None, None] * torch.eye(within.shape[-1], device=within.device)
+        maps = torch.linalg.solve(within.unsqueeze(2), across)
+        left = wanted - across.mT @ maps
+        weights = sums["qq"]
+        energy = (weights * wanted.mT).sum((-2, -1)).clamp(min=1e-30)
+        self._maps = maps.float()
+        self._missed = (weights * left.mT).sum((-2, -1)) / energy
+
+    def missed(self, source: int, head: int, unit: int) -> float:
+        """Share of the energy of a unit's scores that a lent head does not give, queries and keys taken apart."""
+        if self._missed is None:
+            self._solve()
+        return self._missed[self.sources.index(source), head, unit].item()
+
+    def maps(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """B for each unit, [units, dim, dim].
+
+        Args:
+            pairs: (source, head) that each unit borrows.
+        """
+        if self._maps is None:
+            self._solve()
+        found = [self._maps[self.sources.index(source), head, unit] for unit, (source, head) in enumerate(pairs)]
+        return torch.stack(found)
+
+
+def matched(queries: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Queries [rows, heads, tokens, dim] before rotary embedding, for borrowed keys; `maps` as `KeyMatches.maps`."""
+    each = maps.repeat_interleave(queries.shape[1] // len(maps), dim=0)
+    return queries @ each.mT.to(queries.dtype)
+
+
+def unrotated(attention: nn.Module, keys: torch.Tensor, position_embeddings: Any) -> torch.Tensor:
+    """Keys [rows, heads, tokens, dim] as they were before rotary embedding."""
+    cos, sin = (each.float() for each in position_embeddings)
+    # One, but where rotary embedding scales too (arXiv 2309.00071).
+    scale = cos.square() + sin.square()
+    states = {"k": keys.float()}
+    attention.embed_positions(states, (cos / scale, -sin / scale))
+    return states["k"]
