@@ -47,7 +47,9 @@ LENGTH = 1024
 TEXT_TOKENS, WIKITEXT_TOKENS = 30 * LENGTH, 64 * LENGTH
 ANALYSIS_TOKENS, SEARCH_TOKENS, SCORE_TOKENS = 80 * LENGTH, 80 * LENGTH, 24 * LENGTH
 KINDS = ("softmax", "kv", "linear", "none")
-PARTS = ("layouts", "compensation", "heads", "kinds")
+# Searched and converted with queries aligned to borrowed keys; those above, with `kv` and a mix, were without.
+ALIGNED = {"key": ("key",), "kv": ("kv",), "softmax + key + kv + linear": ("softmax", "key", "kv", "linear")}
+PARTS = ("layouts", "compensation", "heads", "kinds", "aligned")
 
 
 class Bench:
@@ -134,15 +136,19 @@ class Bench:
         similarity = self.measured.score if metric is None else self.measured.heads[metric]
         return Matcher(similarity, self.shape, head_map, sources)
 
-    def chooser(self, head_map: str = "grouped", sources: str = "several", *, leaders: bool = False) -> SourceChooser:
+    def chooser(
+        self, head_map: str = "grouped", sources: str = "several", *, leaders: bool = False, match_keys: bool = True
+    ) -> SourceChooser:
         matcher = self.matcher(head_map, sources)
         lenders = (lambda layout, layer: list(layout[layer].source_layers)) if leaders else matcher.lenders
-        return SourceChooser(matcher, lenders, Limits.of(self.device))
+        return SourceChooser(matcher, lenders, Limits.of(self.device), match_keys=match_keys)
 
     def fast(self, followers: int, **kwargs) -> Layout:
         return next(c.layout for c in frontier(self.matcher(**kwargs)) if c.followers == followers)
 
-    def searched(self, name: str, kinds: tuple[str, ...], budget: LayoutSpec, head_map: str) -> list[Layout]:
+    def searched(
+        self, name: str, kinds: tuple[str, ...], budget: LayoutSpec, head_map: str, align: int = 0
+    ) -> list[Layout]:
         """The layouts of all steps of a thorough search; from the file if it has been run before."""
         if name not in self.content["layouts"]:
             started = time.perf_counter()
@@ -150,9 +156,9 @@ class Bench:
                 self.base,
                 self.windows(SEARCH_TOKENS),
                 self.windows(SCORE_TOKENS, SEARCH_TOKENS),
-                ConversionSpec(),
+                ConversionSpec(align=align),
                 proposer(self.matcher(head_map), kinds, "full"),
-                chooser=self.chooser(head_map),
+                chooser=self.chooser(head_map, match_keys=align > 0),
             )
             limit = Budget.of(budget, self.shape, self.base.config)
             steps = search.run(limit.met, saved=limit.saved)
@@ -306,10 +312,15 @@ def run(bench: Bench, parts: list[str], seeds: list[int]) -> None:
         budget = LayoutSpec(kv=0.8)
         for kind in KINDS[1:]:
             steps = bench.searched(kind, (kind,), budget, "grouped")
-            bench.row(f"KV 80 %, {kind} alone", lambda s=steps: s[-1], seeds)
+            bench.row(f"KV 80 %, {kind} alone", lambda s=steps: s[-1], seeds, align=0)
         bench.row("KV 80 %, softmax alone", lambda: free[11], seeds)
         steps = bench.searched("mixed", ("softmax", "kv", "linear"), budget, "free")
-        bench.row("KV 80 %, softmax + kv + linear", lambda: steps[-1], seeds)
+        bench.row("KV 80 %, softmax + kv + linear", lambda: steps[-1], seeds, align=0)
+    if "aligned" in parts:
+        align = ConversionSpec().align
+        for name, kinds in ALIGNED.items():
+            steps = bench.searched(f"{name}, aligned", kinds, LayoutSpec(kv=0.8), "free", align)
+            bench.row(f"KV 80 %, {name}, aligned", lambda s=steps: s[-1], seeds)
 
 
 def nearest(layout: Layout) -> Layout:

@@ -49,9 +49,12 @@ LAYOUTS = {
     "linear": "[linear]",
     "none": "[none]",
     "pooled": "[pooled]",
+    "key": "[key]",
+    "any": "[softmax, key, kv, linear]",
 }
 # What these layouts are called in the file of benchmark_layouts.py.
-SEARCHED = {"softmax": "softmax, free", "mixed": "mixed", "kv": "kv", "linear": "linear", "none": "none"}
+SEARCHED = {"softmax": "softmax, free", "mixed": "mixed", "linear": "linear", "none": "none"}
+SEARCHED |= {"key": "key, aligned", "kv": "kv, aligned", "any": "softmax + key + kv + linear, aligned"}
 PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "control converted", "lora")
 PARTS += ("equal time",)
 # What teaches with `--controls`.
@@ -124,6 +127,7 @@ class Bench:
                 "batch_size": self.arguments.batch_size,
                 "max_length": self.arguments.max_length,
                 "group_by_length": self._recipe().train.group_by_length,
+                **({"align": align} if (align := self._recipe().conversion.align) else {}),
                 **({"settings": self.arguments.set} if self.arguments.set else {}),
                 "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
                 "rates": RATES,
@@ -437,7 +441,7 @@ def draw(entries: Sequence[dict], path: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     layouts = list(dict.fromkeys(entry["layout"] for entry in shown))
-    colours = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    colours = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
     for place, entry in enumerate(shown):
         error = statistics.stdev(entry["gap"]) if len(entry["gap"]) > 1 else math.nan
         colour = colours[layouts.index(entry["layout"]) % len(colours)]

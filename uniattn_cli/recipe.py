@@ -247,7 +247,7 @@ class ConversionSpec:
     )
     rank: int | str = setting("full", "rank of W_c", choices=("full",), minimum=1)
     align: int = setting(
-        0,
+        100,
         "steps in which queries of key and kv layers learn the base's maps with borrowed keys; 0 leaves them alone",
         minimum=0,
     )
