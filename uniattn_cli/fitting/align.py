@@ -26,6 +26,8 @@ BETAS = (0.9, 0.95)
 WARMUP = 0.1
 # Rows that judge.
 JUDGED = 16
+# Enough for regressions of one head's width.
+MATCH_TOKENS = 1 << 15
 # Tokens of one step, in whole rows: on a CPU, a second for a model of 0.1 billion parameters.
 STEP_TOKENS = 2048
 # Scores that are alive at once, 256 MiB in float32; a few tensors of that size are.
@@ -88,35 +90,26 @@ def align_queries(
         is not kept.
     """
     attention = layer.self_attn
-    material = {
-        held: [
-            row
-            for batch in batches
-            if batch.held is held
-            for row in _prepare(base_layer, layer, own, index, batch).rows()
-        ]
-        for held in (False, True)
-    }
-    learned = material[False] or material[True]
-    judged = (material[True] or learned)[:JUDGED]
+    length = batches[0].converted.shape[1]
+    count = max(1, STEP_TOKENS // length)
+    prepared = lambda held, most: _rows(base_layer, layer, own, index, batches, held, most)  # noqa: E731
+    learned = prepared(False, max(1, steps) * count) or prepared(True, max(1, steps) * count)
+    judged = prepared(True, JUDGED) or learned[:JUDGED]
+    sources = sorted({source for source, _ in attention.key_sources})
+    matches = KeyMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
     weights = _Queries(attention)
     before = best = _mean(attention, own, judged)
-    untouched = weights.copy()
-    sources = sorted({source for source, _ in attention.key_sources})
-    matches = KeyMatches.of(base_layer, own, index, batches, sources)
-    weights.match(matches.maps(attention.key_sources))
-    start = _mean(attention, own, judged)
-    if start < best:
-        best = start
-    else:
-        weights.restore(untouched)
-    start_weights = weights.copy()
-    _train(weights, attention, own, learned, steps)
-    after = _mean(attention, own, judged)
-    if after < best:
-        best = after
-    else:
-        weights.restore(start_weights)
+    for change in (
+        lambda: weights.match(matches.maps(attention.key_sources)),
+        lambda: _train(weights, attention, own, learned, steps, min(count, len(learned))),
+    ):
+        kept = weights.copy()
+        change()
+        found = _mean(attention, own, judged)
+        if found < best:
+            best = found
+        else:
+            weights.restore(kept)
     weights.round()
     return before, best
 
@@ -154,7 +147,7 @@ class _Queries:
             maps: [units, dim, dim] of `KeyMatches`.
         """
         dim = self.attention.head_dim
-        heads = len(maps) * (self.attention.config.num_attention_heads // len(maps))
+        heads = self.attention.config.num_attention_heads
         turn = maps.repeat_interleave(heads // len(maps), dim=0)
         if self.norm is not None:
             gain = self.gain()
@@ -180,14 +173,15 @@ class _Queries:
             setattr(module, name, new)
 
 
-def _train(weights: _Queries, attention: nn.Module, own: nn.Module, learned: Sequence[_Material], steps: int) -> None:
+def _train(
+    weights: _Queries, attention: nn.Module, own: nn.Module, learned: Sequence[_Material], steps: int, count: int
+) -> None:
     groups = [
         {"params": [parameter], "lr": RATE * scale}
         for parameter, scale in zip(weights.trained, weights.scales, strict=True)
     ]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
-    count = min(len(learned), max(1, STEP_TOKENS // learned[0].converted.shape[1]))
     for step in range(steps):
         rows = [learned[(step * count + place) % len(learned)] for place in range(count)]
         optimizer.zero_grad()
@@ -208,6 +202,17 @@ def _share(step: int, steps: int) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _rows(
+    base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batches: Sequence[Batch], held: bool, most: int
+) -> list[_Material]:
+    """So many single rows, held out or not."""
+    rows: list[_Material] = []
+    for batch in batches:
+        if batch.held is held and len(rows) < most:
+            rows += _prepare(base_layer, layer, own, index, batch).rows()
+    return rows[:most]
 
 
 def _prepare(base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batch: Batch) -> _Material:
