@@ -44,7 +44,7 @@ def test_divergence_is_that_of_the_converted_model():
     for step in steps[:2]:
         assert step.measured >= 1
     model = build_converted(base, steps[-1].layout)
-    fit_layers(base, model, fit, spec, batch_size=8)
+    fit_layers(base, model, fit, search.spec, batch_size=8)
     assert steps[-1].divergence == pytest.approx(divergence(base, model, score), rel=1e-3)
 
 
@@ -57,7 +57,7 @@ def test_divergence_is_that_of_the_converted_model_in_other_families(name):
     search = ThoroughSearch(base, fit, score, spec, nearest_leader, batch_size=8)
     measured = search.measure(layout)
     model = build_converted(base, layout)
-    fit_layers(base, model, fit, spec, batch_size=8)
+    fit_layers(base, model, fit, search.spec, batch_size=8)
     assert measured == pytest.approx(divergence(base, model, score), rel=1e-3)
 
 
@@ -154,7 +154,7 @@ def test_mixed_kinds_are_searched_by_damage_per_byte():
     assert met(steps[-1].layout) and steps[-1].layout.problems(search.shape) == []
     assert all(not met(step.layout) for step in steps[:-1])
     model = build_converted(base, steps[-1].layout)
-    fit_layers(base, model, windows(24, 1), ConversionSpec(), batch_size=8)
+    fit_layers(base, model, windows(24, 1), search.spec, batch_size=8)
     assert steps[-1].divergence == pytest.approx(divergence(base, model, windows(4, 2)), rel=1e-3)
 
 
