@@ -71,10 +71,9 @@ class KeyMatches:
         """Adds tokens: what the base's attention module is called with, and what the sources lend for it."""
         states = self.own.project(given["hidden_states"], "qk")
         heads = states["k"].shape[1]
-        # One copy of a unit's keys, all query heads that read them.
-        queries = states["q"].float().unflatten(1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+        # All query heads that read a unit's keys.
+        queries = states["q"].float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
         own = states["k"].float().transpose(0, 1).flatten(1, 2)
-        queries = queries.transpose(0, 1).flatten(1, 2)
         self.tokens += own.shape[1]
         sums = {"qq": queries.mT @ queries / queries.shape[1] * own.shape[1], "kk": own.mT @ own, "k": own.sum(1)}
         for source in self.sources:
@@ -103,7 +102,8 @@ class KeyMatches:
         weights = sums["qq"]
         energy = (weights * wanted.mT).sum((-2, -1)).clamp(min=1e-30)
         self._maps = maps.float()
-        self._missed = (weights * left.mT).sum((-2, -1)) / energy
+        # Read number by number.
+        self._missed = ((weights * left.mT).sum((-2, -1)) / energy).cpu()
 
     def missed(self, source: int, head: int, unit: int) -> float:
         """Share of the energy of a unit's scores that a lent head does not give, queries and keys taken apart."""
