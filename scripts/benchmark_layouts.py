@@ -3,10 +3,11 @@
     python scripts/benchmark_layouts.py MODEL --text c4.jsonl --wikitext wiki.tokens \\
         --calibration wikipedia.jsonl chat.jsonl:120 --out docs/benchmarks/layouts.json
 
-Rows already in the output are not measured again, so that a run can be continued or extended; `--parts` picks some. A
-table of the same name with `.md` is written beside the JSON. Evaluation: the first 30,720 tokens of the pages of
-`--text` (`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`), in windows of
-1,024. Needs a GPU for the searches to end in minutes.
+Rows already in the output are not measured again, so that a run can be continued or extended; `--parts` picks some,
+`--mixes` some of the part `aligned`. Several processes, each with its own `--out`, share the work; `--merge` puts their
+files together. A table of the same name with `.md` is written beside the JSON. Evaluation: the first 30,720 tokens of
+the pages of `--text` (`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`),
+in windows of 1,024. Needs a GPU for the searches to end in minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -212,47 +213,68 @@ class Bench:
             self.save()
 
     def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        self.out.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+        """Writes JSON and table."""
+        write(self.content, self.out)
 
-    def _bases(self, text: str) -> str:
-        """The base's perplexity in all rows; runs may have had other pages."""
-        found = [row["perplexity"][text] / row["ratio"][text] for row in self.content["rows"].values()]
-        least, most = (f"{value:.1f}" for value in (min(found), max(found)))
-        return least if least == most else f"{least} to {most}"
 
-    def markdown(self) -> str:
-        """One line per row, seeds averaged."""
-        grouped: dict[str, list[dict]] = {}
-        for key, row in self.content["rows"].items():
-            grouped.setdefault(key.split(" | seed")[0], []).append(row)
-        setting = self.content["setting"]
-        bases = {text: self._bases(text) for text in ("c4", "wt")}
-        lines = [
-            f"# {setting['model']}: layouts, head maps, compensations and kinds before any training",
-            "",
-            f"Ratios of perplexity to the base's on the same tokens (c4 {bases['c4']}, wt {bases['wt']}); "
-            f"{setting['dtype']}, {setting['device']}, windows of {setting['window']:,} tokens. Made by "
-            "`scripts/benchmark_layouts.py`, which says what is measured; all numbers are in the JSON file beside.",
-            "",
-            "| what | changed | KV bytes | parameters | tokens of the fit | c4 | wt | seeds |",
-            "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+def write(content: dict, out: Path) -> None:
+    """Writes JSON and table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # A search is kept before there is a row of its layouts.
+    if content["rows"]:
+        out.with_suffix(".md").write_text(markdown(content), encoding="utf-8")
+
+
+def merged(contents: Sequence[dict]) -> dict:
+    """One file's content from those of several processes."""
+    together = contents[0]
+    for content in contents[1:]:
+        if content["setting"] != together["setting"]:
+            raise SystemExit("these files hold rows of different settings")
+        for name in ("layouts", "rows"):
+            together[name] |= content[name]
+    return together
+
+
+def markdown(content: dict) -> str:
+    """One line per row, seeds averaged."""
+    grouped: dict[str, list[dict]] = {}
+    for key, row in content["rows"].items():
+        grouped.setdefault(key.split(" | seed")[0], []).append(row)
+    setting = content["setting"]
+    bases = {text: _bases(content["rows"].values(), text) for text in ("c4", "wt")}
+    lines = [
+        f"# {setting['model']}: layouts, head maps, compensations and kinds before any training",
+        "",
+        f"Ratios of perplexity to the base's on the same tokens (c4 {bases['c4']}, wt {bases['wt']}); "
+        f"{setting['dtype']}, {setting['device']}, windows of {setting['window']:,} tokens. Made by "
+        "`scripts/benchmark_layouts.py`, which says what is measured; all numbers are in the JSON file beside.",
+        "",
+        "| what | changed | KV bytes | parameters | tokens of the fit | c4 | wt | seeds |",
+        "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, rows in grouped.items():
+        cells = [
+            name.replace("|", "/"),
+            str(rows[0]["changed"]),
+            f"{rows[0]['kv_share']:.1%}",
+            f"{rows[0]['parameter_share']:.1%}",
+            f"{rows[0]['fit_tokens']:,}",
         ]
-        for name, rows in grouped.items():
-            cells = [
-                name.replace("|", "/"),
-                str(rows[0]["changed"]),
-                f"{rows[0]['kv_share']:.1%}",
-                f"{rows[0]['parameter_share']:.1%}",
-                f"{rows[0]['fit_tokens']:,}",
-            ]
-            for text in ("c4", "wt"):
-                values = [row["ratio"][text] for row in rows]
-                spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.3f}{spread}")
-            lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
-        return "\n".join(lines) + "\n"
+        for text in ("c4", "wt"):
+            values = [row["ratio"][text] for row in rows]
+            spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}")
+        lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _bases(rows: Iterable[dict], text: str) -> str:
+    """The base's perplexity in all rows; runs may have had other pages."""
+    found = [row["perplexity"][text] / row["ratio"][text] for row in rows]
+    least, most = (f"{value:.1f}" for value in (min(found), max(found)))
+    return least if least == most else f"{least} to {most}"
 
 
 def with_compensation(layout: Layout, spec: dict) -> Layout:
@@ -263,8 +285,19 @@ def with_compensation(layout: Layout, spec: dict) -> Layout:
     )
 
 
-def run(bench: Bench, parts: list[str], seeds: list[int]) -> None:
+def run(bench: Bench, parts: list[str], seeds: list[int], mixes: list[str]) -> None:
     """All rows of the parts."""
+    if set(parts) - {"aligned"}:
+        run_unaligned(bench, parts, seeds)
+    if "aligned" in parts:
+        align = ConversionSpec().align
+        for name in mixes:
+            steps = bench.searched(f"{name}, aligned", ALIGNED[name], LayoutSpec(kv=0.8), "free", align)
+            bench.row(f"KV 80 %, {name}, aligned", lambda s=steps: s[-1], seeds)
+
+
+def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:
+    """All parts but `aligned`; they compare with layouts of softmax followers."""
     free = bench.searched("softmax, free", ("softmax",), LayoutSpec(followers=12), "free")
     grouped = bench.searched("softmax, grouped", ("softmax",), LayoutSpec(followers=12), "grouped")
     if "layouts" in parts:
@@ -316,11 +349,6 @@ def run(bench: Bench, parts: list[str], seeds: list[int]) -> None:
         bench.row("KV 80 %, softmax alone", lambda: free[11], seeds)
         steps = bench.searched("mixed", ("softmax", "kv", "linear"), budget, "free")
         bench.row("KV 80 %, softmax + kv + linear", lambda: steps[-1], seeds, align=0)
-    if "aligned" in parts:
-        align = ConversionSpec().align
-        for name, kinds in ALIGNED.items():
-            steps = bench.searched(f"{name}, aligned", kinds, LayoutSpec(kv=0.8), "free", align)
-            bench.row(f"KV 80 %, {name}, aligned", lambda s=steps: s[-1], seeds)
 
 
 def nearest(layout: Layout) -> Layout:
@@ -344,11 +372,17 @@ def main() -> None:
     parser.add_argument("--out", default="docs/benchmarks/layouts.json")
     parser.add_argument("--fit-tokens", type=int, default=448 * LENGTH, help="tokens of the fits that are not compared")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--mixes", nargs="*", choices=ALIGNED, default=list(ALIGNED), help="of the part `aligned`")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--merge", nargs="*", default=[], help="only put these JSON files of other processes together")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    if arguments.merge:
+        contents = [json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments.merge]
+        write(merged(contents), Path(arguments.out))
+        return
     bench = Bench(arguments)
-    run(bench, arguments.parts, arguments.seeds)
+    run(bench, arguments.parts, arguments.seeds, arguments.mixes)
     bench.save()
 
 

@@ -84,8 +84,8 @@ class Bench:
         if self.content.setdefault("setting", setting)["comparable"] != setting["comparable"]:
             raise SystemExit(f"{self.out} holds rows of other settings ({self.content['setting']['comparable']})")
         self.steps = self._steps()
-        if arguments.layouts_from:
-            self._take_layouts(Path(arguments.layouts_from))
+        for name in arguments.layouts_from:
+            self._take_layouts(Path(name))
 
     def _take_layouts(self, path: Path) -> None:
         """The layouts that a search chose before, unless this file has its own."""
@@ -500,7 +500,9 @@ def main() -> None:
         help="steps of that part over the others': the time that a teacher costs",
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--layouts-from", help="JSON file of benchmark_layouts.py, for its layouts")
+    parser.add_argument(
+        "--layouts-from", nargs="*", default=[], help="JSON files of benchmark_layouts.py, for their layouts"
+    )
     parser.add_argument("--merge", nargs="*", default=[], help="only put these JSON files of other processes together")
     arguments = parser.parse_args()
     unknown = [part for part in arguments.parts if name_of(part) not in PARTS]
