@@ -204,6 +204,21 @@ def test_heads_matched_by_maps_are_those_of_the_search(run, monkeypatch):
     assert f"matched by similar maps, mean similarity of the borrowed maps {choice.mean_score:.3f}" in grouping.notes[0]
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("key", 2), ("kv", 1)])
+def test_a_fast_choice_may_be_of_layers_that_borrow_keys(run, kind, layers):
+    grouping = chosen(run, f"layout.kinds=[{kind}]", "layout.kv=0.84")
+    choice = frontier(bench_of(run).matcher)[layers]
+    assert grouping.layout.changed == choice.layout.changed
+    assert {grouping.layout[index].kind for index in grouping.layout.changed} == {kind}
+    assert grouping.notes == [f"{layers} {kind} layers: budget kv 0.84; heads matched by attention output"]
+
+
+@pytest.mark.parametrize("kinds", ["linear", "softmax, key"])
+def test_a_fast_choice_is_of_one_kind_that_borrows(kinds):
+    with pytest.raises(RecipeError, match="a fast search takes softmax, key or kv alone"):
+        Recipe.from_tree({"model": {"name": "x"}}, overrides=[f"layout.kinds=[{kinds}]"])
+
+
 def test_nothing_is_loaded_to_share_nothing(run, monkeypatch):
     monkeypatch.setattr(Workbench, "base", property(lambda self: pytest.fail("a model was loaded")))
     grouping = chosen(run, "layout.followers=0")

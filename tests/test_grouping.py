@@ -88,6 +88,20 @@ def test_every_layout_of_the_frontier_is_legal(head_map, sources):
         assert len(choice.layout.followers) == choice.followers
 
 
+@pytest.mark.parametrize("kind", ["key", "kv"])
+@pytest.mark.parametrize("head_map", ["identity", "grouped", "free"])
+def test_layers_that_borrow_keys_are_found_by_similar_maps(head_map, kind):
+    matcher = random_matcher(5, 8, 4, head_map, "several")
+    size = matcher.shape.group_size
+    for follows, borrows in zip(frontier(matcher), frontier(matcher, kind=kind, compensation=4), strict=True):
+        assert borrows.scores == follows.scores
+        assert borrows.layout.problems(matcher.shape) == []
+        for index in follows.layout.changed:
+            assert borrows.layout[index].kind == kind and borrows.layout[index].compensation == 4
+            firsts = follows.layout[index].sources(matcher.shape.query_heads)[::size]
+            assert list(borrows.layout[index].heads) == [(source, head // size) for source, head in firsts]
+
+
 def test_a_wider_family_of_maps_is_never_worse():
     scores = {}
     for head_map, sources in (("identity", "one"), ("grouped", "one"), ("grouped", "several"), ("free", "several")):

@@ -8,7 +8,7 @@ from uniattn_cli.accounting import kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
 from uniattn_cli.grouping.picture import draw_layout
 from uniattn_cli.grouping.shorthand import parse_groups
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
 
 SHAPE = AttentionShape(query_heads=4, kv_heads=2, head_dim=8, hidden_size=32, mask_types=("full",) * 8)
 MIXED = AttentionShape(4, 2, 8, 32, ("sliding", "sliding", "full", "sliding", "sliding", "full", "sliding", "sliding"))
@@ -85,6 +85,28 @@ def test_shorthands(text, expected):
     assert leaders(parse_groups(text, SHAPE)) == expected
 
 
+@pytest.mark.parametrize("kind", ["softmax", "key", "kv", "pooled", "linear", "none"])
+def test_another_kind_of_layer_may_stand_where_layers_would_follow(kind):
+    followers = parse_groups("paper", SHAPE, 8)
+    layout = parse_groups(f"{kind}@paper", SHAPE, 8)
+    assert layout.changed == followers.changed and layout.problems(SHAPE) == []
+    assert {layout[index].kind for index in layout.changed} == {kind}
+    if kind in BORROWING_KINDS:
+        assert leaders(layout) == leaders(followers)
+    assert layout[5].compensation == ("none" if kind == "none" else 8)
+    # A linear map is all that a linear layer has.
+    without = parse_groups(f"{kind}@paper", SHAPE, "none")
+    assert without[5].compensation == ("full" if kind == "linear" else "none")
+
+
+def test_pooled_layers_keep_heads_that_divide_those_of_the_model():
+    shape = AttentionShape(query_heads=18, kv_heads=9, head_dim=8, hidden_size=32, mask_types=("full",) * 4)
+    assert parse_groups("pooled@every:2", shape)[1].kv_heads == 3
+    alone = AttentionShape(query_heads=4, kv_heads=1, head_dim=8, hidden_size=32, mask_types=("full",) * 4)
+    with pytest.raises(LayoutError, match="must divide 1 and be smaller"):
+        parse_groups("pooled@every:2", alone)
+
+
 def test_shorthands_group_each_mask_type_by_itself():
     assert leaders(parse_groups("every:2", MIXED)) == {1: 0, 4: 3, 7: 6, 5: 2}
 
@@ -97,6 +119,8 @@ def test_shorthands_group_each_mask_type_by_itself():
         ("4-9", "layer 9 does not exist"),
         ("5-5", "not an ascending range"),
         ("1-4,3-6", "layer 3 is in two groups"),
+        ("keys@paper", r"'keys' is not one of softmax, key, .* \(did you mean 'key'"),
+        ("key@papr", "--groups papr: not one of"),
     ],
 )
 def test_wrong_shorthands_say_what_is_wrong(text, words):

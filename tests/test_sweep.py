@@ -14,7 +14,7 @@ from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.evaluation import measured, store
 from uniattn_cli.options import RunOptions
 from uniattn_cli.rundir import RunDir
-from uniattn_cli.sweeping.sweep import sweep
+from uniattn_cli.sweeping.sweep import Point, sweep
 
 SETTINGS = settings(evaluation__lengths="[64]", evaluation__length_tokens=128)
 BUDGETS = {"kv": [0.8, 0.3], "solve": ["both", "output"]}
@@ -92,6 +92,14 @@ def test_faults_are_told_before_anything_is_done(run):
     (run / "analysis/stage.json").unlink()
     with pytest.raises(StageError, match="analyze"):
         sweep(run, kv=[0.9], overrides=SETTINGS, options=RunOptions(force=True))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "search"), [("softmax", "fast"), ("key", "fast"), ("linear", "thorough"), ("softmax kv", "thorough")]
+)
+def test_what_maps_alone_cannot_find_is_searched_thoroughly(kinds, search):
+    point = Point("kv", 0.8, tuple(kinds.split()), "both")
+    assert f"layout.search={search}" in point.overrides("fast")
 
 
 @pytest.mark.slow

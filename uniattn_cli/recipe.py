@@ -169,12 +169,19 @@ class AnalysisSpec:
     top_k: int = setting(8, "keys per row compared for the top-k overlap", minimum=1)
 
 
+def fast_search_takes(kinds: typing.Sequence[str]) -> bool:
+    """Whether layouts with these kinds can be found from similar maps alone: one kind, of layers that borrow."""
+    return len(kinds) <= 1 and set(kinds) <= {"softmax", "key", "kv"}
+
+
 @dataclass(frozen=True)
 class LayoutSpec:
     """Which layers share, and how the choice is made."""
 
     groups: str = setting(
-        "auto", "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, or a file", common=True
+        "auto",
+        "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, key@every:4 for another kind, or a file",
+        common=True,
     )
     followers: int | None = setting(None, "budget: this many followers", minimum=0, common=True)
     kv: float | None = setting(
@@ -191,7 +198,9 @@ class LayoutSpec:
         choices=("fast", "thorough"),
     )
     kinds: tuple[str, ...] = setting(
-        lambda: ("softmax",), "kinds that the thorough search may use: softmax, key, kv, pooled, linear, none"
+        lambda: ("softmax",),
+        "kinds that changed layers may have: softmax, key, kv, pooled, linear, none; a fast search takes one of the "
+        "first three, a thorough one any number",
     )
     score_tokens: int = setting(
         16384,
@@ -592,8 +601,8 @@ class Recipe:
             faults.append("layout.kinds is empty; name at least one kind")
         if len(set(self.layout.kinds)) < len(self.layout.kinds):
             faults.append("layout.kinds names a kind twice")
-        if self.layout.search == "fast" and set(self.layout.kinds) - {"softmax"}:
-            faults.append("layout.kinds other than softmax need layout.search: thorough")
+        if self.layout.search == "fast" and not fast_search_takes(self.layout.kinds):
+            faults.append("layout.kinds: a fast search takes softmax, key or kv alone; set layout.search: thorough")
         if self.layout.max_group is not None and self.layout.sources == "several":
             faults.append(
                 "layout.max_group needs layout.sources: one (a follower of several layers is in no one group)"

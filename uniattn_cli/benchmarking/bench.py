@@ -98,7 +98,7 @@ def bench(
         checkpoints: directories or hub ids; without any, base, `converted/` and `trained/` of the run directory. The
             first one is what the others are compared with.
         shape: random weights of this shape instead, see `subjects.SHAPES`.
-        groups: layouts of the random models beside the base, see `subjects.parse_layout`.
+        groups: layouts of the random models beside the base, see `grouping.shorthand.parse_groups`.
         compensation: of their changed layers: `full`, `none` or a rank.
         layers: make the random model shallower.
         run_dir: holds `recipe.yaml` and what the stages wrote.

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.checkpoint import build_converted, load_model, locate
-from uniattn_cli.errors import LayoutError, UsageError, suggest
+from uniattn_cli.errors import UsageError, suggest
 from uniattn_cli.grouping.shorthand import parse_groups
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
 from uniattn_cli.recipe import ModelSpec, Recipe
 from uniattn_cli.rundir import RunDir
 
@@ -67,7 +66,7 @@ def random_models(
 
     Args:
         shape: a key of `SHAPES`.
-        groups: layouts as `parse_layout` takes them.
+        groups: layouts as `parse_groups` takes them.
         compensation: `full`, `none` or a rank.
         dtype: name of a torch dtype.
         layers: make it shallower.
@@ -89,7 +88,7 @@ def random_models(
         tie_word_embeddings=shape != "llama-3.1-8b",
         attn_implementation="sdpa",
     )
-    layouts = {text: parse_layout(text, attention_shape(config), compensation) for text in groups}
+    layouts = {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     try:
@@ -99,35 +98,6 @@ def random_models(
     finally:
         torch.set_default_dtype(before)
     return {BASE: base} | {text: build_converted(base, layout) for text, layout in layouts.items()}
-
-
-def parse_layout(text: str, shape: AttentionShape, compensation: str | int) -> Layout:
-    """A layout as `--groups` takes it, or `KIND@GROUPS`: the same followers as layers of another kind, for rivals.
-
-    Raises:
-        UsageError: the kind is unknown.
-        LayoutError: the rest cannot be read.
-    """
-    kind, at, groups = text.partition("@")
-    if not at:
-        return parse_groups(text, shape, compensation)
-    full = "full" if compensation == "none" else compensation
-    plans = {
-        "softmax": lambda leader: LayerPlan("softmax", leader=leader, compensation=compensation),
-        "key": lambda leader: LayerPlan("key", leader=leader, compensation=compensation),
-        "kv": lambda leader: LayerPlan("kv", leader=leader, compensation=compensation),
-        "pooled": lambda _: LayerPlan("pooled", kv_heads=shape.kv_heads // 2, compensation=compensation),
-        "linear": lambda _: LayerPlan("linear", compensation=full),
-        "none": lambda _: LayerPlan("none"),
-    }
-    if kind not in plans:
-        raise UsageError(f"--groups {text}: '{kind}' is not one of {', '.join(plans)}{suggest(kind, plans)}")
-    followers = parse_groups(groups, shape, compensation)
-    layout = Layout(tuple(plan if plan.kind == "own" else plans[kind](plan.leader) for plan in followers))
-    problems = layout.problems(shape)
-    if problems:
-        raise LayoutError(f"--groups {text}: {problems[0]}")
-    return layout
 
 
 def find_models(run_dir: Any, checkpoints: Sequence[str]) -> dict[str, Any]:

@@ -87,7 +87,8 @@ KindsOption = Annotated[
     typer.Option(
         "--kinds",
         metavar="KIND,...",
-        help="Kinds that the thorough search may use: softmax, key, kv, pooled, linear, none [recipe: layout.kinds].",
+        help="Kinds that changed layers may have: softmax, key or kv; a thorough search takes several, and pooled, "
+        "linear, none [recipe: layout.kinds].",
         show_default=False,
     ),
 ]

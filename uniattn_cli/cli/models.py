@@ -174,7 +174,8 @@ def sweep(
         typer.Option(
             "--kinds",
             metavar="KIND,...;...",
-            help="Sets of kinds of layer, such as 'softmax;softmax,kv'; all but softmax alone are searched thoroughly.",
+            help="Sets of kinds of layer, such as 'softmax;key;softmax,kv'; several together, pooled, linear and none "
+            "are searched thoroughly.",
         ),
     ] = None,
     solve: Annotated[

@@ -132,7 +132,8 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     """Dynamic programming over similarities, and a comparison of what different similarities propose."""
     spec, measured = bench.recipe.layout, bench.measured
     shape = measured.shape
-    settings = {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank}
+    kind = spec.kinds[0]
+    settings = {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank, "kind": kind}
     choices = frontier(bench.matcher, **settings)
     counts = parameter_counts(config, choices)
     chosen = _within_budget(choices, budget, shape, counts)
@@ -152,10 +153,11 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     considered = Considered(
         "sum over followers of 1 - similarity", points, shortlist, _checked(bench, shortlist), layout
     )
-    note = f"{chosen.followers} followers: {budget.words}"
+    note = f"{chosen.followers} {'followers' if kind == 'softmax' else f'{kind} layers'}: {budget.words}"
     if chosen.followers:
-        similar = bench.matcher.similarity_of(layout)
-        note += f"; heads {_matched(bench.recipe, load)}, mean similarity of the borrowed maps {similar:.3f}"
+        note += f"; heads {_matched(bench.recipe, load)}"
+        if kind == "softmax":
+            note += f", mean similarity of the borrowed maps {bench.matcher.similarity_of(layout):.3f}"
     marked = chosen if not shortlist or shortlist[0].name == "fast" else None
     tables = [candidates_table(choices, shape, measured.element_size, counts, marked)]
     return _grouping(considered, measured, tables, [note])

@@ -30,7 +30,12 @@ class Choice:
 
 
 def frontier(
-    matcher: Matcher, *, protect: Iterable[int] = (), max_group: int | None = None, compensation: str | int = "full"
+    matcher: Matcher,
+    *,
+    protect: Iterable[int] = (),
+    max_group: int | None = None,
+    compensation: str | int = "full",
+    kind: str = "softmax",
 ) -> list[Choice]:
     """The best layout for every number of followers that is possible, from 0 up.
 
@@ -43,6 +48,7 @@ def frontier(
         protect: layers that must stay as they are.
         max_group: largest number of borrowers of one layer; only with one source layer for each follower.
         compensation: passed on to the plans of followers.
+        kind: of layers that borrow: `softmax`, `key` or `kv`. Where maps are alike, so are keys, up to a linear map.
 
     Raises:
         LayoutError: `max_group` with several sources.
@@ -73,7 +79,7 @@ def frontier(
         for count, entry in reached.items():
             if count not in finals or entry[0] < finals[count][0]:
                 finals[count] = entry
-    return [_choice(matcher, count, path, compensation) for count, (_, path) in sorted(finals.items())]
+    return [_choice(matcher, count, path, compensation, kind) for count, (_, path) in sorted(finals.items())]
 
 
 def _borrowing_moves(matcher: Matcher, layer: int, window: tuple[int, ...], limited: bool):
@@ -94,18 +100,28 @@ def _borrowing_moves(matcher: Matcher, layer: int, window: tuple[int, ...], limi
     return moves
 
 
-def _choice(matcher: Matcher, count: int, path: tuple | None, compensation: str | int) -> Choice:
+def _choice(matcher: Matcher, count: int, path: tuple | None, compensation: str | int, kind: str) -> Choice:
     plans = [LayerPlan()] * matcher.shape.layers
     scores = {}
     while path is not None:
         layer, match, path = path
-        plans[layer] = plan_of(match, compensation)
+        plans[layer] = plan_of(match, compensation, kind, matcher.shape.group_size)
         scores[layer] = match.score
     return Choice(count, Layout(tuple(plans)), dict(sorted(scores.items())))
 
 
-def plan_of(match: Match, compensation: str | int) -> LayerPlan:
-    """A follower's plan; a head map that changes nothing is written as a plain leader."""
+def plan_of(match: Match, compensation: str | int, kind: str = "softmax", group_size: int = 1) -> LayerPlan:
+    """A borrowing layer's plan; a head map that changes nothing is written as a plain leader.
+
+    Args:
+        match: sources of all query heads.
+        compensation: its W_c.
+        kind: `softmax`; of `key` and `kv`, each key/value group takes the head that its first query head matches.
+        group_size: query heads of a key/value group.
+    """
+    if kind != "softmax":
+        heads = tuple((source, head // group_size) for source, head in match.sources[::group_size])
+        return LayerPlan(kind, heads=heads, compensation=compensation)
     layers = {layer for layer, _ in match.sources}
     if len(layers) == 1 and [head for _, head in match.sources] == list(range(len(match.sources))):
         return LayerPlan("softmax", leader=layers.pop(), compensation=compensation)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from uniattn_cli.errors import LayoutError, RecipeError
+from uniattn_cli.errors import LayoutError, RecipeError, suggest
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
 
-FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, or a file"
+FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, one of these after KIND@, or a file"
 
 
 def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "full") -> Layout:
     """A fixed layout from its shorthand; each group's first layer leads with all heads mapped to the same heads.
 
     Layers of different mask types are never put in one group by `paper`, `every:N` and `FIRST-LAST:N`: there the layers
-    of each type are grouped among themselves.
+    of each type are grouped among themselves. `KIND@GROUPS` makes what would follow layers of another kind.
 
     Raises:
-        LayoutError: the form is unknown, or the layout is illegal (says which layer and why).
+        LayoutError: form or kind is unknown, or the layout is illegal (says which layer and why).
     """
     text = text.strip()
+    if "@" in text and not Path(text).is_file():
+        return _of_kind(text, shape, compensation)
     if match := re.fullmatch(r"every:(\d+)", text):
         groups = _chunks(range(shape.layers), int(match[1]), shape, text)
     elif text == "paper":
@@ -44,6 +46,28 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
         for follower in followers:
             plans[follower] = LayerPlan("softmax", leader=leader, compensation=compensation)
     return _checked(Layout(tuple(plans)), shape, text)
+
+
+def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layout:
+    kind, _, groups = text.partition("@")
+    plans = {
+        "softmax": lambda leader: LayerPlan("softmax", leader=leader, compensation=compensation),
+        "key": lambda leader: LayerPlan("key", leader=leader, compensation=compensation),
+        "kv": lambda leader: LayerPlan("kv", leader=leader, compensation=compensation),
+        "pooled": lambda _: LayerPlan("pooled", kv_heads=pooled_heads(shape), compensation=compensation),
+        "linear": lambda _: LayerPlan("linear", compensation="full" if compensation == "none" else compensation),
+        "none": lambda _: LayerPlan("none"),
+    }
+    if kind not in plans:
+        raise LayoutError(f"--groups {text}: '{kind}' is not one of {', '.join(plans)}{suggest(kind, plans)}")
+    followers = parse_groups(groups, shape, compensation)
+    layout = Layout(tuple(plan if plan.kind == "own" else plans[kind](plan.leader) for plan in followers))
+    return _checked(layout, shape, text)
+
+
+def pooled_heads(shape: AttentionShape) -> int:
+    """Key/value heads of a `pooled` layer: as many as divide those of the model, half of them at most."""
+    return max((n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0), default=1)
 
 
 def _layers(first: str, last: str, shape: AttentionShape, text: str) -> range:

@@ -11,8 +11,9 @@ from uniattn_cli.grouping.budget import Budget
 from uniattn_cli.grouping.candidates import Point
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.search import plan_of
+from uniattn_cli.grouping.shorthand import pooled_heads
 from uniattn_cli.grouping.workbench import Workbench
-from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, LayerPlan, Layout
 from uniattn_cli.tables import Table
 
 if TYPE_CHECKING:
@@ -39,15 +40,10 @@ def proposer(
         match = matcher.match(layer, matcher.lenders(layout, layer, max_group))
         plans = []
         for kind in kinds:
-            if kind == "softmax" and match:
-                plans.append(plan_of(match, compensation))
-            elif kind in ("key", "kv") and match:
-                firsts = match.sources[:: shape.group_size]
-                heads = tuple((source, head // shape.group_size) for source, head in firsts)
-                plans.append(LayerPlan(kind, heads=heads, compensation=compensation))
+            if kind in BORROWING_KINDS:
+                plans += [plan_of(match, compensation, kind, shape.group_size)] if match else []
             elif kind == "pooled" and shape.kv_heads > 1:
-                kept = max(n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0)
-                plans.append(LayerPlan(kind, kv_heads=kept, compensation=compensation))
+                plans.append(LayerPlan(kind, kv_heads=pooled_heads(shape), compensation=compensation))
             elif kind == "linear":
                 plans.append(LayerPlan(kind, compensation="full"))
             elif kind == "none":

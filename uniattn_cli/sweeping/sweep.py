@@ -23,7 +23,7 @@ from uniattn_cli.evaluation.evaluate import RESULTS, evaluate
 from uniattn_cli.evaluation.merge import PLOT, Merged, Part, read_results, table
 from uniattn_cli.grouping.choose import check_analysis
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import Recipe, apply_overrides, read_tree, write_tree
+from uniattn_cli.recipe import Recipe, apply_overrides, fast_search_takes, read_tree, write_tree
 from uniattn_cli.rundir import RunDir
 from uniattn_cli.tables import Table
 
@@ -57,13 +57,13 @@ class Point:
         return f"{self.unit}{self.limit:g}-{'+'.join(self.kinds)}-{self.solve}"
 
     def overrides(self, search: str) -> list[str]:
-        """The settings of the point; other kinds than `softmax` can only be found by the thorough search."""
+        """The settings of the point; several kinds, and those that do not borrow, are searched thoroughly."""
         budgets = {"kv": "null", "followers": "null", "params": "null", self.unit: f"{self.limit:g}"}
         return [
             "layout.groups=auto",
             *(f"layout.{unit}={limit}" for unit, limit in budgets.items()),
             f"layout.kinds=[{', '.join(self.kinds)}]",
-            f"layout.search={search if self.kinds == ('softmax',) else 'thorough'}",
+            f"layout.search={search if fast_search_takes(self.kinds) else 'thorough'}",
             f"conversion.solve={self.solve}",
         ]
 
