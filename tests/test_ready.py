@@ -16,8 +16,8 @@ from uniattn_cli.templates import BUILTIN
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = {
-    "distilled", "gemma-3-1b", "gemma-3-270m", "llama-3.1-8b-pmc", "llama-3.1-8b-tulu3", "quick", "qwen3-0.6b",
-    "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
+    "distilled", "gemma-3-1b", "gemma-3-270m", "llama-3.1-8b-pmc", "llama-3.1-8b-tulu3", "memory", "quick",
+    "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
 }  # fmt: skip
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
