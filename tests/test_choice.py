@@ -15,6 +15,7 @@ from tiny_run import make_analysed, settings
 
 from uniattn_cli.checkpoint import build_converted, load_config, load_model, locate
 from uniattn_cli.errors import DataError, LayoutError, ModelError, RecipeError
+from uniattn_cli.fitting import fit
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.search import Step
 from uniattn_cli.grouping import choose as choosing
@@ -211,6 +212,20 @@ def test_a_fast_choice_may_be_of_layers_that_borrow_keys(run, kind, layers):
     assert grouping.layout.changed == choice.layout.changed
     assert {grouping.layout[index].kind for index in grouping.layout.changed} == {kind}
     assert grouping.notes == [f"{layers} {kind} layers: budget kv 0.84; heads matched by attention output"]
+
+
+def test_another_kind_where_groups_are_given(run, monkeypatch):
+    steps = []
+    plain = fit.align_queries
+    monkeypatch.setattr(fit, "align_queries", lambda *arguments: steps.append(arguments[-1]) or plain(*arguments))
+    grouping = chosen(run, "layout.groups=key@every:2", "conversion.align=12")
+    assert grouping.layout.changed == [1, 3, 5]
+    for index in grouping.layout.changed:
+        plan = grouping.layout[index]
+        # The leaders are given, and the heads are chosen among theirs.
+        assert plan.kind == "key" and set(plan.source_layers) == {index - 1}
+    # A conversion that is not kept takes a quarter of the steps.
+    assert steps == [3, 3, 3]
 
 
 @pytest.mark.parametrize("kinds", ["linear", "softmax, key"])

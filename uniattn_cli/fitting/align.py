@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from uniattn_cli.fitting.keys import KeyMatches
 from uniattn_cli.fitting.stream import Batch, attention_inputs
 from uniattn_cli.modeling.sharing_uniattn import gather_heads
+from uniattn_cli.recipe import ConversionSpec
 
 # Largest step of Adam, in units of the root mean square of the weights; of a few hundred steps the second moments of a
 # thousand would see too little.
@@ -30,10 +31,17 @@ JUDGED = 16
 MATCH_TOKENS = 1 << 15
 # Tokens of one step, in whole rows: on a CPU, a second for a model of 0.1 billion parameters.
 STEP_TOKENS = 2048
+# Of the steps: what tries a layout or matches heads has most of the gain early.
+TRIAL_SHARE = 0.25
 # Scores that are alive at once, 256 MiB in float32; a few tensors of that size are.
 MOST_SCORES = 1 << 26
 # Stands for the logarithm of zero.
 LOWEST = -100.0
+
+
+def for_trials(spec: ConversionSpec) -> ConversionSpec:
+    """The same fit with fewer steps, for conversions that are not kept."""
+    return replace(spec, align=math.ceil(spec.align * TRIAL_SHARE))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 
 from uniattn_cli.accounting import cached_heads
 from uniattn_cli.checkpoint import build_attention, build_converted
+from uniattn_cli.fitting.align import for_trials
 from uniattn_cli.fitting.fit import fit_layer
 from uniattn_cli.fitting.sources import SourceChooser
 from uniattn_cli.fitting.stream import Batch, run_layer, start_batches
@@ -30,9 +31,6 @@ from uniattn_cli.scoring import kl_divergence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Of the steps in which queries learn the base's maps: a candidate that borrows keys has most of its gain early.
-ALIGN_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class ThoroughSearch:
         batch_size: int = 16,
     ):
         self.base = base
-        self.spec = replace(spec, align=math.ceil(spec.align * ALIGN_SHARE))
+        self.spec = for_trials(spec)
         self.propose = propose
         self.chooser = chooser
         self.shape = attention_shape(base.config)

@@ -147,7 +147,7 @@ class Workbench:
             return layout
         tokens = min(self.recipe.conversion.tokens, Limits.of(self.options.torch_device()).tokens)
         with self.options.progress.track("matching heads", len(layout)) as advance:
-            model = self.converted(layout, self.windows(tokens), fixed=fixed, advance=advance)
+            model = self.converted(layout, self.windows(tokens), fixed=fixed, trial=True, advance=advance)
         return model.config.layout
 
     def converted(
@@ -156,21 +156,32 @@ class Workbench:
         windows: torch.Tensor,
         *,
         fixed: bool = False,
+        trial: bool = False,
         advance: Callable[..., None] = lambda steps=1, text="": None,
     ) -> PreTrainedModel:
-        """The base converted to a layout, fitted on windows, its heads matched where the recipe wants that."""
+        """The base converted to a layout, fitted on windows, its heads matched where the recipe wants that.
+
+        Args:
+            layout: what to convert to.
+            windows: LongTensor [n, length].
+            fixed: followers keep the leaders that the layout names.
+            trial: only the heads are wanted.
+            advance: told about each layer.
+        """
         import torch
 
         from uniattn_cli.checkpoint import build_converted
+        from uniattn_cli.fitting.align import for_trials
         from uniattn_cli.fitting.fit import fit_layers
 
+        spec = self.recipe.conversion
         torch.manual_seed(self.recipe.seed)
         model = build_converted(self.base, layout)
         fit_layers(
             self.base,
             model,
             windows,
-            self.recipe.conversion,
+            for_trials(spec) if trial else spec,
             chooser=self.chooser(self.leaders if fixed else self.lenders),
             device=self.placement[1],
             batch_size=self.recipe.evaluation.batch_size,
