@@ -120,6 +120,7 @@ def test_shorthands_group_each_mask_type_by_itself():
         ("5-5", "not an ascending range"),
         ("1-4,3-6", "layer 3 is in two groups"),
         ("keys@paper", r"'keys' is not one of softmax, key, .* \(did you mean 'key'"),
+        ("key@auto", "use --groups auto --kinds key"),
         ("key@papr", "--groups papr: not one of"),
     ],
 )

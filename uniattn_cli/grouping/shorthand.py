@@ -60,6 +60,8 @@ def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layou
     }
     if kind not in plans:
         raise LayoutError(f"--groups {text}: '{kind}' is not one of {', '.join(plans)}{suggest(kind, plans)}")
+    if groups == "auto":
+        raise LayoutError(f"--groups {text}: to have layers of another kind chosen, use --groups auto --kinds {kind}")
     followers = parse_groups(groups, shape, compensation)
     layout = Layout(tuple(plan if plan.kind == "own" else plans[kind](plan.leader) for plan in followers))
     return _checked(layout, shape, text)
