@@ -13,7 +13,7 @@ from uniattn_cli import convert
 from uniattn_cli.checkpoint import build_attention, build_converted
 from uniattn_cli.fitting import align
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.stream import start_batches
+from uniattn_cli.fitting.stream import run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.recipe import ConversionSpec
 
@@ -79,11 +79,34 @@ def test_the_map_is_that_of_the_attention_backend(entry, windows):
             given = align.attention_inputs(layer, batch.base, batch.kwargs[index])
             states = own.project(given["hidden_states"], "qk")
             own.embed_positions(states, given["position_embeddings"])
-            found = align._log_map(own, states["q"], states["k"], given.get("attention_mask")).exp()
+            scores = align._scores(own, states["q"], states["k"])
+            found = align._masked(own, scores, given.get("attention_mask")).softmax(-1)
             torch.testing.assert_close(found, expected[index][: len(found)], atol=1e-5, rtol=1e-4)
             # FlashAttention is given no mask, and windows as a number.
-            torch.testing.assert_close(align._log_map(own, states["q"], states["k"], None).exp(), found)
+            torch.testing.assert_close(align._masked(own, scores, None).softmax(-1), found)
             batch.base = layer(batch.base, **batch.kwargs[index])
+
+
+@families
+def test_gradients_are_those_of_the_divergence(entry, windows):
+    base = make_base(entry)
+    layout = make_layout("key", base.config)
+    index = next(index for index, plan in enumerate(layout) if plan.kind == "key")
+    model = build_converted(base, layout)
+    with torch.no_grad():
+        batch = start_batches(base, windows[:3], 0.3, 3)[0]
+        for layer, kwargs in zip(model.model.layers[:index], batch.kwargs, strict=False):
+            batch.base = run_layer(layer, batch.base, kwargs, uniattn_shared=batch.shared)
+        batch.converted = batch.base
+        own = build_attention(base, Layout.own(len(base.model.layers)), index)
+        layer = model.model.layers[index]
+        material = align._prepare(base.model.layers[index], layer, own, index, batch)
+        trained = align._Queries(layer.self_attn).trained
+        found = align._gradients(trained, layer.self_attn, own, material)
+    expected = torch.autograd.grad(align._divergence(layer.self_attn, own, material), trained)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item() + 1e-7)
 
 
 def test_keys_that_are_the_same_need_no_other_queries(windows):
@@ -107,20 +130,18 @@ def test_little_memory_takes_fewer_rows_at_once_and_gains_the_same(windows, monk
     base = make_base(FAMILIES[0])
     layout = make_layout("kv", base.config)
     monkeypatch.setattr(align, "STEP_TOKENS", 5 * 32)
-    plain = align._divergence
+    plain = align._gradients
     found = {}
-    for most in (5, 2):
+    for most, pieces in ((5, [5]), (2, [2, 2, 1])):
         monkeypatch.setattr(align, "MOST_SCORES", most * 6 * 32 * 32)
         seen = []
         monkeypatch.setattr(
             align,
-            "_divergence",
-            lambda *arguments, seen=seen: seen.append(len(arguments[2].converted)) or plain(*arguments),
+            "_gradients",
+            lambda *arguments, seen=seen: seen.append(len(arguments[-1].converted)) or plain(*arguments),
         )
         _, found[most] = fitted(base, layout, windows, STEPS)
-        steps = STEPS * len(found[most])
-        # Rows that judge come one by one.
-        assert {rows: seen.count(rows) for rows in {*seen} - {1}} == {most: steps * (1 if most == 5 else 2)}
+        assert seen == pieces * (STEPS * len(found[most]))
     for one, two in zip(*found.values(), strict=True):
         assert one.divergence[1] < one.divergence[0]
         assert two.divergence == pytest.approx(one.divergence, rel=0.02)

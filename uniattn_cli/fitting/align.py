@@ -29,7 +29,7 @@ WARMUP = 0.1
 JUDGED = 16
 # Enough for regressions of one head's width.
 MATCH_TOKENS = 1 << 15
-# Tokens of one step, in whole rows: on a CPU, a second for a model of 0.1 billion parameters.
+# Tokens of one step, in whole rows: a fifth of a second on two cores for a model of 0.1 billion parameters.
 STEP_TOKENS = 2048
 # Of the steps: what tries a layout or matches heads has most of the gain early.
 TRIAL_SHARE = 0.25
@@ -194,14 +194,28 @@ def _train(
         rows = [learned[(step * count + place) % len(learned)] for place in range(count)]
         optimizer.zero_grad()
         for piece in _Material.together(rows):
-            with torch.enable_grad():
-                loss = _divergence(attention, own, piece) * (len(piece.converted) / count)
-            # Not `backward`: weights that are not trained may be those of the base.
-            gradients = torch.autograd.grad(loss, weights.trained)
-            for parameter, gradient in zip(weights.trained, gradients, strict=True):
+            found = _gradients(weights.trained, attention, own, piece)
+            for parameter, gradient in zip(weights.trained, found, strict=True):
+                gradient = gradient * (len(piece.converted) / count)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         optimizer.step()
         scheduler.step()
+
+
+def _gradients(
+    trained: Sequence[nn.Parameter], attention: nn.Module, own: nn.Module, material: _Material
+) -> tuple[torch.Tensor, ...]:
+    """Of `_divergence`, whose gradient with respect to scores is the difference of the maps.
+
+    So written it takes a third of the time that autograd needs, most of which goes by in passes over scores.
+    """
+    wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).softmax(-1)
+    with torch.enable_grad():
+        scores = _scores(attention, _queries(attention, material), material.keys)
+    slopes = _masked(attention, scores.detach(), material.mask).softmax(-1).sub_(wanted)
+    slopes /= slopes[..., 0].numel()
+    # Not `backward`: weights that are not trained may be those of the base.
+    return torch.autograd.grad(scores, trained, slopes)
 
 
 def _share(step: int, steps: int) -> float:
@@ -239,10 +253,9 @@ def _prepare(base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int
 
 def _divergence(attention: nn.Module, own: nn.Module, material: _Material) -> torch.Tensor:
     """KL(base's map || the layer's), mean over rows, heads and positions."""
-    wanted = _log_map(own, material.queries, material.base_keys, material.mask)
-    states = attention.project(material.converted.float(), "q")
-    attention.embed_positions(states, tuple(each.float() for each in material.positions))
-    found = _log_map(attention, states["q"], material.keys, material.mask)
+    wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).log_softmax(-1)
+    queries = _queries(attention, material)
+    found = _masked(attention, _scores(attention, queries, material.keys), material.mask).log_softmax(-1)
     return (wanted.exp() * (wanted.clamp(min=LOWEST) - found.clamp(min=LOWEST))).sum(-1).mean()
 
 
@@ -250,23 +263,29 @@ def _mean(attention: nn.Module, own: nn.Module, rows: Sequence[_Material]) -> fl
     return sum(_divergence(attention, own, row).item() for row in rows) / len(rows)
 
 
-def _log_map(
-    attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Logarithms of the map, float32 [rows, heads, tokens, tokens]."""
+def _queries(attention: nn.Module, material: _Material) -> torch.Tensor:
+    """The layer's queries with positions, float32."""
+    states = attention.project(material.converted.float(), "q")
+    attention.embed_positions(states, tuple(each.float() for each in material.positions))
+    return states["q"]
+
+
+def _scores(attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Scores of all pairs of tokens, float32 [rows, heads, tokens, tokens]."""
     keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    scores = queries.float() @ keys.transpose(-1, -2) * attention.scaling
-    arguments = attention.attention_arguments()
-    cap, window = arguments.get("softcap"), arguments.get("sliding_window")
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
+    scores = (queries.float() * attention.scaling) @ keys.transpose(-1, -2)
+    cap = attention.attention_arguments().get("softcap")
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def _masked(attention: nn.Module, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores where a token sees another, minus infinity elsewhere."""
     if mask is None:
+        window = attention.attention_arguments().get("sliding_window")
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(-window)
-        scores = scores.masked_fill(hidden, -torch.inf)
-    elif mask.dtype is torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    else:
-        scores = scores + mask[..., : scores.shape[-1]].float()
-    return scores.log_softmax(-1)
+        return scores.masked_fill(hidden, -torch.inf)
+    if mask.dtype is torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask[..., : scores.shape[-1]].float()
