@@ -92,3 +92,33 @@ def test_speed_benchmark_alternates_base_and_converted(tmp_path):
         assert len(row["ratios"]) == 2 and row["ratio"] > 0
         assert row["base"]["tokens_per_second"] > 0 and row["converted"]["peak_gib"] is None
     assert out.with_suffix(".md").read_text().count("×") == 3
+
+
+def test_layout_benchmark_puts_files_together(tmp_path):
+    row = {"changed": 2, "kv_share": 0.8, "parameter_share": 1.01, "fit_tokens": 1024}
+    setting = {"model": "m", "dtype": "float32", "device": "CPU", "window": 64}
+    files = []
+    for name, ratio in (("key", 1.25), ("kv", 1.5)):
+        measured = {"ratio": {"c4": ratio, "wt": 2.0}, "perplexity": {"c4": 10 * ratio, "wt": 60.0}}
+        content = {
+            "setting": setting,
+            "layouts": {name: {"steps": []}},
+            "rows": {f"{name} alone | seed 0": row | measured},
+        }
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(content))
+    out = tmp_path / "all.json"
+    common = ["m", "--text", "x", "--wikitext", "x", "--out", out, "--merge"]
+    done = run_script("benchmark_layouts.py", *common, *files)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(out.read_text())["layouts"]) == ["key", "kv"]
+    table = out.with_suffix(".md").read_text()
+    assert "(c4 10.0, wt 30.0)" in table and "| kv alone | 2 | 80.0% | 101.0% | 1,024 | 1.500 | 2.000 | 1 |" in table
+    # A search is kept before anything is converted; there is no table of it yet.
+    files[0].write_text(json.dumps({"setting": setting, "layouts": {"key": {"steps": []}}, "rows": {}}))
+    out.with_suffix(".md").unlink()
+    assert run_script("benchmark_layouts.py", *common, files[0]).returncode == 0
+    assert not out.with_suffix(".md").exists()
+    files[1].write_text(json.dumps({"setting": setting | {"window": 128}, "layouts": {}, "rows": {}}))
+    done = run_script("benchmark_layouts.py", *common, *files)
+    assert done.returncode == 1 and "different settings" in done.stderr
