@@ -211,7 +211,7 @@ def _gradients(
     """
     wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).softmax(-1)
     with torch.enable_grad():
-        scores = _scores(attention, _queries(attention, material), material.keys)
+        scores = _scores(attention, _positioned_queries(attention, material), material.keys)
     slopes = _masked(attention, scores.detach(), material.mask).softmax(-1).sub_(wanted)
     slopes /= slopes[..., 0].numel()
     # Not `backward`: weights that are not trained may be those of the base.
@@ -254,7 +254,7 @@ def _prepare(base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int
 def _divergence(attention: nn.Module, own: nn.Module, material: _Material) -> torch.Tensor:
     """KL(base's map || the layer's), mean over rows, heads and positions."""
     wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).log_softmax(-1)
-    queries = _queries(attention, material)
+    queries = _positioned_queries(attention, material)
     found = _masked(attention, _scores(attention, queries, material.keys), material.mask).log_softmax(-1)
     return (wanted.exp() * (wanted.clamp(min=LOWEST) - found.clamp(min=LOWEST))).sum(-1).mean()
 
@@ -263,7 +263,7 @@ def _mean(attention: nn.Module, own: nn.Module, rows: Sequence[_Material]) -> fl
     return sum(_divergence(attention, own, row).item() for row in rows) / len(rows)
 
 
-def _queries(attention: nn.Module, material: _Material) -> torch.Tensor:
+def _positioned_queries(attention: nn.Module, material: _Material) -> torch.Tensor:
     """The layer's queries with positions, float32."""
     states = attention.project(material.converted.float(), "q")
     attention.embed_positions(states, tuple(each.float() for each in material.positions))
