@@ -301,7 +301,7 @@ def test_an_illegal_layout_in_the_recipe(run, refuses):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["layout.followers=6"], "budget followers 6 cannot be met: at most 5 layers can follow"),
+        (["layout.followers=6"], "budget followers 6 cannot be met: at most 5 layers can change"),
         (["conversion.rank=500", "layout.groups=auto"], "conversion.rank is 500, but the model is only 48 wide"),
         (["layout.protect=[99]"], "layout.protect: layer 99 does not exist; the model has 0 to 5"),
         (["layout.protect=[2]"], "layer 2 is in layout.protect, but the layout makes it 'softmax'"),

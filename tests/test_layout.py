@@ -120,7 +120,9 @@ def test_shorthands_group_each_mask_type_by_itself():
         ("5-5", "not an ascending range"),
         ("1-4,3-6", "layer 3 is in two groups"),
         ("keys@paper", r"'keys' is not one of softmax, key, .* \(did you mean 'key'"),
-        ("key@auto", "use --groups auto --kinds key"),
+        ("key@auto", "use --groups auto --kinds key$"),
+        ("linear@auto", "use --groups auto --kinds linear --search thorough"),
+        ("key@kv@paper", "what stands after the @ must be paper, every:N"),
         ("key@papr", "--groups papr: not one of"),
     ],
 )

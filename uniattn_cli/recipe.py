@@ -602,7 +602,9 @@ class Recipe:
         if len(set(self.layout.kinds)) < len(self.layout.kinds):
             faults.append("layout.kinds names a kind twice")
         if self.layout.search == "fast" and not fast_search_takes(self.layout.kinds):
-            faults.append("layout.kinds: a fast search takes softmax, key or kv alone; set layout.search: thorough")
+            faults.append(
+                "layout.kinds: a fast search takes softmax, key or kv; name one, or set layout.search: thorough"
+            )
         if self.layout.max_group is not None and self.layout.sources == "several":
             faults.append(
                 "layout.max_group needs layout.sources: one (a follower of several layers is in no one group)"

@@ -14,10 +14,10 @@ from uniattn_cli.errors import DataError, StageError
 from uniattn_cli.grouping.choose import candidates_table, check_protected, parameter_counts
 from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.grouping.measured import Measured
-from uniattn_cli.grouping.search import Choice, frontier
+from uniattn_cli.grouping.search import frontier
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import ModelSpec, Recipe, default_tree, read_tree, write_tree
+from uniattn_cli.recipe import LayoutSpec, ModelSpec, Recipe, default_tree, fast_search_takes, read_tree, write_tree
 from uniattn_cli.rundir import RunDir, file_errors
 from uniattn_cli.tables import Table
 
@@ -92,8 +92,7 @@ def analyze(
         with options.progress.track("analyzing", len(windows)) as advance:
             measured, left_out = measure(loaded, windows, spec, source, advance)
         matcher = Matcher(measured.score, measured.shape, recipe.layout.head_map, recipe.layout.sources)
-        choices = frontier(matcher, protect=recipe.layout.protect, max_group=recipe.layout.max_group)
-        tables = [neighbours_table(measured), _candidates(measured, config, choices)]
+        tables = [neighbours_table(measured), _candidates(measured, config, matcher, recipe.layout)]
         _write(directory, measured, tables)
         if new_tree is not None:
             with file_errors(run.root):
@@ -182,11 +181,15 @@ def neighbours_table(measured: Measured, most: int = 8) -> Table:
     return Table("most similar neighbours" + _within(widths), columns, rows)
 
 
-def _candidates(measured: Measured, config, choices: list[Choice]) -> Table:
+def _candidates(measured: Measured, config, matcher: Matcher, spec: LayoutSpec) -> Table:
+    limits = {"protect": spec.protect, "max_group": spec.max_group}
+    kind = spec.kinds[0] if fast_search_takes(spec.kinds) else "softmax"
+    choices = frontier(matcher, kind=kind, **limits)
     table = candidates_table(choices, measured.shape, measured.element_size, parameter_counts(config, choices))
     heads, errors = measured.shape.query_heads, measured.score_stderr
     widths = []
-    for choice in choices:
+    # The same layers with the same maps, whatever they become.
+    for choice in frontier(matcher.for_kind(kind), **limits):
         for layer in choice.layout.changed:
             sources = enumerate(choice.layout[layer].sources(heads))
             total = sum(errors[layer, layer - other - 1, own, head] for own, (other, head) in sources)

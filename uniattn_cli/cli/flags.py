@@ -72,9 +72,10 @@ GroupsOption = Annotated[
     str | None,
     typer.Option(
         "--groups",
-        metavar="auto|paper|every:N|FIRST-LAST:N|LIST|FILE",
+        metavar="auto|[KIND@]paper|every:N|FIRST-LAST:N|LIST|FILE",
         autocompletion=complete_groups,
-        help="Which layers share [recipe: layout.groups, default auto].",
+        help="Which layers share; key@every:4 makes them layers of another kind than softmax [recipe: layout.groups, "
+        "default auto].",
         show_default=False,
     ),
 ]

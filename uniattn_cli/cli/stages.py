@@ -122,7 +122,7 @@ def convert(
 ) -> None:
     """Write the converted checkpoint.
 
-    Fits the layers that borrow their maps and writes converted/, an ordinary Hugging Face checkpoint. Chooses the
+    Fits the changed layers and writes converted/, an ordinary Hugging Face checkpoint. Chooses the
     layout first where `uniattn group` has not.
 
     \b

@@ -29,9 +29,9 @@ WARMUP = 0.1
 JUDGED = 16
 # Enough for regressions of one head's width.
 MATCH_TOKENS = 1 << 15
-# Tokens of one step, in whole rows: a fifth of a second on two cores for a model of 0.1 billion parameters.
+# Tokens of one step, in whole rows: a fifth of a second for a model of 0.1 billion parameters on two CPU cores.
 STEP_TOKENS = 2048
-# Of the steps: what tries a layout or matches heads has most of the gain early.
+# Of the steps: a candidate of the search, or a layer whose heads are being matched, has most of the gain early.
 TRIAL_SHARE = 0.25
 # Scores that are alive at once, 256 MiB in float32; a few tensors of that size are.
 MOST_SCORES = 1 << 26
@@ -40,7 +40,10 @@ LOWEST = -100.0
 
 
 def for_trials(spec: ConversionSpec) -> ConversionSpec:
-    """The same fit with fewer steps, for conversions that are not kept."""
+    """The same fit with fewer steps, for candidates of a search and for matching heads.
+
+    Not where whole layouts are compared: there layers with borrowed keys would look worse than they will be.
+    """
     return replace(spec, align=math.ceil(spec.align * TRIAL_SHARE))
 
 

@@ -105,7 +105,10 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     budget = Budget.of(spec, shape, config)
     if spec.search == "thorough":
         if not load:
-            raise LayoutError("a dry run cannot search thoroughly; run `uniattn group` first, or use --search fast")
+            raise LayoutError(
+                "a dry run cannot search thoroughly; run `uniattn group` first, or use --search fast, with one of "
+                "--kinds softmax, key, kv"
+            )
         return _thorough(bench, budget, rank)
     return _fast(bench, budget, rank, config, load)
 
@@ -198,15 +201,17 @@ def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
 
 
 def _proposals(bench: Workbench, budget: Budget, rank: str | int, runs: dict[str, list[Step]]) -> dict[str, Layout]:
-    """The layouts that meet the budget, without repetitions: those searched, the best first, and the fast choice."""
+    """The layouts that meet the budget, without repetitions: those searched, the best first, and the fast choices."""
     spec, own = bench.recipe.layout, Layout.own(bench.measured.shape.layers)
     ends = [
         (steps[-1].divergence, name, steps[-1].layout) if steps else (0.0, name, own) for name, steps in runs.items()
     ]
     found = [(name, layout) for _, name, layout in sorted(ends, key=lambda end: end[0]) if budget.met(layout)]
-    if spec.compared != 1 and "softmax" in spec.kinds:
-        choices = frontier(bench.matcher, protect=spec.protect, max_group=spec.max_group, compensation=rank)
-        found += [("fast", choice.layout) for choice in choices if budget.met(choice.layout)][:1]
+    for kind in spec.kinds if spec.compared != 1 else ():
+        if kind in BORROWING_KINDS:
+            settings = {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank, "kind": kind}
+            met = [choice.layout for choice in frontier(bench.matcher, **settings) if budget.met(choice.layout)]
+            found += [("fast" if kind == "softmax" else f"fast, {kind}", layout) for layout in met[:1]]
     proposals: dict[str, Layout] = {}
     for name, layout in found:
         if layout not in proposals.values():
@@ -237,15 +242,17 @@ def _fixed(layout: Layout, note: str) -> Grouping:
 
 
 def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layout:
-    """Gives the followers of a fixed layout the measured head maps onto their own leaders.
+    """Gives the borrowing layers of a fixed layout the measured head maps onto their own leaders.
 
-    Followers farther from their leader than was measured keep the plain map.
+    Layers farther from their leader than was measured keep the plain map.
     """
     matcher = Matcher(measured.score, measured.shape, spec.head_map, "one")
+    size = measured.shape.group_size
     plans = list(layout)
     for index, plan in enumerate(plans):
-        if plan.kind == "softmax" and plan.leader is not None and index - plan.leader <= measured.max_distance:
-            plans[index] = plan_of(matcher.match(index, [plan.leader]), plan.compensation)
+        if plan.leader is not None and index - plan.leader <= measured.max_distance:
+            match = matcher.for_kind(plan.kind).match(index, [plan.leader])
+            plans[index] = plan_of(match, plan.compensation, plan.kind, size)
     return Layout(tuple(plans))
 
 
@@ -264,11 +271,13 @@ def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape,
     if not meets:
         most = choices[-1]
         least_kv = kv_bytes_per_token(most.layout, shape, 1) / kv_bytes_per_token(choices[0].layout, shape, 1)
-        least_parameters = counts[most.followers] / counts[0]
+        least_parameters = min(counts.values()) / counts[0]
+        more = ", layout.protect or analysis.max_distance"
+        if budget.unit == "params" and least_parameters == 1:
+            more = "; a full W_c is as large as what these layers lose: set conversion.rank or conversion.solve: output"
         raise LayoutError(
-            f"{budget.words} cannot be met: at most {most.followers} layers can follow (KV bytes {least_kv:.3f}, "
-            f"parameters {least_parameters:.3f} of the base's); loosen the budget, layout.protect or "
-            "analysis.max_distance"
+            f"{budget.words} cannot be met: at most {most.followers} layers can change (KV bytes {least_kv:.3f}, "
+            f"parameters {least_parameters:.3f} of the base's at least); loosen the budget{more}"
         )
     return meets[0]
 

@@ -17,7 +17,8 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe, read_tree, write_tree
 from uniattn_cli.rundir import RunDir, file_errors
 
-BUDGETS = ("layout.followers", "layout.kv", "layout.params")
+# Settings that mean nothing where a layout is given.
+CHOOSING = ("layout.followers", "layout.kv", "layout.params", "layout.kinds")
 
 
 def group(
@@ -61,17 +62,18 @@ def write_considered(run: RunDir, recipe: Recipe, grouping: Grouping) -> None:
 def layout_overrides(groups: str | None, overrides: Sequence[str]) -> list[str]:
     """The overrides with `groups` among them.
 
-    A budget asks for a choice: with one, `groups` is `auto` unless it is given too, whatever the recipe has.
+    Budgets and kinds ask for a choice: with one, `groups` is `auto` unless it is given too, whatever the recipe has.
 
     Raises:
-        UsageError: a budget together with a fixed layout.
+        UsageError: a budget or kinds together with a fixed layout.
     """
     given = {key: value.strip() for key, _, value in (override.partition("=") for override in overrides)}
-    budgets = [key for key in BUDGETS if given.get(key, "null") not in ("", "~", "null")]
+    asked = [key for key in CHOOSING if given.get(key, "null") not in ("", "~", "null")]
     fixed = given.get("layout.groups") if groups is None else groups
-    if budgets and fixed not in (None, "auto"):
-        raise UsageError(f"--groups {fixed} leaves nothing to choose; leave {budgets[0]} out, or use --groups auto")
-    if budgets and fixed is None:
+    if asked and fixed not in (None, "auto"):
+        instead = f"--groups auto, or KIND@{fixed}" if asked == ["layout.kinds"] else "--groups auto"
+        raise UsageError(f"--groups {fixed} leaves nothing to choose; leave {asked[0]} out, or use {instead}")
+    if asked and fixed is None:
         groups = "auto"
     return [*overrides, *([] if groups is None else [f"layout.groups={json.dumps(groups)}"])]
 

@@ -38,6 +38,12 @@ class Matcher:
         self.max_distance = similarity.shape[1]
         self._units = {}
 
+    def for_kind(self, kind: str) -> Matcher:
+        """What matches layers of a kind: `key` and `kv` layers borrow one head for all queries of a key/value group."""
+        if kind == "softmax" or self.head_map != "free":
+            return self
+        return Matcher(self.similarity, self.shape, "grouped", "several" if self.several else "one")
+
     def candidates(self, layer: int) -> list[int]:
         """Earlier layers that `layer` may borrow from, nearest first."""
         first = max(0, layer - self.max_distance)

@@ -53,6 +53,7 @@ def frontier(
     Raises:
         LayoutError: `max_group` with several sources.
     """
+    matcher = matcher.for_kind(kind)
     if max_group is not None and matcher.several:
         raise LayoutError(
             "layout.max_group needs layout.sources: one (a follower of several layers is in no one group)"

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from uniattn_cli.errors import LayoutError, RecipeError, suggest
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
 
-FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, one of these after KIND@, or a file"
+FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, one of these but auto after KIND@, or a file"
 
 
 def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "full") -> Layout:
@@ -61,7 +61,10 @@ def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layou
     if kind not in plans:
         raise LayoutError(f"--groups {text}: '{kind}' is not one of {', '.join(plans)}{suggest(kind, plans)}")
     if groups == "auto":
-        raise LayoutError(f"--groups {text}: to have layers of another kind chosen, use --groups auto --kinds {kind}")
+        search = "" if kind in BORROWING_KINDS else " --search thorough"
+        raise LayoutError(f"--groups {text}: to have such layers chosen, use --groups auto --kinds {kind}{search}")
+    if "@" in groups or Path(groups).is_file():
+        raise LayoutError(f"--groups {text}: what stands after the @ must be paper, every:N, FIRST-LAST:N or a list")
     followers = parse_groups(groups, shape, compensation)
     layout = Layout(tuple(plan if plan.kind == "own" else plans[kind](plan.leader) for plan in followers))
     return _checked(layout, shape, text)

@@ -33,14 +33,16 @@ def proposer(
         max_group: largest number of layers that one layer may lend to.
     """
     shape = matcher.shape
+    matchers = {kind: matcher.for_kind(kind) for kind in kinds}
 
     def propose(layout: Layout, layer: int) -> list[LayerPlan]:
         if shape.mask_types.index(shape.mask_types[layer]) == layer:
             return []
-        match = matcher.match(layer, matcher.lenders(layout, layer, max_group))
+        lenders = matcher.lenders(layout, layer, max_group)
         plans = []
         for kind in kinds:
             if kind in BORROWING_KINDS:
+                match = matchers[kind].match(layer, lenders)
                 plans += [plan_of(match, compensation, kind, shape.group_size)] if match else []
             elif kind == "pooled" and shape.kv_heads > 1:
                 plans.append(LayerPlan(kind, kv_heads=pooled_heads(shape), compensation=compensation))
@@ -64,7 +66,9 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
     from uniattn_cli.fitting.search import ThoroughSearch
 
     if bench.placement[1] is not None:
-        raise LayoutError("the thorough search needs the whole model on the GPU; use --search fast")
+        raise LayoutError(
+            "the thorough search needs the whole model on the GPU; use --search fast with softmax, key or kv in --kinds"
+        )
     recipe = bench.recipe
     spec, progress = recipe.layout, bench.options.progress
     propose = proposer(bench.matcher, spec.kinds, compensation, spec.max_group)
