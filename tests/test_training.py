@@ -244,6 +244,19 @@ def test_saved_model_loads_anywhere_with_equal_logits(whole, tmp_path):
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
 
 
+def test_a_checkpoint_is_used_as_the_readme_and_its_card_say(whole, tmp_path):
+    from uniattn_cli.publishing.card import _usage
+
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    for text in (readme.partition("### Using a checkpoint")[2], _usage("trained")):
+        code = text.partition("```python\n")[2].partition("```")[0] + "assert tokenizer.chat_template and model.config"
+        # Nobody is there to be asked whether code may be run.
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, cwd=whole[0], env=environment, stdin=subprocess.DEVNULL, check=True)
+
+
 def make_trainer(run: Path, rows: list[dict], *, packing: bool, attention: str, batch: int):
     """A stage's trainer over these rows, and its model, in float32."""
     import datasets

@@ -103,7 +103,7 @@ def _usage(repo_id: str) -> str:
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)\n'
         "```\n\n"
         "The model code lies beside the weights and needs torch and transformers only. Read it before you trust it: "
         "without `trust_remote_code=True` the model does not load. A stock class of the base's family refuses these "
