@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import RecipeError, suggest
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS
 
 RECIPE_FORMAT = 1
 # What a data set's columns may stand for.
@@ -171,7 +172,7 @@ class AnalysisSpec:
 
 def fast_search_takes(kinds: typing.Sequence[str]) -> bool:
     """Whether layouts with these kinds can be found from similar maps alone: one kind, of layers that borrow."""
-    return len(kinds) <= 1 and set(kinds) <= {"softmax", "key", "kv"}
+    return len(kinds) <= 1 and set(kinds) <= set(BORROWING_KINDS)
 
 
 @dataclass(frozen=True)
@@ -591,7 +592,7 @@ class Recipe:
         budgets = [key for key in ("followers", "kv", "params") if getattr(self.layout, key) is not None]
         if len(budgets) > 1:
             faults.append(f"layout: only one budget can be given, not {' and '.join(budgets)}")
-        allowed = ("softmax", "key", "kv", "pooled", "linear", "none")
+        allowed = [kind for kind in KINDS if kind != "own"]
         for kind in self.layout.kinds:
             if kind not in allowed:
                 faults.append(

@@ -189,7 +189,8 @@ def _candidates(measured: Measured, config, matcher: Matcher, spec: LayoutSpec) 
     heads, errors = measured.shape.query_heads, measured.score_stderr
     widths = []
     # The same layers with the same maps, whatever they become.
-    for choice in frontier(matcher.for_kind(kind), **limits):
+    alike = choices if kind == "softmax" else frontier(matcher.for_kind(kind), **limits)
+    for choice in alike:
         for layer in choice.layout.changed:
             sources = enumerate(choice.layout[layer].sources(heads))
             total = sum(errors[layer, layer - other - 1, own, head] for own, (other, head) in sources)

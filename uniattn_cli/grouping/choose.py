@@ -136,7 +136,7 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     spec, measured = bench.recipe.layout, bench.measured
     shape = measured.shape
     kind = spec.kinds[0]
-    settings = {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank, "kind": kind}
+    settings = _frontier_settings(spec, rank, kind)
     choices = frontier(bench.matcher, **settings)
     counts = parameter_counts(config, choices)
     chosen = _within_budget(choices, budget, shape, counts)
@@ -164,6 +164,10 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     marked = chosen if not shortlist or shortlist[0].name == "fast" else None
     tables = [candidates_table(choices, shape, measured.element_size, counts, marked)]
     return _grouping(considered, measured, tables, [note])
+
+
+def _frontier_settings(spec: LayoutSpec, rank: str | int, kind: str) -> dict[str, Any]:
+    return {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank, "kind": kind}
 
 
 def _checked(bench: Workbench, shortlist: list[Validated]) -> int:
@@ -209,8 +213,8 @@ def _proposals(bench: Workbench, budget: Budget, rank: str | int, runs: dict[str
     found = [(name, layout) for _, name, layout in sorted(ends, key=lambda end: end[0]) if budget.met(layout)]
     for kind in spec.kinds if spec.compared != 1 else ():
         if kind in BORROWING_KINDS:
-            settings = {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank, "kind": kind}
-            met = [choice.layout for choice in frontier(bench.matcher, **settings) if budget.met(choice.layout)]
+            choices = frontier(bench.matcher, **_frontier_settings(spec, rank, kind))
+            met = [choice.layout for choice in choices if budget.met(choice.layout)]
             found += [("fast" if kind == "softmax" else f"fast, {kind}", layout) for layout in met[:1]]
     proposals: dict[str, Layout] = {}
     for name, layout in found:

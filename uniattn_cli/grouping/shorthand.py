@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from uniattn_cli.errors import LayoutError, RecipeError, suggest
@@ -50,24 +51,22 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
 
 def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layout:
     kind, _, groups = text.partition("@")
-    plans = {
-        "softmax": lambda leader: LayerPlan("softmax", leader=leader, compensation=compensation),
-        "key": lambda leader: LayerPlan("key", leader=leader, compensation=compensation),
-        "kv": lambda leader: LayerPlan("kv", leader=leader, compensation=compensation),
-        "pooled": lambda _: LayerPlan("pooled", kv_heads=pooled_heads(shape), compensation=compensation),
-        "linear": lambda _: LayerPlan("linear", compensation="full" if compensation == "none" else compensation),
-        "none": lambda _: LayerPlan("none"),
+    others = {
+        "pooled": LayerPlan("pooled", kv_heads=pooled_heads(shape), compensation=compensation),
+        "linear": LayerPlan("linear", compensation="full" if compensation == "none" else compensation),
+        "none": LayerPlan("none"),
     }
-    if kind not in plans:
-        raise LayoutError(f"--groups {text}: '{kind}' is not one of {', '.join(plans)}{suggest(kind, plans)}")
+    known = [*BORROWING_KINDS, *others]
+    if kind not in known:
+        raise LayoutError(f"--groups {text}: '{kind}' is not one of {', '.join(known)}{suggest(kind, known)}")
     if groups == "auto":
         search = "" if kind in BORROWING_KINDS else " --search thorough"
         raise LayoutError(f"--groups {text}: to have such layers chosen, use --groups auto --kinds {kind}{search}")
     if "@" in groups or Path(groups).is_file():
         raise LayoutError(f"--groups {text}: what stands after the @ must be paper, every:N, FIRST-LAST:N or a list")
     followers = parse_groups(groups, shape, compensation)
-    layout = Layout(tuple(plan if plan.kind == "own" else plans[kind](plan.leader) for plan in followers))
-    return _checked(layout, shape, text)
+    plans = [plan if plan.kind == "own" else others.get(kind) or replace(plan, kind=kind) for plan in followers]
+    return _checked(Layout(tuple(plans)), shape, text)
 
 
 def pooled_heads(shape: AttentionShape) -> int:
