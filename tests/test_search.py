@@ -48,9 +48,9 @@ def test_divergence_is_that_of_the_converted_model():
     assert steps[-1].divergence == pytest.approx(divergence(base, model, score), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "olmo2"])
+@pytest.mark.parametrize("name", ["gemma2", "granite", "phi3", "olmo2"])
 def test_divergence_is_that_of_the_converted_model_in_other_families(name):
-    """Capped logits, fused projections, norms after the attention block."""
+    """Capped and divided logits, fused projections, norms after the attention block."""
     base = make_base(next(entry for entry in FAMILIES if entry[0] == name))
     layout = make_layout("mixed", base.config)
     fit, score, spec = windows(24, 1), windows(4, 2), ConversionSpec()

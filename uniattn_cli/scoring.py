@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +45,37 @@ def summarise(sums: torch.Tensor, counts: torch.Tensor) -> Loss:
     residuals = sums - mean * counts
     stderr = (residuals.square().sum() * rows / max(rows - 1, 1)).sqrt().item() / total.item()
     return Loss(mean, stderr if rows > 1 else float("nan"), int(total.item()), rows)
+
+
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits from last hidden states, as the model's own class makes them.
+
+    What families do to them (Gemma caps them, Granite divides them) is in their `forward` and nowhere else, so that is
+    what runs, around a backbone that has nothing left to do.
+
+    Args:
+        model: causal LM; inside DDP or FSDP, this is called in its forward, where its head has weights.
+        hidden: [positions, hidden], after the last norm.
+
+    Returns:
+        [positions, vocabulary].
+    """
+    return type(model).forward(_Head(model, hidden[None]), use_cache=False, output_router_logits=False).logits[0]
+
+
+class _Head:
+    """A causal LM whose backbone gives hidden states that are there already; all else is the model's."""
+
+    def __init__(self, model: PreTrainedModel, hidden: torch.Tensor):
+        self._model, self._hidden = model, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def model(self, **inputs: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden)
 
 
 def token_losses(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:

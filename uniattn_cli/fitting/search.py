@@ -27,7 +27,7 @@ from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
 from uniattn_cli.recipe import ConversionSpec
-from uniattn_cli.scoring import kl_divergence
+from uniattn_cli.scoring import head_logits, kl_divergence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,9 +104,7 @@ class ThoroughSearch:
         self.base_final = [states[-1] for states in self.score_states]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.base.lm_head(self.base.model.norm(hidden))
-        cap = getattr(self.base.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return head_logits(self.base, self.base.model.norm(hidden))
 
     def _kl(self, finals: list[torch.Tensor]) -> float:
         """Mean KL(base || converted) in nats per token from hidden states after the last layer."""

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from uniattn_cli.data import IGNORED
 from uniattn_cli.recipe import DistillationSpec
+from uniattn_cli.scoring import head_logits
 from uniattn_cli.training.divergence import TopK, dense_divergence, sparse_divergence, top_k
-from uniattn_cli.training.validation import LOGITS_AT_ONCE, head_logits
+from uniattn_cli.training.validation import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,19 +12,13 @@ import torch.nn.functional as F
 
 from uniattn_cli.data import IGNORED
 from uniattn_cli.heldout import Rows
+from uniattn_cli.scoring import head_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Logits computed at once, 256 MiB in float32.
 LOGITS_AT_ONCE = 1 << 26
-
-
-def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [positions, vocabulary] of last hidden states [positions, hidden], capped where the family caps them."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def attach_objective(model: PreTrainedModel) -> None:
