@@ -397,9 +397,25 @@ def test_without_results_there_is_one_line(tmp_path):
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "results.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(StageError, match="damaged"):
+    with pytest.raises(StageError, match="not the result of an evaluation"):
         rewrite.report(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schema": 1}, r"has schema 1, this version of uniattn reads 2; make it again with `uniattn eval --force`"),
+        ({"schema": None}, "has schema None"),
+        ({"models": {}}, "not the result of an evaluation .it has no base"),
+    ],
+)
+def test_results_of_another_version_are_refused_in_one_line(changes, words, results, tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results | changes), encoding="utf-8")
+    with pytest.raises(StageError, match=words):
+        rewrite.report(tmp_path)
+    assert not (tmp_path / "evaluation" / "report.html").exists()
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

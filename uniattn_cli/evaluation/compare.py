@@ -11,8 +11,9 @@ from typing import Any
 
 from uniattn_cli.checkpoint import locate
 from uniattn_cli.errors import ModelError, StageError
-from uniattn_cli.evaluation.evaluate import RESULTS, evaluate_into, inputs_of, prepare
-from uniattn_cli.evaluation.merge import PLOT, Merged, Part, merge, read_results, table
+from uniattn_cli.evaluation.evaluate import evaluate_into, inputs_of, prepare
+from uniattn_cli.evaluation.figures import RESULTS, read_results
+from uniattn_cli.evaluation.merge import PLOT, Merged, Part, merge, table
 from uniattn_cli.evaluation.subjects import BASE, Subject
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe

@@ -16,6 +16,7 @@ from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.evaluation import report
 from uniattn_cli.evaluation.agreement import Reference
 from uniattn_cli.evaluation.batches import Batches
+from uniattn_cli.evaluation.figures import RESULTS
 from uniattn_cli.evaluation.measured import Bench, Material, Measured, items_file, measure
 from uniattn_cli.evaluation.page.page import PAGE, write_page
 from uniattn_cli.evaluation.plot import draw
@@ -32,7 +33,6 @@ from uniattn_cli.recipe import Recipe
 from uniattn_cli.rundir import RunDir
 from uniattn_cli.tables import Table
 
-RESULTS = "results.json"
 REPORT = "report.md"
 # Scores of single parts while the evaluation is not finished.
 PARTS = "parts"

@@ -58,11 +58,14 @@ Schema of `results.json` (`"schema": 2`):
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation.intervals import (
     EXPONENTIAL,
     IDENTITY,
@@ -72,6 +75,7 @@ from uniattn_cli.evaluation.intervals import (
     paired_difference,
 )
 from uniattn_cli.evaluation.speed import ratios
+from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.tasks import MetricScores
 from uniattn_cli.heldout import RowLosses
 from uniattn_cli.scoring import summarise
@@ -81,8 +85,32 @@ if TYPE_CHECKING:
     from uniattn_cli.evaluation.speed import Timing
 
 SCHEMA = 2
+RESULTS = "results.json"
 
 FigureDict = dict[str, Any]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a `results.json`.
+
+    Raises:
+        StageError: it is missing, damaged, or of another version of this tool.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema, models = results["schema"], results["models"]
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing; run `uniattn eval` first") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path} is not the result of an evaluation ({error!r})") from None
+    if schema != SCHEMA:
+        raise StageError(
+            f"{path} has schema {schema}, this version of uniattn reads {SCHEMA}; make it again with "
+            "`uniattn eval --force`"
+        )
+    if BASE not in models:
+        raise StageError(f"{path} is not the result of an evaluation (it has no base)")
+    return results
 
 
 def figure(value: float, unit: str, better: str | None, **others: Any) -> FigureDict:

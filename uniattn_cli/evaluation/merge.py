@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,29 +67,6 @@ class Merged:
     def draw(self, path: Path) -> None:
         """Writes the picture: quality against KV bytes, and against speed where it may be compared."""
         draw_panels(self.models, [tuple(key.split("/")) for key in self.fronts], self.fronts, path)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Reads a `results.json`.
-
-    Raises:
-        StageError: it is missing, damaged, or of another version of this tool.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        schema, models = results["schema"], results["models"]
-        if BASE not in models:
-            raise ValueError("it has no base")
-    except FileNotFoundError:
-        raise StageError(f"{path} is missing; run `uniattn eval` in that run directory first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StageError(f"{path} is not the result of an evaluation ({error!r})") from None
-    if schema != SCHEMA:
-        raise StageError(
-            f"{path} has schema {schema}, this version of uniattn reads {SCHEMA}; make it again with "
-            "`uniattn eval --force`"
-        )
-    return results
 
 
 def merge(parts: Sequence[Part]) -> Merged:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uniattn_cli.evaluation.page.page import read_results, write_page
+from uniattn_cli.evaluation.figures import RESULTS, read_results
+from uniattn_cli.evaluation.page.page import write_page
 from uniattn_cli.rundir import RunDir
 from uniattn_cli.tables import Table
 
@@ -32,10 +33,11 @@ def report(run_dir: Path | str = ".") -> Page:
         run_dir: holds `evaluation/`; whatever else of the run is there is shown too.
 
     Raises:
-        StageError: nothing was evaluated, `results.json` is damaged, or the page cannot be written.
+        StageError: nothing was evaluated, `results.json` is damaged or of another version, or the page cannot be
+            written.
     """
     run = RunDir(run_dir)
-    results = read_results(run)
+    results = read_results(run.output("eval") / RESULTS)
     path = write_page(run, results, run.output("eval"))
     sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
     return Page(path, [*sentences, f"page: {path}"])

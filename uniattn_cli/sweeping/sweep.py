@@ -19,8 +19,9 @@ from uniattn_cli.checkpoint import Source, locate
 from uniattn_cli.conversion.convert import convert
 from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.evaluation.compare import write_comparison
-from uniattn_cli.evaluation.evaluate import RESULTS, evaluate
-from uniattn_cli.evaluation.merge import PLOT, Merged, Part, read_results, table
+from uniattn_cli.evaluation.evaluate import evaluate
+from uniattn_cli.evaluation.figures import RESULTS, read_results
+from uniattn_cli.evaluation.merge import PLOT, Merged, Part, table
 from uniattn_cli.grouping.choose import check_analysis
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import Recipe, apply_overrides, fast_search_takes, read_tree, write_tree

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation.page import context, curves, layers, plot, scores, style
 from uniattn_cli.evaluation.page.evidence import Evidence, collect
 from uniattn_cli.evaluation.page.markup import Html, join, tag
 from uniattn_cli.rundir import RunDir, file_errors
 
 PAGE = "report.html"
-RESULTS = "results.json"
 # Nothing may be loaded, whatever a model has written into its answers.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -34,24 +31,6 @@ def write_page(run: RunDir, results: dict[str, Any], folder: Path) -> Path:
     with file_errors(folder):
         path.write_text(text, encoding="utf-8")
     return path
-
-
-def read_results(run: RunDir) -> dict[str, Any]:
-    """`results.json` of a finished evaluation.
-
-    Raises:
-        StageError: there is none, or it is damaged.
-    """
-    path = run.output("eval") / RESULTS
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or not results.get("models"):
-            raise ValueError("it holds no models")
-    except FileNotFoundError:
-        raise StageError(f"{path} is missing; run `uniattn eval` first") from None
-    except (OSError, ValueError) as error:
-        raise StageError(f"{path} is damaged ({error}); run `uniattn eval --force`") from None
-    return results
 
 
 def page(results: dict[str, Any], evidence: Evidence) -> str:
