@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from uniattn_cli.benchmarking.measure import Measurement, largest_batch, measure_shape, measure_stock, random_prompt
-from uniattn_cli.benchmarking.report import describe_device
-from uniattn_cli.benchmarking.subjects import random_models
 from uniattn_cli.inference.engine import Engine, decode
 from uniattn_cli.inference.roofline import copy_bandwidth
-from uniattn_cli.rundir import now, versions
+from uniattn_cli.inference.timing import Measurement, largest_batch, measure_shape, measure_stock, random_prompt
+from uniattn_cli.models.random import random_models
+from uniattn_cli.reporting.bench import describe_device
+from uniattn_cli.run.directory import now, versions
 
 PAPER, FOURS = "paper", "every:4"
 LARGE = "llama-3.1-8b"

@@ -85,8 +85,8 @@ def main() -> None:
     parser.add_argument("--products", action="store_true", help="time products with one row instead of attention")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    from uniattn_cli.benchmarking.report import describe_device
     from uniattn_cli.inference.roofline import copy_bandwidth
+    from uniattn_cli.reporting.bench import describe_device
 
     device = torch.device(arguments.device)
     started = time.perf_counter()

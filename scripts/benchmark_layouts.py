@@ -26,23 +26,23 @@ import numpy as np
 import torch
 import transformers
 
-from uniattn_cli import data
-from uniattn_cli.accounting import count_parameters, kv_bytes_per_token
 from uniattn_cli.analysis.measure import measure
-from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, locate
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.data import splits
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.search import ThoroughSearch
-from uniattn_cli.fitting.sources import Limits, SourceChooser
-from uniattn_cli.grouping.budget import Budget
-from uniattn_cli.grouping.matching import Matcher
-from uniattn_cli.grouping.measured import Measured
-from uniattn_cli.grouping.search import frontier
-from uniattn_cli.grouping.shorthand import parse_groups
-from uniattn_cli.grouping.thorough import proposer
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.fast import frontier
+from uniattn_cli.layouts.greedy import ThoroughSearch
+from uniattn_cli.layouts.shorthand import parse_groups
+from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
-from uniattn_cli.recipe import AnalysisSpec, ConversionSpec, DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
-from uniattn_cli.scoring import window_loss
+from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
+from uniattn_cli.models.loading import build_converted, load_model, load_tokenizer, locate
+from uniattn_cli.models.losses import window_loss
+from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
 
 LENGTH = 1024
 TEXT_TOKENS, WIKITEXT_TOKENS = 30 * LENGTH, 64 * LENGTH
@@ -66,7 +66,7 @@ class Bench:
         self.shape = attention_shape(self.base.config)
         self.folder = tempfile.TemporaryDirectory()
         text, rest = self._split(Path(arguments.text))
-        wikitext = data.encode(self.tokenizer, Path(arguments.wikitext).read_text(encoding="utf-8"))
+        wikitext = splits.encode(self.tokenizer, Path(arguments.wikitext).read_text(encoding="utf-8"))
         self.texts = {"c4": text, "wt": torch.tensor(wikitext[:WIKITEXT_TOKENS]).view(-1, LENGTH)}
         self.calibration = [Path(arguments.text).name, *(Path(name).name for name in arguments.calibration)]
         specs = [DatasetSpec(source=str(rest), format="text")]
@@ -109,7 +109,7 @@ class Bench:
         ids: list[int] = []
         used = 0
         while len(ids) < TEXT_TOKENS:
-            ids += [*data.encode(self.tokenizer, pages[used]), self.tokenizer.eos_token_id]
+            ids += [*splits.encode(self.tokenizer, pages[used]), self.tokenizer.eos_token_id]
             used += 1
         rest = Path(self.folder.name) / "rest.jsonl"
         rest.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages[used:]), encoding="utf-8")
@@ -129,7 +129,7 @@ class Bench:
         return measured
 
     def windows(self, tokens: int, skip: int = 0, seed: int = 0) -> torch.Tensor:
-        return data.calibration_windows(
+        return splits.calibration_windows(
             self.recipe.data, self.tokenizer, tokens=tokens, length=LENGTH, seed=seed, skip=skip
         )
 

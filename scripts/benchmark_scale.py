@@ -19,15 +19,15 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uniattn_cli.analysis.measure import measure
-from uniattn_cli.checkpoint import Source, build_converted
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.search import ThoroughSearch
-from uniattn_cli.fitting.sources import Limits, SourceChooser
-from uniattn_cli.grouping.matching import Matcher
-from uniattn_cli.grouping.search import frontier
-from uniattn_cli.grouping.thorough import proposer
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
+from uniattn_cli.layouts.fast import frontier
+from uniattn_cli.layouts.greedy import ThoroughSearch
+from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.recipe import AnalysisSpec, ConversionSpec
+from uniattn_cli.models.loading import Source, build_converted
+from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec
 
 LENGTH = 1024
 TOKENS = 131072

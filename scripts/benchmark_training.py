@@ -32,13 +32,14 @@ import torch
 import transformers
 import trl
 
-from uniattn_cli import analyze, convert, data, train
-from uniattn_cli.checkpoint import load_model, load_tokenizer, locate
-from uniattn_cli.heldout import response_rows, row_losses
+from uniattn_cli import analyze, convert, train
+from uniattn_cli.data import splits
+from uniattn_cli.data.heldout import response_rows, row_losses
+from uniattn_cli.models.loading import load_model, load_tokenizer, locate
+from uniattn_cli.models.losses import window_loss
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import ModelSpec, Recipe
-from uniattn_cli.scoring import window_loss
-from uniattn_cli.training.sft import pack
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.training.trainer import pack
 
 TEXT_TOKENS, WIKITEXT_TOKENS = 30 * 1024, 64 * 1024
 # Twelve followers of SmolLM2-135M save 20 % of the KV bytes; the others save the same.
@@ -101,14 +102,14 @@ class Bench:
         ids: list[int] = []
         used = 0
         while len(ids) < wanted:
-            ids += [*data.encode(self.tokenizer, pages[used]), self.tokenizer.eos_token_id]
+            ids += [*splits.encode(self.tokenizer, pages[used]), self.tokenizer.eos_token_id]
             used += 1
         rest = "".join(json.dumps({"text": page}) + "\n" for page in pages[used:])
         (self.work / "calibration.jsonl").write_text(rest, encoding="utf-8")
         return self._windows(ids[:wanted])
 
     def _wikitext(self, path: Path) -> torch.Tensor:
-        ids = data.encode(self.tokenizer, path.read_text(encoding="utf-8"))
+        ids = splits.encode(self.tokenizer, path.read_text(encoding="utf-8"))
         return self._windows(ids[: min(WIKITEXT_TOKENS, self.arguments.text_tokens)])
 
     def _windows(self, ids: Sequence[int]) -> torch.Tensor:
@@ -185,8 +186,8 @@ class Bench:
         """Optimiser steps that see about the wanted number of tokens."""
         recipe = self._recipe()
         spec = recipe.train
-        rows = data.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
-        tokenised = data.tokenize(rows, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
+        rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
+        tokenised = splits.tokenize(rows, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
         sequences = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.used
         return max(1, round(self.arguments.tokens / (tokenised.tokens / sequences) / spec.batch_size))
 

@@ -26,14 +26,14 @@ import transformers
 import trl
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.loading import build_converted
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import TrainSpec, TrainStage
+from uniattn_cli.recipe.schema import TrainSpec, TrainStage
 from uniattn_cli.training.process import Process
-from uniattn_cli.training.runner import quiet_training
-from uniattn_cli.training.sft import StageTrainer, compute_dtype, make_config
-from uniattn_cli.training.stages import prepare
+from uniattn_cli.training.stage import quiet_training
+from uniattn_cli.training.trained import prepare
+from uniattn_cli.training.trainer import StageTrainer, compute_dtype, make_config
 
 # Name of the case: what the converted model trains, gradient checkpointing.
 CASES = {

@@ -10,12 +10,12 @@ from tiny import FAMILIES, backends, make_base, make_layout
 from tiny_run import make_analysed, settings
 
 from uniattn_cli import convert
-from uniattn_cli.checkpoint import build_attention, build_converted
-from uniattn_cli.fitting import align
+from uniattn_cli.fitting import align_queries
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.stream import run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.recipe import ConversionSpec
+from uniattn_cli.models.loading import build_attention, build_converted
+from uniattn_cli.recipe.schema import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
 STEPS = 60
@@ -76,14 +76,14 @@ def test_the_map_is_that_of_the_attention_backend(entry, windows):
         batch = start_batches(base, windows[:3], 0.3, 3)[0]
         for index, layer in enumerate(base.model.layers):
             own = build_attention(base, Layout.own(len(base.model.layers)), index)
-            given = align.attention_inputs(layer, batch.base, batch.kwargs[index])
+            given = align_queries.attention_inputs(layer, batch.base, batch.kwargs[index])
             states = own.project(given["hidden_states"], "qk")
             own.embed_positions(states, given["position_embeddings"])
-            scores = align._scores(own, states["q"], states["k"])
-            found = align._masked(own, scores, given.get("attention_mask")).softmax(-1)
+            scores = align_queries._scores(own, states["q"], states["k"])
+            found = align_queries._masked(own, scores, given.get("attention_mask")).softmax(-1)
             torch.testing.assert_close(found, expected[index][: len(found)], atol=1e-5, rtol=1e-4)
             # FlashAttention is given no mask, and windows as a number.
-            torch.testing.assert_close(align._masked(own, scores, None).softmax(-1), found)
+            torch.testing.assert_close(align_queries._masked(own, scores, None).softmax(-1), found)
             batch.base = layer(batch.base, **batch.kwargs[index])
 
 
@@ -100,10 +100,10 @@ def test_gradients_are_those_of_the_divergence(entry, windows):
         batch.converted = batch.base
         own = build_attention(base, Layout.own(len(base.model.layers)), index)
         layer = model.model.layers[index]
-        material = align._prepare(base.model.layers[index], layer, own, index, batch)
-        trained = align._Queries(layer.self_attn).trained
-        found = align._gradients(trained, layer.self_attn, own, material)
-    expected = torch.autograd.grad(align._divergence(layer.self_attn, own, material), trained)
+        material = align_queries._prepare(base.model.layers[index], layer, own, index, batch)
+        trained = align_queries._Queries(layer.self_attn).trained
+        found = align_queries._gradients(trained, layer.self_attn, own, material)
+    expected = torch.autograd.grad(align_queries._divergence(layer.self_attn, own, material), trained)
     for ours, theirs in zip(found, expected, strict=True):
         assert theirs.abs().max() > 1e-6
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item() + 1e-7)
@@ -129,14 +129,14 @@ def test_keys_that_are_the_same_need_no_other_queries(windows):
 def test_little_memory_takes_fewer_rows_at_once_and_gains_the_same(windows, monkeypatch):
     base = make_base(FAMILIES[0])
     layout = make_layout("kv", base.config)
-    monkeypatch.setattr(align, "STEP_TOKENS", 5 * 32)
-    plain = align._gradients
+    monkeypatch.setattr(align_queries, "STEP_TOKENS", 5 * 32)
+    plain = align_queries._gradients
     found = {}
     for most, pieces in ((5, [5]), (2, [2, 2, 1])):
-        monkeypatch.setattr(align, "MOST_SCORES", most * 6 * 32 * 32)
+        monkeypatch.setattr(align_queries, "MOST_SCORES", most * 6 * 32 * 32)
         seen = []
         monkeypatch.setattr(
-            align,
+            align_queries,
             "_gradients",
             lambda *arguments, seen=seen: seen.append(len(arguments[-1].converted)) or plain(*arguments),
         )

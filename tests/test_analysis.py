@@ -13,18 +13,18 @@ from tiny import FAMILIES, SIZES, make_base
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from uniattn_cli.analysis import borrowing, statistics
-from uniattn_cli.analysis.analyze import neighbours_table, resolution_note
+from uniattn_cli.analysis import borrowing, similarity
 from uniattn_cli.analysis.borrowing import RIDGE, BorrowingError, RatioMean, held_out, sketch_of
 from uniattn_cli.analysis.capture import capture
 from uniattn_cli.analysis.maps import SequenceMaps
 from uniattn_cli.analysis.measure import measure
+from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.analysis.plots import plot_depth
-from uniattn_cli.analysis.statistics import FIRST_ROW, MapStatistics, SequenceMean
+from uniattn_cli.analysis.similarity import FIRST_ROW, MapStatistics, SequenceMean
+from uniattn_cli.commands.analyze import neighbours_table, resolution_note
 from uniattn_cli.errors import ModelError, StageError
-from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.recipe import AnalysisSpec
+from uniattn_cli.recipe.schema import AnalysisSpec
 
 LAYERS, HEADS, DISTANCE, ROWS, TOP = 6, 6, 3, 5, 4
 # Analysis knows no families. These mask, project or bound scores in other ways than those that can be converted.
@@ -108,7 +108,7 @@ def without_sink(maps):
 @everything
 @pytest.mark.parametrize("tile", [1, 1 << 30], ids=["many_tiles", "one_tile"])
 def test_streaming_equals_direct_computation(entry, tile, monkeypatch):
-    monkeypatch.setattr(statistics, "TILE_BYTES", tile)
+    monkeypatch.setattr(similarity, "TILE_BYTES", tile)
     model = make_base(entry)
     depth = model.config.num_hidden_layers
     sequences = tokens_of(24, 40, 31)
@@ -141,9 +141,9 @@ def test_streaming_equals_direct_computation(entry, tile, monkeypatch):
 
 @pytest.mark.parametrize("tile", [1, 4000, 1 << 30])
 def test_products_by_rows_are_the_same_products(tile, monkeypatch):
-    monkeypatch.setattr(statistics, "TILE_BYTES", tile)
+    monkeypatch.setattr(similarity, "TILE_BYTES", tile)
     features = torch.rand(12, 7, 31)
-    torch.testing.assert_close(statistics.gram_by_rows(features), statistics.gram(features))
+    torch.testing.assert_close(similarity.gram_by_rows(features), similarity.gram(features))
 
 
 @pytest.mark.gpu
@@ -555,7 +555,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_maps_are_never_held_beyond_a_tile(monkeypatch):
-    monkeypatch.setattr(statistics, "TILE_BYTES", 1 << 16)
+    monkeypatch.setattr(similarity, "TILE_BYTES", 1 << 16)
     monkeypatch.setattr(borrowing, "TILE_BYTES", 1 << 16)
     model = make_base(FAMILIES[0])
     with capture(model) as captured:

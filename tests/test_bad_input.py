@@ -22,16 +22,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
-from uniattn_cli import checkpoint
-from uniattn_cli.analysis.analyze import analyze
-from uniattn_cli.conversion.convert import convert
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.commands.analyze import analyze
+from uniattn_cli.commands.convert import convert
+from uniattn_cli.commands.group import group
+from uniattn_cli.data.rows import read_rows
 from uniattn_cli.errors import CheckpointError, DataError, LayoutError, ModelError, RecipeError, StageError, UsageError
-from uniattn_cli.grouping.group import group
-from uniattn_cli.grouping.measured import Measured
+from uniattn_cli.models import loading
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import ModelSpec, Recipe, read_tree, write_tree
-from uniattn_cli.rows import read_rows
-from uniattn_cli.rundir import RunDir, file_errors
+from uniattn_cli.recipe.schema import ModelSpec, Recipe, read_tree, write_tree
+from uniattn_cli.run.directory import RunDir, file_errors
 
 FORCE = RunOptions(device="cpu", force=True)
 
@@ -239,17 +239,17 @@ def test_a_model_that_cannot_be_converted(change, says, template, refuses, tmp_p
 def test_a_tokenizer_that_is_missing_or_of_another_model(template, tmp_path):
     model = Path(shutil.copytree(template / "model", tmp_path / "model"))
     edit_json(model / "config.json", lambda content: content | {"vocab_size": 100})
-    source = checkpoint.locate(str(model))
+    source = loading.locate(str(model))
     with pytest.raises(ModelError, match="the tokenizer has 300 tokens, the model only 100"):
-        checkpoint.load_tokenizer(source)
+        loading.load_tokenizer(source)
     with pytest.raises(
         CheckpointError, match=r"lm_head.weight \(stored \[300, 48\], expected \[100, 48\]\) and 1 more"
     ):
-        checkpoint.load_model(source, ModelSpec(), torch.device("cpu"))
+        loading.load_model(source, ModelSpec(), torch.device("cpu"))
     for path in model.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer; copy tokenizer\.json"):
-        checkpoint.load_tokenizer(source)
+        loading.load_tokenizer(source)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
@@ -486,7 +486,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(template, run, uniattn):
 
 
 def test_a_dry_run_of_auto_loads_nothing(run, monkeypatch):
-    monkeypatch.setattr(checkpoint, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     before = contents(run)
     result = convert(run, groups="auto", dry_run=True)
     assert (result.directory, result.losses) == (None, {})
@@ -596,7 +596,7 @@ def test_convert_killed_and_run_again_replaces_what_was_there(run, uniattn):
     assert done.returncode == 0, done.stderr
     assert not (run / ".converted.partial").exists()
     assert set(contents(run)) == set(before)
-    config = checkpoint.load_config(checkpoint.locate(str(run / "converted")), converted=True)
+    config = loading.load_config(loading.locate(str(run / "converted")), converted=True)
     assert config.layout.followers == [1, 3, 5]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_run import make_model, write_data
 
-from uniattn_cli.recipe import SynthesisSpec
+from uniattn_cli.recipe.schema import SynthesisSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,10 +15,10 @@ from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_layout, ran
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from uniattn_cli.checkpoint import build_converted, load_config, load_model, locate, save_checkpoint
 from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.modeling.layout_uniattn import REMOVED_PROJECTIONS
-from uniattn_cli.recipe import ModelSpec
+from uniattn_cli.models.loading import build_converted, load_config, load_model, locate, save_checkpoint
+from uniattn_cli.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])

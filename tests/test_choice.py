@@ -13,24 +13,24 @@ import pytest
 import torch
 from tiny_run import make_analysed, settings
 
-from uniattn_cli.checkpoint import build_converted, load_config, load_model, locate
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.commands.group import group
 from uniattn_cli.errors import DataError, LayoutError, ModelError, RecipeError, UsageError
 from uniattn_cli.fitting import fit
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.search import Step
-from uniattn_cli.grouping import choose as choosing
-from uniattn_cli.grouping.budget import Budget
-from uniattn_cli.grouping.candidates import Considered, Point, Validated, kinds_in_words, lower_envelope
-from uniattn_cli.grouping.choose import choose
-from uniattn_cli.grouping.group import group
-from uniattn_cli.grouping.measured import Measured
-from uniattn_cli.grouping.search import frontier
-from uniattn_cli.grouping.thorough import frontier_table, points_of
-from uniattn_cli.grouping.workbench import Workbench
+from uniattn_cli.layouts import choose as choosing
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.choose import choose
+from uniattn_cli.layouts.considered import Considered, Point, Validated, kinds_in_words, lower_envelope
+from uniattn_cli.layouts.fast import frontier
+from uniattn_cli.layouts.greedy import Step
+from uniattn_cli.layouts.thorough import frontier_table, points_of
+from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
+from uniattn_cli.models.loading import build_converted, load_config, load_model, locate
 from uniattn_cli.options import RunOptions, Silent
-from uniattn_cli.recipe import LayoutSpec, Recipe
-from uniattn_cli.rundir import RunDir
+from uniattn_cli.recipe.schema import LayoutSpec, Recipe
+from uniattn_cli.run.directory import RunDir
 
 CPU = RunOptions(device="cpu")
 KINDS = ("softmax", "kv", "linear")
@@ -411,7 +411,7 @@ def test_predictions_that_overflow_are_no_choice(run, monkeypatch):
     broken = torch.tensor([math.nan, 1.0], dtype=torch.float64)
     fine = torch.tensor([2.0, 3.0], dtype=torch.float64)
     answers = [broken, fine]
-    monkeypatch.setattr("uniattn_cli.scoring.window_divergences", lambda *a, **k: answers.pop(0))
+    monkeypatch.setattr("uniattn_cli.models.losses.window_divergences", lambda *a, **k: answers.pop(0))
     found = bench.validate({"broken": layout_of(*"oooool"), "fine": layout_of(*"ooooon")})
     assert [entry.name for entry in found] == ["fine", "broken"]
     answers += [broken, broken]

@@ -17,23 +17,23 @@ from typer.testing import CliRunner
 
 import uniattn_cli
 from uniattn_cli.cli import app as app_module
-from uniattn_cli.cli import console, doctor, flags, runner
+from uniattn_cli.cli import console, doctor, flags, guard
 from uniattn_cli.errors import DataError, RecipeError, UsageError
-from uniattn_cli.families import FAMILIES
 from uniattn_cli.modeling.layout_uniattn import KINDS
+from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.options import RunOptions
 from uniattn_cli.tables import Table, to_markdown
 
 ROOT = Path(uniattn_cli.__file__).resolve().parent.parent
 STAGES = {
-    "analyze": "uniattn_cli.analysis.analyze",
-    "group": "uniattn_cli.grouping.group",
-    "convert": "uniattn_cli.conversion.convert",
-    "train": "uniattn_cli.training.train",
-    "eval": "uniattn_cli.evaluation.evaluate",
-    "compare": "uniattn_cli.evaluation.compare",
-    "sweep": "uniattn_cli.sweeping.sweep",
-    "synthesize": "uniattn_cli.generation.synthesize",
+    "analyze": "uniattn_cli.commands.analyze",
+    "group": "uniattn_cli.commands.group",
+    "convert": "uniattn_cli.commands.convert",
+    "train": "uniattn_cli.commands.train",
+    "eval": "uniattn_cli.commands.evaluate",
+    "compare": "uniattn_cli.commands.compare",
+    "sweep": "uniattn_cli.commands.sweep",
+    "synthesize": "uniattn_cli.generation.writer",
 }
 COMMANDS = [
     *STAGES, "report", "generate", "chat", "bench", "serve", "data", "recipe", "recipes", "families", "doctor", "push",
@@ -162,7 +162,7 @@ def test_a_run_directory_that_is_missing(uniattn, tmp_path):
     ],
 )
 def test_errors_become_lines(error, code, line, capsys):
-    with pytest.raises(typer.Exit) as caught, runner.guard("train", debug=False):
+    with pytest.raises(typer.Exit) as caught, guard.guard("train", debug=False):
         raise error
     assert caught.value.exit_code == code
     shown = capsys.readouterr().err
@@ -172,14 +172,14 @@ def test_errors_become_lines(error, code, line, capsys):
 
 def test_running_out_of_memory_on_a_gpu_is_one_line(capsys):
     torch = pytest.importorskip("torch")
-    with pytest.raises(typer.Exit), runner.guard("eval", debug=False):
+    with pytest.raises(typer.Exit), guard.guard("eval", debug=False):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory; try --set evaluation.batch_size=1")
 
 
 def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(capsys):
-    with pytest.raises(typer.Exit) as caught, runner.guard("train", debug=False):
+    with pytest.raises(typer.Exit) as caught, guard.guard("train", debug=False):
         raise ZeroDivisionError("oops")
     assert caught.value.exit_code == 1
     shown = capsys.readouterr().err
@@ -209,7 +209,7 @@ def stages(monkeypatch):
         setattr(module, function, fake(function))
         monkeypatch.setitem(sys.modules, module_name, module)
     # It changes the whole process for good.
-    monkeypatch.setattr(runner, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(guard, "quiet_libraries", lambda: None)
     return calls
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from test_evaluation import make_model, make_run, make_tokenizer
 
-from uniattn_cli import checkpoint
+from uniattn_cli.commands import evaluate
+from uniattn_cli.commands.compare import compare
 from uniattn_cli.errors import ModelError, StageError
-from uniattn_cli.evaluation import evaluate, figures, merge, store
-from uniattn_cli.evaluation.compare import compare
+from uniattn_cli.evaluation import cache, comparison, figures
+from uniattn_cli.models import loading
 from uniattn_cli.options import RunOptions
 
 NO_SPEED = "evaluation.speed.enabled=false"
@@ -31,7 +32,7 @@ def runs(tmp_path_factory) -> Path:
     other = make_model()
     with torch.no_grad():
         other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.3)
-    checkpoint.save_checkpoint(other, make_tokenizer(), root / "damaged")
+    loading.save_checkpoint(other, make_tokenizer(), root / "damaged")
     for name in ("one", "two"):
         evaluate.evaluate(root / name, overrides=SETTINGS)
     return root
@@ -52,7 +53,7 @@ def test_results_of_two_runs(runs, tmp_path):
 
 
 def test_checkpoints_are_evaluated_alike_and_join_results(runs, monkeypatch, tmp_path):
-    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     inputs = [str(runs / "damaged"), str(runs / "two")]
     options = RunOptions(force=True)
     found = compare(inputs, runs / "one", overrides=SETTINGS, options=options)
@@ -112,23 +113,23 @@ def test_the_front_holds_who_is_beaten_by_nobody():
         "small": model(20.0, 50.0, 0.9),
         "untimed": model(9.0, 70.0),
     }
-    assert merge.pareto({name: one for name, one in models.items() if name != "untimed"}, "perplexity", "kv") == [
+    assert comparison.pareto({name: one for name, one in models.items() if name != "untimed"}, "perplexity", "kv") == [
         "base", "good", "twin", "small",
     ]  # fmt: skip
-    assert merge.pareto(models, "perplexity", "kv") == ["small", "untimed"]
-    assert merge.pareto(models, "perplexity", "speed") == ["base", "good", "worse"]
+    assert comparison.pareto(models, "perplexity", "kv") == ["small", "untimed"]
+    assert comparison.pareto(models, "perplexity", "speed") == ["base", "good", "worse"]
 
 
 def test_speeds_of_different_backends_are_not_compared():
-    def part(label: str, **speed) -> merge.Part:
+    def part(label: str, **speed) -> comparison.Part:
         identity = {"quality": {"base": "b"}, "speed": {"device": "cpu", "attention": "sdpa", **speed}}
         models = {"base": model(10.0, 100.0, 1.0, role="base"), "converted": model(11.0, 80.0, 1.1)}
-        return merge.Part(label, {"models": models, "tasks": [], "notes": [], "identity": identity}, label)
+        return comparison.Part(label, {"models": models, "tasks": [], "notes": [], "identity": identity}, label)
 
-    alike = merge.merge([part("a"), part("b")])
-    assert set(alike.fronts) == {"perplexity/kv", "perplexity/speed"} and merge.APART in alike.notes
+    alike = comparison.merge([part("a"), part("b")])
+    assert set(alike.fronts) == {"perplexity/kv", "perplexity/speed"} and comparison.APART in alike.notes
     assert list(alike.models) == ["base", "a/converted", "b/converted"]
-    differ = merge.merge([part("a"), part("b", attention="eager")])
+    differ = comparison.merge([part("a"), part("b", attention="eager")])
     assert set(differ.fronts) == {"perplexity/kv"}
     assert any("attention sdpa and eager" in note for note in differ.notes)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from training_run import CPU, Interrupting, Recorder, log_of, make_run, stages, weights, without_times
 
+from uniattn_cli.commands.evaluate import evaluate
+from uniattn_cli.commands.train import train
 from uniattn_cli.errors import StageError
-from uniattn_cli.evaluation.evaluate import evaluate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import LoraSpec, TrainStage
-from uniattn_cli.training.stages import control_stages
-from uniattn_cli.training.train import train
+from uniattn_cli.recipe.schema import LoraSpec, TrainStage
+from uniattn_cli.training.trained import control_stages
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_control_is_a_stock_model_of_which_the_same_part_was_trained(trained
 
 
 def test_rows_come_in_the_same_order(trained, tmp_path, monkeypatch):
-    from uniattn_cli.training.sft import StageTrainer
+    from uniattn_cli.training.trainer import StageTrainer
 
     seen = []
 

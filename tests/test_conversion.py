@@ -10,14 +10,14 @@ from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
 from tiny_run import make_model, settings, write_data
 
 from uniattn_cli import convert
-from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.errors import ModelError, RecipeError
-from uniattn_cli.families import check_target, family_of
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank, solve_ridge
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
-from uniattn_cli.recipe import ConversionSpec
+from uniattn_cli.models.families import check_target, family_of
+from uniattn_cli.models.loading import build_converted
+from uniattn_cli.recipe.schema import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
 cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)

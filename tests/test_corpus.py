@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from uniattn_cli import corpus, stdlib_docs
+from uniattn_cli.data import builtin, stdlib_docs
 from uniattn_cli.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,31 +109,31 @@ def test_answers_are_the_leading_prose(stdlib, doc, answer):
 
 def test_missing_sources_name_the_next_step(stdlib):
     with pytest.raises(DataError, match=r"holds none; name a local file in the recipe's data\.train"):
-        corpus.instructions("train")
+        builtin.instructions("train")
 
 
 def test_missing_topics_name_the_next_step(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError, match=r"pydoc_data.*name a local file"):
-        corpus.text("heldout")
+        builtin.text("heldout")
 
 
 def test_unknown_names_are_told():
     with pytest.raises(DataError, match=r"no part 'held-out' \(did you mean 'heldout'"):
-        corpus.text("held-out")
+        builtin.text("held-out")
     with pytest.raises(DataError, match="no task 'x'; known: name_the_function, describe_the_function"):
-        corpus.multiple_choice("x")
+        builtin.multiple_choice("x")
 
 
 def paragraphs(part: str) -> set[str]:
-    blocks = (" ".join(block.split()) for page in corpus.text(part) for block in page.split("\n\n"))
+    blocks = (" ".join(block.split()) for page in builtin.text(part) for block in page.split("\n\n"))
     return {block for block in blocks if len(block) >= 200}
 
 
 def test_parts_are_disjoint_and_large():
-    blocks = {part: paragraphs(part) for part in corpus.PARTS}
-    rows = {part: corpus.instructions(part) for part in corpus.PARTS}
-    docs = {part: {" ".join(e.doc.split()) for e in stdlib_docs.entries() if e.part == part} for part in corpus.PARTS}
+    blocks = {part: paragraphs(part) for part in builtin.PARTS}
+    rows = {part: builtin.instructions(part) for part in builtin.PARTS}
+    docs = {part: {" ".join(e.doc.split()) for e in stdlib_docs.entries() if e.part == part} for part in builtin.PARTS}
     assert sum(map(len, docs.values())) == len(set.union(*docs.values()))
     for part, other in (("calibration", "heldout"), ("train", "heldout"), ("calibration", "train")):
         shared = blocks[part] & blocks[other]
@@ -141,13 +141,13 @@ def test_parts_are_disjoint_and_large():
         for position in (0, 1):
             both = [{row["messages"][position]["content"] for row in rows[name]} for name in (part, other)]
             assert not both[0] & both[1]
-    characters = {part: sum(map(len, corpus.text(part))) for part in corpus.PARTS}
+    characters = {part: sum(map(len, builtin.text(part))) for part in builtin.PARTS}
     assert characters["calibration"] > 550_000 and characters["heldout"] > 150_000
     assert len(rows["train"]) > 3000 and len(rows["heldout"]) > 600
 
 
 def test_instructions_are_clean():
-    rows = corpus.instructions("train")
+    rows = builtin.instructions("train")
     answers = [row["messages"][1]["content"] for row in rows]
     assert len(set(answers)) == len(answers)
     for row in rows:
@@ -157,9 +157,9 @@ def test_instructions_are_clean():
         assert "{" not in question.split("`")[0]
 
 
-@pytest.mark.parametrize("task", corpus.TASKS)
+@pytest.mark.parametrize("task", builtin.TASKS)
 def test_choices_are_fair(task):
-    items = corpus.multiple_choice(task)
+    items = builtin.multiple_choice(task)
     assert len(items) >= 200
     assert len({item["id"] for item in items}) == len(items)
     positions = Counter(item["gold"] for item in items)
@@ -178,8 +178,8 @@ def test_choices_are_fair(task):
 
 
 def fingerprint() -> str:
-    everything = [[corpus.text(part), corpus.instructions(part)] for part in corpus.PARTS] + [
-        corpus.multiple_choice(task) for task in corpus.TASKS
+    everything = [[builtin.text(part), builtin.instructions(part)] for part in builtin.PARTS] + [
+        builtin.multiple_choice(task) for task in builtin.TASKS
     ]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
-from uniattn_cli import data
-from uniattn_cli.checkpoint import load_tokenizer, locate
 from uniattn_cli.cli.console import make_console, show
-from uniattn_cli.recipe import DatasetSpec, Recipe
-from uniattn_cli.training.dataview import Sample, histogram, percentile, view_data
+from uniattn_cli.commands.view_data import Sample, histogram, percentile, view_data
+from uniattn_cli.data import splits
+from uniattn_cli.models.loading import load_tokenizer, locate
+from uniattn_cli.recipe.schema import DatasetSpec, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def table(view, title: str):
 def test_counts_are_those_of_training(folder):
     view = view_data(folder / "recipe.yaml")
     recipe = Recipe.load(folder / "recipe.yaml")
-    rows = data.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
+    rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
     tokenizer = load_tokenizer(locate(recipe.model.name))
-    expected = data.tokenize(rows, tokenizer, max_length=32, loss="responses")
+    expected = splits.tokenize(rows, tokenizer, max_length=32, loss="responses")
     assert view.counts.dataset.to_dict() == expected.dataset.to_dict()
     assert expected.truncated > 0 and expected.lost > 0
     together = table(view, "rows").rows[-1]
@@ -55,7 +55,7 @@ def test_counts_are_those_of_training(folder):
     assert together[6:] == [
         f"{expected.share:.1%}", f"{expected.truncated:,}", f"{expected.lost_share:.1%}", f"{expected.dropped:,}"
     ]  # fmt: skip
-    full = data.tokenize(rows, tokenizer, max_length=10**6, loss="responses")
+    full = splits.tokenize(rows, tokenizer, max_length=10**6, loss="responses")
     lengths = [length for counts in view.counts.sources.values() for length in counts.lengths]
     assert sum(lengths) == full.tokens == expected.tokens + expected.lost
     steps = table(view, "one epoch")
@@ -170,7 +170,7 @@ def test_the_histogram_holds_every_sequence_once(lengths):
 
 def test_the_template_of_training_is_saved_and_used_by_inference(tmp_path, monkeypatch):
     from uniattn_cli import RunOptions, analyze, convert, train
-    from uniattn_cli.data import load_rows, tokenize
+    from uniattn_cli.data.splits import load_rows, tokenize
 
     make_model(tmp_path / "model")
     tokenizer = load_tokenizer(locate(str(tmp_path / "model")))

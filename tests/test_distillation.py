@@ -24,15 +24,15 @@ from training_run import (
     without_times,
 )
 
-from uniattn_cli.checkpoint import load_model, locate
-from uniattn_cli.data import IGNORED
+from uniattn_cli.commands.train import train
+from uniattn_cli.data.splits import IGNORED
 from uniattn_cli.errors import RecipeError, StageError
+from uniattn_cli.models.loading import load_model, locate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import DistillationSpec, ModelSpec, Recipe, TrainSpec, TrainStage
+from uniattn_cli.recipe.schema import DistillationSpec, ModelSpec, Recipe, TrainSpec, TrainStage
 from uniattn_cli.training import distill
 from uniattn_cli.training.distill import Distiller
 from uniattn_cli.training.divergence import TopK, dense_divergence, sparse_divergence, top_k
-from uniattn_cli.training.train import train
 
 CHANGED_LAYERS = (1, 3)
 FORCE = RunOptions(device="cpu", force=True)
@@ -112,7 +112,7 @@ def make_trainer(run: Path, spec: DistillationSpec, **changes):
     """A stage's trainer over the converted model with sharp attention, and the teacher."""
     import datasets
 
-    from uniattn_cli.training.sft import StageTrainer, make_config
+    from uniattn_cli.training.trainer import StageTrainer, make_config
 
     student = load_model(locate(str(run / "converted")), ModelSpec(attention="eager"), torch.device("cpu"))
     teacher = load_model(locate(str(run / "base")), ModelSpec(attention="eager"), torch.device("cpu"))
@@ -144,14 +144,14 @@ def nearly(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def labels_by_hand(batch: dict) -> torch.Tensor:
     """What each position of `outputs_by_hand` is to predict, -100 where nothing is learned."""
-    from uniattn_cli.training.teacher import documents
+    from uniattn_cli.training.stored_teacher import documents
 
     return torch.tensor([label for _, labels in documents(batch, batch["labels"]) for label in labels[1:]])
 
 
 def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """Logits and attention outputs, each row alone, at all positions that a next token follows."""
-    from uniattn_cli.training.teacher import documents
+    from uniattn_cli.training.stored_teacher import documents
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     found, outputs = [], {layer: [] for layer in CHANGED_LAYERS}
@@ -333,7 +333,7 @@ def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing, tokens):
 
 
 def test_a_row_that_the_teacher_never_saw_is_refused(run):
-    from uniattn_cli.training.teacher import StoredTeacher, write_teacher
+    from uniattn_cli.training.stored_teacher import StoredTeacher, write_teacher
 
     trainer, _ = make_trainer(run, DistillationSpec(top_k=3))
     import datasets
@@ -383,7 +383,7 @@ def test_settings_that_cannot_be_had_together(spec, says):
 def test_a_mixture_of_experts_keeps_its_balancing_loss(family):
     from tiny import FAMILIES, make_base, make_layout
 
-    from uniattn_cli.checkpoint import build_converted
+    from uniattn_cli.models.loading import build_converted
 
     base = make_base(next(entry for entry in FAMILIES if entry[0] == family))
     student = build_converted(base, make_layout("mixed", base.config))

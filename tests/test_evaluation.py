@@ -17,16 +17,18 @@ from tiny import LAYOUTS, SIZES, make_base, make_layout, randomise_compensation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from uniattn_cli import checkpoint, heldout
+from uniattn_cli.commands import evaluate
+from uniattn_cli.data import heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
-from uniattn_cli.evaluation import capacity, cost, evaluate, figures, results, speed, subjects, tasks, verdict, wording
+from uniattn_cli.evaluation import capacity, cost, figures, results, speed, subjects, tasks, verdict, wording
 from uniattn_cli.inference import engine
 from uniattn_cli.inference.engine import engine_for
 from uniattn_cli.inference.program import UnsupportedError
+from uniattn_cli.models import loading
+from uniattn_cli.models.losses import window_loss
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import Recipe
-from uniattn_cli.rundir import RunDir, fingerprint
-from uniattn_cli.scoring import window_loss
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.directory import RunDir, fingerprint
 
 WORDS = "the map of one layer is shared with those that follow it and a value stays what it was before".split()
 TEMPLATE = (
@@ -69,8 +71,8 @@ def make_run(root: Path) -> Path:
     """A run directory with base, converted checkpoint and local data of every sort."""
     rng = random.Random(0)
     tokenizer, base = make_tokenizer(), make_model()
-    checkpoint.save_checkpoint(base, tokenizer, root / "base")
-    converted = randomise_compensation(checkpoint.build_converted(base, make_layout(LAYOUT)), 0.2)
+    loading.save_checkpoint(base, tokenizer, root / "base")
+    converted = randomise_compensation(loading.build_converted(base, make_layout(LAYOUT)), 0.2)
     write_stage(root, "convert", converted, tokenizer, {"model": fingerprint(root / "base")})
     (root / "text.txt").write_text("\n\n".join(sentence(rng, 30) for _ in range(20)), encoding="utf-8")
     chats = [
@@ -112,7 +114,7 @@ evaluation:
 
 def write_stage(root: Path, stage: str, model, tokenizer, inputs: dict) -> None:
     folder = RunDir(root).output(stage)
-    checkpoint.save_checkpoint(model, tokenizer, folder)
+    loading.save_checkpoint(model, tokenizer, folder)
     (folder / "stage.json").write_text(json.dumps({"stage": stage, "inputs": inputs}), encoding="utf-8")
 
 
@@ -129,13 +131,13 @@ def compared(run) -> evaluate.Evaluation:
     with torch.no_grad():
         for parameter in damaged.lm_head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    checkpoint.save_checkpoint(damaged, tokenizer, run / "damaged")
+    loading.save_checkpoint(damaged, tokenizer, run / "damaged")
     return evaluate.evaluate(run, checkpoints=[str(run / "copy"), str(run / "damaged")])
 
 
 def load(run: Path, name: str):
     recipe = Recipe.load(run / "recipe.yaml")
-    return checkpoint.load_model(checkpoint.locate(str(run / name)), recipe.model, torch.device("cpu"))
+    return loading.load_model(loading.locate(str(run / name)), recipe.model, torch.device("cpu"))
 
 
 def all_figures(model: dict) -> dict[str, dict]:
@@ -275,8 +277,8 @@ def test_tasks_of_a_group_are_pooled_over_items():
 def test_measured_cache_is_what_the_layout_predicts(name, tmp_path):
     base = make_model()
     layout = make_layout(name) if name in LAYOUTS else make_layout("leader").own(6)
-    model = checkpoint.build_converted(base, layout)
-    checkpoint.save_checkpoint(model, make_tokenizer(), tmp_path)
+    model = loading.build_converted(base, layout)
+    loading.save_checkpoint(model, make_tokenizer(), tmp_path)
     size = cost.measure_size(name, model, tmp_path)
     heads = {"own": 6, "softmax": 3, "key": 3, "kv": 0, "pooled": 2, "linear": 0, "none": 0}
     assert size.kv_bytes == size.kv_bytes_predicted == 4 * 8 * sum(heads[plan.kind] for plan in layout)
@@ -570,7 +572,7 @@ def test_stale_and_finished_outputs_are_refused(run, tmp_path):
     with pytest.raises(StageError, match="trained was made from another state"):
         evaluate.evaluate(run, overrides=overrides, options=options)
     shutil.rmtree(run / "trained")
-    checkpoint.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
+    loading.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
     with pytest.raises(StageError, match="converted was made from another state"):
         evaluate.evaluate(run, overrides=overrides, options=options)
     assert json.loads((run / "evaluation/results.json").read_text()) == found.results
@@ -633,7 +635,7 @@ def test_another_vocabulary_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["new"])
-    checkpoint.save_checkpoint(make_model(), tokenizer, tmp_path / "other")
+    loading.save_checkpoint(make_model(), tokenizer, tmp_path / "other")
     with pytest.raises(CheckpointError, match="another vocabulary"):
         evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "other")], overrides=QUICK)
 
@@ -656,7 +658,7 @@ def test_models_without_numbers_are_refused(run, tmp_path):
     broken = make_model()
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))
-    checkpoint.save_checkpoint(broken, make_tokenizer(), tmp_path / "broken")
+    loading.save_checkpoint(broken, make_tokenizer(), tmp_path / "broken")
     with pytest.raises(ModelError, match="not a number"):
         evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "broken")], overrides=QUICK)
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tiny_run import make_analysed, settings
 
 import uniattn_cli
-from uniattn_cli.checkpoint import load_config, locate
 from uniattn_cli.fitting import stream
-from uniattn_cli.grouping.choose import choose
+from uniattn_cli.layouts.choose import choose
+from uniattn_cli.models.loading import load_config, locate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import AnalysisSpec, ConversionSpec, LayoutSpec, Recipe
-from uniattn_cli.rundir import RunDir
+from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, LayoutSpec, Recipe
+from uniattn_cli.run.directory import RunDir
 
 CPU = RunOptions(device="cpu")
 FEW = {"analysis.tokens": 256, "conversion.tokens": 512, "layout.score_tokens": 128, "layout.kv": 0.8}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from uniattn_cli.errors import LayoutError
-from uniattn_cli.grouping.matching import Matcher
-from uniattn_cli.grouping.search import frontier
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.modeling.layout_uniattn import AttentionShape
 
 HEADS = 4

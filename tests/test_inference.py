@@ -9,8 +9,6 @@ import tiny
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from uniattn_cli.accounting import kv_bytes_per_token
-from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.errors import UsageError
 from uniattn_cli.inference.engine import Engine, _generate, decode, engine_for
 from uniattn_cli.inference.program import UnsupportedError, map_slots
@@ -18,6 +16,8 @@ from uniattn_cli.inference.sampling import Sampling, choose, most_likely
 from uniattn_cli.inference.session import Session, rotary_tables
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.costs import kv_bytes_per_token
+from uniattn_cli.models.loading import build_converted
 
 NEW = 64
 PROMPT = 13

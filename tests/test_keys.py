@@ -7,18 +7,18 @@ import torch
 from test_sources import PLENTY, arrive, matcher_of, windows
 from tiny import FAMILIES, make_base
 
-from uniattn_cli.checkpoint import build_attention, build_converted
-from uniattn_cli.fitting.align import _Queries
+from uniattn_cli.fitting.align_queries import _Queries
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.keys import KeyMatches, matched, unrotated
-from uniattn_cli.fitting.search import ThoroughSearch
-from uniattn_cli.fitting.sources import Block, Borrowing, SourceChooser, candidate_blocks
+from uniattn_cli.fitting.match_keys import KeyMatches, matched, unrotated
+from uniattn_cli.fitting.match_outputs import Block, Borrowing, SourceChooser, candidate_blocks
 from uniattn_cli.fitting.stream import attention_inputs, start_batches
-from uniattn_cli.grouping.thorough import proposer
+from uniattn_cli.layouts.greedy import ThoroughSearch
+from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
-from uniattn_cli.recipe import ConversionSpec
+from uniattn_cli.models.loading import build_attention, build_converted
+from uniattn_cli.recipe.schema import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from uniattn_cli.accounting import kv_bytes_per_token
 from uniattn_cli.errors import LayoutError
-from uniattn_cli.grouping.picture import draw_layout
-from uniattn_cli.grouping.shorthand import parse_groups
+from uniattn_cli.layouts.picture import draw_layout
+from uniattn_cli.layouts.shorthand import parse_groups
 from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
+from uniattn_cli.models.costs import kv_bytes_per_token
 
 SHAPE = AttentionShape(query_heads=4, kv_heads=2, head_dim=8, hidden_size=32, mask_types=("full",) * 8)
 MIXED = AttentionShape(4, 2, 8, 32, ("sliding", "sliding", "full", "sliding", "sliding", "full", "sliding", "sliding"))

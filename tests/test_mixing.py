@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import load, make_tokenizer, write
 
-from uniattn_cli import data
+from uniattn_cli.data import splits
+from uniattn_cli.data.mixing import draw, shares
 from uniattn_cli.errors import DataError, RecipeError
-from uniattn_cli.mixing import draw, shares
-from uniattn_cli.recipe import DatasetSpec, DataSpec, Recipe
+from uniattn_cli.recipe.schema import DatasetSpec, DataSpec, Recipe
 
 SIZES = st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 100)), min_size=1, max_size=6)
 
@@ -47,7 +47,7 @@ def files(tmp_path):
 
 def mix(files, *weights, part="train", seed=0, holdout=0.1, **settings):
     specs = tuple(DatasetSpec(source=file, weight=weight) for file, weight in zip(files, weights, strict=True))
-    return data.load_mix(specs, part, holdout=holdout, seed=seed, **settings)
+    return splits.load_mix(specs, part, holdout=holdout, seed=seed, **settings)
 
 
 def prompts(rows) -> list[str]:
@@ -88,25 +88,25 @@ def test_calibration_takes_no_row_twice(files):
     mixed = prompts(mix(files, 1, 3)[0])
     assert prompts(rows) == list(dict.fromkeys(mixed))
     spec = DataSpec(train=tuple(DatasetSpec(source=file, weight=1.0) for file in files), holdout=0.1)
-    seen = data.calibration_windows(spec, make_tokenizer(), tokens=10**6, length=16, seed=0)
+    seen = splits.calibration_windows(spec, make_tokenizer(), tokens=10**6, length=16, seed=0)
     text = make_tokenizer().decode(seen.flatten())
     assert max(text.count(f"user\ns{i}<") for i in range(40)) == 1
 
 
 def test_tokenised_rows_are_counted_by_data_set(files):
     rows, _ = mix(files, 1, 1)
-    result = data.tokenize(rows, make_tokenizer(), max_length=500, loss="responses")
-    assert {name: counts.rows for name, counts in result.sources.items()} == data.source_counts(rows)
+    result = splits.tokenize(rows, make_tokenizer(), max_length=500, loss="responses")
+    assert {name: counts.rows for name, counts in result.sources.items()} == splits.source_counts(rows)
     for name in ("rows", "used", "tokens", "supervised", "lost"):
         assert sum(getattr(counts, name) for counts in result.sources.values()) == getattr(result, name)
 
 
 def test_one_source_with_other_splits_is_two_data_sets():
-    assert data.label(DatasetSpec(source="a/b", config="x", split="test")) == "a/b (x, test)"
+    assert splits.label(DatasetSpec(source="a/b", config="x", split="test")) == "a/b (x, test)"
 
 
 def faults(text: str) -> list[str]:
-    from uniattn_cli.recipe import _yaml
+    from uniattn_cli.recipe.schema import _yaml
 
     with pytest.raises(RecipeError) as caught:
         Recipe.from_tree(_yaml().load("model: {name: m}\n" + text))
@@ -135,4 +135,4 @@ def test_a_weighted_data_set_without_rows_is_told(tmp_path, files):
     assert len(load(only, holdout=1e-9)) == 1
     specs = (DatasetSpec(source=files[0], weight=1.0), DatasetSpec(source=only, weight=1.0))
     with pytest.raises(DataError, match=r"one\.jsonl: no training row at data\.holdout 1\.0"):
-        data.load_mix(specs, "train", holdout=1.0, seed=0)
+        splits.load_mix(specs, "train", holdout=1.0, seed=0)

@@ -16,13 +16,14 @@ import pytest
 from conftest import ROOT
 from test_evaluation import make_run
 
+from uniattn_cli.commands import evaluate, report
 from uniattn_cli.errors import StageError
-from uniattn_cli.evaluation import evaluate, figures, rewrite
-from uniattn_cli.evaluation.page import context, curves, layers, page, plot, style
-from uniattn_cli.evaluation.page.evidence import Evidence, collect
-from uniattn_cli.evaluation.page.markup import Html, tag
+from uniattn_cli.evaluation import figures
 from uniattn_cli.evaluation.wording import as_value
-from uniattn_cli.rundir import RunDir, fingerprint
+from uniattn_cli.reporting.page import context, curves, layers, page, plot, style
+from uniattn_cli.reporting.page.evidence import Evidence, collect
+from uniattn_cli.reporting.page.markup import Html, tag
+from uniattn_cli.run.directory import RunDir, fingerprint
 
 HOSTILE = "<script>alert('x')</script> & <b>"
 
@@ -387,18 +388,18 @@ def test_the_command_makes_the_page_again_without_torch(run, results, tmp_path):
     assert Tree(again).root.all("table")[0].words() == Tree(before).root.all("table")[0].words()
     results["notes"].append("a new note")
     (root / "evaluation" / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    rewrite.report(root)
+    report.report(root)
     assert "a new note" in (root / "evaluation" / "report.html").read_text(encoding="utf-8")
 
 
 def test_without_results_there_is_one_line(tmp_path):
     with pytest.raises(StageError, match=r"results\.json is missing; run `uniattn eval` first"):
-        rewrite.report(tmp_path)
+        report.report(tmp_path)
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "results.json").write_text("[]", encoding="utf-8")
     with pytest.raises(StageError, match="not the result of an evaluation"):
-        rewrite.report(tmp_path)
+        report.report(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["results.json"]
 
 
@@ -414,7 +415,7 @@ def test_results_of_another_version_are_refused_in_one_line(changes, words, resu
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results | changes), encoding="utf-8")
     with pytest.raises(StageError, match=words):
-        rewrite.report(tmp_path)
+        report.report(tmp_path)
     assert not (tmp_path / "evaluation" / "report.html").exists()
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
 import uniattn_cli
-from uniattn_cli import checkpoint
-from uniattn_cli.grouping.measured import Measured
-from uniattn_cli.recipe import ModelSpec, Recipe, read_tree, write_tree
-from uniattn_cli.rundir import RunDir, fingerprint
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.models import loading
+from uniattn_cli.recipe.schema import ModelSpec, Recipe, read_tree, write_tree
+from uniattn_cli.run.directory import RunDir, fingerprint
 
 CPU = torch.device("cpu")
 REMARK = "# as few as will do"
@@ -140,9 +140,9 @@ def test_the_recipe_keeps_comments_and_order(whole):
 def test_converted_and_trained_load_and_differ_where_they_should(whole):
     models = {}
     for name in ("converted", "trained"):
-        source = checkpoint.locate(str(whole.run / name))
-        models[name] = checkpoint.load_model(source, ModelSpec(), CPU)
-        assert len(checkpoint.load_tokenizer(source)) == 300
+        source = loading.locate(str(whole.run / name))
+        models[name] = loading.load_model(source, ModelSpec(), CPU)
+        assert len(loading.load_tokenizer(source)) == 300
     layout = models["converted"].config.layout
     assert layout == models["trained"].config.layout
     # 0.8 of the KV bytes of six layers is met with three followers.
@@ -222,7 +222,7 @@ def test_convert_uses_what_group_chose(run, tmp_path):
     printed = uniattn(tmp_path, "convert", "-C", "run")
     assert "layout of the recipe, 2 layers changed" in printed
     assert recipe.read_text() == before
-    config = checkpoint.load_config(checkpoint.locate(str(run / "converted")), converted=True)
+    config = loading.load_config(loading.locate(str(run / "converted")), converted=True)
     kinds = [entry["kind"] for entry in stored.layers]
     assert [plan.kind for plan in config.layout] == kinds
     assert kinds.count("softmax") == 2
@@ -263,9 +263,9 @@ def test_every_stage_is_a_function_of_the_package():
 def test_a_layout_without_followers_is_the_base(run, tmp_path):
     printed = uniattn(tmp_path, "convert", "--followers", "0", "-C", "run")
     assert "0 followers: budget followers 0" in printed
-    source = checkpoint.locate(str(run / "converted"))
-    converted = checkpoint.load_model(source, ModelSpec(), CPU)
-    base = checkpoint.load_model(checkpoint.locate(Recipe.load(run / "recipe.yaml").model.name), ModelSpec(), CPU)
+    source = loading.locate(str(run / "converted"))
+    converted = loading.load_model(source, ModelSpec(), CPU)
+    base = loading.load_model(loading.locate(Recipe.load(run / "recipe.yaml").model.name), ModelSpec(), CPU)
     assert converted.config.layout.changed == []
     tokens = torch.arange(3, 40)[None]
     assert torch.equal(converted(tokens).logits, base(tokens).logits)
@@ -276,11 +276,11 @@ def test_a_layout_without_followers_is_the_base(run, tmp_path):
 
 def test_rows_of_all_lengths_are_packed_without_padding(analysed, tmp_path, monkeypatch):
     """Rows of one word and of many; neither analysis nor fit sees a padding token."""
-    from uniattn_cli import data
+    from uniattn_cli.data import splits
 
     seen = []
-    packed = data.calibration_windows
-    monkeypatch.setattr(data, "calibration_windows", lambda *a, **k: seen.append(packed(*a, **k)) or seen[-1])
+    packed = splits.calibration_windows
+    monkeypatch.setattr(splits, "calibration_windows", lambda *a, **k: seen.append(packed(*a, **k)) or seen[-1])
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
     rows = [{"text": " ".join(f"word {n}" for n in range(length))} for length in (1, 60, 2, 30, 7, 90, 11) * 12]
@@ -289,7 +289,7 @@ def test_rows_of_all_lengths_are_packed_without_padding(analysed, tmp_path, monk
     conversion = uniattn_cli.convert()
     assert analysis.measured.tokens == 1024 and analysis.measured.sequences == 16
     assert all(fit.error_after <= fit.error_before for fit in conversion.fits) and conversion.fits
-    tokenizer = checkpoint.load_tokenizer(checkpoint.locate(str(analysed / "model")))
+    tokenizer = loading.load_tokenizer(loading.locate(str(analysed / "model")))
     assert len(seen) >= 2 and all(windows.shape[1] == 64 for windows in seen)
     assert not any((windows == tokenizer.pad_token_id).any() for windows in seen)
     assert any((windows == tokenizer.eos_token_id).any() for windows in seen)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from training_run import CPU, ROOT, log_of, make_run, stages, weights
 
+from uniattn_cli.commands.train import train
 from uniattn_cli.options import RunOptions
-from uniattn_cli.training.train import train
 
 pytestmark = pytest.mark.slow
 SETTING = [
@@ -39,7 +39,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from uniattn_cli.options import RunOptions, Silent
 from uniattn_cli.training import train as module
-from uniattn_cli.training.sft import StageTrainer
+from uniattn_cli.training.trainer import StageTrainer
 
 class Deadly(Silent):
     @contextlib.contextmanager
@@ -131,8 +131,8 @@ def test_two_processes_that_shard_the_model_train_what_one_does_even_if_killed(r
     assert done.returncode == 0, done.stderr
     # Sharded weights are bfloat16 in the forward pass, norms and embeddings too.
     check_equal_to_one_process(run, tolerance=4e-3)
-    from uniattn_cli.checkpoint import load_model, locate
-    from uniattn_cli.recipe import ModelSpec
+    from uniattn_cli.models.loading import load_model, locate
+    from uniattn_cli.recipe.schema import ModelSpec
 
     load_model(locate(str(run / "trained")), ModelSpec(), torch.device("cpu"))
 

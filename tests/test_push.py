@@ -21,9 +21,9 @@ from tiny import FAMILIES, make_base, make_layout
 from tiny_run import make_model, make_tokenizer, settings, write_data
 
 from uniattn_cli import analyze, convert, evaluate, push, train
-from uniattn_cli.checkpoint import build_converted, save_checkpoint, transport_errors
 from uniattn_cli.errors import CheckpointError, HubError, ModelError, UsageError
 from uniattn_cli.evaluation.wording import as_difference, as_value
+from uniattn_cli.models.loading import build_converted, save_checkpoint, transport_errors
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import ranges
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from test_evaluation import QUICK, make_model, make_run, make_tokenizer, write_rows
 
+from uniattn_cli.commands import evaluate
+from uniattn_cli.data.items import load_items
 from uniattn_cli.errors import DataError, RecipeError
-from uniattn_cli.evaluation import agreement, batches, evaluate, measured, retrieval, shapes, store, tasks
-from uniattn_cli.items import load_items
+from uniattn_cli.evaluation import agreement, batches, cache, local_tasks, retrieval, scores, tasks
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import Recipe, TaskSpec
+from uniattn_cli.recipe.schema import Recipe, TaskSpec
 
 NO_SPEED = "evaluation.speed.enabled=false"
 
@@ -71,7 +72,7 @@ def test_scores_are_those_of_the_harness(data, settings, monkeypatch):
         with tasks.quiet_harness():
             theirs = evaluator.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
-                tasks=[shapes.local_task(name, *load_items(spec), spec)],
+                tasks=[local_tasks.local_task(name, *load_items(spec), spec)],
                 num_fewshot=settings.get("fewshot"),
                 apply_chat_template=settings.get("chat_template", False),
                 limit=6,
@@ -79,8 +80,8 @@ def test_scores_are_those_of_the_harness(data, settings, monkeypatch):
                 task_manager=TaskManager(include_defaults=False),
             )["results"][name]
         assert ours[name], name
-        for metric, scores in ours[name].items():
-            assert scores.value == theirs[f"{metric},none"], (name, metric)
+        for metric, score in ours[name].items():
+            assert score.value == theirs[f"{metric},none"], (name, metric)
 
 
 def test_every_model_gets_the_same_examples(data):
@@ -100,9 +101,9 @@ def test_values_of_items_give_the_metric_back(data):
     }
     assert len(load_items(specs(data)[3])[1]) > 1, "paragraphs are joined to documents"
     for metrics in found.values():
-        for scores in metrics.values():
-            assert scores.values is not None and len(scores.values) == scores.n
-            mean = sum(scores.values) / (sum(scores.weights) if scores.weights else scores.n)
+        for score in metrics.values():
+            assert score.values is not None and len(score.values) == score.n
+            mean = sum(score.values) / (sum(score.weights) if score.weights else score.n)
             value = math.exp(mean) if scores.transform == "exponential" else mean
             assert value == pytest.approx(scores.value, rel=1e-9)
 
@@ -120,7 +121,7 @@ def test_values_of_items_give_the_metric_back(data):
     ],
 )
 def test_answers_are_extracted(text, extract, target, right):
-    assert shapes.matcher(extract)({"target": target}, [text]) == {"exact_match": right}
+    assert local_tasks.matcher(extract)({"target": target}, [text]) == {"exact_match": right}
 
 
 def test_files_of_other_shapes_are_refused(data, tmp_path):
@@ -234,8 +235,8 @@ def test_batches_shrink_until_they_fit():
 @pytest.fixture
 def fresh(tmp_path, monkeypatch) -> Path:
     """A run directory, and an empty store of scores."""
-    monkeypatch.setenv(store.VARIABLE, str(tmp_path / "cache"))
-    store.environment_key.cache_clear()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    cache.environment_key.cache_clear()
     return make_run(tmp_path / "run") if (tmp_path / "run").mkdir() is None else tmp_path
 
 
@@ -243,13 +244,13 @@ def count_forward(monkeypatch) -> list[str]:
     """Notes each part of a model that is really scored."""
     scored = []
     for name in ("row_losses", "compare_with_base", "base_losses", "answer_items", "run_task"):
-        real = getattr(measured, name)
+        real = getattr(scores, name)
 
         def counted(*arguments, name=name, real=real, **settings):
             scored.append(name)
             return real(*arguments, **settings)
 
-        monkeypatch.setattr(measured, name, counted)
+        monkeypatch.setattr(scores, name, counted)
     return scored
 
 
@@ -275,13 +276,13 @@ def test_nothing_is_scored_twice_over_run_directories(fresh, tmp_path, monkeypat
 
 def test_a_changed_weight_or_version_is_never_stale(fresh, tmp_path, monkeypatch):
     source = evaluate.find_subjects(evaluate.RunDir(fresh), Recipe.load(fresh / "recipe.yaml"), ())[0][0].source
-    before = store.model_key(source)
+    before = cache.model_key(source)
     weights = source.path / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2 + 13] ^= 1
     weights.write_bytes(bytes(content))
-    assert store.model_key(source) != before, "one bit in the middle of the file"
-    kept = store.ScoreStore([tmp_path / "a"])
+    assert cache.model_key(source) != before, "one bit in the middle of the file"
+    kept = cache.ScoreStore([tmp_path / "a"])
     assert kept.get({"versions": 1}, lambda: 1) == kept.get({"versions": 1}, lambda: 2) == 1
     assert kept.get({"versions": 2}, lambda: 2) == 2 and (kept.found, kept.made) == (1, 2)
     for path in (tmp_path / "a").iterdir():
@@ -291,12 +292,12 @@ def test_a_changed_weight_or_version_is_never_stale(fresh, tmp_path, monkeypatch
 
 def test_an_interrupted_model_goes_on_where_it_was(fresh, monkeypatch):
     """Without a store of the user's, too: the parts that were finished lie in the run directory."""
-    monkeypatch.setenv(store.VARIABLE, "off")
-    real = measured.answer_items
-    monkeypatch.setattr(measured, "answer_items", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setenv(cache.VARIABLE, "off")
+    real = scores.answer_items
+    monkeypatch.setattr(scores, "answer_items", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(fresh, overrides=[NO_SPEED])
-    monkeypatch.setattr(measured, "answer_items", real)
+    monkeypatch.setattr(scores, "answer_items", real)
     scored = count_forward(monkeypatch)
     found = evaluate.evaluate(fresh, overrides=[NO_SPEED])
     assert scored[:2] == ["answer_items", "run_task"], "of the base, what was missing"
@@ -304,16 +305,16 @@ def test_an_interrupted_model_goes_on_where_it_was(fresh, monkeypatch):
 
 
 def test_the_place_of_the_store_follows_the_environment(tmp_path, monkeypatch):
-    monkeypatch.delenv(store.VARIABLE)
+    monkeypatch.delenv(cache.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.cache_directory() == tmp_path / "uniattn/scores"
+    assert cache.cache_directory() == tmp_path / "uniattn/scores"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert store.cache_directory() == Path.home() / ".cache/uniattn/scores"
-    monkeypatch.setenv(store.VARIABLE, "off")
-    assert store.cache_directory() is None
+    assert cache.cache_directory() == Path.home() / ".cache/uniattn/scores"
+    monkeypatch.setenv(cache.VARIABLE, "off")
+    assert cache.cache_directory() is None
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert store.ScoreStore([blocked]).get({}, lambda: [1]) == [1], "a folder that cannot be written to is no obstacle"
+    assert cache.ScoreStore([blocked]).get({}, lambda: [1]) == [1], "a folder that cannot be written to is no obstacle"
 
 
 def test_a_chat_template_that_is_not_there_is_told(fresh):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from uniattn_cli import ready
+from uniattn_cli.data.templates import BUILTIN
 from uniattn_cli.errors import RecipeError, StageError, UsageError
-from uniattn_cli.recipe import Recipe
-from uniattn_cli.templates import BUILTIN
+from uniattn_cli.recipe import ready
+from uniattn_cli.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = {
@@ -158,7 +158,7 @@ def test_a_wheel_holds_every_recipe(tmp_path):
     assert {f"uniattn_cli/recipes/{name}.yaml" for name in ready.names()} <= names
     assert not any(name.startswith("recipes/") for name in names)
     wheel.extractall(tmp_path / "installed")
-    code = "import uniattn_cli.ready as r; print(r.folder(), len(r.names()))"
+    code = "import uniattn_cli.recipe.ready as r; print(r.folder(), len(r.names()))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from uniattn_cli.cli import settings
 from uniattn_cli.errors import RecipeError
-from uniattn_cli.recipe import DatasetSpec, Recipe, TrainStage, default_tree, read_tree, write_tree
+from uniattn_cli.recipe.schema import DatasetSpec, Recipe, TrainStage, default_tree, read_tree, write_tree
 
 
 def faults(text: str, tmp_path: Path, *overrides: str) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import FAMILIES, make_base, make_layout, randomise_compensation
 
-from uniattn_cli.checkpoint import build_converted
-from uniattn_cli.heldout import Rows, row_losses
+from uniattn_cli.data.heldout import Rows, row_losses
+from uniattn_cli.models.loading import build_converted
 from uniattn_cli.training.validation import attach_objective, validation_loss
 
 TOKENS = (torch.arange(48).view(2, 24) * 7) % 90 + 5
@@ -21,7 +21,7 @@ def models(entry):
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
 def test_logits_of_hidden_states_are_the_models(entry):
-    from uniattn_cli.scoring import head_logits
+    from uniattn_cli.models.losses import head_logits
 
     for model in models(entry):
         with torch.no_grad():

@@ -7,15 +7,15 @@ import pytest
 import torch
 from tiny import FAMILIES, make_base, make_layout
 
-from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.search import ThoroughSearch
-from uniattn_cli.grouping.budget import Budget
-from uniattn_cli.grouping.matching import Matcher
-from uniattn_cli.grouping.thorough import proposer
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.greedy import ThoroughSearch
+from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
-from uniattn_cli.recipe import ConversionSpec, LayoutSpec
+from uniattn_cli.models.loading import build_converted
+from uniattn_cli.recipe.schema import ConversionSpec, LayoutSpec
 
 
 def windows(rows, seed):

@@ -13,14 +13,14 @@ import torch
 from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
 from tiny_run import make_tokenizer
 
-from uniattn_cli.accounting import cached_heads
-from uniattn_cli.checkpoint import build_converted, make_config, save_checkpoint
+from uniattn_cli.commands.serve import find_checkpoint, serve
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
 from uniattn_cli.modeling.sharing_uniattn import gather_heads
+from uniattn_cli.models.costs import cached_heads
+from uniattn_cli.models.loading import build_converted, make_config, save_checkpoint
 from uniattn_cli.serving import cache_plan
-from uniattn_cli.serving.serve import find_checkpoint, serve
 
 SHAPE = AttentionShape(query_heads=6, kv_heads=3, head_dim=8, hidden_size=48, mask_types=("full_attention",) * 6)
 
@@ -115,7 +115,7 @@ def test_transformers_loads_the_class_that_a_checkpoint_brings(checkpoint, monke
     import transformers
     from transformers.cli.serving.model_manager import ModelManager
 
-    from uniattn_cli.families import FAMILIES as RECORDS
+    from uniattn_cli.models.families import FAMILIES as RECORDS
     from uniattn_cli.serving.transformers_server import register
 
     for family in RECORDS.values():

@@ -10,15 +10,23 @@ import pytest
 import torch
 from tiny import FAMILIES, make_base, make_layout
 
-from uniattn_cli.checkpoint import build_attention, build_converted
 from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.fitting.match_outputs import (
+    RIDGE,
+    Block,
+    BlockChoice,
+    Borrowing,
+    Limits,
+    SourceChooser,
+    candidate_blocks,
+)
 from uniattn_cli.fitting.moments import Moments
-from uniattn_cli.fitting.sources import RIDGE, Block, BlockChoice, Borrowing, Limits, SourceChooser, candidate_blocks
 from uniattn_cli.fitting.stream import attention_inputs, run_layer, start_batches
-from uniattn_cli.grouping.matching import Matcher
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
-from uniattn_cli.recipe import ConversionSpec
+from uniattn_cli.models.loading import build_attention, build_converted
+from uniattn_cli.recipe.schema import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
 MAPS = ("softmax grouped", "softmax free", "key", "kv")

@@ -7,14 +7,14 @@ import torch
 from tiny import FAMILIES, make_base, make_layout
 from torch import nn
 
-from uniattn_cli.checkpoint import build_converted
 from uniattn_cli.fitting import stream
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.sources import Limits, SourceChooser
+from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
 from uniattn_cli.fitting.stream import layer_by_layer, placement, release, resident, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
-from uniattn_cli.recipe import ConversionSpec
+from uniattn_cli.models.loading import build_converted
+from uniattn_cli.recipe.schema import ConversionSpec
 
 # To PyTorch this is another device than the plain CPU, so that tensors are copied to it and back.
 ACCELERATOR = torch.device("cpu:0")

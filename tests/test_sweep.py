@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
-import uniattn_cli.sweeping.sweep as module
-from uniattn_cli.analysis.analyze import analyze
+import uniattn_cli.commands.sweep as module
+from uniattn_cli.commands.analyze import analyze
+from uniattn_cli.commands.sweep import Point, sweep
 from uniattn_cli.errors import RecipeError, StageError
-from uniattn_cli.evaluation import measured, store
+from uniattn_cli.evaluation import cache, scores
 from uniattn_cli.options import RunOptions
-from uniattn_cli.rundir import RunDir
-from uniattn_cli.sweeping.sweep import Point, sweep
+from uniattn_cli.run.directory import RunDir
 
 SETTINGS = settings(evaluation__lengths="[64]", evaluation__length_tokens=128)
 BUDGETS = {"kv": [0.8, 0.3], "solve": ["both", "output"]}
@@ -34,8 +34,8 @@ def test_every_point_is_scored_once(run, monkeypatch):
     """Interrupted in its second point, the sweep goes on there; run again, it does nothing."""
     scored, converted = [], []
     for name in ("row_losses", "base_losses", "compare_with_base", "answer_items"):
-        real = getattr(measured, name)
-        monkeypatch.setattr(measured, name, lambda *a, name=name, real=real, **k: scored.append(name) or real(*a, **k))
+        real = getattr(scores, name)
+        monkeypatch.setattr(scores, name, lambda *a, name=name, real=real, **k: scored.append(name) or real(*a, **k))
     real = module.convert
 
     def convert(place, **others):
@@ -118,4 +118,4 @@ def test_the_command(run, uniattn):
     assert "Traceback" not in done.stderr
     done = uniattn("sweep", "--kv", "much", cwd=run, env=ENVIRONMENT)
     assert done.returncode == 2 and "not a list of numbers" in done.stderr
-    assert store.cache_directory() is None
+    assert cache.cache_directory() is None

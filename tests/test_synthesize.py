@@ -10,16 +10,16 @@ import torch
 from tiny_run import make_model, make_tokenizer, settings, write_data
 
 import uniattn_cli
-from uniattn_cli import data
-from uniattn_cli.checkpoint import load_model, load_tokenizer, locate
+from uniattn_cli.data import splits
+from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
-from uniattn_cli.generation.synthesize import Writer, _asked, _passage, _whole_sentences
+from uniattn_cli.generation.writer import Writer, _asked, _passage, _whole_sentences
 from uniattn_cli.inference.engine import Decoded
-from uniattn_cli.masks import ChatRenderer
+from uniattn_cli.models.loading import load_model, load_tokenizer, locate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import ModelSpec, Recipe, SynthesisSpec, default_tree, write_tree
-from uniattn_cli.rundir import RunDir
+from uniattn_cli.recipe.schema import ModelSpec, Recipe, SynthesisSpec, default_tree, write_tree
+from uniattn_cli.run.directory import RunDir
 
 CPU, AGAIN = RunOptions(device="cpu"), RunOptions(device="cpu", force=True)
 BOTH = "[rows.jsonl, {source: text.txt, format: text}]"
@@ -67,7 +67,7 @@ def loaded(**spec):
 
 def training_rows(part="train", train=BOTH):
     recipe = Recipe.load("recipe.yaml", overrides(data__train=train))
-    return data.load_rows(recipe.data.train, part, holdout=recipe.data.holdout, seed=0)
+    return splits.load_rows(recipe.data.train, part, holdout=recipe.data.holdout, seed=0)
 
 
 def test_rows_go_on_from_training_rows_and_from_no_others(run):

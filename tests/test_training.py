@@ -26,14 +26,14 @@ from training_run import (
     without_times,
 )
 
-from uniattn_cli.checkpoint import locate
-from uniattn_cli.data import IGNORED, Tokenised
+from uniattn_cli.commands.train import Training, train
+from uniattn_cli.data.splits import IGNORED, Tokenised
 from uniattn_cli.errors import DataError, RecipeError, StageError
+from uniattn_cli.models.loading import locate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import TrainSpec, TrainStage
+from uniattn_cli.recipe.schema import TrainSpec, TrainStage
 from uniattn_cli.training.order import GROUPED_STEPS, accumulation, batches, stage_steps
 from uniattn_cli.training.preview import check_share, mark
-from uniattn_cli.training.train import Training, train
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_what_an_interruption_left_before_the_first_checkpoint_stands_in_nobodys
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(run, monkeypatch):
-    from uniattn_cli.training.sft import StageTrainer
+    from uniattn_cli.training.trainer import StageTrainer
 
     taken = StageTrainer.take_step_loss
 
@@ -197,12 +197,12 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(run, monke
 def test_a_full_disk_is_one_clear_line(run, monkeypatch):
     from safetensors import SafetensorError
 
-    from uniattn_cli.training import sft
+    from uniattn_cli.training import trainer
 
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(sft, "save_file", full)
+    monkeypatch.setattr(trainer, "save_file", full)
     with pytest.raises(StageError, match="disk is full"):
         train(run_dir=run, overrides=stages("trains: all, steps: 1"), options=CPU)
     assert not (run / "trained").exists()
@@ -223,8 +223,8 @@ def test_cuda_learns_like_cpu(run, packing):
 
 def test_saved_model_loads_anywhere_with_equal_logits(whole, tmp_path):
     run = whole[0]
-    from uniattn_cli.checkpoint import load_model
-    from uniattn_cli.recipe import ModelSpec
+    from uniattn_cli.models.loading import load_model
+    from uniattn_cli.recipe.schema import ModelSpec
 
     model = load_model(locate(str(run / "trained")), ModelSpec(), torch.device("cpu"))
     tokens = torch.arange(5, 25)[None]
@@ -261,9 +261,9 @@ def make_trainer(run: Path, rows: list[dict], *, packing: bool, attention: str, 
     """A stage's trainer over these rows, and its model, in float32."""
     import datasets
 
-    from uniattn_cli.checkpoint import load_model
-    from uniattn_cli.recipe import ModelSpec
-    from uniattn_cli.training.sft import StageTrainer, make_config, pack
+    from uniattn_cli.models.loading import load_model
+    from uniattn_cli.recipe.schema import ModelSpec
+    from uniattn_cli.training.trainer import StageTrainer, make_config, pack
 
     spec = TrainSpec(packing=packing, micro_batch_size=batch, max_length=32)
     model = load_model(locate(str(run / "converted")), ModelSpec(attention=attention), torch.device("cpu"))
@@ -282,7 +282,7 @@ def make_trainer(run: Path, rows: list[dict], *, packing: bool, attention: str, 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_never_see_each_other_nor_padding(run, packing, attention):
-    from uniattn_cli.scoring import token_losses
+    from uniattn_cli.models.losses import token_losses
 
     torch.manual_seed(1)
     rows = []
@@ -339,9 +339,9 @@ def test_weights_in_bfloat16_are_trained_in_float32_and_saved_in_bfloat16(tmp_pa
 def test_frozen_layers_in_low_precision_change_no_result(template):
     from dataclasses import replace
 
-    from uniattn_cli.checkpoint import load_model
-    from uniattn_cli.recipe import ModelSpec
-    from uniattn_cli.training.stages import freeze_all_but, trained_names
+    from uniattn_cli.models.loading import load_model
+    from uniattn_cli.recipe.schema import ModelSpec
+    from uniattn_cli.training.trained import freeze_all_but, trained_names
 
     losses = []
     tokens = torch.arange(5, 37).view(2, 16)

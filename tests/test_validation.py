@@ -10,13 +10,13 @@ import pytest
 import torch
 from training_run import CPU, Interrupting, Recorder, log_of, make_run, stages, weights, without_times
 
-from uniattn_cli.checkpoint import load_model, locate
+from uniattn_cli.commands.train import train
 from uniattn_cli.errors import RecipeError, StageError
+from uniattn_cli.models.loading import load_model, locate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe import LoraSpec, ModelSpec, Recipe, TrainSpec, TrainStage
+from uniattn_cli.recipe.schema import LoraSpec, ModelSpec, Recipe, TrainSpec, TrainStage
 from uniattn_cli.training.monitor import WINDOW, Watch
-from uniattn_cli.training.sft import make_config, warmup_steps
-from uniattn_cli.training.train import train
+from uniattn_cli.training.trainer import make_config, warmup_steps
 
 FORCE = RunOptions(device="cpu", force=True)
 # Losses on validation rows as they would be measured: at the start, and after steps 2, 4, 6 and 8.
@@ -38,7 +38,7 @@ def run(template: Path, tmp_path: Path) -> Path:
 
 def measure(monkeypatch, losses: list[float], states: dict[int, dict[str, torch.Tensor]] | None = None) -> None:
     """Lets validation find these losses, one after the other, and keeps the weights that it saw."""
-    from uniattn_cli.training import runner
+    from uniattn_cli.training import stage
 
     found = iter(range(len(losses)))
 
@@ -48,7 +48,7 @@ def measure(monkeypatch, losses: list[float], states: dict[int, dict[str, torch.
             states[2 * index] = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
         return losses[index]
 
-    monkeypatch.setattr(runner, "validation_loss", validation_loss)
+    monkeypatch.setattr(stage, "validation_loss", validation_loss)
 
 
 @pytest.mark.parametrize("trains", ["all", "lora"])
@@ -104,11 +104,11 @@ def test_an_interruption_changes_nothing_about_the_state_that_is_kept(run, monke
 
 
 def test_validation_rows_are_others_than_those_of_the_report(run):
-    from uniattn_cli.heldout import response_rows
-    from uniattn_cli.training.train import _validation
+    from uniattn_cli.commands.train import _validation
+    from uniattn_cli.data.heldout import response_rows
 
     recipe = Recipe.load(run / "recipe.yaml")
-    from uniattn_cli.checkpoint import load_tokenizer
+    from uniattn_cli.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(locate(str(run / "base")))
     reported = response_rows(recipe, tokenizer)
@@ -123,7 +123,7 @@ def test_validation_rows_are_others_than_those_of_the_report(run):
 
 
 def test_validation_scores_as_the_report_does(run):
-    from uniattn_cli.heldout import Rows, row_losses
+    from uniattn_cli.data.heldout import Rows, row_losses
     from uniattn_cli.training import validation
 
     model = load_model(locate(str(run / "converted")), ModelSpec(), torch.device("cpu"))
@@ -224,7 +224,7 @@ def test_reporters_get_losses_and_write_into_the_output(run, monkeypatch):
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
 
-    from uniattn_cli.training import sft
+    from uniattn_cli.training import trainer
 
     seen = []
 
@@ -233,7 +233,7 @@ def test_reporters_get_losses_and_write_into_the_output(run, monkeypatch):
             seen.append((os.environ["TENSORBOARD_LOGGING_DIR"], args.run_name, logs))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Reporter)
-    monkeypatch.setattr(sft, "check_reporters", lambda names: None)
+    monkeypatch.setattr(trainer, "check_reporters", lambda names: None)
     setting = [*stages("trains: all, steps: 4"), "train.report_to=[tensorboard]"]
     train(run_dir=run, overrides=setting, options=CPU)
     assert {Path(folder).parent.name for folder, _, _ in seen} == {"tensorboard"}

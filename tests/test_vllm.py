@@ -20,10 +20,10 @@ from tiny import FAMILIES, LAYOUTS, REDUCED, make_base, make_layout, randomise_c
 from tiny_run import make_tokenizer
 from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, reference
 
-from uniattn_cli.checkpoint import build_converted, load_model, load_tokenizer, locate, save_checkpoint
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.recipe import ModelSpec
+from uniattn_cli.models.loading import build_converted, load_model, load_tokenizer, locate, save_checkpoint
+from uniattn_cli.recipe.schema import ModelSpec
 from uniattn_cli.serving import cache_plan
 
 pytest.importorskip("vllm")

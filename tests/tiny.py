@@ -34,9 +34,9 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from uniattn_cli.families import family_of
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.families import family_of
 
 SIZES = {
     "vocab_size": 97,

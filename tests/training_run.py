@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from uniattn_cli.checkpoint import build_converted, locate, save_checkpoint
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.loading import build_converted, locate, save_checkpoint
 from uniattn_cli.options import RunOptions, Silent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ class Recorder(Silent):
 KILLED = """
 import os, signal, sys, torch
 from uniattn_cli.options import RunOptions, Silent
-from uniattn_cli.training.train import train
+from uniattn_cli.commands.train import train
 import contextlib
 
 class Deadly(Silent):

@@ -11,17 +11,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _STAGES = {
-    "analyze": "uniattn_cli.analysis.analyze",
-    "group": "uniattn_cli.grouping.group",
-    "convert": "uniattn_cli.conversion.convert",
-    "view_data": "uniattn_cli.training.dataview",
-    "synthesize": "uniattn_cli.generation.synthesize",
-    "train": "uniattn_cli.training.train",
-    "evaluate": "uniattn_cli.evaluation.evaluate",
-    "push": "uniattn_cli.publishing.push",
-    "compare": "uniattn_cli.evaluation.compare",
-    "sweep": "uniattn_cli.sweeping.sweep",
-    "Recipe": "uniattn_cli.recipe",
+    "analyze": "uniattn_cli.commands.analyze",
+    "group": "uniattn_cli.commands.group",
+    "convert": "uniattn_cli.commands.convert",
+    "view_data": "uniattn_cli.commands.view_data",
+    "synthesize": "uniattn_cli.generation.writer",
+    "train": "uniattn_cli.commands.train",
+    "evaluate": "uniattn_cli.commands.evaluate",
+    "push": "uniattn_cli.commands.push",
+    "compare": "uniattn_cli.commands.compare",
+    "sweep": "uniattn_cli.commands.sweep",
+    "Recipe": "uniattn_cli.recipe.schema",
     "RunOptions": "uniattn_cli.options",
 }
 __all__ = ["__version__", *_STAGES]

@@ -12,16 +12,16 @@ import torch
 
 from uniattn_cli.analysis.borrowing import MOMENT_BYTES, BorrowingError, compensation_bytes, held_out
 from uniattn_cli.analysis.capture import OUTPUT_PROJECTIONS, Captured, LayerStates, capture
-from uniattn_cli.analysis.statistics import MapStatistics
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.analysis.similarity import MapStatistics
 from uniattn_cli.errors import ModelError
-from uniattn_cli.grouping.measured import Measured
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from uniattn_cli.modeling.layout_uniattn import AttentionShape
-    from uniattn_cli.recipe import AnalysisSpec
+    from uniattn_cli.recipe.schema import AnalysisSpec
 
 # Sequences that are also run plainly, to state the cost of measuring.
 TIMED_SEQUENCES = 3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uniattn_cli.grouping.measured import Measured
+from uniattn_cli.analysis.measured import Measured
 
 
 def plot_heatmap(measured: Measured, path: Path) -> None:

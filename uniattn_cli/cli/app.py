@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from uniattn_cli import __version__
-from uniattn_cli.cli import models, recipes, settings, stages
+from uniattn_cli.cli import pipeline, recipes, settings, tools
 from uniattn_cli.cli.flags import DebugOption, SetOption
-from uniattn_cli.cli.runner import guard
+from uniattn_cli.cli.guard import guard
 
 app = typer.Typer(
     name="uniattn",
@@ -40,22 +40,22 @@ def _main(
     pass
 
 
-app.command()(stages.analyze)
-app.command()(stages.group)
-app.command()(stages.convert)
-app.command()(stages.train)
-app.command()(stages.data)
-app.command()(stages.synthesize)
-app.command(name="eval")(stages.evaluate)
+app.command()(pipeline.analyze)
+app.command()(pipeline.group)
+app.command()(pipeline.convert)
+app.command()(pipeline.train)
+app.command()(pipeline.data)
+app.command()(pipeline.synthesize)
+app.command(name="eval")(pipeline.evaluate)
 # What it does not know goes to the engine.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(models.serve)
-app.command()(models.push)
-app.command()(models.compare)
-app.command()(models.sweep)
-app.command()(models.report)
-app.command()(models.generate)
-app.command()(models.chat)
-app.command()(models.bench)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tools.serve)
+app.command()(tools.push)
+app.command()(tools.compare)
+app.command()(tools.sweep)
+app.command()(tools.report)
+app.command()(tools.generate)
+app.command()(tools.chat)
+app.command()(tools.bench)
 
 
 @app.command()
@@ -119,7 +119,7 @@ def doctor(debug: DebugOption = False) -> None:
     with guard("doctor", debug):
         from uniattn_cli.cli.console import show
         from uniattn_cli.cli.doctor import examine
-        from uniattn_cli.cli.runner import quiet_libraries
+        from uniattn_cli.cli.guard import quiet_libraries
 
         if not debug:
             quiet_libraries()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from uniattn_cli.cli.settings import Listing
-from uniattn_cli.families import FAMILIES
 from uniattn_cli.modeling.layout_uniattn import KINDS
+from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.tables import Table
 
 

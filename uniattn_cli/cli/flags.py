@@ -36,7 +36,7 @@ def complete_setting(incomplete: str) -> list[str]:
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of ready recipes, for the shell."""
-    from uniattn_cli import ready
+    from uniattn_cli.recipe import ready
 
     return [name for name in ready.names() if name.startswith(incomplete)]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from uniattn_cli.cli.runner import guard
+from uniattn_cli.cli.guard import guard
 from uniattn_cli.tables import Table
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ class Shelf:
 
 
 def _complete(incomplete: str) -> list[str]:
-    from uniattn_cli import ready
+    from uniattn_cli.recipe import ready
 
     return [name for name in ready.names() if name.startswith(incomplete)]
 
@@ -42,8 +42,8 @@ def _list(context: typer.Context, debug: DebugOption = False) -> None:
     if context.invoked_subcommand is not None:
         return
     with guard("recipes", debug):
-        from uniattn_cli import ready
         from uniattn_cli.cli.console import show
+        from uniattn_cli.recipe import ready
 
         found = [ready.load(name) for name in ready.names()]
         rows = [[entry.name, entry.recipe.model.name, entry.purpose] for entry in found]
@@ -64,7 +64,7 @@ def show(name: NameArgument, debug: DebugOption = False) -> None:
       uniattn recipes show qwen3-0.6b
     """
     with guard("recipes", debug):
-        from uniattn_cli import ready
+        from uniattn_cli.recipe import ready
 
         # As it is, so that it can be redirected into a file.
         typer.echo(ready.find(name).read_text(encoding="utf-8"), nl=False)
@@ -86,9 +86,9 @@ def copy(
       uniattn recipes copy llama-3.1-8b-tulu3
     """
     with guard("recipes", debug):
-        from uniattn_cli import ready
         from uniattn_cli.cli.console import show
-        from uniattn_cli.rundir import file_errors
+        from uniattn_cli.recipe import ready
+        from uniattn_cli.run.directory import file_errors
 
         with file_errors(Path(".")):
             written = ready.copy(name, file, force=force)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import UsageError, suggest
-from uniattn_cli.recipe import Recipe, flow
+from uniattn_cli.recipe.schema import Recipe, flow
 from uniattn_cli.tables import Table
 
 TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}

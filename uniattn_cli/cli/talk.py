@@ -12,8 +12,8 @@ from uniattn_cli.errors import DataError, UsageError
 from uniattn_cli.options import RunOptions
 
 if TYPE_CHECKING:
+    from uniattn_cli.commands.generate import Chat
     from uniattn_cli.generation.decode import Answer, Decoding
-    from uniattn_cli.generation.generate import Chat
 
 COMMANDS = "/reset begins anew, /exit or Ctrl-D ends"
 ENDED = {"length": "cut at --max-new-tokens", "window": "the model's window is full"}
@@ -139,7 +139,7 @@ def run_generate(
     """`uniattn generate`."""
     checkpoint, prompt = split_arguments(words)
     settings = decoding()
-    from uniattn_cli.generation.generate import generate
+    from uniattn_cli.commands.generate import generate
 
     generate(
         prompt,
@@ -166,7 +166,7 @@ def run_chat(
 ) -> Said:
     """`uniattn chat`: line by line, until `/exit` or the end of stdin."""
     settings = decoding()
-    from uniattn_cli.generation.generate import Chat
+    from uniattn_cli.commands.generate import Chat
 
     chat = Chat.open(checkpoint, beside=beside, decoding=settings, overrides=overrides, options=options)
     options.progress.note(COMMANDS)

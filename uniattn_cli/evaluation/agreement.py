@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uniattn_cli.heldout import RowLosses
-from uniattn_cli.scoring import kl_divergence
+from uniattn_cli.data.heldout import RowLosses
+from uniattn_cli.models.losses import kl_divergence
 
 if TYPE_CHECKING:
     import torch

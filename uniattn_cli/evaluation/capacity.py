@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uniattn_cli.accounting import context_window, kv_bytes
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.costs import context_window, kv_bytes
 
 RESERVE = 1 << 29
 PIECE = 2048  # tokens of a prompt that are read at once

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.accounting import cache_bytes, kv_bytes_per_token
 from uniattn_cli.errors import ModelError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.costs import cache_bytes, kv_bytes_per_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

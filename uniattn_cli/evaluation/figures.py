@@ -65,6 +65,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.data.heldout import RowLosses
 from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation.intervals import (
     EXPONENTIAL,
@@ -77,11 +78,10 @@ from uniattn_cli.evaluation.intervals import (
 from uniattn_cli.evaluation.speed import ratios
 from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.tasks import MetricScores
-from uniattn_cli.heldout import RowLosses
-from uniattn_cli.scoring import summarise
+from uniattn_cli.models.losses import summarise
 
 if TYPE_CHECKING:
-    from uniattn_cli.evaluation.measured import Measured
+    from uniattn_cli.evaluation.scores import Measured
     from uniattn_cli.evaluation.speed import Timing
 
 SCHEMA = 2

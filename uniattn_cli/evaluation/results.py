@@ -6,16 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from uniattn_cli.checkpoint import load_config
 from uniattn_cli.evaluation import figures
 from uniattn_cli.evaluation.batches import Batches
 from uniattn_cli.evaluation.capacity import FORMULA, Footprint, capacity_table
-from uniattn_cli.evaluation.measured import Material, Measured
 from uniattn_cli.evaluation.retrieval import FACTS
+from uniattn_cli.evaluation.scores import Material, Measured
 from uniattn_cli.evaluation.speed import WARM_UP_TOKENS, GridPoint, Runner, describe_device, grid_entry
 from uniattn_cli.evaluation.subjects import BASE, CONTROL, ModelPool, Subject
 from uniattn_cli.evaluation.verdict import verdict
-from uniattn_cli.recipe import Recipe
+from uniattn_cli.models.loading import load_config
+from uniattn_cli.recipe.schema import Recipe
 
 
 def assemble(

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.data import load_rows
+from uniattn_cli.data.splits import load_rows
 from uniattn_cli.evaluation.subjects import ModelPool, Subject
 from uniattn_cli.generation.decode import Decoding, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
 from uniattn_cli.options import Progress
-from uniattn_cli.recipe import Recipe
+from uniattn_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniattn_cli.checkpoint import Source, load_model, load_tokenizer, locate
 from uniattn_cli.errors import CheckpointError, StageError
-from uniattn_cli.recipe import ModelSpec, Recipe
-from uniattn_cli.rundir import COMMANDS, RunDir
+from uniattn_cli.models.loading import Source, load_model, load_tokenizer, locate
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.run.directory import COMMANDS, RunDir
 
 if TYPE_CHECKING:
     import torch

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.checkpoint import transport_errors
+from uniattn_cli.data.items import is_local, load_items
 from uniattn_cli.errors import DataError, suggest
 from uniattn_cli.evaluation.intervals import EXPONENTIAL, IDENTITY, LARGEST_LOSS
-from uniattn_cli.evaluation.shapes import local_task
-from uniattn_cli.items import is_local, load_items
-from uniattn_cli.recipe import TaskSpec
+from uniattn_cli.evaluation.local_tasks import local_task
+from uniattn_cli.models.loading import transport_errors
+from uniattn_cli.recipe.schema import TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

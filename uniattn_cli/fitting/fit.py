@@ -14,23 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from uniattn_cli.checkpoint import build_attention
 from uniattn_cli.errors import ModelError
-from uniattn_cli.fitting.align import align_queries
+from uniattn_cli.fitting.align_queries import align_queries
+from uniattn_cli.fitting.match_outputs import SourceChooser
 from uniattn_cli.fitting.moments import Moments, PositionSums, RidgeFit, fit_ridge, reduce_rank
-from uniattn_cli.fitting.sources import SourceChooser
-from uniattn_cli.fitting.stream import (
-    Batch,
-    attention_features,
-    base_step,
-    release,
-    resident,
-    run_layer,
-    start_batches,
-)
+from uniattn_cli.fitting.stream import Batch, attention_features, base_step, release, resident, run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
-from uniattn_cli.recipe import ConversionSpec
+from uniattn_cli.models.loading import build_attention
+from uniattn_cli.recipe.schema import ConversionSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.accounting import cache_bytes, context_window
 from uniattn_cli.errors import DataError, ModelError, UsageError
+from uniattn_cli.models.costs import cache_bytes, context_window
 
 if TYPE_CHECKING:
     import torch

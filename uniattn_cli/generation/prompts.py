@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from uniattn_cli.data.chat import Messages, bos_of, encode
 from uniattn_cli.errors import DataError
-from uniattn_cli.masks import Messages, bos_of, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Program, UnsupportedError, read_program
 from uniattn_cli.inference.sampling import Sampling, choose
 from uniattn_cli.inference.session import Session
-from uniattn_cli.recipe import ENGINES
+from uniattn_cli.recipe.schema import ENGINES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

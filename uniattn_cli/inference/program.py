@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from uniattn_cli.errors import UniAttnError
-from uniattn_cli.families import family_of
 from uniattn_cli.inference.weights import fuse_biases, fuse_columns, fuse_rows
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
+from uniattn_cli.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.accounting import context_window, count_parameters, kv_bytes, kv_bytes_per_token
-from uniattn_cli.evaluation import report
-from uniattn_cli.grouping.picture import draw_layout
+from uniattn_cli.data.readers import EXTENSIONS
+from uniattn_cli.data.rows import BUILTIN
+from uniattn_cli.layouts.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.costs import context_window, count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.publishing.facts import BASE, Facts
-from uniattn_cli.readers import EXTENSIONS
-from uniattn_cli.rows import BUILTIN
+from uniattn_cli.reporting import markdown
 from uniattn_cli.tables import Table, to_markdown
 
 PAPER = "[UniAttn](https://arxiv.org/abs/2502.00439)"
@@ -169,9 +169,9 @@ def _quality(facts: Facts, repo_id: str) -> Iterator[str]:
         this = facts.evaluation["models"]["this"]
         yield "This model" + this["verdict"]["sentence"].removeprefix(facts.evaluation["name"])
         named = facts.evaluation | {"models": {BASE: facts.evaluation["models"][BASE], "this model": this}}
-        for table in report.tables(named):
+        for table in markdown.tables(named):
             yield to_markdown(table)
-        yield report.EXPLANATION
+        yield markdown.EXPLANATION
         return
     yield "Not evaluated beside the base."
     losses = {

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.checkpoint import Source, load_config, locate, transport_errors
 from uniattn_cli.errors import CheckpointError
-from uniattn_cli.rundir import OUTPUTS, STAGE_FILE, RunDir
+from uniattn_cli.models.loading import Source, load_config, locate, transport_errors
+from uniattn_cli.run.directory import OUTPUTS, STAGE_FILE, RunDir
 
 REPORT_FILE = "uniattn_report.json"
 RESULTS_FILE = "results.json"

@@ -6,7 +6,7 @@ and so ends with an AttributeError for every model that brings its own code.
 
 from __future__ import annotations
 
-from uniattn_cli.families import FAMILIES
+from uniattn_cli.models.families import FAMILIES
 
 
 def register() -> None:

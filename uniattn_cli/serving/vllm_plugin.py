@@ -9,7 +9,7 @@ import functools
 import multiprocessing
 from typing import Any
 
-from uniattn_cli.families import FAMILIES
+from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.serving.cache_plan import KEYS_SUFFIX, best_capacity, clusters, pack
 
 # Releases whose interfaces the `vllm_*` files were written against and tested with, as major.minor.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import StageError, suggest
-from uniattn_cli.recipe import LoraSpec
+from uniattn_cli.recipe.schema import LoraSpec
 
 if TYPE_CHECKING:
     import torch

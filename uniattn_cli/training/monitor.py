@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from uniattn_cli.training.sft import diverged, save_weights
+from uniattn_cli.training.trainer import diverged, save_weights
 
 if TYPE_CHECKING:
-    from uniattn_cli.training.sft import StageTrainer
+    from uniattn_cli.training.trainer import StageTrainer
 
 # Written into a checkpoint after everything else; a checkpoint without it was interrupted while it was written.
 MARKER = "uniattn_progress.json"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from uniattn_cli.errors import RecipeError
-from uniattn_cli.recipe import TrainSpec, TrainStage
+from uniattn_cli.recipe.schema import TrainSpec, TrainStage
 
 # Steps whose rows are sorted by length together: enough for little padding, few enough to keep the order random.
 GROUPED_STEPS = 32

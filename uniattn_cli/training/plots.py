@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.scoring import Loss
+from uniattn_cli.models.losses import Loss
 
 PANELS = {
     "loss": "loss, nats per learned token",

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uniattn_cli.data.sequences import Tokenised, runs
 from uniattn_cli.errors import DataError
-from uniattn_cli.sequences import Tokenised, runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

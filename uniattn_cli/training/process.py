@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.options import Progress, RunOptions, Silent
-from uniattn_cli.recipe import Recipe
-from uniattn_cli.rundir import RunDir
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.directory import RunDir
 
 if TYPE_CHECKING:
     import torch

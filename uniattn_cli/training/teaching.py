@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.checkpoint import Source, load_model
+from uniattn_cli.models.loading import Source, load_model
 from uniattn_cli.options import Progress
-from uniattn_cli.recipe import Recipe
+from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.training.distill import Distiller
 from uniattn_cli.training.process import Process
-from uniattn_cli.training.teacher import FOLDER, StoredTeacher, store_key, write_teacher
+from uniattn_cli.training.stored_teacher import FOLDER, StoredTeacher, store_key, write_teacher
 
 if TYPE_CHECKING:
     import datasets

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from uniattn_cli.data import IGNORED
-from uniattn_cli.heldout import Rows
-from uniattn_cli.scoring import head_logits
+from uniattn_cli.data.heldout import Rows
+from uniattn_cli.data.splits import IGNORED
+from uniattn_cli.models.losses import head_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

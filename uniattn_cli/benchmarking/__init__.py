@@ -1,1 +1,0 @@
-"""The verb `bench`: what decoding costs, beside the limit and beside transformers."""

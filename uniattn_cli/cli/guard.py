@@ -1,0 +1,184 @@
+"""What happens around every stage: run directory, quiet libraries, errors as one line with the right exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from uniattn_cli import __version__
+from uniattn_cli.errors import RecipeError, StageError, UniAttnError
+from uniattn_cli.options import RunOptions
+from uniattn_cli.run.directory import file_errors
+
+EXIT_INTERRUPTED = 130
+QUIET_ENVIRONMENT = {
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "LMEVAL_LOG_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+LESS_MEMORY = {
+    "analyze": "--set analysis.length=256",
+    "convert": "--set conversion.length=256",
+    "train": "--set train.micro_batch_size=1, --set train.gradient_checkpointing=true or --set train.max_length=256",
+    "eval": "--set evaluation.batch_size=1 or --set evaluation.length=256",
+    "compare": "--set evaluation.batch_size=1 or --set evaluation.length=256",
+    "sweep": "--set conversion.length=256, --set evaluation.batch_size=1 or --set evaluation.length=256",
+    "synthesize": "--set synthesis.batch_size=8 or --set train.max_length=256",
+    "bench": "fewer checkpoints or --dtype bfloat16",
+}
+# What the same command does after an interruption; the others start over.
+RESUMED = {
+    "train": "continues from its last checkpoint",
+    "eval": "goes on where it was",
+    "compare": "goes on where it was",
+    "sweep": "goes on where it was",
+}
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that every stage has."""
+
+    run_dir: Path
+    settings: Sequence[str]
+    device: str
+    force: bool
+    debug: bool
+
+
+def run_stage(
+    name: str, common: Common, overrides: Sequence[str], call: Callable[[list[str], RunOptions], Any]
+) -> None:
+    """Runs a stage in its run directory and prints its result.
+
+    Args:
+        name: the command.
+        common: the common options.
+        overrides: `key.path=value` strings from the command's own options; `--set` comes after them and wins.
+        call: imports and calls the stage.
+
+    Raises:
+        typer.Exit: with the exit code of the error, after printing it.
+    """
+    with guard(name, common.debug):
+        if not common.debug:
+            quiet_libraries()
+        from uniattn_cli.cli.console import RichProgress, show
+
+        options = RunOptions(device=common.device, force=common.force, progress=RichProgress())
+        with run_directory(common.run_dir, create=name == "analyze"), file_errors(Path(".")):
+            result = call([*overrides, *common.settings], options)
+            # Of the processes that a launcher starts, one speaks.
+            if os.environ.get("RANK", "0") == "0":
+                show(result)
+
+
+@contextlib.contextmanager
+def run_directory(path: Path, *, create: bool) -> Iterator[None]:
+    """Works inside `path`, so that every relative path of command line and recipe means the same in every stage.
+
+    Args:
+        path: the run directory.
+        create: make it if it is missing; what was made is removed again if nothing was written.
+
+    Raises:
+        StageError: it does not exist or cannot be entered.
+    """
+    home = Path.cwd()
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()] if create else []
+    try:
+        with file_errors(path):
+            if missing:
+                path.mkdir(parents=True)
+            os.chdir(path)
+    except FileNotFoundError:
+        raise StageError(f"-C {path}: no such directory; `uniattn analyze MODEL -C {path}` makes it") from None
+    try:
+        yield
+    finally:
+        os.chdir(home)
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def guard(name: str, debug: bool) -> Iterator[None]:
+    """Turns errors into lines on stderr and an exit code.
+
+    Args:
+        name: the command, for the advice that depends on it.
+        debug: show tracebacks of user errors too.
+
+    Raises:
+        typer.Exit: for everything that went wrong, except a closed pipe, which Click handles.
+    """
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except UniAttnError as error:
+        _fail(error.faults if isinstance(error, RecipeError) else [str(error)], debug)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        again = RESUMED.get(name, "starts over")
+        _fail([f"interrupted; nothing half-written is left in the way, and the same command {again}"], debug)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:  # the one place where every other exception ends: it is a bug, and says so
+        if not _out_of_memory(error):
+            traceback.print_exc()
+            _fail(
+                [
+                    f"this is a bug in uniattn {__version__}; please report it with the lines above and the output of "
+                    "`uniattn doctor`"
+                ],
+                debug=False,
+            )
+            raise typer.Exit(1) from None
+        smaller = LESS_MEMORY.get(name)
+        advice = f"; try {smaller}" if smaller else ""
+        _fail([f"out of memory{advice}, or a larger device with --device"], debug)
+        raise typer.Exit(1) from None
+
+
+def _fail(lines: Sequence[str], debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    for line in lines:
+        print("error: " + " ".join(line.split("\n")), file=sys.stderr)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
+        return True
+    # The CPU allocator and MPS raise a plain RuntimeError.
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def quiet_libraries() -> None:
+    """Silences progress bars, warnings and logs of the libraries below; must run before they are imported.
+
+    A variable that the user has set wins.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)

@@ -1,0 +1,256 @@
+"""The commands that make a run: analysis, layout, conversion, training, evaluation. Each one calls one function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from uniattn_cli.cli.flags import (
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    FollowersOption,
+    ForceOption,
+    GroupsOption,
+    HeadMapOption,
+    KindsOption,
+    KvOption,
+    Part,
+    RunDirOption,
+    SearchOption,
+    SetOption,
+    SourcesOption,
+    complete_recipe,
+    layout_overrides,
+    overrides_of,
+    setting,
+)
+from uniattn_cli.cli.guard import Common, run_stage
+
+
+def analyze(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Hub id or directory; default: the recipe's.")
+    ] = None,
+    tokens: Annotated[int | None, setting("analysis.tokens", "--tokens", "N")] = None,
+    length: Annotated[int | None, setting("analysis.length", "--length", "N")] = None,
+    max_distance: Annotated[int | None, setting("analysis.max_distance", "--max-distance", "N")] = None,
+    dtype: Annotated[Dtype | None, setting("model.dtype", "--dtype")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE|NAME",
+            autocompletion=complete_recipe,
+            help="Start recipe.yaml from this file or ready recipe (`uniattn recipes`).",
+        ),
+    ] = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure how alike the layers' maps are.
+
+    Says what sharing would save and cost. Writes analysis/ and, if there is none, recipe.yaml.
+
+    \b
+    Example:
+      uniattn analyze HuggingFaceTB/SmolLM2-135M-Instruct --tokens 32768
+    """
+    overrides = overrides_of(
+        analysis__tokens=tokens, analysis__length=length, analysis__max_distance=max_distance, model__dtype=dtype
+    )
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.analyze import analyze
+
+        return analyze(model, recipe=recipe, overrides=overrides, options=options)
+
+    run_stage("analyze", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+
+
+def group(
+    groups: GroupsOption = None,
+    followers: FollowersOption = None,
+    kv: KvOption = None,
+    search: SearchOption = None,
+    kinds: KindsOption = None,
+    head_map: HeadMapOption = None,
+    sources: SourcesOption = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Choose which layers share, under a budget.
+
+    Shows the layout chosen from the analysis and writes it into recipe.yaml.
+
+    \b
+    Example:
+      uniattn group --followers 12
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.group import group
+
+        return group(groups=groups, overrides=overrides, options=options)
+
+    overrides = layout_overrides(followers, kv, search, kinds, head_map, sources)
+    run_stage("group", Common(run_dir, set_ or (), device, False, debug), overrides, call)
+
+
+def convert(
+    groups: GroupsOption = None,
+    followers: FollowersOption = None,
+    kv: KvOption = None,
+    search: SearchOption = None,
+    kinds: KindsOption = None,
+    head_map: HeadMapOption = None,
+    sources: SourcesOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and savings; load and write nothing.")] = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the converted checkpoint.
+
+    Fits the changed layers and writes converted/, an ordinary Hugging Face checkpoint. Chooses the
+    layout first where `uniattn group` has not.
+
+    \b
+    Example:
+      uniattn convert --groups auto --kv 0.8
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.convert import convert
+
+        return convert(groups=groups, dry_run=dry_run, overrides=overrides, options=options)
+
+    overrides = layout_overrides(followers, kv, search, kinds, head_map, sources)
+    run_stage("convert", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML file.")] = Path("recipe.yaml"),
+    control: Annotated[
+        bool, typer.Option("--control", help="Train the unconverted base in the same way, for comparison.")
+    ] = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Post-train the converted model.
+
+    Runs the stages that the recipe lists and writes trained/. After an interruption the same command continues from
+    the last checkpoint. With --control the base sees the same rows in the same order, and control/ is written: what
+    sharing costs is the difference between the two.
+
+    \b
+    Example:
+      uniattn train recipe.yaml --set train.batch_size=32
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.train import train
+
+        return train(recipe, control=control, overrides=overrides, options=options)
+
+    run_stage("train", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+def data(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="The YAML file, or the name of a ready recipe.")
+    ] = "recipe.yaml",
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=0, help="Rows to show.")] = 3,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Show other rows; changes nothing else.")
+    ] = None,
+    split: Annotated[Part, typer.Option("--split", help="Rows that are trained on, or held-out ones.")] = Part.train,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show what training sees: rows, masks, lengths, steps.
+
+    Decodes some rows, what is learned of them in colour, and counts what is cut, left out or repeated. Needs the
+    model's tokenizer, not its weights, and nothing else to have been run.
+
+    \b
+    Example:
+      uniattn data recipe.yaml --samples 5 --set train.max_length=1024
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.view_data import view_data
+
+        return view_data(recipe, samples=samples, seed=seed, part=split.value, overrides=overrides, options=options)
+
+    run_stage("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)
+
+
+def synthesize(
+    model: Annotated[str | None, setting("synthesis.model", "--model", "MODEL")] = None,
+    tokens: Annotated[int | None, setting("synthesis.tokens", "--tokens", "N")] = None,
+    temperature: Annotated[float | None, setting("synthesis.temperature", "--temperature", "T")] = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Let a model write training rows, where there are few.
+
+    Continues passages of the recipe's texts and answers the questions of its conversations, never of held-out ones.
+    Writes synthetic/, whose files data.train can name.
+
+    \b
+    Example:
+      uniattn synthesize --tokens 2000000 --set model.dtype=bfloat16
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.generation.writer import synthesize
+
+        return synthesize(overrides=overrides, options=options)
+
+    overrides = overrides_of(synthesis__model=model, synthesis__tokens=tokens, synthesis__temperature=temperature)
+    run_stage("synthesize", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+
+
+def evaluate(
+    checkpoints: Annotated[
+        list[str] | None, typer.Argument(metavar="[CHECKPOINT]...", help="Further checkpoint directories.")
+    ] = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare base, control, converted and trained model.
+
+    Measures quality, size and speed side by side and writes evaluation/.
+
+    \b
+    Example:
+      uniattn eval ../other-run/trained --set evaluation.limit=50
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.evaluate import evaluate
+
+        return evaluate(checkpoints=checkpoints or (), overrides=overrides, options=options)
+
+    run_stage("eval", Common(run_dir, set_ or (), device, force, debug), [], call)

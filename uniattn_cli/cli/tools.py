@@ -1,0 +1,401 @@
+"""The commands that use the models of a run: serve, publish, compare, try and time them."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from uniattn_cli.cli import settings, talk
+from uniattn_cli.cli.flags import DebugOption, DeviceOption, Dtype, ForceOption, RunDirOption, SetOption
+from uniattn_cli.cli.guard import Common, guard, run_stage
+from uniattn_cli.recipe.schema import ENGINES
+
+# What can run a model here.
+Runner = enum.Enum("Runner", {word: word for word in ENGINES}, type=str)
+
+
+class Engine(str, enum.Enum):
+    """What can serve a checkpoint."""
+
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+BesideOption = Annotated[
+    str | None,
+    typer.Option("--beside", metavar="MODEL", help="Let this model answer too: `base`, a directory or a hub id."),
+]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Cut the answer there.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", help="Sample, with logits divided by T.")
+]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens that make up P.")
+]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; the default.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampling.", min=0)]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Tell tokens per second and KV-cache bytes of each answer.")]
+
+
+def serve(
+    context: typer.Context,
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="A checkpoint, or a run directory: its newest checkpoint.")
+    ] = Path("."),
+    engine: Annotated[Engine, typer.Option("--engine", help="What serves it.")] = Engine.vllm,
+    program: Annotated[
+        str | None,
+        typer.Option("--program", metavar="PATH", help="The engine's program, if it is installed elsewhere."),
+    ] = None,
+    print_: Annotated[bool, typer.Option("--print", help="Print the command line and start nothing.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Serve a checkpoint with vLLM or transformers.
+
+    Checks the checkpoint, shows the engine's command line and becomes it. Options that are not listed here go to the
+    engine, which has its own help: `vllm serve --help`.
+
+    \b
+    Example:
+      uniattn serve trained --max-model-len 4096 --port 8001
+    """
+    with guard("serve", debug):
+        from uniattn_cli.commands.serve import serve
+
+        command = serve(directory, engine=engine.value, program=program, arguments=context.args)
+        typer.echo(str(command))
+        if not print_:
+            sys.stdout.flush()
+            command.run()
+
+
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A converted checkpoint, such as trained; its README.md is the card.")
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="Branch, made if it is missing; default: main.")
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="ID", help="Hub id of the base, where the recipe names a directory."),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Such as apache-2.0; default: what the base's card says."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the model card and the files; needs no network.")
+    ] = False,
+    run_dir: RunDirOption = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Add a commit to a repository that holds files.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Upload a checkpoint with a model card.
+
+    The card states base, layout, costs, figures of `uniattn eval`, data, training and licence. Everything goes up in
+    one commit, so that the repository is never half a model.
+
+    \b
+    Example:
+      uniattn push trained my-name/my-model --private --dry-run
+    """
+
+    def call(_: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.push import push
+
+        details = {"private": private, "revision": revision, "message": message, "base_model": base_model}
+        return push(directory, repo_id, **details, licence=licence, dry_run=dry_run, options=options)
+
+    run_stage("push", Common(run_dir, (), "auto", force, debug), [], call)
+
+
+def compare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...", help="Checkpoint directories, evaluated run directories, or results.json files."
+        ),
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="Evaluate checkpoints with this recipe; default: recipe.yaml."),
+    ] = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare any models: one table, and who is beaten by nobody.
+
+    Checkpoints are evaluated alike, finished evaluations are read; what was scored on other items or with other
+    settings is refused. Writes comparison/ with table, figures and a picture of quality against KV bytes and speed.
+
+    \b
+    Example:
+      uniattn compare run-a run-b other/trained
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.compare import compare
+
+        return compare(inputs, recipe=recipe, overrides=overrides, options=options)
+
+    run_stage("compare", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+def _list(text: str | None, flag: str, of: Any = str, separator: str = ",") -> list:
+    """The values of an option that takes several."""
+    try:
+        return [of(part.strip()) for part in (text or "").split(separator) if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not a list of numbers", param_hint=flag) from None
+
+
+def sweep(
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="SHARE,...", help="Budgets: shares of the KV bytes to keep, default 0.9,0.8,0.7."),
+    ] = None,
+    followers: Annotated[
+        str | None, typer.Option("--followers", metavar="N,...", help="Budgets: numbers of layers to change.")
+    ] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            "--kinds",
+            metavar="KIND,...;...",
+            help="Sets of kinds of layer, such as 'softmax;key;softmax,kv'; several together, pooled, linear and none "
+            "are searched thoroughly.",
+        ),
+    ] = None,
+    solve: Annotated[
+        str | None,
+        typer.Option("--solve", metavar="WHAT,...", help="What the fit solves: both, compensation, output, none."),
+    ] = None,
+    discard: Annotated[bool, typer.Option("--discard", help="Delete the weights of each point once scored.")] = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Convert under many budgets and draw what each one costs.
+
+    Every combination of budgets, kinds and fits is converted and scored in a folder of its own below sweep/, with the
+    analysis of this run; the base is scored once. After an interruption the same command goes on where it was.
+
+    \b
+    Example:
+      uniattn sweep --kv 0.9,0.8,0.7 --solve both,output
+    """
+    budgets = {
+        "kv": _list(kv, "--kv", float),
+        "followers": _list(followers, "--followers", int),
+        "kinds": [_list(each, "--kinds") for each in _list(kinds, "--kinds", separator=";")],
+        "solve": _list(solve, "--solve"),
+    }
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.sweep import sweep
+
+        return sweep(**budgets, discard=discard, overrides=overrides, options=options)
+
+    run_stage("sweep", Common(run_dir, set_ or (), device, force, debug), [], call)
+
+
+def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> None:
+    """Make the page of an evaluation again.
+
+    Writes evaluation/report.html from results.json and what the other stages left, without loading any model.
+
+    \b
+    Example:
+      uniattn report -C my-run
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.report import report
+
+        return report()
+
+    run_stage("report", Common(run_dir, (), "cpu", False, debug), [], call)
+
+
+def generate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CHECKPOINT] [PROMPT]",
+            help="Model directory, hub id or `base`, by default what train or convert left; and the prompt, by default "
+            "from stdin.",
+        ),
+    ] = None,
+    beside: BesideOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = 0,
+    engine: Annotated[
+        Runner,
+        typer.Option("--engine", help="What runs the model; auto takes this package's engine on a GPU."),
+    ] = Runner.auto,
+    stats: StatsOption = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Let a model answer a prompt, alone or beside another.
+
+    Prints the answer as it comes. Needs no run directory if a checkpoint is named.
+
+    \b
+    Example:
+      uniattn generate "Why is the sky blue?" --beside base
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        def decoding() -> Any:
+            return talk.make_decoding(max_new_tokens, temperature, top_p, seed, greedy)
+
+        return talk.run_generate(
+            words or (),
+            decoding,
+            beside=beside,
+            raw=raw,
+            engine=engine.value,
+            stats=stats,
+            overrides=overrides,
+            options=options,
+        )
+
+    run_stage("generate", Common(run_dir, set_ or (), device, False, debug), [], call)
+
+
+def chat(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[CHECKPOINT]", help="As in generate: directory, hub id or `base`."),
+    ] = None,
+    beside: BesideOption = None,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = 0,
+    stats: StatsOption = False,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Talk with a model, alone or beside another.
+
+    One line is one turn; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+
+    \b
+    Example:
+      uniattn chat trained --beside base --stats
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        def decoding() -> Any:
+            return talk.make_decoding(max_new_tokens, temperature, top_p, seed, greedy)
+
+        return talk.run_chat(checkpoint, decoding, beside=beside, stats=stats, overrides=overrides, options=options)
+
+    run_stage("chat", Common(run_dir, set_ or (), device, False, debug), [], call)
+
+
+def bench(
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CHECKPOINT]...",
+            help="Models, the reference first; default: the run's base, converted/ and trained/.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", metavar="NAME", help="Random weights instead: llama-3.1-8b, llama-3.2-1b, ..."),
+    ] = None,
+    groups: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--groups",
+            metavar="[KIND@]GROUPS",
+            help="A layout beside the base of --shape, as `convert` takes it; kv@paper: the same followers as rivals "
+            "of another kind; repeatable.",
+        ),
+    ] = None,
+    compensation: Annotated[
+        str, typer.Option("--compensation", metavar="full|none|RANK", help="W_c of these layouts.")
+    ] = "full",
+    layers: Annotated[int | None, typer.Option("--layers", metavar="N", min=1, help="A shallower --shape.")] = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Rows.")] = "1,16",
+    context: Annotated[str, typer.Option("--context", metavar="N,...", help="Tokens before the first new one.")] = (
+        "512,4096"
+    ),
+    new: Annotated[int, typer.Option("--new", metavar="N", help="New tokens per round.")] = 16,
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", help="Rounds; in each, every model has its turn.")
+    ] = 5,
+    stock: Annotated[
+        str, typer.Option("--stock", metavar="base|all|none", help="Models that transformers generates with too.")
+    ] = "base",
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", metavar="N", help="Time no prompts that have more in the whole batch.")
+    ] = 131072,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write.")] = Path("bench"),
+    run_dir: RunDirOption = Path("."),
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure decoding speed beside the limit and transformers.
+
+    Time to the first token and per token after it, for every batch and context, all models in turn under one engine.
+    Writes a table, a plot and all numbers.
+
+    \b
+    Example:
+      uniattn bench --shape llama-3.1-8b --groups paper --groups every:4 --batch 1,16 --context 4096
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.bench import BenchSpec, bench
+
+        spec = BenchSpec(
+            settings.numbers(batch, "--batch"),
+            settings.numbers(context, "--context"),
+            new,
+            repeats,
+            stock,
+            prompt_tokens,
+            "auto" if dtype is None else dtype.value,
+        )
+        return bench(
+            checkpoints or (),
+            shape=shape,
+            groups=groups or (),
+            compensation=settings.compensation(compensation),
+            layers=layers,
+            spec=spec,
+            out=out,
+            options=options,
+        )
+
+    run_stage("bench", Common(run_dir, (), device, force, debug), [], call)

@@ -1,0 +1,230 @@
+"""`uniattn analyze`: one pass over calibration text that measures how redundant the attention maps are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.errors import DataError, StageError
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.layouts.choose import candidates_table, check_protected, parameter_counts
+from uniattn_cli.layouts.fast import frontier
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe import ready
+from uniattn_cli.recipe.schema import (
+    LayoutSpec,
+    ModelSpec,
+    Recipe,
+    default_tree,
+    fast_search_takes,
+    read_tree,
+    write_tree,
+)
+from uniattn_cli.run.directory import RunDir, file_errors
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    import torch
+
+# A sample is too small if the usual 95 % half-width of a score exceeds this share of the spread between scores.
+RESOLVED = 0.25
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Result of `analyze`.
+
+    Attributes:
+        measured: all numbers.
+        directory: where they were written.
+        tables: most similar neighbours, and candidate layouts over budgets.
+        notes: what the user should know.
+    """
+
+    measured: Measured
+    directory: Path
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    title: str = "analysis"
+
+
+def analyze(
+    model: str | None = None,
+    run_dir: Path | str = ".",
+    *,
+    recipe: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    options: RunOptions | None = None,
+) -> Analysis:
+    """Measures the similarity of all attention maps and writes `analysis/`, and `recipe.yaml` if there is none.
+
+    Args:
+        model: hub id or directory; None takes the recipe's.
+        run_dir: where to write.
+        recipe: file or ready recipe that a new `recipe.yaml` starts from, with `model` put in; None starts from the
+            defaults.
+        overrides: `key.path=value` strings for the recipe.
+        options: device, force, progress.
+
+    Raises:
+        UniAttnError: one of the subclasses in `uniattn_cli.errors`, with one clear line.
+    """
+    from uniattn_cli.data import splits
+    from uniattn_cli.models.loading import check_lengths, load_config, load_model, load_tokenizer, locate
+
+    options = options or RunOptions()
+    run = RunDir(run_dir)
+    recipe, new_tree = _recipe(run, model, recipe, overrides)
+    run.check_free("analyze", options.force)
+    source = locate(recipe.model.name, recipe.model.revision)
+    config = load_config(source)
+    spec = recipe.analysis
+    check_lengths(config, {"analysis.length": spec.length})
+    check_protected(recipe.layout, attention_shape(config))
+    device = options.torch_device()
+    tokenizer = load_tokenizer(source, recipe.data.chat_template)
+    windows = splits.calibration_windows(
+        recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed
+    )
+    notes = _check_text(windows, tokenizer, spec.tokens)
+    from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
+
+    options.progress.note(f"loading {recipe.model.name} on {device}")
+    loaded = load_model(source, _readable(recipe.model), device)
+    inputs = {"model": source.fingerprint}
+    with run.write("analyze", recipe, inputs, force=options.force) as directory:
+        with options.progress.track("analyzing", len(windows)) as advance:
+            measured, left_out = measure(loaded, windows, spec, source, advance)
+        matcher = Matcher(measured.score, measured.shape, recipe.layout.head_map, recipe.layout.sources)
+        tables = [neighbours_table(measured), _candidates(measured, config, matcher, recipe.layout)]
+        _write(directory, measured, tables)
+        if new_tree is not None:
+            with file_errors(run.root):
+                write_tree(new_tree, run.recipe)
+    notes += [*left_out, *resolution_note(measured)]
+    notes.append(f"{measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.forward_ratio:.1f}x plain forward")
+    notes.append(f"pictures and numbers: {run.output('analyze')}; next: uniattn convert --groups auto")
+    return Analysis(measured, run.output("analyze"), tables, notes)
+
+
+def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrides: Sequence[str]):
+    """The recipe, and the tree to write if there is none yet."""
+    model = None if model is None else _resolved(model)
+    if run.recipe.exists():
+        if template is not None:
+            raise StageError(f"{run.recipe} exists; --recipe starts a new one, so use another run directory (-C DIR)")
+        recipe = Recipe.load(run.recipe, overrides)
+        if model is not None and _resolved(recipe.model.name) != model:
+            raise StageError(
+                f"{run.recipe} is for {recipe.model.name}, not {model}; use another run directory (-C DIR) or edit it"
+            )
+        return recipe, None
+    if template is not None:
+        path = ready.resolve(template)
+        tree, name = read_tree(path), path.name
+        named = [] if model is None else [f"model.name={json.dumps(model)}"]
+        return Recipe.from_tree(tree, name, [*named, *overrides]), tree
+    if model is None:
+        raise StageError(f"{run.recipe} does not exist; name the model: `uniattn analyze MODEL`")
+    tree = default_tree(model)
+    return Recipe.from_tree(tree, "recipe.yaml", overrides), tree
+
+
+def _resolved(model: str) -> str:
+    """The absolute path of a directory, so that other stages find it from anywhere; hub ids as they are."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def _readable(spec: ModelSpec) -> ModelSpec:
+    """FlexAttention gets block masks, from which maps cannot be computed; the maps are the same with any backend."""
+    return replace(spec, attention="auto") if spec.attention == "flex_attention" else spec
+
+
+def _check_text(windows: torch.Tensor, tokenizer, wanted: int) -> list[str]:
+    """Refuses calibration text that says nothing; warns if there is less than was asked for."""
+    special = set(tokenizer.all_special_ids)
+    ordinary = sum(1 for token in windows.flatten().tolist() if token not in special)
+    if ordinary < windows.numel() / 2:
+        raise DataError(
+            f"{1 - ordinary / windows.numel():.0%} of the calibration tokens are special tokens; give ordinary text"
+        )
+    if windows.numel() < wanted - windows.shape[1]:
+        return [f"the calibration text holds {windows.numel():,} tokens, {wanted:,} were asked for"]
+    return []
+
+
+def resolution_note(measured: Measured) -> list[str]:
+    """A warning if the sample is too small to tell borrowings apart, with the tokens that would do."""
+    width, spread = measured.resolution()
+    # NaN for a single sequence compares as false.
+    if not width > RESOLVED * spread > 0:
+        return []
+    # Errors fall with the root of the number of sequences. Two digits are all that the estimate is worth.
+    wanted = measured.tokens * (width / (RESOLVED * spread)) ** 2
+    unit = 10 ** (math.floor(math.log10(wanted)) - 1)
+    return [
+        f"few tokens: similarities are known to ± {width:.3f} (95 %) but differ by only {spread:.3f} between heads; "
+        f"for a sound choice: uniattn analyze --force --tokens {math.ceil(wanted / unit) * unit}"
+    ]
+
+
+def neighbours_table(measured: Measured, most: int = 8) -> Table:
+    """The pairs of neighbouring layers whose maps are most alike."""
+    names = ("averaged_cosine", "cosine", "cosine_no_sink", "js", "top_k")
+    columns = ["layers", "head-averaged", "same heads", "no sink", "1 - JS", "top-k"]
+    shown = [measured.layers[name] for name in names]
+    if measured.output_error is not None:
+        errors = measured.output_error
+        shown += [{"mean": errors[name], "stderr": errors[name + "_stderr"]} for name in ("before", "after")]
+        columns += ["output error", "compensated"]
+    likeness = measured.layers["cosine_no_sink"]["mean"]
+    pairs = sorted(sorted(range(1, measured.shape.layers), key=lambda j: -likeness[j][j - 1])[:most])
+    rows = [[f"{j - 1}, {j}", *(_number(entry["mean"][j][j - 1]) for entry in shown)] for j in pairs]
+    widths = [1.96 * value for j in pairs for entry in shown if _known(value := entry["stderr"][j][j - 1])]
+    return Table("most similar neighbours" + _within(widths), columns, rows)
+
+
+def _candidates(measured: Measured, config, matcher: Matcher, spec: LayoutSpec) -> Table:
+    limits = {"protect": spec.protect, "max_group": spec.max_group}
+    kind = spec.kinds[0] if fast_search_takes(spec.kinds) else "softmax"
+    choices = frontier(matcher, kind=kind, **limits)
+    table = candidates_table(choices, measured.shape, measured.element_size, parameter_counts(config, choices))
+    heads, errors = measured.shape.query_heads, measured.score_stderr
+    widths = []
+    # The same layers with the same maps, whatever they become.
+    alike = choices if kind == "softmax" else frontier(matcher.for_kind(kind), **limits)
+    for choice in alike:
+        for layer in choice.layout.changed:
+            sources = enumerate(choice.layout[layer].sources(heads))
+            total = sum(errors[layer, layer - other - 1, own, head] for own, (other, head) in sources)
+            widths.append(1.96 * float(total) / heads)
+    return replace(table, title=table.title + _within([width for width in widths if _known(width)]))
+
+
+def _known(value: float | None) -> bool:
+    """Whether there is a number: null where an analysis was read from its file, NaN before it was written."""
+    return value is not None and not math.isnan(value)
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.3f}" if _known(value) else "-"
+
+
+def _within(widths: list[float]) -> str:
+    return f" (95 % intervals: ± {max(widths):.3f} or less)" if widths else ""
+
+
+def _write(directory: Path, measured: Measured, tables: list[Table]) -> None:
+    from uniattn_cli.analysis.plots import plot_depth, plot_heatmap
+
+    neighbours, candidates = ([dict(zip(t.columns, row, strict=True)) for row in t.rows] for t in tables)
+    measured.save(directory, {"neighbours": neighbours, "candidates": candidates})
+    plot_heatmap(measured, directory / "similarity.png")
+    plot_depth(measured, directory / "depth.png")

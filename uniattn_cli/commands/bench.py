@@ -1,0 +1,258 @@
+"""`uniattn bench`: time to the first token and per token, beside the limit and beside transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniattn_cli.errors import ModelError, StageError, UsageError
+from uniattn_cli.options import RunOptions
+from uniattn_cli.run.directory import file_errors, now, versions
+from uniattn_cli.tables import Table, to_markdown
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from uniattn_cli.inference.engine import Engine
+    from uniattn_cli.inference.timing import Measurement
+
+SCHEMA = 1
+RESULTS, REPORT, PLOT = "results.json", "report.md", "bench.png"
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """What is measured.
+
+    Attributes:
+        batches, contexts: every pair is measured; a context is in tokens per row.
+        new: decoding steps per round.
+        repeats: rounds.
+        stock: which models `transformers` generates with too: `base`, `all` or `none`.
+        prompt_tokens: prompts of more tokens in the whole batch are not timed.
+        dtype: `auto` takes the checkpoint's own, and bfloat16 for random weights.
+    """
+
+    batches: tuple[int, ...] = (1, 16)
+    contexts: tuple[int, ...] = (512, 4096)
+    new: int = 16
+    repeats: int = 5
+    stock: str = "base"
+    prompt_tokens: int = 131072
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "contexts"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise UsageError(f"{name} must be positive numbers, not {list(values)}")
+        for name in ("new", "repeats"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.stock not in ("base", "all", "none"):
+            raise UsageError(f"stock must be base, all or none, not '{self.stock}'")
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured.
+
+    Attributes:
+        title, tables, notes: for the console.
+        directory: where `results.json`, the report and the plot were written.
+        device: as a reader knows it.
+        bandwidth: bytes per second of a large copy, the measure of every floor.
+        measurements: one per model, path, batch and context.
+    """
+
+    title: str
+    tables: list[Table]
+    notes: list[str]
+    directory: Path
+    device: str
+    bandwidth: float
+    measurements: tuple[Measurement, ...]
+
+
+def bench(
+    checkpoints: Sequence[str] = (),
+    *,
+    shape: str | None = None,
+    groups: Sequence[str] = (),
+    compensation: str | int = "full",
+    layers: int | None = None,
+    spec: BenchSpec | None = None,
+    run_dir: Path | str = ".",
+    out: Path | str = "bench",
+    options: RunOptions | None = None,
+) -> BenchResult:
+    """Measures models in turn and writes a directory with all numbers, tables and a plot.
+
+    Args:
+        checkpoints: directories or hub ids; without any, base, `converted/` and `trained/` of the run directory. The
+            first one is what the others are compared with.
+        shape: random weights of this shape instead, see `subjects.SHAPES`.
+        groups: layouts of the random models beside the base, see `grouping.shorthand.parse_groups`.
+        compensation: of their changed layers: `full`, `none` or a rank.
+        layers: make the random model shallower.
+        run_dir: holds `recipe.yaml` and what the stages wrote.
+        out: directory to write, within the run directory.
+
+    Raises:
+        UsageError: options that make no sense together.
+        ModelError, CheckpointError, LayoutError, RecipeError: a model cannot be had.
+        StageError: the output is in the way.
+    """
+    spec, options = spec or BenchSpec(), options or RunOptions()
+    if groups and not shape:
+        raise UsageError("--groups makes layouts of random weights; give --shape too, or name a converted checkpoint")
+    if shape and checkpoints:
+        raise UsageError("give checkpoints or --shape, not both")
+    directory = Path(run_dir) / out
+    if directory.exists() and not options.force:
+        raise StageError(f"{directory} exists; use --force to replace it, or --out DIR")
+    device = options.torch_device()
+    models = _models(checkpoints, shape, groups, compensation, layers, spec, run_dir, device)
+    engines = _engines(models)
+    from uniattn_cli.inference.roofline import copy_bandwidth
+
+    bandwidth = copy_bandwidth(device)
+    measurements = _measure(models, engines, spec, bandwidth, options)
+    settings = {
+        "spec": dataclasses.asdict(spec),
+        "models": {name: _describe(model) for name, model in models.items()},
+        "shape": shape,
+        "ops": {name: engine.ops.name for name, engine in engines.items()},
+        "graphs": {name: engine.graphs for name, engine in engines.items()},
+    }
+    return _write(directory, measurements, settings, bandwidth, device)
+
+
+def _models(
+    checkpoints: Sequence[str],
+    shape: str | None,
+    groups: Sequence[str],
+    compensation: str | int,
+    layers: int | None,
+    spec: BenchSpec,
+    run_dir: Path | str,
+    device: torch.device,
+) -> dict[str, PreTrainedModel]:
+    from uniattn_cli.inference.timing import NoRoomError, room
+    from uniattn_cli.models import random
+
+    try:
+        with room("the weights of all models together"):
+            if shape:
+                dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
+                return random.random_models(shape, groups, compensation, dtype, device, layers)
+            return random.load_models(random.find_models(run_dir, checkpoints), spec.dtype, device)
+    except NoRoomError as error:
+        raise ModelError(f"{error} on {device}; name fewer checkpoints, or a larger device with --device") from None
+
+
+def _engines(models: dict[str, PreTrainedModel]) -> dict[str, Engine]:
+    from uniattn_cli.inference.engine import engine_for
+    from uniattn_cli.inference.program import UnsupportedError
+
+    found = {}
+    for name, model in models.items():
+        try:
+            found[name] = engine_for(model)
+        except UnsupportedError as error:
+            raise ModelError(f"{name}: the decoding engine cannot run this model: {error}") from None
+    return found
+
+
+def _measure(
+    models: dict[str, PreTrainedModel],
+    engines: dict[str, Engine],
+    spec: BenchSpec,
+    bandwidth: float,
+    options: RunOptions,
+) -> list[Measurement]:
+    """Shape by shape; what does not fit is noted and the next one goes on."""
+    from uniattn_cli.inference.timing import measure_shape, measure_stock, random_prompt
+
+    stock = list(models)[: {"none": 0, "base": 1, "all": None}[spec.stock]]
+    ways = [False, True] if next(iter(models.values())).device.type == "cuda" else [False]
+    pairs = [(batch, context) for context in spec.contexts for batch in spec.batches]
+    rounds = len(pairs) * spec.repeats * (len(models) + len(stock) * len(ways))
+    found = []
+    with options.progress.track("bench", rounds) as advance:
+        for batch, context in pairs:
+            measured = measure_shape(
+                engines,
+                batch,
+                context,
+                new=spec.new,
+                repeats=spec.repeats,
+                prompts=batch * context <= spec.prompt_tokens,
+                bandwidth=bandwidth,
+                advance=advance,
+            )
+            prompt = random_prompt(next(iter(engines.values())), batch, context)
+            for name in stock:
+                measured += [
+                    measure_stock(
+                        name, models[name], prompt, new=spec.new, repeats=spec.repeats, static=static, advance=advance
+                    )
+                    for static in ways
+                ]
+            for one in measured:
+                if not one.fits:
+                    options.progress.warn(f"batch {batch}, context {context}: {one.model} ({one.path}): {one.note}")
+            found += measured
+    return found
+
+
+def _describe(model: PreTrainedModel) -> dict[str, Any]:
+    from collections import Counter
+
+    layout = getattr(model.config, "layout", None)
+    kinds = Counter(plan.kind for plan in layout) if layout else {"own": model.config.num_hidden_layers}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"kinds": dict(kinds), "parameters": parameters, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _write(
+    directory: Path,
+    measurements: list[Measurement],
+    settings: dict[str, Any],
+    bandwidth: float,
+    device: torch.device,
+) -> BenchResult:
+    from uniattn_cli.reporting import bench
+
+    name = bench.describe_device(device)
+    shown = bench.tables(measurements)
+    content = {
+        "schema": SCHEMA,
+        "device": name,
+        "copy_bandwidth": bandwidth,
+        "versions": versions(),
+        "finished": now(),
+        "settings": settings,
+        "measurements": [dataclasses.asdict(one) for one in measurements],
+    }
+    partial = directory.with_name(f".{directory.name}.partial")
+    with file_errors(directory.parent):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / RESULTS).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = "\n\n".join(["# Decoding speed", f"{name}; {bench.explanation(bandwidth)}", *map(to_markdown, shown)])
+        (partial / REPORT).write_text(text + "\n", encoding="utf-8")
+        drawn = bench.draw(measurements, partial / PLOT)
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+    notes = [bench.explanation(bandwidth), *bench.conclusions(measurements), f"Written to {directory}/"]
+    if not drawn:
+        notes.append("No plot: matplotlib is not installed.")
+    return BenchResult(f"Decoding on {name}", shown, notes, directory, name, bandwidth, tuple(measurements))

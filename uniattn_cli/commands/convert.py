@@ -1,0 +1,288 @@
+"""`uniattn convert`: from the base and a layout to a fitted checkpoint that loads anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniattn_cli.commands.group import chooses_layout, layout_overrides, store_layout, write_considered
+from uniattn_cli.errors import LayoutError
+from uniattn_cli.layouts.choose import Grouping, check_analysis, check_protected, choose, compensation_of
+from uniattn_cli.layouts.picture import draw_layout
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.costs import context_window, count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.models.families import check_target
+from uniattn_cli.models.losses import Loss, window_loss
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from uniattn_cli.fitting.fit import LayerFit
+
+REPORT_FILE = "uniattn_report.json"
+# Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
+QUICK_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs before and after.
+
+    Attributes:
+        parameters: base, converted.
+        weight_bytes: bytes of the weights on disk, base, converted.
+        kv_bytes: KV-cache bytes per token, base, converted.
+    """
+
+    parameters: tuple[int, int]
+    weight_bytes: tuple[int, int]
+    kv_bytes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Result of `convert`.
+
+    Attributes:
+        layout: what each layer does now.
+        costs: before and after.
+        fits: error of each changed layer before and after its fit; empty for a dry run.
+        losses: held-out loss of `base`, `uncompensated` and `converted`; empty for a dry run.
+        directory: the checkpoint, or None for a dry run.
+        picture: the layout drawn with characters.
+    """
+
+    layout: Layout
+    costs: Costs
+    fits: list[LayerFit]
+    losses: dict[str, Loss]
+    directory: Path | None
+    picture: str
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    title: str = "conversion"
+
+
+def convert(
+    run_dir: Path | str = ".",
+    *,
+    groups: str | None = None,
+    dry_run: bool = False,
+    overrides: Sequence[str] = (),
+    options: RunOptions | None = None,
+) -> Conversion:
+    """Builds, fits and saves the converted model; chooses the layout first where the recipe has none.
+
+    Args:
+        run_dir: holds `recipe.yaml`, and `analysis/` where the layout or head maps come from it.
+        groups: a form of `--groups`; None takes the recipe's layout, unless an override of `layout` asks for another
+            or there is none; then it chooses one as the recipe says.
+        dry_run: only say what would be done and saved; no weights are loaded and nothing is written.
+        overrides: `key.path=value` strings for the recipe.
+        options: device, force, progress.
+
+    Raises:
+        UniAttnError: one of its subclasses, with one clear line.
+    """
+    from uniattn_cli.models.loading import check_lengths, load_config, locate
+    from uniattn_cli.models.parity import prove_parity
+
+    options = options or RunOptions()
+    run = RunDir(run_dir)
+    overrides = layout_overrides(groups, overrides)
+    recipe = Recipe.load(run.recipe, overrides)
+    if not dry_run:
+        run.check_free("convert", options.force)
+    source = locate(recipe.model.name, recipe.model.revision)
+    config = load_config(source)
+    lengths = {"conversion.length": recipe.conversion.length, "evaluation.length": recipe.evaluation.length}
+    check_lengths(config, lengths)
+    check_target(config.model_type, recipe.conversion.aim)
+    options.torch_device()  # a device that is not there is told before any work
+    if run.is_complete("analyze"):
+        # The layout in the recipe was most likely chosen from it.
+        check_analysis(run, recipe, source.fingerprint)
+    fresh = recipe.layout.layers is None or chooses_layout(overrides)
+    grouping = choose(run, recipe, config, options, load=not dry_run) if fresh else _stored_layout(recipe, config)
+    layout = grouping.layout
+    element_size = _element_size(recipe, config)
+    costs = _costs(config, layout, element_size)
+    notes = [*grouping.notes, *_window_notes(config, layout, element_size)]
+    if dry_run:
+        notes.append("dry run: nothing was written")
+        return Conversion(layout, costs, [], {}, None, grouping.picture, [_cost_table(costs, {})], notes)
+    prove_parity(config)
+    with run.write("convert", recipe, {"model": source.fingerprint}, force=options.force) as directory:
+        fits, losses, more = _convert(recipe, source, layout, costs.weight_bytes[0], directory, options)
+        _write_report(directory, layout, costs, fits, losses)
+        if fresh:
+            write_considered(run, recipe, grouping)
+            store_layout(run, layout, recipe)
+    notes += more
+    notes.append(f"checkpoint: {run.output('convert')}; next: uniattn train recipe.yaml")
+    tables = [_cost_table(costs, losses), *_fit_tables(fits)]
+    return Conversion(layout, costs, fits, losses, run.output("convert"), grouping.picture, tables, notes)
+
+
+def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
+    """The layout that the recipe holds, checked against the model."""
+    shape = attention_shape(config)
+    try:
+        layout = Layout.from_list(recipe.layout.layers, compensation_of(recipe))
+        problems = layout.problems(shape)
+        if problems:
+            raise ValueError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        check_protected(recipe.layout, shape, layout)
+    except (ValueError, LayoutError) as error:
+        raise LayoutError(f"recipe.yaml, layout.layers: {error}") from None
+    note = f"layout of the recipe, {len(layout.changed)} layers changed (--groups chooses anew)"
+    return Grouping(layout, draw_layout(layout), [], [note])
+
+
+def _element_size(recipe: Recipe, config: Any) -> int:
+    import torch
+
+    name = recipe.model.dtype if recipe.model.dtype != "auto" else str(config.dtype or "float32").split(".")[-1]
+    return getattr(torch, name).itemsize
+
+
+def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
+    shape = attention_shape(config)
+    pair = (Layout.own(shape.layers), layout)
+    parameters = tuple(count_parameters(config, entry) for entry in pair)
+    return Costs(
+        parameters=parameters,
+        weight_bytes=tuple(count * element_size for count in parameters),
+        kv_bytes=tuple(kv_bytes_per_token(entry, shape, element_size) for entry in pair),
+    )
+
+
+def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
+    """What is saved at full length, where sliding layers keep their window only and bytes per token mislead."""
+    windows = [window for window in layer_windows(config) if window is not None]
+    tokens = context_window(config)
+    if not windows or not tokens or tokens <= min(windows):
+        return []
+    before, after = (kv_bytes(config, entry, tokens, element_size) for entry in (Layout.own(len(layout)), layout))
+    return [
+        f"KV cache of {tokens:,} tokens: {before / 1e6:,.1f} MB, converted {after / 1e6:,.1f} MB "
+        f"({after / before - 1:+.1%}); {len(windows)} of {len(layout)} layers keep {min(windows):,} tokens at most"
+    ]
+
+
+def _convert(
+    recipe: Recipe, source: Any, layout: Layout, weight_bytes: int, directory: Path, options: RunOptions
+) -> tuple[list[LayerFit], dict[str, Loss], list[str]]:
+    """Loads, scores, fits, scores again and saves. Returns fits, losses and notes."""
+    import torch
+
+    from uniattn_cli.data import splits
+    from uniattn_cli.fitting.fit import fit_layers
+    from uniattn_cli.fitting.stream import layer_by_layer, placement
+    from uniattn_cli.models.loading import build_converted, load_model, load_tokenizer, save_checkpoint
+
+    spec = recipe.conversion
+    progress = options.progress
+    tokenizer = load_tokenizer(source, recipe.data.chat_template)
+    windows = splits.calibration_windows(
+        recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed
+    )
+    heldout = splits.heldout_windows(
+        recipe.data, tokenizer, tokens=min(recipe.evaluation.tokens, QUICK_TOKENS), length=recipe.evaluation.length
+    )
+    notes = []
+    if windows.numel() < spec.tokens - spec.length:
+        notes.append(f"the calibration text holds {windows.numel():,} tokens, {spec.tokens:,} were asked for")
+    if len(windows) == 1 and layout.changed:
+        notes.append("one calibration sequence: nothing is held out from the fit, so its errors look too good")
+    home, device = placement(spec.offload, weight_bytes, options.torch_device())
+    where = f"on {home}" if device is None else f"in memory, one layer at a time on {device}"
+    progress.note(f"loading {recipe.model.name} {where}")
+    base = load_model(source, recipe.model, home)
+    torch.manual_seed(recipe.seed)
+    converted = build_converted(base, layout)
+    batch_size = recipe.evaluation.batch_size
+    losses = {}
+
+    def score(model: PreTrainedModel, advance: Any) -> Loss:
+        with layer_by_layer(model, device):
+            return window_loss(model, heldout, batch_size=batch_size, advance=advance)
+
+    with progress.track("scoring base and unfitted model", 2 * len(heldout)) as advance:
+        losses["base"] = score(base, advance)
+        losses["uncompensated"] = score(converted, advance)
+    with progress.track("fitting", len(layout)) as advance:
+        fits = fit_layers(base, converted, windows, spec, device=device, batch_size=batch_size, advance=advance)
+    with progress.track("scoring converted model", len(heldout)) as advance:
+        losses["converted"] = score(converted, advance)
+    save_checkpoint(converted, tokenizer, directory)
+    return fits, losses, notes
+
+
+def _write_report(directory: Path, layout: Layout, costs: Costs, fits: list[LayerFit], losses: dict[str, Loss]) -> None:
+    """Writes `uniattn_report.json` beside the weights: layout, costs, errors per layer, held-out losses in nats."""
+    import json
+    import math
+
+    layers = []
+    for fit in fits:
+        entry = asdict(fit)
+        entry["ridge"] = None if math.isinf(fit.ridge) else fit.ridge
+        layers.append(entry)
+    content = {
+        "schema": 1,
+        "layout": layout.to_list(),
+        "costs": {key: {"base": value[0], "converted": value[1]} for key, value in asdict(costs).items()},
+        "fits": layers,
+        "losses": {
+            name: {"mean": loss.mean, "stderr": None if math.isnan(loss.stderr) else loss.stderr, "tokens": loss.tokens}
+            for name, loss in losses.items()
+        },
+    }
+    (directory / REPORT_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _cost_table(costs: Costs, losses: dict[str, Loss]) -> Table:
+    def row(name: str, pair: tuple[int, int]) -> list[str]:
+        return [name, f"{pair[0]:,}", f"{pair[1]:,}", f"{pair[1] / pair[0] - 1:+.1%}"]
+
+    rows = [
+        row("parameters", costs.parameters),
+        row("bytes of weights", costs.weight_bytes),
+        row("KV bytes per token", costs.kv_bytes),
+    ]
+    if losses:
+        base = losses["base"]
+        for name, label in (("uncompensated", "perplexity, not fitted"), ("converted", "perplexity, fitted")):
+            ratio = losses[name].perplexity / base.perplexity
+            rows.append([label, f"{base.perplexity:.2f}", f"{losses[name].perplexity:.2f}", f"x{ratio:.3f}"])
+    title = "before and after"
+    if losses:
+        title += f" (perplexity on {losses['base'].tokens:,} held-out tokens)"
+    return Table(title, ["", "base", "converted", "change"], rows)
+
+
+def _fit_tables(fits: list[LayerFit]) -> list[Table]:
+    if not fits:
+        return []
+    rows = [
+        [str(fit.layer), fit.kind, f"{fit.error_before:.3f}", f"{fit.error_after:.3f}", f"{fit.ridge:.0e}"]
+        for fit in fits
+    ]
+    columns = ["layer", "kind", "error before", "after", "ridge"]
+    tables = [
+        Table("error of the attention output on tokens held out from the fit, relative to its energy", columns, rows)
+    ]
+    aligned = [(fit, fit.divergence) for fit in fits if fit.divergence is not None]
+    if aligned:
+        rows = [[str(fit.layer), fit.kind, f"{pair[0]:.3f}", f"{pair[1]:.3f}"] for fit, pair in aligned]
+        title = "divergence of maps from the base's, in nats, where queries were aligned with borrowed keys"
+        tables.append(Table(title, ["layer", "kind", "before", "after"], rows))
+    return tables

@@ -1,0 +1,317 @@
+"""`uniattn eval`: base, control, converted and trained model side by side, in quality, size and speed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.data.heldout import Rows, length_rows, response_rows, text_rows
+from uniattn_cli.errors import DataError, ModelError
+from uniattn_cli.evaluation.agreement import Reference
+from uniattn_cli.evaluation.batches import Batches
+from uniattn_cli.evaluation.cache import ScoreStore, cache_directory, model_key
+from uniattn_cli.evaluation.figures import RESULTS
+from uniattn_cli.evaluation.results import assemble
+from uniattn_cli.evaluation.retrieval import RetrievalItem, retrieval_items
+from uniattn_cli.evaluation.samples import Prompt, find_prompts, sample_all
+from uniattn_cli.evaluation.scores import Bench, Material, Measured, items_file, measure
+from uniattn_cli.evaluation.speed import GridPoint, Runner, measure_speed, prompt_tokens
+from uniattn_cli.evaluation.subjects import ModelPool, Subject, check_tokenizers, find_subjects
+from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
+from uniattn_cli.models.costs import context_window
+from uniattn_cli.models.loading import check_lengths, load_config, load_tokenizer
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.reporting import markdown
+from uniattn_cli.reporting.page.page import PAGE, write_page
+from uniattn_cli.reporting.pareto import draw
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.tables import Table
+
+REPORT = "report.md"
+# Scores of single parts while the evaluation is not finished.
+PARTS = "parts"
+DEFAULT_OPTIONS = RunOptions()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        title: one line.
+        tables: quality, cost, and what depends on length.
+        notes: verdicts, what was left out, and where everything is.
+        directory: what was written.
+        results: content of `results.json`; see `figures` for its schema.
+    """
+
+    title: str
+    tables: list[Table]
+    notes: list[str]
+    directory: Path
+    results: dict[str, Any]
+
+
+def evaluate(
+    run_dir: Path | str = ".",
+    *,
+    checkpoints: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    options: RunOptions = DEFAULT_OPTIONS,
+    scores: Path | None = None,
+) -> Evaluation:
+    """Compares the models of a run and writes `evaluation/`.
+
+    An interrupted evaluation continues with what was not finished, if nothing has changed.
+
+    Args:
+        run_dir: holds `recipe.yaml` and what the other stages wrote; stages that were not run are left out.
+        checkpoints: further models, as directories or hub ids.
+        overrides: `key.path=value` settings that take the place of the recipe's.
+        options: device, overwriting, progress.
+        scores: a further folder that scores are taken from and kept in; see `store`.
+
+    Raises:
+        RecipeError: the recipe is faulty.
+        ModelError: a model cannot be found or read, or gives no numbers.
+        CheckpointError: a checkpoint is damaged, or has another vocabulary than the base.
+        DataError: text, rows or tasks cannot be read.
+        StageError: a stage was run on another model, or `evaluation/` exists and may not be replaced.
+    """
+    run = RunDir(run_dir)
+    recipe = Recipe.load(run.recipe, overrides)
+    run.check_free("eval", options.force)
+    options.torch_device()  # a device that is not there is told before any work
+    subjects, notes = find_subjects(run, recipe, checkpoints)
+    settings = [word for override in overrides for word in ("--set", override)]
+    command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
+    material = prepare(recipe, subjects, notes, options)
+    window = context_window(load_config(subjects[0].source))
+    prompts = find_prompts(recipe, material.tokenizer, window)
+    with run.write("eval", recipe, inputs_of(subjects, material), force=options.force, resume=True) as folder:
+        results = evaluate_into(folder, recipe, subjects, material, notes, command, options, scores, prompts)
+        write_page(run, results, folder)
+    return _evaluation(run.output("eval"), results)
+
+
+def prepare(recipe: Recipe, subjects: Sequence[Subject], notes: list[str], options: RunOptions) -> Material:
+    """Checks settings and loads what the models, the base first, are tested on; adds to the notes and prints them."""
+    _check_lengths(recipe, load_config(subjects[0].source))
+    material = load_material(recipe, subjects, notes)
+    for note in notes:
+        options.progress.note(note)
+    return material
+
+
+def inputs_of(subjects: Sequence[Subject], material: Material) -> dict[str, Any]:
+    """Fingerprints of models and material, for the record of a stage."""
+    return {
+        "model": subjects[0].source.fingerprint,
+        "models": {subject.name: subject.source.fingerprint for subject in subjects},
+        "data": material.digest(),
+    }
+
+
+def evaluate_into(
+    folder: Path,
+    recipe: Recipe,
+    subjects: Sequence[Subject],
+    material: Material,
+    notes: list[str],
+    command: str,
+    options: RunOptions,
+    scores: Path | None = None,
+    prompts: Sequence[Prompt] = (),
+) -> dict[str, Any]:
+    """Measures models, the base first, and writes results, report, picture and items into a folder.
+
+    Args:
+        folder: may hold what an interrupted run of the same settings left.
+        command: that makes the report again.
+        scores: as for `evaluate`.
+        prompts: that every model answers, for the page.
+
+    Returns:
+        The content of `results.json`.
+    """
+    pool = ModelPool(recipe.model, options.torch_device())
+    batches = _batches(recipe, pool)
+    store = ScoreStore([path for path in (folder / PARTS, scores, _kept(recipe)) if path is not None])
+    measured = _measure_all(folder, subjects, pool, material, batches, store, recipe, options)
+    points, runner = _time_all(subjects, pool, material, recipe, options)
+    results = assemble(recipe, subjects, material, measured, points, runner, pool, batches, notes)
+    if prompts:
+        new = recipe.evaluation.sample_tokens
+        results["samples"] = sample_all(folder, subjects, pool, material.tokenizer, prompts, new, options.progress)
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(markdown.markdown(results, command=command), encoding="utf-8")
+    draw(results, folder / markdown.PLOT)
+    # All of it stands in `items/`.
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    return results
+
+
+def _kept(recipe: Recipe) -> Path | None:
+    return cache_directory() if recipe.evaluation.cache else None
+
+
+def _batches(recipe: Recipe, pool: ModelPool) -> Batches:
+    spec = recipe.evaluation
+    first = spec.max_batch_size if pool.device.type == "cuda" else spec.batch_size
+    return Batches(first, spec.length, pool.device)
+
+
+def _check_lengths(recipe: Recipe, config: Any) -> None:
+    """Refuses lengths beyond the model's window, where every model would look equally bad."""
+    spec, speed = recipe.evaluation, recipe.evaluation.speed
+    wanted = {"evaluation.length": spec.length}
+    wanted |= {f"evaluation.lengths[{index}]": length for index, length in enumerate(spec.lengths or ())}
+    if speed.enabled:
+        wanted["evaluation.speed: prompt + new"] = speed.prompt + speed.new
+        if speed.contexts:
+            wanted["evaluation.speed: contexts + new"] = max(speed.contexts) + speed.new
+    check_lengths(config, wanted)
+
+
+def load_material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str]) -> Material:
+    """Loads everything that the models are tested on, before anything slow begins."""
+    spec, tokenizer = recipe.evaluation, load_tokenizer(subjects[0].source, recipe.data.chat_template)
+    check_tokenizers(subjects[1:], tokenizer)
+    tasks = TaskSet()
+    if spec.tasks:
+        if spec.chat_template and not tokenizer.chat_template:
+            raise DataError("evaluation.chat_template: the base's tokenizer has no chat template; leave it off")
+        if harness_installed():
+            tasks = load_tasks(spec.tasks, limit=spec.limit, fewshot=spec.fewshot, chat_template=spec.chat_template)
+        else:
+            notes.append(MISSING_HARNESS)
+    text, responses = text_rows(recipe, tokenizer), response_rows(recipe, tokenizer)
+    lengths = length_rows(recipe, tokenizer, load_config(subjects[0].source), notes)
+    return Material(tokenizer, text, responses, tasks, lengths, _retrieval(recipe, tokenizer, text, lengths))
+
+
+def _retrieval(recipe: Recipe, tokenizer: Any, text: Rows, lengths: Iterable[int]) -> dict[int, list[RetrievalItem]]:
+    filler, count = [token for row in text.tokens for token in row.tolist()], recipe.evaluation.retrieval
+    found = {
+        length: retrieval_items(tokenizer, filler, length=length, count=count, seed=recipe.seed) for length in lengths
+    }
+    return {length: items for length, items in found.items() if items}
+
+
+def _measure_all(
+    folder: Path,
+    subjects: Sequence[Subject],
+    pool: ModelPool,
+    material: Material,
+    batches: Batches,
+    store: ScoreStore,
+    recipe: Recipe,
+    options: RunOptions,
+) -> dict[str, Measured]:
+    """Measures model after model; what an interrupted run finished is read back."""
+    found = {}
+    (folder / "items").mkdir(parents=True, exist_ok=True)
+    base = subjects[0]
+    reference = None
+    if material.lengths:
+        longest = max(material.lengths)
+        windows = _stacked(material.lengths[longest].tokens)
+        reference = Reference(lambda: pool.get(base), windows, batches.start(longest))
+    bench = Bench(material, batches, store, reference, model_key(base.source), options.progress)
+    for index, subject in enumerate(subjects):
+        path = items_file(folder, index, subject.name)
+        if not path.is_file():
+            load = lambda subject=subject: pool.get(subject)  # noqa: E731
+            measure(subject, load, bench, is_base=not index).write(path)
+        found[subject.name] = Measured.read(path)
+    if store.found:
+        options.progress.note(
+            f"{store.found} of {store.found + store.made} parts were scored before and taken from the cache; "
+            "--set evaluation.cache=false scores everything again"
+        )
+    return found
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    """Rows of equal length as one tensor."""
+    import torch
+
+    return torch.stack(list(rows))
+
+
+def _time_all(
+    subjects: Sequence[Subject], pool: ModelPool, material: Material, recipe: Recipe, options: RunOptions
+) -> tuple[list[GridPoint], Runner]:
+    """Times all models in turn if they fit into memory together, else one after the other; the recipe's point first."""
+    from uniattn_cli.inference.engine import engine_for
+
+    spec = recipe.evaluation.speed
+    if not spec.enabled:
+        return [], Runner()
+    points = list(
+        dict.fromkeys(
+            (batch, context) for batch in (spec.batch, *spec.batches) for context in (spec.prompt, *spec.contexts)
+        )
+    )
+    found = [GridPoint(batch, context, {}) for batch, context in points]
+    rounds = len(subjects) * (spec.repeats + 1) + (len(subjects) > 1)
+    with options.progress.track("speed", len(points) * rounds) as advance:
+        runner = _choose_runner(subjects, pool, spec.engine)
+        groups = [subjects] if pool.together else [[subject] for subject in subjects]
+        for group in groups:
+            models = {subject.name: pool.get(subject) for subject in group}
+            engines = {name: engine_for(model) for name, model in models.items()} if runner.engine else None
+            for point in found:
+                prompt = prompt_tokens(material.text.tokens, point.batch, point.context)
+                timings = measure_speed(
+                    models, prompt, new=spec.new, repeats=spec.repeats, engines=engines, advance=advance
+                )
+                point.timings.update(timings)
+            # Nothing may hold a model that the pool has to drop before the next one fits.
+            del models, engines
+    return found, runner
+
+
+def _choose_runner(subjects: Sequence[Subject], pool: ModelPool, choice: str) -> Runner:
+    """One way of generating for all models, so that their speeds may be compared; loads each of them.
+
+    Raises:
+        ModelError: the engine was asked for and cannot run a model.
+    """
+    from uniattn_cli.inference.engine import engine_for, engine_wanted
+    from uniattn_cli.inference.program import UnsupportedError
+
+    wanted, reason = engine_wanted(choice, pool.device), ""
+    for subject in subjects:
+        model = pool.get(subject)
+        if wanted and not reason:
+            try:
+                engine_for(model)
+            except UnsupportedError as error:
+                reason = f"the engine cannot run {subject.name}: {error}"
+        del model
+    if reason and choice == "engine":
+        raise ModelError(f"evaluation.speed.engine: {reason}; set it to auto or transformers")
+    return Runner(wanted and not reason, reason)
+
+
+def _evaluation(directory: Path, results: dict[str, Any]) -> Evaluation:
+    sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
+    files = (
+        f"Report: {directory / PAGE}, and as text {directory / REPORT}; plot: {directory / markdown.PLOT}; "
+        f"all figures: {directory / RESULTS}"
+    )
+    return Evaluation(
+        title=f"{len(results['models'])} models compared" if sentences else "Only the base was measured",
+        tables=[*markdown.tables(results), *markdown.length_tables(results)],
+        notes=[*sentences, *results["notes"], files],
+        directory=directory,
+        results=results,
+    )

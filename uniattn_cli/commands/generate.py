@@ -1,0 +1,196 @@
+"""`uniattn generate` and `uniattn chat`: what a model says, alone or beside another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uniattn_cli.generation.decode import Answer, Decoding, answer
+from uniattn_cli.generation.prompts import chat_ids, plain_ids
+from uniattn_cli.models.of_run import Speaker, load_speakers
+from uniattn_cli.options import RunOptions
+from uniattn_cli.run.directory import RunDir
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+DEFAULT_OPTIONS = RunOptions()
+DEFAULT_DECODING = Decoding()
+
+
+class Listener:
+    """Where answers go as they come; the command line prints them, a notebook may ignore them."""
+
+    def begin(self, name: str) -> None:
+        """A model begins to speak."""
+
+    def text(self, piece: str) -> None:
+        """A piece of its text."""
+
+    def finish(self, name: str, answer: Answer) -> None:
+        """It has ended."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What models said to one prompt.
+
+    Attributes:
+        answers: by the models' names, the one to compare with first.
+        notes: what the reader has to know about the prompt.
+    """
+
+    answers: dict[str, Answer]
+    notes: list[str] = field(default_factory=list)
+
+
+def generate(
+    prompt: str,
+    checkpoint: str | None = None,
+    *,
+    beside: str | None = None,
+    raw: bool = False,
+    decoding: Decoding = DEFAULT_DECODING,
+    engine: str = "auto",
+    run_dir: Path | str = ".",
+    overrides: Sequence[str] = (),
+    options: RunOptions = DEFAULT_OPTIONS,
+    listener: Listener | None = None,
+) -> Generation:
+    """Lets a model answer a prompt.
+
+    Args:
+        prompt: what the user says, or with `raw` a text to continue.
+        checkpoint: see `speakers.load_speakers`.
+        beside: another model that answers the same prompt first.
+        raw: leave the chat template out.
+        decoding: how tokens are chosen.
+        engine: what runs the models, see `decode.answer`.
+        run_dir: where the models of a run and its recipe are.
+        overrides: settings of `model` in place of the recipe's.
+        options: device and progress.
+        listener: hears the answers as they come.
+
+    Raises:
+        UniAttnError: one of its subclasses, with one clear line.
+    """
+    listener = listener or Listener()
+    speakers = load_speakers(RunDir(run_dir), checkpoint, beside, overrides, options)
+    notes = [] if raw else template_notes(speakers)
+    for note in notes:
+        options.progress.note(note)
+    answers = {}
+    for speaker in speakers:
+        tokenizer = speaker.tokenizer
+        as_text = raw or not tokenizer.chat_template
+        ids = plain_ids(tokenizer, prompt) if as_text else chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+        listener.begin(speaker.name)
+        answers[speaker.name] = answer(speaker.model, tokenizer, ids, decoding, on_text=listener.text, engine=engine)
+        listener.finish(speaker.name, answers[speaker.name])
+    return Generation(answers, notes)
+
+
+def template_notes(speakers: Sequence[Speaker]) -> list[str]:
+    """Says which models have no chat template."""
+    return [
+        f"{speaker.name} has no chat template; it gets the plain text" for speaker in speakers
+        if not speaker.tokenizer.chat_template
+    ]  # fmt: skip
+
+
+class Conversation:
+    """A conversation with one model, whose cache is kept from turn to turn.
+
+    Each turn renders the whole conversation with the chat template. Where the tokens of the cache are the beginning of
+    that, only what is new is computed; where a template changes earlier turns, everything is computed again. So the
+    answers are those of a conversation without cache.
+    """
+
+    def __init__(self, speaker: Speaker):
+        self.speaker = speaker
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.messages: list[dict[str, str]] = []
+        self._cache: DynamicCache | None = None
+        self._cached: list[int] = []
+
+    def say(self, text: str, decoding: Decoding, on_text: Callable[[str], None]) -> Answer:
+        """Says something and gets the answer; after an error or an interruption the turn has not happened.
+
+        Raises:
+            DataError: the conversation has become longer than the model's window.
+        """
+        from transformers import DynamicCache
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        model, tokenizer = self.speaker.model, self.speaker.tokenizer
+        ids = chat_ids(tokenizer, messages)
+        kept = self._cache if self._cached and ids[: len(self._cached)] == self._cached else None
+        if kept is not None and len(self._cached) >= len(ids):
+            kept = None
+        cache = kept if kept is not None else DynamicCache(config=model.config)
+        # Until the answer is there, the cache is in between.
+        self._cache, self._cached = None, []
+        found = answer(model, tokenizer, ids, decoding, on_text=on_text, cache=cache)
+        self.messages = [*messages, {"role": "assistant", "content": found.text}]
+        self._cache, self._cached = cache, [*ids, *found.tokens][: found.cached]
+        return found
+
+
+class Chat:
+    """The same conversation with one or two models, each with its own answers in its own history."""
+
+    def __init__(self, speakers: Sequence[Speaker], decoding: Decoding = DEFAULT_DECODING):
+        self.conversations = [Conversation(speaker) for speaker in speakers]
+        self.decoding = decoding
+        self.turns = 0
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: str | None = None,
+        *,
+        beside: str | None = None,
+        decoding: Decoding = DEFAULT_DECODING,
+        run_dir: Path | str = ".",
+        overrides: Sequence[str] = (),
+        options: RunOptions = DEFAULT_OPTIONS,
+    ) -> Chat:
+        """Loads the models; arguments and errors as in `generate`."""
+        speakers = load_speakers(RunDir(run_dir), checkpoint, beside, overrides, options)
+        for note in template_notes(speakers):
+            options.progress.note(note)
+        return cls(speakers, decoding)
+
+    def reset(self) -> None:
+        """Begins anew."""
+        self.turns = 0
+        for conversation in self.conversations:
+            conversation.reset()
+
+    def say(self, text: str, listener: Listener) -> dict[str, Answer]:
+        """One turn with every model; all of them have it in their history, or after an error none.
+
+        Raises:
+            DataError: the conversation has become longer than a model's window.
+        """
+        decoding = dataclasses.replace(self.decoding, seed=self.decoding.seed + self.turns)
+        answers = {}
+        before = [list(conversation.messages) for conversation in self.conversations]
+        try:
+            for conversation in self.conversations:
+                name = conversation.speaker.name
+                listener.begin(name)
+                answers[name] = conversation.say(text, decoding, listener.text)
+                listener.finish(name, answers[name])
+        except BaseException:
+            for conversation, messages in zip(self.conversations, before, strict=True):
+                conversation.messages = messages
+            raise
+        self.turns += 1
+        return answers

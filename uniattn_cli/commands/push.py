@@ -1,0 +1,259 @@
+"""`uniattn push`: a converted checkpoint and its model card to the hub, in one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniattn_cli.errors import CheckpointError, HubError, UsageError
+from uniattn_cli.models.loading import TOKENIZER_FILES, Source, transport_errors
+from uniattn_cli.options import RunOptions
+from uniattn_cli.publishing.card import model_card
+from uniattn_cli.publishing.facts import CARD, STAGE_FILE, Facts, gather
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+INDEX = "model.safetensors.index.json"
+# `stage.json` holds the user's own paths; the card states what others need of it.
+PRIVATE = (STAGE_FILE,)
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+# What a new checkpoint replaces even where its own files have other names.
+REPLACED = (".safetensors", ".safetensors.index.json", ".py")
+
+
+@dataclass(frozen=True)
+class Push:
+    """Result of `push`.
+
+    Attributes:
+        repo_id: OWNER/NAME.
+        url: of the commit; None for a dry run.
+        files: names in the repository and their bytes, the card first.
+        card: text of the model card.
+        picture: the card, for a dry run, which shows it.
+    """
+
+    repo_id: str
+    url: str | None
+    files: list[tuple[str, int]]
+    card: str
+    title: str
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    picture: str = ""
+
+
+def push(
+    directory: Path | str,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    dry_run: bool = False,
+    options: RunOptions | None = None,
+) -> Push:
+    """Uploads a converted checkpoint with a model card; makes the repository if it is missing.
+
+    Args:
+        directory: the checkpoint, such as `trained`. A README.md in it is taken as the card.
+        repo_id: OWNER/NAME.
+        private: make the repository private.
+        revision: branch, made if it is missing; None is the main one.
+        message: of the commit.
+        base_model: hub id of the base, where the recipe names a local directory.
+        licence: identifier of the licence, where the base's own card does not tell.
+        dry_run: only say what would be uploaded; needs no network.
+        options: `force` adds a commit to a repository that holds files already.
+
+    Raises:
+        ModelError: there is no model in the directory.
+        CheckpointError: it is not a converted checkpoint, or incomplete.
+        HubError: no token, no network, or the hub refuses.
+        UsageError: a name that the hub does not allow.
+    """
+    options = options or RunOptions()
+    folder = Path(directory)
+    for name in filter(None, (repo_id, base_model)):
+        _check_name(name)
+    if not dry_run:
+        _check_token()
+    facts = gather(folder, base_model=base_model, licence=licence, online=not dry_run)
+    files = _files(facts)
+    own = files.pop(CARD, None)
+    card = own.read_text(encoding="utf-8") if own else model_card(facts, repo_id)
+    sizes = [(CARD, len(card.encode())), *((name, path.stat().st_size) for name, path in files.items())]
+    total = sum(size for _, size in sizes)
+    notes = list(facts.notes)
+    if own:
+        notes.append(f"the card is {own}")
+    elif not facts.base.licence:
+        notes.append("the base's licence is not known; give it with --license ID")
+    if not own and facts.base.hub_id is None:
+        notes.append("the base is a local directory; give --base-model OWNER/NAME to name it in the card")
+    table = Table(
+        f"{len(sizes)} files, {_bytes(total)}", ["file", "size"], [[name, _bytes(size)] for name, size in sizes]
+    )
+    if dry_run:
+        notes.append("dry run: nothing was uploaded")
+        return Push(repo_id, None, sizes, card, f"{CARD} of {repo_id}", [table], notes, card)
+    options.progress.note(f"uploading {len(sizes)} files, {_bytes(total)}, to {repo_id}")
+    message = message or f"{'Update' if options.force else 'Add'} the checkpoint converted by uniattn"
+    url = _upload(repo_id, card, files, message, private=private, revision=revision, force=options.force)
+    notes.append(f'load it with AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)')
+    return Push(repo_id, url, sizes, card, f"{folder} is at {url}", [table], notes)
+
+
+def _check_name(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError
+    except HFValidationError:
+        raise UsageError(f"'{name}' is not a valid hub id; give OWNER/NAME") from None
+
+
+def _check_token() -> None:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise HubError("there is no hub token; run `hf auth login` or set HF_TOKEN")
+
+
+def _files(facts: Facts) -> dict[str, Path]:
+    """What is uploaded: name in the repository and place here; also checks that nothing is missing.
+
+    Raises:
+        CheckpointError: weights, model code or tokenizer are missing or cut off.
+    """
+    source = facts.source
+    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    code = json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    modules = sorted({f"{entry.partition('.')[0]}.py" for entry in code.values()})
+    missing = [name for name in modules if not (source.path / name).is_file()]
+    if missing or not modules:
+        raise CheckpointError(f"{source.name} lacks its model code ({', '.join(missing) or 'auto_map'}); save it again")
+    weights = _weight_files(source)
+    found = {
+        path.name: path
+        for path in sorted(source.path.iterdir())
+        if path.is_file() and not path.name.startswith(".") and path.name not in PRIVATE
+    }
+    stray = [name for name in found if name.endswith(".safetensors") and name not in weights]
+    for name in stray:
+        del found[name]
+    if facts.base.folder is not None:
+        terms = [path for pattern in TERMS for path in sorted(facts.base.folder.glob(pattern)) if path.is_file()]
+        found = {path.name: path for path in terms} | found
+    return found
+
+
+def _weight_files(source: Source) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    index = source.path / INDEX
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index} is damaged") from None
+    for name in names:
+        try:
+            # Opening compares the header with the size of the file.
+            with safe_open(source.path / name, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{source.path / name} is missing or damaged: {error}") from None
+    return names
+
+
+def _bytes(count: int) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def _upload(
+    repo_id: str, card: str, files: dict[str, Path], message: str, *, private: bool, revision: str | None, force: bool
+) -> str:
+    """Makes repository and branch where they are missing, and one commit; returns its address."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    with _hub_errors(repo_id):
+        present = _prepare(api, repo_id, private=private, revision=revision, force=force)
+        stale = [name for name in present if name.endswith(REPLACED) and name not in files]
+        operations: list[Any] = [CommitOperationDelete(name) for name in stale]
+        operations.append(CommitOperationAdd(CARD, card.encode()))
+        operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return commit.commit_url
+
+
+def _prepare(api: HfApi, repo_id: str, *, private: bool, revision: str | None, force: bool) -> list[str]:
+    """The files that the branch holds already, after making what is missing.
+
+    Raises:
+        HubError: the repository holds files and may not be changed, or is public and should not be.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = api.repo_info(repo_id, timeout=10)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private)
+    else:
+        if private and not info.private:
+            raise HubError(f"{repo_id} exists and is public; make it private on its page, or leave out --private")
+    try:
+        present = api.list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        # A new branch begins with the files of the main one, which stay there.
+        api.create_branch(repo_id, branch=revision)
+        return api.list_repo_files(repo_id, revision=revision)
+    if not force and any(name != ".gitattributes" for name in present):
+        raise HubError(f"{repo_id} holds files already; use --force to add a commit to it")
+    return present
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """What the hub answers, as one line with the next step."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    owner = repo_id.partition("/")[0]
+    reasons = {
+        401: "the hub does not accept the token; run `hf auth login` again",
+        403: f"the token may not write to {owner}; take one with write access, or another owner",
+        404: f"the hub does not know {owner}, or the token may not see it",
+        409: "the repository was changed at the same time; run the same command again",
+        413: "the hub finds the upload too large; ask for more storage",
+        429: "the hub asks to slow down; try again later",
+    }
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise HubError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to upload") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = reasons.get(status, f"the hub answers with HTTP status {status}; try again later")
+        raise HubError(f"{repo_id}: {reason}") from None
+    except transport_errors() as error:
+        raise HubError(
+            f"{repo_id}: the hub cannot be reached ({type(error).__name__}); nothing was committed, check the network "
+            "and run the same command again"
+        ) from None

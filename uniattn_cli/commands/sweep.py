@@ -1,0 +1,248 @@
+"""`uniattn sweep`: conversions under several budgets, kinds of layer and ways to fit, all scored alike, in one picture.
+
+Each point is a run directory of its own below `sweep/`, with the analysis of the run; the base is scored once. What is
+finished stays finished: the same command goes on where an interrupted one was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.commands.compare import write_comparison
+from uniattn_cli.commands.convert import convert
+from uniattn_cli.commands.evaluate import evaluate
+from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, table
+from uniattn_cli.evaluation.figures import RESULTS, read_results
+from uniattn_cli.layouts.choose import check_analysis
+from uniattn_cli.models.loading import Source, locate
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import Recipe, apply_overrides, fast_search_takes, read_tree, write_tree
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.tables import Table
+
+FOLDER = "sweep"
+POINT_FILE = "point.json"
+SUMMARY = "sweep.json"
+SCORES = "scores"
+DEFAULT_KV = (0.9, 0.8, 0.7)
+DEFAULT_OPTIONS = RunOptions()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One conversion to try.
+
+    Attributes:
+        unit: `kv` or `followers`.
+        limit: the budget in this unit.
+        kinds: kinds of layer that may be used.
+        solve: what the fit solves.
+    """
+
+    unit: str
+    limit: float
+    kinds: tuple[str, ...]
+    solve: str
+
+    @property
+    def name(self) -> str:
+        """Names the point in tables and its folder."""
+        return f"{self.unit}{self.limit:g}-{'+'.join(self.kinds)}-{self.solve}"
+
+    def overrides(self, search: str) -> list[str]:
+        """The settings of the point; several kinds, and those that do not borrow, are searched thoroughly."""
+        budgets = {"kv": "null", "followers": "null", "params": "null", self.unit: f"{self.limit:g}"}
+        return [
+            "layout.groups=auto",
+            *(f"layout.{unit}={limit}" for unit, limit in budgets.items()),
+            f"layout.kinds=[{', '.join(self.kinds)}]",
+            f"layout.search={search if fast_search_takes(self.kinds) else 'thorough'}",
+            f"conversion.solve={self.solve}",
+        ]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` found.
+
+    Attributes:
+        title: one line.
+        tables: one row per point, and the points that are impossible.
+        notes: what limits the comparison, and where everything is.
+        directory: what was written.
+        skipped: why, for each point that is impossible.
+    """
+
+    title: str
+    tables: list[Table]
+    notes: list[str]
+    directory: Path
+    skipped: dict[str, str]
+
+
+def sweep(
+    run_dir: Path | str = ".",
+    *,
+    kv: Sequence[float] = (),
+    followers: Sequence[int] = (),
+    kinds: Sequence[Sequence[str]] = (),
+    solve: Sequence[str] = (),
+    discard: bool = False,
+    overrides: Sequence[str] = (),
+    options: RunOptions = DEFAULT_OPTIONS,
+) -> Sweep:
+    """Converts and scores the model at every combination of budgets, kinds and fits.
+
+    Args:
+        run_dir: holds `recipe.yaml` and `analysis/`; gets `sweep/`.
+        kv: budgets, as shares of the KV bytes; `DEFAULT_KV` if there is no other budget.
+        followers: budgets, as numbers of changed layers.
+        kinds: sets of kinds that a layout may use; the recipe's if there are none.
+        solve: what the fit solves; the recipe's if there is none.
+        discard: delete the weights of each point once it is scored.
+        overrides: `key.path=value` settings that take the place of the recipe's at every point.
+        options: device, starting anew, progress.
+
+    Raises:
+        StageError: there is no analysis of the recipe's model.
+        UniAttnError: as `convert` and `evaluate`; a budget that cannot be met only leaves its point out.
+    """
+    run = RunDir(run_dir)
+    recipe = Recipe.load(run.recipe, overrides)
+    options.torch_device()  # a device that is not there is told before any work
+    source = locate(recipe.model.name, recipe.model.revision)
+    check_analysis(run, recipe, source.fingerprint)
+    points = _points(recipe, kv, followers, kinds, solve)
+    # All faults are told before the first point is begun.
+    recipes = {point: Recipe.load(run.recipe, _settings(point, recipe, overrides)) for point in points}
+    folder = run.root / FOLDER
+    if options.force and folder.exists():
+        shutil.rmtree(folder)
+    skipped = {}
+    for number, point in enumerate(points, 1):
+        options.progress.note(f"{number} of {len(points)}: {point.name}")
+        place = RunDir(folder / point.name)
+        reason = _run_point(run, place, recipes[point], source, folder / SCORES, discard, options)
+        if reason is not None:
+            skipped[point.name] = reason
+            options.progress.note(f"{point.name} is impossible and left out: {reason}")
+    done = [point for point in points if point.name not in skipped]
+    return _summarise(folder, points, done, skipped)
+
+
+def _points(
+    recipe: Recipe,
+    kv: Sequence[float],
+    followers: Sequence[int],
+    kinds: Sequence[Sequence[str]],
+    solve: Sequence[str],
+) -> list[Point]:
+    budgets = [*(("kv", share) for share in kv), *(("followers", count) for count in followers)]
+    budgets = budgets or [("kv", share) for share in DEFAULT_KV]
+    sets = [tuple(each) for each in kinds] or [recipe.layout.kinds]
+    solves = list(solve) or [recipe.conversion.solve]
+    found = (Point(*budget, *others) for others in itertools.product(sets, solves) for budget in budgets)
+    return list(dict.fromkeys(found))
+
+
+def _settings(point: Point, recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+    return [*overrides, *point.overrides(recipe.layout.search), "layout.layers=null"]
+
+
+def _run_point(
+    run: RunDir, place: RunDir, recipe: Recipe, source: Source, scores: Path, discard: bool, options: RunOptions
+) -> str | None:
+    """Converts and scores one point, as far as that is not done. Returns why it is impossible, else None."""
+    record = {"settings": recipe.to_dict(), "model": source.fingerprint, "analysis": run.record("analyze")["finished"]}
+    record = json.loads(json.dumps(record))
+    known = _read_point(place)
+    if known is None or known.get("record") != record:
+        _begin(run, place, recipe, record)
+    elif known["impossible"]:
+        return known["impossible"]
+    if place.is_complete("eval"):
+        return None
+    # The point's folder is this tool's own: what lies in it without being complete is left from an interruption.
+    quiet = RunOptions(device=options.device, force=True, progress=options.progress)
+    if not place.is_complete("convert"):
+        try:
+            convert(place.root, options=quiet)
+        except LayoutError as error:
+            _write_point(place, record, str(error))
+            return str(error)
+    evaluate(place.root, options=quiet, scores=scores)
+    if discard:
+        shutil.rmtree(place.output("convert"))
+    return None
+
+
+def _begin(run: RunDir, place: RunDir, recipe: Recipe, record: dict[str, Any]) -> None:
+    """A fresh folder with the point's recipe and the analysis of the run."""
+    if place.root.exists():
+        shutil.rmtree(place.root)
+    place.root.mkdir(parents=True)
+    tree = read_tree(run.recipe)
+    tree.get("layout", {}).pop("layers", None)
+    changed = recipe.to_dict()
+    settings = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, values in changed.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    ]
+    apply_overrides(tree, [*settings, f"seed={recipe.seed}"])
+    write_tree(tree, place.recipe)
+    target = os.path.relpath(run.output("analyze").resolve(), place.root.resolve())
+    place.output("analyze").symlink_to(target, target_is_directory=True)
+    _write_point(place, record, None)
+
+
+def _write_point(place: RunDir, record: dict[str, Any], impossible: str | None) -> None:
+    content = json.dumps({"record": record, "impossible": impossible}, indent=2)
+    (place.root / POINT_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def _read_point(place: RunDir) -> dict[str, Any] | None:
+    try:
+        return json.loads((place.root / POINT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _summarise(folder: Path, points: Sequence[Point], done: Sequence[Point], skipped: dict[str, str]) -> Sweep:
+    tables, notes = [], []
+    if done:
+        merged = _merged(folder, done)
+        tables.append(table(merged, "Quality and cost of every point (± one standard error)"))
+        notes += [note for note in merged.notes if not note.startswith("trained/")]
+    if skipped:
+        rows = [[name, reason] for name, reason in skipped.items()]
+        tables.append(Table("Impossible", ["point", "why"], rows))
+    summary = {
+        "schema": 1,
+        "points": [{"name": point.name, **asdict(point), "impossible": skipped.get(point.name)} for point in points],
+        "fronts": merged.fronts if done else {},
+    }
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if not done:
+        raise StageError(f"no point of the sweep is possible; {next(iter(skipped.values()))}")
+    notes.append(f"Picture: {folder / PLOT}; all figures: {folder / 'comparison.json'}; points: {folder / SUMMARY}")
+    return Sweep(f"{len(done)} of {len(points)} points scored", tables, notes, folder, skipped)
+
+
+def _merged(folder: Path, done: Sequence[Point]) -> Merged:
+    parts = []
+    for point in done:
+        path = folder / point.name / "evaluation" / RESULTS
+        results = read_results(path)
+        models = {point.name if name == "converted" else name: model for name, model in results["models"].items()}
+        parts.append(Part("", {**results, "models": models}, str(path)))
+    return write_comparison(folder, parts, "uniattn sweep")

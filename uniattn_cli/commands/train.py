@@ -1,0 +1,431 @@
+"""`uniattn train`: fine-tuning of the converted model, or of its base, in the stages that the recipe lists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uniattn_cli.errors import DataError, RecipeError, StageError
+from uniattn_cli.models.losses import Loss
+from uniattn_cli.options import Progress, RunOptions
+from uniattn_cli.recipe.schema import Recipe, TrainStage
+from uniattn_cli.run.directory import COMMANDS, RunDir
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    import datasets
+
+    from uniattn_cli.data.heldout import Rows
+    from uniattn_cli.data.splits import Tokenised
+    from uniattn_cli.models.loading import Source
+    from uniattn_cli.training.process import Process
+    from uniattn_cli.training.stage import Job, StageResult
+
+REPORT_FILE = "uniattn_report.json"
+LOG_FILE = "log.jsonl"
+PLOT_FILE = "loss.png"
+# Settings that an interrupted run must have had too.
+DECISIVE = ("seed", "model", "data.train", "data.holdout", "data.chat_template", "train", "evaluation.responses")
+FEWEST_VALIDATION_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """Result of `train`.
+
+    Attributes:
+        directory: the trained checkpoint.
+        stages: what each stage did; stages with nothing to train are left out.
+        heldout: loss on held-out responses of `converted` and `trained`, or of `base` and `control`; empty where
+            there are no held-out rows.
+    """
+
+    directory: Path
+    stages: list[StageResult]
+    heldout: dict[str, Loss]
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    title: str = "training"
+
+
+def train(
+    recipe: Path | str = "recipe.yaml",
+    *,
+    control: bool = False,
+    run_dir: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    options: RunOptions | None = None,
+) -> Training:
+    """Trains the converted model and writes `trained/`, or trains its base in the same way and writes `control/`.
+
+    Goes on where an interrupted run with the same settings was.
+
+    Args:
+        recipe: the YAML file, relative to `run_dir`.
+        control: train the unconverted base on the same rows, in the same order and as many steps; see `control_stages`.
+        run_dir: holds `converted/`; the current folder if None.
+        overrides: `key.path=value` strings for the recipe.
+        options: device, force, progress.
+
+    Raises:
+        UniAttnError: one of its subclasses, with one clear line.
+    """
+    from uniattn_cli.models.loading import load_config, load_tokenizer
+    from uniattn_cli.training.preview import endless
+    from uniattn_cli.training.process import Process
+    from uniattn_cli.training.trained import control_stages, planned_stages
+
+    options = options or RunOptions()
+    run = RunDir(run_dir or ".")
+    settings = Recipe.load(run.root / recipe, overrides)
+    verb = "control" if control else "train"
+    run.check_free(verb, options.force)
+    base, converted = _sources(run, settings)
+    config = load_config(converted, converted=True)
+    stages, notes = planned_stages(settings.train.stages, config)
+    stages = control_stages(stages) if control else stages
+    teacher = None if control else _teacher(run, settings, stages, base)
+    process = Process.current(options)
+    _check(settings, stages, process)
+    progress = process.progress(options)
+    source = base if control else converted
+    tokenizer = load_tokenizer(source, settings.data.chat_template)
+    rows, heldout = _data(settings, tokenizer, progress)
+    warning = endless(rows, tokenizer, source.path, settings.train.max_length)
+    if warning:
+        progress.warn(warning)
+    inputs = {"model": base.fingerprint, "data": _digest(rows.dataset)}
+    if not control:
+        inputs["converted"] = converted.fingerprint
+    if teacher is not None:
+        inputs["teacher"] = teacher.fingerprint
+    _refuse_changes(run, verb, settings, inputs, options.force)
+
+    from uniattn_cli.training.stage import Job
+    from uniattn_cli.training.teaching import Teaching
+    from uniattn_cli.training.trainer import pack
+
+    sequences = pack(rows.dataset, settings.train.max_length) if settings.train.packing else rows.dataset
+    lengths = [len(row) for row in sequences["input_ids"]]
+    progress.note(_step_size(settings, rows, lengths, process))
+    teaching = Teaching(settings, teacher, rows.dataset, inputs["data"], run.root, process, progress)
+    with process.output(run, verb, settings, inputs, force=options.force, decisive=DECISIVE) as partial:
+        job = Job(
+            recipe=settings,
+            stages=stages,
+            source=source,
+            dtype=config.dtype,
+            tokenizer=tokenizer,
+            sequences=sequences,
+            lengths=lengths,
+            validation=_validation(settings, tokenizer, heldout, progress),
+            teaching=teaching,
+            partial=partial,
+            process=process,
+            progress=progress,
+            log=_log(partial, process),
+        )
+        names = ("base", "control") if control else ("converted", "trained")
+        result = _train(job, rows, heldout, run.output(verb), names, notes)
+    return result
+
+
+def _check(recipe: Recipe, stages: Sequence[TrainStage], process: Process) -> None:
+    """Finds out about what is missing or impossible here, before anything slow begins.
+
+    Raises:
+        RecipeError: the batch cannot be divided evenly, or a setting cannot be had here.
+        StageError: peft is missing.
+    """
+    from uniattn_cli.training import lora
+    from uniattn_cli.training.order import accumulation
+    from uniattn_cli.training.stage import quiet_training
+    from uniattn_cli.training.trainer import check_reporters, make_config
+
+    spec = recipe.train
+    passes = accumulation(spec, process.world)
+    check_reporters(spec.report_to)
+    if spec.fsdp and process.world == 1:
+        raise RecipeError(
+            "train.fsdp needs several processes; start with `accelerate launch` or `torchrun`, or unset it"
+        )
+    if spec.fsdp and process.device.type == "cpu":
+        raise RecipeError("train.fsdp needs GPUs (accelerate shards nothing on CPUs); unset it")
+    if any(stage.trains == "lora" for stage in stages):
+        lora.check_installed()
+    with quiet_training():
+        for stage in stages:
+            make_config(
+                spec, stage, folder=Path("."), steps=1, accumulation=passes, device=process.device, seed=recipe.seed
+            )
+
+
+def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: Source) -> Source | None:
+    """The model that teaches, None where no stage distils.
+
+    Raises:
+        StageError: the control is the teacher, and is missing or of another base.
+    """
+    from uniattn_cli.models.loading import locate
+
+    if not any(stage.loss == "distillation" for stage in stages):
+        return None
+    if recipe.train.distillation.teacher == "base":
+        return base
+    made_from = run.record("control")["inputs"].get("model")
+    if made_from != base.fingerprint:
+        raise StageError(
+            f"{run.output('control')} was trained from another base ({made_from}, now {base.fingerprint}); run "
+            f"`uniattn {COMMANDS['control']} --force` or mend model.name"
+        )
+    return locate(str(run.output("control").absolute()))
+
+
+def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force: bool) -> None:
+    """Never goes on with other settings than an interrupted run had, and never throws its work away unasked.
+
+    Raises:
+        StageError: says what is different.
+    """
+    from uniattn_cli.training.stage import worth_keeping
+
+    if force or not worth_keeping(run.partial(verb) / "stages"):
+        return
+    changes = run.changes(verb, recipe, inputs, DECISIVE)
+    if changes is None:
+        changes = [f"{run.partial(verb)} has no readable record"]
+    if changes:
+        raise StageError(
+            f"an interrupted run had other settings, data or weights ({'; '.join(changes)}); undo the change to go on "
+            f"where it was, or start over with `uniattn {COMMANDS[verb]} --force`"
+        )
+
+
+def _step_size(recipe: Recipe, rows: Tokenised, lengths: Sequence[int], process: Process) -> str:
+    """How much an optimiser step sees, and how it is divided; the first does not depend on the second."""
+    from uniattn_cli.training.order import accumulation
+
+    spec = recipe.train
+    tokens = spec.batch_size * sum(lengths) / len(lengths)
+    passes = accumulation(spec, process.world)
+    processes = f" x {process.world} processes" if process.world > 1 else ""
+    return (
+        f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {rows.share:.0%} of them "
+        f"learned ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
+    )
+
+
+def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
+    """The base and the converted model, if the one was made from the other.
+
+    Raises:
+        StageError: `converted/` is missing, incomplete, or of another base.
+    """
+    from uniattn_cli.models.loading import locate
+
+    record = run.record("convert")
+    base = locate(recipe.model.name, recipe.model.revision)
+    made_from = record.get("inputs", {}).get("model")
+    if made_from != base.fingerprint:
+        name = record.get("settings", {}).get("model", {}).get("name", "another model")
+        raise StageError(
+            f"{run.output('convert')} was made from {name} ({made_from}), but the recipe names {recipe.model.name} "
+            f"({base.fingerprint}); run `uniattn convert --force` or mend model.name"
+        )
+    return base, locate(str(run.output("convert").absolute()))
+
+
+def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Rows | None]:
+    """The tokenised training rows, checked and shown, and all held-out ones, None where there are none."""
+    from uniattn_cli.data import splits, templates
+    from uniattn_cli.data.heldout import response_rows
+    from uniattn_cli.training.preview import check_share, describe, mark
+
+    spec = recipe.train
+    raw, mixed = splits.load_mix(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
+    for share in mixed if len(mixed) > 1 else ():
+        progress.note(str(share))
+    if not tokenizer.chat_template and "messages" in raw.column_names:
+        progress.note(templates.complete(tokenizer))
+    rows = splits.tokenize(raw, tokenizer, max_length=spec.max_length, loss=spec.loss)
+    check_share(rows, spec.loss)
+    first = rows.dataset[0]
+    progress.note(describe(rows, spec.max_length))
+    progress.note(f"first row, what is learned in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
+    try:
+        heldout = response_rows(recipe, tokenizer)
+    except DataError as error:
+        progress.warn(f"no loss on held-out responses: {error}")
+        heldout = None
+    return rows, heldout
+
+
+def _validation(recipe: Recipe, tokenizer, heldout: Rows | None, progress: Progress) -> Rows | None:
+    """Held-out rows by which states of the training are compared: others than those that the result is reported on.
+
+    Where there are not enough of them, the same rows serve for both, and the report is a little too good.
+    """
+    from uniattn_cli.data.heldout import response_rows
+
+    if heldout is None:
+        return None
+    try:
+        rows = response_rows(recipe, tokenizer, skip=recipe.evaluation.responses)
+    except DataError:
+        rows = None
+    if rows is not None and len(rows) >= FEWEST_VALIDATION_ROWS:
+        return rows
+    progress.note(
+        "too few rows are held out for a validation set of its own: the state to keep is chosen on the rows that the "
+        "loss on held-out responses is reported for (a larger data.holdout mends that)"
+    )
+    return heldout
+
+
+def _digest(rows: datasets.Dataset) -> str:
+    """Identifies tokens and labels, so that a resumed run never goes on with other data."""
+    found = hashlib.sha256()
+    for row in zip(rows["input_ids"], rows["labels"], strict=True):
+        found.update(json.dumps(row).encode())
+    return found.hexdigest()[:16]
+
+
+def _log(partial: Path, process):
+    from uniattn_cli.training.monitor import Log
+
+    return Log(partial / LOG_FILE, process.is_main)
+
+
+def _train(
+    job: Job,
+    rows: Tokenised,
+    heldout: Rows | None,
+    output: Path,
+    names: tuple[str, str],
+    notes: Sequence[str],
+) -> Training:
+    """Runs the stages and fills the output folder.
+
+    Args:
+        names: what the model is called before and after.
+    """
+    from uniattn_cli.data.heldout import row_losses
+    from uniattn_cli.models.loading import save_checkpoint
+    from uniattn_cli.training.stage import finished, load_after, run_stage
+
+    recipe, progress = job.recipe, job.progress
+    losses: dict[str, Loss] = {}
+
+    def score(model, name: str) -> None:
+        if heldout is not None:
+            with progress.track(f"held-out responses, {name}", len(heldout)) as advance:
+                size = recipe.evaluation.batch_size
+                losses[name] = row_losses(model, heldout, batch_size=size, advance=advance).summary()
+
+    score(load_after(job, 0), names[0])
+    results = []
+    for index in range(len(job.stages)):
+        result = finished(job, index)
+        if result:
+            progress.note(f"stage '{result.name}' was finished before the interruption")
+        else:
+            result = run_stage(job, index, sum(result.steps for result in results))
+        results.append(result)
+    model = load_after(job, len(job.stages))
+    score(model, names[1])
+    trouble = _trouble(results, losses, names)
+    for words in trouble:
+        progress.warn(words)
+    notes = [*notes, *_kept_notes(results), *trouble]
+    if job.process.is_main:
+        save_checkpoint(model, job.tokenizer, job.partial)
+        _write_report(job, rows, results, losses)
+        shutil.rmtree(job.work)
+    notes.append(f"checkpoint: {output}; log: {output / LOG_FILE}; picture: {output / PLOT_FILE}; next: uniattn eval")
+    return Training(output, results, losses, _tables(results, losses), notes)
+
+
+def _trouble(results: Sequence[StageResult], losses: dict[str, Loss], names: tuple[str, str]) -> list[str]:
+    """What a user must not overlook: training that did not help, as a whole or in a stage."""
+    found = [
+        f"STAGE '{result.name}' DID NOT IMPROVE THE MODEL: the loss on validation rows was lowest before it "
+        f"({result.validation[0]:.4f}), so its weights were not kept; try a lower learning_rate (train.keep: last "
+        "keeps them)"
+        for result in results
+        if result.kept_step == 0
+    ]
+    if losses and losses[names[1]].mean > losses[names[0]].mean:
+        found.append(
+            f"TRAINING MADE HELD-OUT RESPONSES WORSE: {losses[names[0]].mean:.4f} before, {losses[names[1]].mean:.4f} "
+            "after; try a lower learning_rate in train.stages"
+        )
+    return found
+
+
+def _kept_notes(results: Sequence[StageResult]) -> list[str]:
+    return [
+        f"stage '{result.name}' ends with the weights of step {result.kept_step} of {result.steps}, where the loss on "
+        f"validation rows was lowest ({result.validation[1]:.4f})"
+        for result in results
+        if 0 < result.kept_step < result.steps
+    ]
+
+
+def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses: dict[str, Loss]) -> None:
+    """Writes `uniattn_report.json` (data, stages, held-out losses in nats) and `loss.png`."""
+    from uniattn_cli.data.sequences import COUNTED
+    from uniattn_cli.training.plots import plot_training
+
+    counts = {name: getattr(rows, name) for name in COUNTED}
+    content = {
+        "schema": 1,
+        "data": counts,
+        "stages": [asdict(result) for result in results],
+        "heldout_responses": {
+            name: {
+                "mean": loss.mean,
+                "stderr": None if math.isnan(loss.stderr) else loss.stderr,
+                "tokens": loss.tokens,
+                "rows": loss.windows,
+            }
+            for name, loss in losses.items()
+        },
+    }
+    (job.partial / REPORT_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    plot_training(job.log.lines(), losses, job.partial / PLOT_FILE)
+
+
+def _tables(results: list[StageResult], losses: dict[str, Loss]) -> list[Table]:
+    stages = [
+        [
+            result.name,
+            f"{result.parameters:,}",
+            f"{result.steps:,}",
+            f"{result.tokens:,}",
+            f"{result.start_loss:.3f}",
+            f"{result.end_loss:.3f}",
+            "–" if result.validation is None else " -> ".join(f"{loss:.4f}" for loss in result.validation),
+            f"{result.kept_step:,}",
+            f"{result.seconds:.0f}",
+            f"{result.tokens / result.seconds:,.0f}",
+        ]
+        for result in results
+    ]
+    columns = ["stage", "parameters", "steps", "tokens", "first loss", "last loss", "validation loss"]
+    columns += ["step kept", "seconds", "tokens/s"]
+    tables = [Table("stages", columns, stages)]
+    if losses:
+        any_loss = next(iter(losses.values()))
+        title = f"loss on {any_loss.windows} held-out responses ({any_loss.tokens:,} tokens), nats per token"
+        rows = [
+            [name, f"{loss.mean:.4f}", f"± {loss.stderr:.4f}", f"{loss.perplexity:.2f}"]
+            for name, loss in losses.items()
+        ]
+        tables.append(Table(title, ["model", "loss", "stderr", "perplexity"], rows))
+    return tables

@@ -1,0 +1,263 @@
+"""`uniattn data`: what training will see, from the recipe and the tokenizer alone. No weights are read."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from uniattn_cli.errors import DataError
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.tables import Table
+from uniattn_cli.training.order import stage_steps
+from uniattn_cli.training.preview import check_share, endless, pieces
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from uniattn_cli.data.mixing import Share
+    from uniattn_cli.data.splits import Tokenised
+
+BARS = 12  # lines of the histogram
+WIDTH = 30  # characters of its longest bar
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row as it is trained on.
+
+    Attributes:
+        title: its data set and its lengths, in one line.
+        pieces: decoded text, and whether it is learned; long pieces are shortened in their middle.
+    """
+
+    title: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class DataView:
+    """Result of `view_data`.
+
+    Attributes:
+        samples: some rows, drawn from every data set in turn.
+        counts: what became of all rows.
+        shares: what each data set gives.
+    """
+
+    samples: list[Sample]
+    counts: Tokenised
+    shares: list[Share]
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    title: str = "data"
+
+
+def view_data(
+    recipe: Path | str = "recipe.yaml",
+    *,
+    samples: int = 3,
+    seed: int | None = None,
+    part: Literal["train", "heldout"] = "train",
+    overrides: Sequence[str] = (),
+    options: RunOptions | None = None,
+) -> DataView:
+    """Reads, renders and tokenises the recipe's training or held-out rows, and counts them.
+
+    Args:
+        recipe: the YAML file, or the name of a ready recipe.
+        samples: rows to show.
+        seed: which ones; None takes the recipe's. It changes nothing else.
+        part: the rows that are trained on, or those that are held out.
+        overrides: `key.path=value` strings for the recipe.
+        options: progress.
+
+    Raises:
+        UniAttnError: one of its subclasses, with one clear line.
+    """
+    from uniattn_cli.data import splits, templates
+    from uniattn_cli.models.loading import load_tokenizer, locate
+    from uniattn_cli.recipe import ready
+
+    progress = (options or RunOptions()).progress
+    settings = Recipe.load(ready.resolve(recipe), overrides)
+    source = locate(settings.model.name, settings.model.revision)
+    tokenizer = load_tokenizer(source, settings.data.chat_template)
+    rows, shares = splits.load_mix(settings.data.train, part, holdout=settings.data.holdout, seed=settings.seed)
+    notes = []
+    if not tokenizer.chat_template and "messages" in rows.column_names:
+        notes.append(templates.complete(tokenizer))
+    shown = _samples(settings, tokenizer, rows, samples, settings.seed if seed is None else seed)
+    # Held-out rows are scored on their responses, whatever is learned in training.
+    loss = settings.train.loss if part == "train" else "responses"
+    with progress.track("tokenising", len(rows)) as advance:
+        counts = splits.tokenize(
+            rows, tokenizer, max_length=settings.train.max_length, loss=loss, advance=advance, needed=False
+        )
+    lengths = sorted(itertools.chain(*(source.lengths for source in counts.sources.values())))
+    tables = [_counted(counts, shares), _lengths(counts, settings.train.max_length), histogram(lengths)]
+    if part == "train":
+        tables += [_steps(settings, counts)] if counts.used else []
+        notes += _remarks(settings, counts)
+        warning = endless(counts, tokenizer, source.path, settings.train.max_length)
+        notes += [warning] if warning else []
+    title = f"{'training' if part == 'train' else 'held-out'} rows of {settings.model.name}"
+    return DataView(shown, counts, shares, tables, notes, title)
+
+
+def _samples(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, count: int, seed: int
+) -> list[Sample]:
+    """Rows drawn from every data set in turn, with everything of them that is trained on."""
+    from uniattn_cli.data.sequences import RowEncoder
+    from uniattn_cli.data.splits import IGNORED
+
+    places: dict[str, list[int]] = {}
+    for index, source in enumerate(rows["source"]):
+        places.setdefault(source, []).append(index)
+    generator = random.Random(seed)
+    drawn = [generator.sample(indices, min(count, len(indices))) for _, indices in sorted(places.items())]
+    in_turn = [index for turn in itertools.zip_longest(*drawn) for index in turn if index is not None]
+    encoder, limit, shown = RowEncoder(tokenizer, recipe.train.loss), recipe.train.max_length, []
+    for index in in_turn[:count]:
+        row = rows[index]
+        sequences = encoder.batch([row.get("messages")], [row.get("text")])[0]
+        for number, (ids, mask) in enumerate(sequences, 1):
+            labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)][:limit]
+            learned = sum(label != IGNORED for label in labels)
+            title = f"{row['source']}: {len(labels):,} tokens, {learned:,} learned"
+            title += f", {len(ids) - limit:,} more cut off" if len(ids) > limit else ""
+            title += "" if learned else ", so it is left out"
+            title += f", answer {number} of {len(sequences)}" if len(sequences) > 1 else ""
+            shown.append(Sample(title, pieces(tokenizer, ids[:limit], labels)))
+    return shown
+
+
+def _counted(counts: Tokenised, shares: list[Share]) -> Table:
+    given = {share.source: share.rows for share in shares}
+    names = [*counts.sources, *(["together"] if len(counts.sources) > 1 else [])]
+    whole = counts.tokens
+    rows = []
+    for name in names:
+        part = counts.sources.get(name, counts)
+        rows.append(
+            [
+                name,
+                f"{given.get(name, sum(given.values())):,}",
+                f"{part.rows:,}",
+                f"{part.used:,}",
+                f"{part.tokens:,}",
+                f"{part.tokens / whole:.1%}" if whole else "–",
+                f"{part.supervised / part.tokens:.1%}" if part.tokens else "–",
+                f"{part.truncated:,}",
+                f"{part.lost / (part.tokens + part.lost):.1%}" if part.tokens + part.lost else "–",
+                f"{part.dropped:,}",
+            ]
+        )
+    columns = [
+        "data set",
+        "rows",
+        "drawn",
+        "sequences",
+        "tokens",
+        "of all",
+        "learned",
+        "cut",
+        "tokens lost",
+        "left out",
+    ]
+    return Table("rows, what is drawn of them, and what becomes of it", columns, rows)
+
+
+def _lengths(counts: Tokenised, limit: int) -> Table:
+    rows = []
+    for name, part in counts.sources.items():
+        ordered = sorted(part.lengths)
+        cells = [f"{percentile(ordered, share):,}" for share in (0.1, 0.5, 0.9, 0.99, 1.0)]
+        rows.append([name, f"{sum(ordered) / len(ordered):,.0f}", *cells])
+    columns = ["data set", "mean", "10 %", "median", "90 %", "99 %", "longest"]
+    return Table(f"tokens of a sequence before it is cut at train.max_length ({limit:,})", columns, rows)
+
+
+def percentile(ordered: Sequence[int], share: float) -> int:
+    """The smallest of the values that is not exceeded by this share of them.
+
+    >>> percentile([1, 2, 3, 4], 0.5), percentile([1, 2, 3, 4], 1.0)
+    (2, 4)
+    """
+    rank = -int(-share * len(ordered) // 1)
+    return ordered[max(rank, 1) - 1]
+
+
+def histogram(ordered: Sequence[int]) -> Table:
+    """Sequences by length, in steps of a round number of tokens; what is longer than 99 % of them is one line.
+
+    Args:
+        ordered: tokens of each sequence, ascending.
+    """
+    usual = percentile(ordered, 0.99)
+    step = next(
+        step
+        for scale in itertools.count()
+        for step in (10**scale, 2 * 10**scale, 5 * 10**scale)
+        if usual // step < BARS
+    )
+    last = usual // step
+    counted = [0] * (last + 2)
+    for length in ordered:
+        counted[min(length // step, last + 1)] += 1
+    rows = []
+    for index, count in enumerate(counted):
+        if index > last and not count:
+            continue
+        name = f"{index * step:,}–{(index + 1) * step - 1:,}" if index <= last else f"{index * step:,} and more"
+        bar = "█" * max(round(WIDTH * count / max(counted)), int(count > 0))
+        rows.append([name, f"{count:,}", bar or " "])
+    return Table("sequences by length", ["tokens", "sequences", ""], rows)
+
+
+def _steps(recipe: Recipe, counts: Tokenised) -> Table:
+    """Optimiser steps of an epoch and of each stage."""
+    spec = recipe.train
+    sequences = counts.used
+    if spec.packing:
+        from uniattn_cli.training.trainer import pack
+
+        sequences = len(pack(counts.dataset, spec.max_length))
+    epoch = sequences / spec.batch_size
+    rows = []
+    for stage in spec.stages:
+        steps = stage_steps(stage, sequences, spec.batch_size)
+        seen = steps * spec.batch_size
+        tokens = seen / sequences * counts.tokens
+        rows.append([stage.name or stage.trains, f"{steps:,}", f"{steps / epoch:.2f}", f"{seen:,}", f"{tokens:,.0f}"])
+    packed = " packed" if spec.packing else ""
+    title = (
+        f"one epoch: {sequences:,}{packed} sequences in {epoch:,.1f} steps of {spec.batch_size}, "
+        f"about {counts.tokens / epoch:,.0f} tokens each"
+    )
+    return Table(title, ["stage", "steps", "epochs", "sequences", "tokens, about"], rows)
+
+
+def _remarks(recipe: Recipe, counts: Tokenised) -> list[str]:
+    """What the user should know or change before training."""
+    notes = []
+    if counts.split:
+        notes.append(
+            f"the chat template changes earlier turns, so conversations of several became one sequence per answer: "
+            f"{counts.split:,} more sequences than rows"
+        )
+    if counts.divided:
+        notes.append(f"texts longer than train.max_length became several sequences: {counts.divided:,} more than rows")
+    if counts.lost_share > 0.1:
+        notes.append(f"{counts.lost_share:.0%} of all tokens are lost; raise train.max_length, if memory allows")
+    try:
+        check_share(counts, recipe.train.loss)
+    except DataError as error:
+        notes.append(f"`uniattn train` will refuse these rows: {error}")
+    return notes

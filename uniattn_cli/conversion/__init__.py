@@ -1,1 +1,0 @@
-"""From base weights and a layout to a fitted checkpoint."""

@@ -1,0 +1,194 @@
+"""From conversations to tokens and the mask of what is learned.
+
+The mask comes from the chat template itself: what a template adds when an assistant turn is appended to the rendered
+prompt is that turn, its end-of-turn token included. A template that changes earlier turns once more follow (which drops
+what a reasoning model thought, say) never shows the model all its answers in the form in which it gives them: such a
+conversation becomes one sequence per answer, each as the model will see it. Where it cannot be told what the assistant
+wrote, an error is raised rather than a wrong mask returned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from uniattn_cli.data import templates
+from uniattn_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+Span = tuple[int, int]
+# For templates that tell the model the date: with today's, no two days would train on the same tokens. A macro goes
+# before the function of that name.
+DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+SAME_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in DATE.items())
+    + " }}{%- endmacro %}{{ '' }}"
+)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, without the special tokens that the tokenizer would put around it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of BOS if the tokenizer puts one in front of a text, else None."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the end-of-text token.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return tokenizer.eos_token_id
+
+
+def add_eos(ids: list[int], eos: int) -> list[int]:
+    """Appends EOS unless a chat template already ended the document with one (perhaps before a line end)."""
+    return ids if eos in ids[-2:] else [*ids, eos]
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template and marks the assistant's turns.
+
+    A tokenizer without chat template (a base model) gets the plainest one there is (`templates.PLAIN`): system and user
+    turns end with a line end, assistant turns with EOS, nothing else is added: `{user}\\n{assistant}{eos}{user}\\n…`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else templates.default(tokenizer)
+        self.template = (SAME_DATE if "strftime_now" in template else "") + template
+
+    @functools.cached_property
+    def _has_generation_prompt(self) -> bool:
+        """Whether the template can end with the header of a turn to be written; else the header comes with the turn."""
+        if self.template == templates.default(self.tokenizer):
+            return True  # a header of no characters
+        probe = [{"role": "user", "content": "a"}]
+        return self._render(probe, True) != self._render(probe, False)
+
+    def text(self, messages: Messages) -> str:
+        """The whole conversation as text."""
+        return self._render(messages, False)
+
+    def prompt(self, messages: Messages) -> str:
+        """The conversation up to where the assistant begins to write."""
+        return self._render(messages, True)
+
+    def turn_end(self) -> int | None:
+        """The special token that the template puts behind an answer; None where it is another kind of text."""
+        answer = "answer"
+        text = self.text([{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}])
+        place = text.rfind(answer)
+        ids = encode(self.tokenizer, text[place + len(answer) :]) if place >= 0 else []
+        known = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+        return ids[0] if known is not None and known.special else None
+
+    def ids(self, messages: Messages) -> list[int]:
+        """Token ids of the whole conversation."""
+        return encode(self.tokenizer, self.text(messages))
+
+    def sequences(self, messages: Messages) -> list[tuple[list[int], list[bool]]]:
+        """Token ids of a conversation, and for each whether it belongs to an assistant turn.
+
+        Returns:
+            One pair; or one for each assistant turn, with only that turn marked, if the template changes a turn once
+            more turns follow.
+
+        Raises:
+            DataError: it cannot be told what the assistant wrote, or the template refuses the conversation.
+        """
+        return self.masked(self.rendered(messages))
+
+    def rendered(self, messages: Messages) -> list[tuple[str, list[Span]]]:
+        """The texts of a conversation and the characters in them that are learned, for `masked`; see `sequences`."""
+        text = self._render(messages, False)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [self._turn(messages, index) for index in answers]
+        if all(text.startswith(upto) for upto, _ in turns):
+            return [(text, [span for _, span in turns])]
+        return [(upto, [span]) for upto, span in turns]
+
+    def masked(self, texts: Sequence[tuple[str, list[Span]]]) -> list[tuple[list[int], list[bool]]]:
+        """Token ids and masks of rendered texts; many at once are quicker, as all cores work on them."""
+        if not texts:
+            return []
+        if not self.tokenizer.is_fast:
+            return [self._mask_by_prefixes(text, spans) for text, spans in texts]
+        encoded = self.tokenizer(
+            [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        found = zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True)
+        return [(ids, _mask(offsets, spans)) for ids, offsets, (_, spans) in found]
+
+    def _render(self, messages: Messages, prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        if not messages:
+            return ""  # nothing is left of a conversation in which only the assistant speaks
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        except (TemplateError, TypeError) as error:  # the second from an expression in the template
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
+
+    def _turn(self, messages: Messages, index: int) -> tuple[str, Span]:
+        """The conversation up to assistant turn `index`, and the characters of it that this turn wrote.
+
+        They go from the first one after the header to the end-of-turn token.
+        """
+        before = self._render(messages[:index], True)
+        upto = self._render(messages[: index + 1], False)
+        turn = upto[len(before) :]
+        start = len(before) if upto.startswith(before) else -1
+        if start >= 0 and not self._has_generation_prompt:
+            skipped = turn.find(messages[index]["content"].strip())
+            start = start + skipped if skipped >= 0 else -1
+        if start < 0:
+            raise DataError(
+                f"the chat template does not go on from its own prompt in turn {index + 1} of a conversation, so what "
+                "the assistant wrote cannot be told; set data.chat_template to another one, or train.loss to all"
+            )
+        return upto, (start, len(before) + len(turn.rstrip()))
+
+    def _mask_by_prefixes(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        ids = encode(self.tokenizer, text)
+        mask = [False] * len(ids)
+        for start, end in spans:
+            borders = []
+            for border in (start, end):
+                prefix = encode(self.tokenizer, text[:border])
+                if ids[: len(prefix)] != prefix:
+                    raise DataError("this tokenizer merges tokens across turns; use its fast version (tokenizer.json)")
+                borders.append(len(prefix))
+            mask[borders[0] : borders[1]] = [True] * (borders[1] - borders[0])
+        return ids, mask
+
+
+def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token, given by its characters, has part in one of the spans; both in order."""
+    beyond = (offsets[-1][1] + 1,) * 2 if offsets else (0, 0)
+    mask = []
+    coming = iter(spans)
+    start, end = next(coming, beyond)
+    for first, last in offsets:
+        while first >= end:
+            start, end = next(coming, beyond)
+        mask.append(first < last and last > start)
+    return mask

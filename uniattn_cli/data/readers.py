@@ -1,0 +1,201 @@
+"""Reads data files of any supported type, and data sets of the hub, row by row, so that an error can name the row."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.errors import DataError
+from uniattn_cli.recipe.schema import DatasetSpec
+
+EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+
+Raw = tuple[str, dict[str, Any]]  # where the row stands, for messages; its columns
+
+
+def read_objects(path: Path) -> Iterator[Raw]:
+    """Yields (where, object) for every line of a local .jsonl file.
+
+    Raises:
+        DataError: missing, unreadable, not .jsonl, or a line that is not an object.
+    """
+    if path.suffix.lower() != ".jsonl":
+        raise DataError(f"{path} is not a .jsonl file")
+    if not path.is_file():
+        raise DataError(f"{path} not found (looked for {path.absolute()})")
+    with _file_errors(path):
+        yield from _read_jsonl(path)
+
+
+def raw_rows(spec: DatasetSpec, whole_text: bool) -> Iterator[Raw]:
+    """Yields (where, columns) for every row of a local file or a hub data set.
+
+    Args:
+        spec: the source; not the built-in one.
+        whole_text: a .txt file is one row. Otherwise its paragraphs (or its lines, where no blank line separates
+            paragraphs) are the rows.
+
+    Raises:
+        DataError: missing, unreadable or malformed.
+    """
+    path = Path(spec.source).expanduser()
+    extension = path.suffix.lower()
+    if not path.exists():
+        # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
+        if extension not in EXTENSIONS and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec.source):
+            yield from _read_hub(spec)
+            return
+        raise DataError(f"data file {spec.source} not found (looked for {path.absolute()}); check data.* in the recipe")
+    if not path.is_file():
+        raise DataError(f"{path.absolute()} is not a file; name a file ({' '.join(EXTENSIONS)}) or a hub data set")
+    if extension not in EXTENSIONS:
+        raise DataError(f"{path} has the unsupported extension '{extension}'; supported are {' '.join(EXTENSIONS)}")
+    if spec.split or spec.config:
+        raise DataError(f"{path} is a local file: `split` and `config` are for hub data sets, remove them")
+    with _file_errors(path):
+        yield from _read_txt(path, whole_text) if extension == ".txt" else _READERS[extension](path)
+
+
+@contextlib.contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _read_txt(path: Path, whole_text: bool) -> Iterator[Raw]:
+    content = path.read_text(encoding="utf-8")
+    if whole_text:
+        yield str(path), {"text": content}
+        return
+    blocks = re.split(r"\n[ \t]*\n", content)
+    blocks = blocks if len(blocks) > 1 else content.split("\n")
+    for number, block in enumerate(blocks, 1):
+        yield f"{path}, paragraph {number}", {"text": block.strip("\n")}
+
+
+def _read_jsonl(path: Path) -> Iterator[Raw]:
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where} is not JSON ({error}); a .jsonl file holds one object per line") from None
+            yield where, _mapping(row, where)
+
+
+def _read_json(path: Path) -> Iterator[Raw]:
+    content = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(content) if content.strip() else []
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); one object per line belongs in a .jsonl file") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} must hold a list of objects, not one {type(rows).__name__}")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        yield where, _mapping(row, where)
+
+
+def _mapping(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} must be an object with named columns, not {json.dumps(row)[:40]}")
+    return row
+
+
+def _read_csv(path: Path) -> Iterator[Raw]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            for number, row in enumerate(reader, 1):
+                if None in row or None in row.values():
+                    fields = ", ".join(reader.fieldnames or ())
+                    raise DataError(f"{path}, row {number} does not have exactly the columns {fields}")
+                yield f"{path}, row {number}", row
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num} is not CSV ({error})") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Raw]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not a readable parquet file ({error})") from None
+
+
+def _read_hub(spec: DatasetSpec) -> Iterator[Raw]:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    split = spec.split or "train"
+    name = f"hub data set {spec.source}" + (f" ({spec.config})" if spec.config else "")
+    try:
+        with _offline_at_once(spec.source):
+            rows = datasets.load_dataset(spec.source, spec.config, split=split)
+    except ValueError as error:
+        # Unknown configuration or split; the message lists the known ones.
+        raise DataError(f"{name}, split {split}: {_first_line(error)}") from None
+    except (OSError, DatasetGenerationError) as error:
+        raise DataError(
+            f"'{spec.source}' is no file here (looked for {Path(spec.source).absolute()}), and the {name} could not be "
+            f"loaded: {_first_line(error)}. Without network, name a local file ({' '.join(EXTENSIONS)}) in data.*"
+        ) from None
+    for number, row in enumerate(rows, 1):
+        yield f"{name}, row {number}", row
+
+
+@contextlib.contextmanager
+def _offline_at_once(name: str) -> Iterator[None]:
+    """Lets `datasets` go straight to its cache without a network; left alone it retries for half a minute."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    from uniattn_cli.models.loading import transport_errors
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (*transport_errors(), OfflineModeIsEnabled):
+        datasets.config.HF_HUB_OFFLINE = True
+    except (HfHubHTTPError, HFValidationError):
+        pass  # unknown or gated: load_dataset says so
+    except ValueError:
+        # A sign-in page or a proxy in the hub's place; it speaks no JSON.
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,294 @@
+"""Queries of a layer that borrows keys, taught the maps that the base has there.
+
+A layer of kind `key` or `kv` keeps its own W_q, which was made for other keys: with borrowed ones its map has nothing
+to do with the base's, and what it attends to is noise to W_o. So W_q is matched to the borrowed keys in closed form
+(`fitting.keys`) and then trained, alone and layer by layer, on the divergence KL(base's map || map with borrowed keys),
+the mean over heads and positions. Training it on the error of the attention output instead hardly moves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from uniattn_cli.fitting.match_keys import KeyMatches
+from uniattn_cli.fitting.stream import Batch, attention_inputs
+from uniattn_cli.modeling.sharing_uniattn import gather_heads
+from uniattn_cli.recipe.schema import ConversionSpec
+
+# Largest step of Adam, in units of the root mean square of the weights; of a few hundred steps the second moments of a
+# thousand would see too little.
+RATE = 0.1
+BETAS = (0.9, 0.95)
+WARMUP = 0.1
+# Rows that judge.
+JUDGED = 16
+# Enough for regressions of one head's width.
+MATCH_TOKENS = 1 << 15
+# Tokens of one step, in whole rows: a fifth of a second for a model of 0.1 billion parameters on two CPU cores.
+STEP_TOKENS = 2048
+# Of the steps: a candidate of the search, or a layer whose heads are being matched, has most of the gain early.
+TRIAL_SHARE = 0.25
+# Scores that are alive at once, 256 MiB in float32; a few tensors of that size are.
+MOST_SCORES = 1 << 26
+# Stands for the logarithm of zero.
+LOWEST = -100.0
+
+
+def for_trials(spec: ConversionSpec) -> ConversionSpec:
+    """The same fit with fewer steps, for candidates of a search and for matching heads.
+
+    Not where whole layouts are compared: there layers with borrowed keys would look worse than they will be.
+    """
+    return replace(spec, align=math.ceil(spec.align * TRIAL_SHARE))
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What rows give: the converted stream's inputs, the base's queries and keys, the keys that are borrowed.
+
+    Rows have no padding and equal length, so that positions and mask are those of one row.
+    """
+
+    converted: torch.Tensor
+    queries: torch.Tensor
+    base_keys: torch.Tensor
+    keys: torch.Tensor
+    positions: tuple[torch.Tensor, torch.Tensor]
+    mask: torch.Tensor | None
+
+    @property
+    def states(self) -> tuple[torch.Tensor, ...]:
+        return self.converted, self.queries, self.base_keys, self.keys
+
+    def rows(self) -> list[_Material]:
+        """Each row by itself."""
+        return [
+            _Material(*each, self.positions, self.mask) for each in zip(*(s.split(1) for s in self.states), strict=True)
+        ]
+
+    @classmethod
+    def together(cls, rows: Sequence[_Material]) -> list[_Material]:
+        """As many rows in one piece as memory allows."""
+        heads, length = rows[0].queries.shape[1], rows[0].converted.shape[1]
+        count = max(1, MOST_SCORES // (heads * length * length))
+        pieces = [rows[start : start + count] for start in range(0, len(rows), count)]
+        return [
+            cls(*map(torch.cat, zip(*(row.states for row in piece), strict=True)), rows[0].positions, rows[0].mask)
+            for piece in pieces
+        ]
+
+
+@torch.no_grad()
+def align_queries(
+    base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batches: Sequence[Batch], steps: int
+) -> tuple[float, float]:
+    """Matches and trains W_q of a converted layer that borrows keys; see the head of this file.
+
+    Args:
+        base_layer: the base's layer.
+        layer: the converted model's, of kind `key` or `kv`.
+        own: the layer's attention module as a layer of kind `own` has it, with the base's weights.
+        batches: both streams where they enter the layer, and the states that earlier layers lend.
+        steps: of Adam, each on the next rows that are not held out.
+
+    Returns:
+        The divergence before and after, in nats, on held-out tokens where there are some. What makes it larger there
+        is not kept.
+    """
+    attention = layer.self_attn
+    length = batches[0].converted.shape[1]
+    count = max(1, STEP_TOKENS // length)
+    prepared = lambda held, most: _rows(base_layer, layer, own, index, batches, held, most)  # noqa: E731
+    learned = prepared(False, max(1, steps) * count) or prepared(True, max(1, steps) * count)
+    judged = prepared(True, JUDGED) or learned[:JUDGED]
+    sources = sorted({source for source, _ in attention.key_sources})
+    matches = KeyMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
+    weights = _Queries(attention)
+    before = best = _mean(attention, own, judged)
+    for change in (
+        lambda: weights.match(matches.maps(attention.key_sources)),
+        lambda: _train(weights, attention, own, learned, steps, min(count, len(learned))),
+    ):
+        kept = weights.copy()
+        change()
+        found = _mean(attention, own, judged)
+        if found < best:
+            best = found
+        else:
+            weights.restore(kept)
+    weights.round()
+    return before, best
+
+
+class _Queries:
+    """The parameters that queries come from, in float32 while they are trained.
+
+    Args:
+        attention: of the converted layer; its weights may be shared with the base and are replaced, not changed.
+    """
+
+    def __init__(self, attention: nn.Module):
+        self.attention = attention
+        projection = getattr(attention, "q_proj", None) or attention.qkv_proj
+        self.norm = getattr(attention, "q_norm", None)
+        modules = [projection] if self.norm is None else [projection, self.norm]
+        self.kept = [(module, *item) for module in modules for item in module.named_parameters(recurse=False)]
+        self.trained = [nn.Parameter(parameter.detach().float().clone()) for _, _, parameter in self.kept]
+        for (module, name, _), parameter in zip(self.kept, self.trained, strict=True):
+            setattr(module, name, parameter)
+        self.scales = [
+            (self.gain() if module is self.norm else projection.weight).square().mean().sqrt().item()
+            for module, _, _ in self.kept
+        ]
+
+    def gain(self) -> torch.Tensor:
+        """What the norm of queries multiplies by, [1 or heads, dim]; some families store it less one."""
+        width = self.norm.weight.shape[-1]
+        return self.norm(self.norm.weight.new_ones(width)).detach().view(-1, self.attention.head_dim)
+
+    def match(self, maps: torch.Tensor) -> None:
+        """Puts `B q` in the place of each query q, up to its length where queries are normed.
+
+        Args:
+            maps: [units, dim, dim] of `KeyMatches`.
+        """
+        dim = self.attention.head_dim
+        heads = self.attention.config.num_attention_heads
+        turn = maps.repeat_interleave(heads // len(maps), dim=0)
+        if self.norm is not None:
+            gain = self.gain()
+            inverse = gain / (gain.square() + 1e-4 * gain.square().mean())
+            turn = inverse.unsqueeze(-1) * turn * gain.unsqueeze(-2)
+        for (module, _, _), parameter in zip(self.kept, self.trained, strict=True):
+            if module is not self.norm:
+                # Where queries, keys and values are one matrix, queries come first.
+                rows = parameter[: heads * dim].view(heads, dim, -1)
+                parameter[: heads * dim] = (turn @ rows).view_as(parameter[: heads * dim])
+
+    def copy(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.trained]
+
+    def restore(self, weights: Sequence[torch.Tensor]) -> None:
+        for parameter, weight in zip(self.trained, weights, strict=True):
+            parameter.copy_(weight)
+
+    def round(self) -> None:
+        """Rounds to the model's dtype, as everything that is fitted."""
+        for (module, name, parameter), trained in zip(self.kept, self.trained, strict=True):
+            new = nn.Parameter(trained.detach().to(parameter.dtype), requires_grad=parameter.requires_grad)
+            setattr(module, name, new)
+
+
+def _train(
+    weights: _Queries, attention: nn.Module, own: nn.Module, learned: Sequence[_Material], steps: int, count: int
+) -> None:
+    groups = [
+        {"params": [parameter], "lr": RATE * scale}
+        for parameter, scale in zip(weights.trained, weights.scales, strict=True)
+    ]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+    for step in range(steps):
+        rows = [learned[(step * count + place) % len(learned)] for place in range(count)]
+        optimizer.zero_grad()
+        for piece in _Material.together(rows):
+            found = _gradients(weights.trained, attention, own, piece)
+            for parameter, gradient in zip(weights.trained, found, strict=True):
+                gradient = gradient * (len(piece.converted) / count)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        optimizer.step()
+        scheduler.step()
+
+
+def _gradients(
+    trained: Sequence[nn.Parameter], attention: nn.Module, own: nn.Module, material: _Material
+) -> tuple[torch.Tensor, ...]:
+    """Of `_divergence`, whose gradient with respect to scores is the difference of the maps.
+
+    So written it takes a third of the time that autograd needs, most of which goes by in passes over scores.
+    """
+    wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).softmax(-1)
+    with torch.enable_grad():
+        scores = _scores(attention, _positioned_queries(attention, material), material.keys)
+    slopes = _masked(attention, scores.detach(), material.mask).softmax(-1).sub_(wanted)
+    slopes /= slopes[..., 0].numel()
+    # Not `backward`: weights that are not trained may be those of the base.
+    return torch.autograd.grad(scores, trained, slopes)
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the largest rate: a short rise, then a cosine down to nothing."""
+    rise = max(1, round(WARMUP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _rows(
+    base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batches: Sequence[Batch], held: bool, most: int
+) -> list[_Material]:
+    """So many single rows, held out or not."""
+    rows: list[_Material] = []
+    for batch in batches:
+        if batch.held is held and len(rows) < most:
+            rows += _prepare(base_layer, layer, own, index, batch).rows()
+    return rows[:most]
+
+
+def _prepare(base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batch: Batch) -> _Material:
+    base = attention_inputs(base_layer, batch.base, batch.kwargs[index])
+    given = attention_inputs(layer, batch.converted, batch.kwargs[index], batch.shared)
+    states = own.project(base["hidden_states"], "qk")
+    own.embed_positions(states, base["position_embeddings"])
+    attention = layer.self_attn
+    keys = gather_heads(batch.shared.keys, attention.key_sources, batch.converted.device)
+    mask = given.get("attention_mask")
+    # No mask, or one that only a backend can read: without padding it says nothing that is not known.
+    mask = mask[:1] if isinstance(mask, torch.Tensor) else None
+    positions = tuple(each[:1] for each in given["position_embeddings"])
+    return _Material(given["hidden_states"], states["q"], states["k"], keys, positions, mask)
+
+
+def _divergence(attention: nn.Module, own: nn.Module, material: _Material) -> torch.Tensor:
+    """KL(base's map || the layer's), mean over rows, heads and positions."""
+    wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).log_softmax(-1)
+    queries = _positioned_queries(attention, material)
+    found = _masked(attention, _scores(attention, queries, material.keys), material.mask).log_softmax(-1)
+    return (wanted.exp() * (wanted.clamp(min=LOWEST) - found.clamp(min=LOWEST))).sum(-1).mean()
+
+
+def _mean(attention: nn.Module, own: nn.Module, rows: Sequence[_Material]) -> float:
+    return sum(_divergence(attention, own, row).item() for row in rows) / len(rows)
+
+
+def _positioned_queries(attention: nn.Module, material: _Material) -> torch.Tensor:
+    """The layer's queries with positions, float32."""
+    states = attention.project(material.converted.float(), "q")
+    attention.embed_positions(states, tuple(each.float() for each in material.positions))
+    return states["q"]
+
+
+def _scores(attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Scores of all pairs of tokens, float32 [rows, heads, tokens, tokens]."""
+    keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    scores = (queries.float() * attention.scaling) @ keys.transpose(-1, -2)
+    cap = attention.attention_arguments().get("softcap")
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def _masked(attention: nn.Module, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores where a token sees another, minus infinity elsewhere."""
+    if mask is None:
+        window = attention.attention_arguments().get("sliding_window")
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(-window)
+        return scores.masked_fill(hidden, -torch.inf)
+    if mask.dtype is torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask[..., : scores.shape[-1]].float()

@@ -1,0 +1,362 @@
+"""`uniattn synthesize`: training rows that a model writes itself, for training that has too few.
+
+A model continues passages of the recipe's texts and answers the questions of its conversations. What it has to say
+about them is what a converted model has lost, and there is no end of it: distillation on a model's own text needs no
+data of others (Liu et al., LLM-QAT, arXiv 2305.17888). Cross-entropy is another matter: of its own text, drawn at
+temperature 1, a model can learn nothing, and drawn more greedily, only to be greedier.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniattn_cli.data.chat import ChatRenderer, encode
+from uniattn_cli.errors import DataError, ModelError
+from uniattn_cli.models.costs import context_window
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import DatasetSpec, Recipe, SynthesisSpec, flow
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from uniattn_cli.inference.engine import Decoded
+    from uniattn_cli.models.loading import Source
+
+FILES = {"text": "text.jsonl", "messages": "chats.jsonl"}
+# Prompts are sorted by length within so many batches, so that little is padded.
+SORTED_BATCHES = 8
+# An answer has room for at least so many tokens, or is not asked for.
+LEAST_ROOM = 32
+# Characters in which the first tokens of a passage are looked for, each; longer tokens are rare.
+CHARACTERS_PER_TOKEN = 16
+# And of a usual token.
+CHARACTERS_USUAL = 4
+# A sentence's end that a text cut by its length is shortened to.
+SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?=\s)|\n")
+# An answer that is not finished goes on for so many tokens behind a row's length: training cuts it there, and no end of
+# the turn is learned. Some, because the same text is often fewer tokens when it is read than when it was drawn.
+BEYOND = 16
+LEFT_OUT = {
+    "long": "conversations whose prompt leaves no room",
+    "empty": "passages and questions with nothing to add",
+    "unfinished": "answers that training would take for finished",
+    "unlike": "answers that the chat template would change",
+    "again": "rows that were there already",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked to go on with.
+
+    Attributes:
+        ids: its tokens.
+        messages: the conversation that it renders; None for a passage of text.
+    """
+
+    ids: list[int]
+    messages: list[dict[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Result of `synthesize`.
+
+    Attributes:
+        rows: rows written, by kind (`text`, `messages`).
+        tokens: their tokens, prompts included.
+        left_out: what was written and not kept, by the keys of `LEFT_OUT`.
+        directory: where they are.
+    """
+
+    rows: dict[str, int]
+    tokens: int
+    left_out: dict[str, int]
+    directory: Path
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    title: str = "synthesis"
+
+
+def synthesize(
+    run_dir: Path | str = ".", *, overrides: Sequence[str] = (), options: RunOptions | None = None
+) -> Synthesis:
+    """Lets a model write training rows and puts them into `synthetic/`.
+
+    Args:
+        run_dir: holds `recipe.yaml`.
+        overrides: `key.path=value` strings for the recipe.
+        options: device, force, progress.
+
+    Raises:
+        UniAttnError: one of its subclasses, with one clear line.
+    """
+    from uniattn_cli.data import splits
+    from uniattn_cli.models.loading import check_lengths, load_model, load_tokenizer
+
+    options = options or RunOptions()
+    run = RunDir(run_dir)
+    recipe = Recipe.load(run.recipe, overrides)
+    spec, length = recipe.synthesis, recipe.train.max_length
+    run.check_free("synthesize", options.force)
+    if spec.prefix + LEAST_ROOM > length:
+        raise DataError(
+            f"synthesis.prefix is {spec.prefix} tokens, but rows have {length}; raise train.max_length or lower it"
+        )
+    source = _writer(run, recipe)
+    device = options.torch_device()
+    tokenizer = load_tokenizer(source, recipe.data.chat_template)
+    # What a model wrote is not continued once more.
+    given = [each for each in recipe.data.train if each.heldout]
+    rows = splits.load_rows(given, "train", holdout=recipe.data.holdout, seed=recipe.seed, repeat=False)
+    options.progress.note(f"loading {source.name} on {device}")
+    model = load_model(source, recipe.model, device)
+    check_lengths(model.config, {"train.max_length": length})
+    writer = Writer(model, tokenizer, spec, length, recipe.seed)
+    started = time.perf_counter()
+    counts: Counter[str] = Counter()
+    with run.write("synthesize", recipe, {"model": source.fingerprint}, force=options.force) as directory:
+        with options.progress.track("writing", spec.tokens) as advance:
+            for kind, row, size in itertools.chain.from_iterable(writer.batches(rows)):
+                with (directory / FILES[kind]).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({kind: row}, ensure_ascii=False) + "\n")
+                counts[kind] += 1
+                counts["tokens"] += size
+                advance(size)
+    seconds = time.perf_counter() - started
+    written = {kind: counts[kind] for kind in FILES if counts[kind]}
+    output = run.output("synthesize")
+    table = _table(source.name, written, counts["tokens"], seconds, writer.left_out)
+    notes = [f"written by {writer.path}" + (f", not the engine: {writer.reason}" if writer.reason else "")]
+    if counts["tokens"] < spec.tokens:
+        notes.append(f"only {counts['tokens']:,} of {spec.tokens:,} tokens: another pass gave nothing new")
+    notes.append(f"use it with data.train: {_data_sets(recipe, [output / FILES[kind] for kind in written])}")
+    notes.append("for stages with loss: distillation; cross-entropy gains nothing from it, so train a control before")
+    return Synthesis(written, counts["tokens"], dict(writer.left_out), output, [table], notes)
+
+
+def _data_sets(recipe: Recipe, files: Sequence[Path]) -> str:
+    """The recipe's training data with these files, as YAML in one line."""
+    weighted = any(spec.weight is not None for spec in recipe.data.train)
+    added = [DatasetSpec(str(file), heldout=False, weight=1.0 if weighted else None) for file in files]
+    # What an earlier run wrote was replaced.
+    kept = [spec for spec in recipe.data.train if spec.source not in {each.source for each in added}]
+    return flow((*kept, *added))
+
+
+def _writer(run: RunDir, recipe: Recipe) -> Source:
+    """The model that writes: the base, a finished stage's, or any other."""
+    from uniattn_cli.models.loading import locate
+    from uniattn_cli.run.directory import OUTPUTS
+
+    name = recipe.synthesis.model
+    if name == "base":
+        return locate(recipe.model.name, recipe.model.revision)
+    stage = {OUTPUTS[stage]: stage for stage in ("control", "convert", "train")}.get(name)
+    if stage is not None:
+        run.record(stage)  # says which command would make it
+        return locate(str(run.output(stage)))
+    return locate(name)
+
+
+class Writer:
+    """Makes rows with one model.
+
+    Attributes:
+        left_out: what was written and not kept.
+        path, reason: see `inference.engine.Decoded`, of the last batch.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: SynthesisSpec, length: int, seed: int
+    ):
+        from uniattn_cli.generation.decode import Decoding, generation_config
+        from uniattn_cli.inference.engine import engine_wanted
+
+        self.model, self.tokenizer, self.spec, self.length, self.seed = model, tokenizer, spec, length, seed
+        settings = generation_config(model, tokenizer, Decoding(temperature=spec.temperature), 1)
+        self.tries_engine = engine_wanted(spec.engine, model.device)
+        self.renderer = ChatRenderer(tokenizer)
+        # A base model's own end is that of a text; its template may end turns otherwise.
+        self.ends = sorted({*settings.eos_token_id, self.renderer.turn_end()} - {None})
+        self.pad = settings.pad_token_id
+        self.window = context_window(model.config)
+        self.left_out: Counter[str] = Counter()
+        self.path = self.reason = ""
+
+    def batches(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[str, Any, int]]]:
+        """Batch by batch (kind, row, tokens), until there are `synthesis.tokens` or a whole pass gives nothing new.
+
+        Raises:
+            DataError: the first pass gave nothing.
+        """
+        wanted, made, seen = self.spec.tokens, 0, set()
+        for number in itertools.count():
+            before = made
+            for index, prompts in enumerate(self._grouped(self.prompts(rows, number), number)):
+                kept = []
+                for kind, row, size in self._write(prompts, self.seed + index + (number << 20)):
+                    # Only its hash: there may be gigabytes of rows.
+                    key = hash(json.dumps(row, sort_keys=True))
+                    if key in seen:
+                        self.left_out["again"] += 1
+                    elif made < wanted:
+                        seen.add(key)
+                        made += size
+                        kept.append((kind, row, size))
+                yield kept
+                if made >= wanted:
+                    return
+            if not made:
+                reasons = ", ".join(f"{count:,} {LEFT_OUT[name]}" for name, count in self.left_out.items())
+                raise DataError(
+                    f"a whole pass over the training rows gave nothing ({reasons or 'nothing to go on with'}); raise "
+                    "train.max_length, or name other rows or another model"
+                )
+            if made == before:
+                return
+
+    def prompts(self, rows: Sequence[dict[str, Any]], number: int) -> Iterator[Prompt]:
+        """Prompts of one pass over the rows: of a conversation all but its last answer, of texts random passages.
+
+        Long texts have as many passages as they have rows' lengths, so that each part of a text is as likely as any.
+        """
+        from uniattn_cli.generation.prompts import plain_ids
+
+        chance = random.Random(f"{self.seed} {number}")
+        places: list[int] = []
+        for index, row in enumerate(rows):
+            text = row.get("text")
+            places += [index] * max(1, 0 if text is None else len(text) // (CHARACTERS_USUAL * self.length))
+        chance.shuffle(places)
+        for index in places:
+            text = rows[index].get("text")
+            if text is None:
+                turns = _asked(rows[index]["messages"])
+                if turns is None:
+                    continue
+                ids = encode(self.tokenizer, self.renderer.prompt(turns))
+                if len(ids) + LEAST_ROOM <= self.length:
+                    yield Prompt(ids, turns)
+                else:
+                    self.left_out["long"] += number == 0
+            else:
+                ids = plain_ids(self.tokenizer, _passage(text, self.spec.prefix * CHARACTERS_PER_TOKEN, chance))
+                yield Prompt(ids[: self.spec.prefix])
+
+    def _grouped(self, prompts: Iterator[Prompt], number: int) -> Iterator[list[Prompt]]:
+        """Batches of about equal length, in random order: wherever the writing stops, short ones are not preferred."""
+        size, chance = self.spec.batch_size, random.Random(f"{self.seed} {number} batches")
+        while some := list(itertools.islice(prompts, SORTED_BATCHES * size)):
+            some.sort(key=lambda prompt: len(prompt.ids))
+            batches = [some[first : first + size] for first in range(0, len(some), size)]
+            chance.shuffle(batches)
+            yield from batches
+
+    def _write(self, prompts: list[Prompt], seed: int) -> Iterator[tuple[str, Any, int]]:
+        """What became of a batch of prompts."""
+        decoded = self._decode(prompts, seed)
+        self.path, self.reason = decoded.path, decoded.reason if self.tries_engine else ""
+        for prompt, row in zip(prompts, decoded.tokens.tolist(), strict=True):
+            # A text leaves one place for the end-of-text token that training puts behind it.
+            row = row[: self.length - len(prompt.ids) + (-1 if prompt.messages is None else BEYOND)]
+            end = next((place for place, token in enumerate(row) if token in self.ends), None)
+            new = row[:end]
+            size = min(len(prompt.ids) + len(new), self.length)
+            said = self._text(new).strip()
+            if not said:
+                self.left_out["empty"] += 1
+            elif prompt.messages is None:
+                text = self._text([*prompt.ids, *new])
+                yield "text", text if end is not None else _whole_sentences(text), size
+            else:
+                messages = [*prompt.messages, {"role": "assistant", "content": said}]
+                fault = self._fault(messages, finished=end is not None)
+                if fault:
+                    self.left_out[fault] += 1
+                else:
+                    yield "messages", messages, size
+
+    def _fault(self, messages: list[dict[str, str]], *, finished: bool) -> str | None:
+        """Why training would not see what was said; one of `LEFT_OUT`."""
+        *asked, answer = messages
+        text = self.renderer.text(messages)
+        if not text.startswith(self.renderer.prompt(asked) + answer["content"]):
+            return "unlike"
+        return None if finished or len(encode(self.tokenizer, text)) > self.length else "unfinished"
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _decode(self, prompts: list[Prompt], seed: int) -> Decoded:
+        import torch
+
+        from uniattn_cli.inference.engine import decode
+        from uniattn_cli.inference.program import UnsupportedError
+
+        longest, shortest = (pick(len(prompt.ids) for prompt in prompts) for pick in (max, min))
+        room = self.length + BEYOND - shortest
+        if self.window is not None:
+            room = min(room, self.window - longest)
+        tokens = torch.full((len(prompts), longest), self.pad)
+        mask = torch.zeros_like(tokens)
+        for place, prompt in enumerate(prompts):
+            tokens[place, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[place, longest - len(prompt.ids) :] = 1
+        try:
+            return decode(
+                self.model,
+                tokens,
+                mask,
+                max_new_tokens=room,
+                eos_token_id=self.ends,
+                pad_token_id=self.pad,
+                temperature=self.spec.temperature,
+                top_p=self.spec.top_p,
+                seed=seed,
+                engine=self.spec.engine if self.tries_engine else "transformers",
+            )
+        except UnsupportedError as error:
+            raise ModelError(f"the engine cannot run this: {error}; leave synthesis.engine out") from None
+
+
+def _asked(messages: Sequence[dict[str, str]]) -> list[dict[str, str]] | None:
+    """A conversation up to what its last answer answers; None if it has no answer."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or not answers[-1]:
+        return None
+    return list(messages[: answers[-1]])
+
+
+def _passage(text: str, characters: int, chance: random.Random) -> str:
+    """Some of a text, from the beginning of a word."""
+    start = chance.randrange(max(1, len(text) - characters))
+    if start:
+        following = re.search(r"(?<=\s)\S", text[start:])
+        start = start + following.start() if following else 0
+    return text[start : start + characters]
+
+
+def _whole_sentences(text: str) -> str:
+    """The text up to its last sentence that is whole, if that is most of it."""
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return text[: ends[-1]].rstrip() if ends and 2 * ends[-1] > len(text) else text
+
+
+def _table(name: str, rows: dict[str, int], tokens: int, seconds: float, left_out: Counter[str]) -> Table:
+    lines = [["texts continued", f"{rows.get('text', 0):,}"]]
+    lines += [["conversations answered", f"{rows.get('messages', 0):,}"]]
+    lines += [["tokens", f"{tokens:,}"], ["tokens per second", f"{tokens / seconds:,.0f}"]]
+    lines += [[f"left out: {LEFT_OUT[key]}", f"{count:,}"] for key, count in left_out.items()]
+    return Table(f"written by {name}", ["", "number"], lines)

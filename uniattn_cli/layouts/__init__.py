@@ -1,0 +1,1 @@
+"""Which layers share, and how a layout is chosen."""

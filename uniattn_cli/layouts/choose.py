@@ -1,0 +1,310 @@
+"""The choice of a layout: given, by dynamic programming over similarities, or by conversion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.considered import Considered, Point, Validated
+from uniattn_cli.layouts.fast import Choice, frontier, plan_of
+from uniattn_cli.layouts.picture import draw_layout
+from uniattn_cli.layouts.shorthand import parse_groups
+from uniattn_cli.layouts.thorough import frontier_table, points_of, search, steps_table
+from uniattn_cli.layouts.workbench import Workbench, matches_by_output
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, Layout
+from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
+from uniattn_cli.models.loading import locate
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import LayoutSpec, Recipe
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    from uniattn_cli.layouts.greedy import Step
+
+# Similarities that propose other layouts for the shortlist of the fast search, and their names.
+SHORTLIST_METRICS = {"cosine_no_sink": "cosine without the sink", "js_no_sink": "Jensen-Shannon without the sink"}
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A chosen layout.
+
+    Attributes:
+        layout: one plan per layer.
+        picture: the layout drawn with characters.
+        tables: candidates over budgets.
+        notes: what was chosen and why.
+        considered: what the choice was made from; None for a layout that was given.
+    """
+
+    layout: Layout
+    picture: str
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    considered: Considered | None = None
+    title: str = "layout"
+
+
+def compensation_of(recipe: Recipe) -> str | int:
+    """The W_c that changed layers get unless their own entry says otherwise."""
+    return recipe.conversion.rank if recipe.conversion.solve in ("both", "compensation", "reference") else "none"
+
+
+def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> None:
+    """Makes sure that `analysis/` is of the recipe's model.
+
+    Raises:
+        StageError: it is missing, damaged or of another model.
+    """
+    record = run.record("analyze")
+    measured = record["inputs"].get("model")
+    if measured != fingerprint:
+        name = record.get("settings", {}).get("model", {}).get("name", "another model")
+        raise StageError(
+            f"{run.output('analyze')} is of {name} ({measured}), the recipe's model is {recipe.model.name} "
+            f"({fingerprint}); use another run directory or run `uniattn analyze --force`"
+        )
+
+
+def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, load: bool = True) -> Grouping:
+    """The layout that the recipe asks for, without writing anything.
+
+    Args:
+        load: whether weights may be loaded, which the thorough search needs.
+
+    Raises:
+        LayoutError: the shorthand or the budget cannot be met.
+        StageError: `auto` or a measured head map without an analysis of this model.
+    """
+    spec = recipe.layout
+    shape = attention_shape(config)
+    rank = compensation_of(recipe)
+    if isinstance(rank, int) and rank > shape.hidden_size:
+        raise LayoutError(f"conversion.rank is {rank}, but the model is only {shape.hidden_size} wide; use full")
+    fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
+    check_protected(spec, shape, fixed)
+    if fixed is not None and (spec.head_map == "identity" or not _plain_leaders(fixed)):
+        return _fixed(fixed, f"layout '{spec.groups}', heads as given")
+    source = locate(recipe.model.name, recipe.model.revision)
+    check_analysis(run, recipe, source.fingerprint)
+    measured = Measured.load(run.output("analyze"))
+    bench = Workbench(recipe, source, measured, options)
+    if fixed is not None:
+        layout = with_head_maps(fixed, measured, spec)
+        if load:
+            layout = bench.match_heads(layout, fixed=True)
+        return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' {_matched(recipe, load)}")
+    budget = Budget.of(spec, shape, config)
+    if spec.search == "thorough":
+        if not load:
+            raise LayoutError(
+                "a dry run cannot search thoroughly; run `uniattn group` first, or use --search fast, with one of "
+                "--kinds softmax, key, kv"
+            )
+        return _thorough(bench, budget, rank)
+    return _fast(bench, budget, rank, config, load)
+
+
+def _plain_leaders(layout: Layout) -> bool:
+    """Whether a layout borrows, and leaves open which heads."""
+    return _borrows(layout) and not any(plan.heads for plan in layout)
+
+
+def _borrows(layout: Layout) -> bool:
+    return any(plan.kind in BORROWING_KINDS for plan in layout)
+
+
+def _matched(recipe: Recipe, load: bool) -> str:
+    """How heads were matched, in words."""
+    if recipe.layout.head_map == "identity":
+        return "as they are"
+    if not matches_by_output(recipe):
+        return "matched by similar maps"
+    return "matched by attention output" if load else "matched by similar maps (a dry run converts nothing)"
+
+
+def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: bool) -> Grouping:
+    """Dynamic programming over similarities, and a comparison of what different similarities propose."""
+    spec, measured = bench.recipe.layout, bench.measured
+    shape = measured.shape
+    kind = spec.kinds[0]
+    settings = _frontier_settings(spec, rank, kind)
+    choices = frontier(bench.matcher, **settings)
+    counts = parameter_counts(config, choices)
+    chosen = _within_budget(choices, budget, shape, counts)
+    proposals = {"fast": chosen.layout}
+    for name in SHORTLIST_METRICS if load else ():
+        matcher = Matcher(measured.heads[name], shape, spec.head_map, spec.sources)
+        other = _within_budget(frontier(matcher, **settings), budget, shape, counts).layout
+        if all(other.changed != known.changed for known in proposals.values()):
+            proposals[f"fast, by {SHORTLIST_METRICS[name]}"] = other
+    proposals = dict(list(proposals.items())[: spec.compared])
+    shortlist = bench.validate(proposals) if len(proposals) > 1 else []
+    if shortlist:
+        layout = shortlist[0].layout
+    else:
+        layout = bench.match_heads(chosen.layout) if load else chosen.layout
+    points = [Point("fast", choice.layout, choice.followers - sum(choice.scores.values())) for choice in choices]
+    considered = Considered(
+        "sum over followers of 1 - similarity", points, shortlist, _checked(bench, shortlist), layout
+    )
+    note = f"{chosen.followers} {'followers' if kind == 'softmax' else f'{kind} layers'}: {budget.words}"
+    if chosen.followers:
+        note += f"; heads {_matched(bench.recipe, load)}"
+        if kind == "softmax":
+            note += f", mean similarity of the borrowed maps {bench.matcher.similarity_of(layout):.3f}"
+    marked = chosen if not shortlist or shortlist[0].name == "fast" else None
+    tables = [candidates_table(choices, shape, measured.element_size, counts, marked)]
+    return _grouping(considered, measured, tables, [note])
+
+
+def _frontier_settings(spec: LayoutSpec, rank: str | int, kind: str) -> dict[str, Any]:
+    return {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank, "kind": kind}
+
+
+def _checked(bench: Workbench, shortlist: list[Validated]) -> int:
+    """Tokens that a shortlist was compared on."""
+    return bench.texts.check.numel() if shortlist else 0
+
+
+def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
+    """Greedy search by conversion; its mix of kinds is compared with each kind alone and with the fast choice.
+
+    The one that is closest to the base on text that no search has seen is taken, so that mixing is never worse there
+    than the best single kind.
+    """
+    spec, measured = bench.recipe.layout, bench.measured
+    runs = search(bench, budget, rank)
+    proposals = _proposals(bench, budget, rank, runs)
+    if not proposals:
+        raise LayoutError(
+            f"{budget.words} cannot be met: nothing is left to change with kinds {', '.join(spec.kinds)}; loosen the "
+            "budget, layout.protect, layout.kinds or analysis.max_distance"
+        )
+    shortlist = bench.validate(proposals) if len(proposals) > 1 else []
+    layout = shortlist[0].layout if shortlist else next(iter(proposals.values()))
+    points = points_of(runs, measured.shape.layers)
+    checked = _checked(bench, shortlist)
+    considered = Considered("KL from the base, nats per token", points, shortlist, checked, layout)
+    note = f"{len(layout.changed)} layers changed: {budget.words}"
+    if _borrows(layout):
+        note += f"; heads {_matched(bench.recipe, True)}"
+    taken = shortlist[0].name if shortlist else next(iter(proposals))
+    tables = [steps_table(runs[taken], measured)] if runs.get(taken) else []
+    if len(runs) > 1:
+        tables.append(frontier_table(points, measured))
+    return _grouping(considered, measured, tables, [note])
+
+
+def _proposals(bench: Workbench, budget: Budget, rank: str | int, runs: dict[str, list[Step]]) -> dict[str, Layout]:
+    """The layouts that meet the budget, without repetitions: those searched, the best first, and the fast choices."""
+    spec, own = bench.recipe.layout, Layout.own(bench.measured.shape.layers)
+    ends = [
+        (steps[-1].divergence, name, steps[-1].layout) if steps else (0.0, name, own) for name, steps in runs.items()
+    ]
+    found = [(name, layout) for _, name, layout in sorted(ends, key=lambda end: end[0]) if budget.met(layout)]
+    for kind in spec.kinds if spec.compared != 1 else ():
+        if kind in BORROWING_KINDS:
+            choices = frontier(bench.matcher, **_frontier_settings(spec, rank, kind))
+            met = [choice.layout for choice in choices if budget.met(choice.layout)]
+            found += [("fast" if kind == "softmax" else f"fast, {kind}", layout) for layout in met[:1]]
+    proposals: dict[str, Layout] = {}
+    for name, layout in found:
+        if layout not in proposals.values():
+            proposals[name] = layout
+    return dict(list(proposals.items())[: spec.compared])
+
+
+def _grouping(considered: Considered, measured: Measured, tables: list[Table], notes: list[str]) -> Grouping:
+    table = considered.table(measured.shape, measured.element_size)
+    if table is not None:
+        tables = [*tables, table]
+        notes = [*notes, considered.reason()]
+    layout = considered.chosen
+    return Grouping(layout, draw_layout(layout), tables, notes, considered)
+
+
+def check_protected(spec: LayoutSpec, shape: AttentionShape, layout: Layout | None = None) -> None:
+    """Raises `LayoutError` if a layer that is to stay as it is does not exist, or is changed by a fixed layout."""
+    for layer in spec.protect:
+        if not 0 <= layer < shape.layers:
+            raise LayoutError(f"layout.protect: layer {layer} does not exist; the model has 0 to {shape.layers - 1}")
+        if layout is not None and layout[layer].kind != "own":
+            raise LayoutError(f"layer {layer} is in layout.protect, but the layout makes it '{layout[layer].kind}'")
+
+
+def _fixed(layout: Layout, note: str) -> Grouping:
+    return Grouping(layout, draw_layout(layout), [], [f"{len(layout.changed)} layers changed: {note}"])
+
+
+def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layout:
+    """Gives the borrowing layers of a fixed layout the measured head maps onto their own leaders.
+
+    Layers farther from their leader than was measured keep the plain map.
+    """
+    matcher = Matcher(measured.score, measured.shape, spec.head_map, "one")
+    size = measured.shape.group_size
+    plans = list(layout)
+    for index, plan in enumerate(plans):
+        if plan.leader is not None and index - plan.leader <= measured.max_distance:
+            match = matcher.for_kind(plan.kind).match(index, [plan.leader])
+            plans[index] = plan_of(match, plan.compensation, plan.kind, size)
+    return Layout(tuple(plans))
+
+
+def parameter_counts(config: Any, choices: Sequence[Choice]) -> dict[int, int]:
+    """Parameters by number of followers; every follower of one family saves the same, so two counts are enough."""
+    own = count_parameters(config, choices[0].layout)
+    if len(choices) == 1:
+        return {0: own}
+    saved = own - count_parameters(config, choices[1].layout)
+    return {choice.followers: own - choice.followers * saved for choice in choices}
+
+
+def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape, counts: dict[int, int]) -> Choice:
+    """The choice with the fewest followers that meets the budget."""
+    meets = [choice for choice in choices if budget.met(choice.layout)]
+    if not meets:
+        most = choices[-1]
+        least_kv = kv_bytes_per_token(most.layout, shape, 1) / kv_bytes_per_token(choices[0].layout, shape, 1)
+        least_parameters = min(counts.values()) / counts[0]
+        more = ", layout.protect or analysis.max_distance"
+        if budget.unit == "params" and least_parameters == 1:
+            more = "; a full W_c is as large as what these layers lose: set conversion.rank or conversion.solve: output"
+        raise LayoutError(
+            f"{budget.words} cannot be met: at most {most.followers} layers can change (KV bytes {least_kv:.3f}, "
+            f"parameters {least_parameters:.3f} of the base's at least); loosen the budget{more}"
+        )
+    return meets[0]
+
+
+def candidates_table(
+    choices: list[Choice], shape: Any, element_size: int, counts: dict[int, int], chosen: Choice | None = None
+) -> Table:
+    """The frontier at a handful of budgets."""
+    steps = max(1, math.ceil((len(choices) - 1) / 8))
+    shown = [choice for choice in choices if choice.followers % steps == 0 or choice is chosen]
+    own_kv = kv_bytes_per_token(choices[0].layout, shape, element_size)
+    rows = []
+    for choice in shown:
+        kv = kv_bytes_per_token(choice.layout, shape, element_size)
+        worst = min(choice.scores.items(), key=lambda item: item[1], default=None)
+        rows.append(
+            [
+                f"{choice.followers}{' *' if choice is chosen else ''}",
+                f"{choice.mean_score:.3f}" if choice.scores else "-",
+                f"{worst[1]:.3f} (layer {worst[0]})" if worst else "-",
+                f"{kv:,} ({kv / own_kv:.0%})",
+                f"{counts[choice.followers] / counts[0]:.1%}",
+            ]
+        )
+    columns = ["followers", "similarity", "least similar", "KV bytes/token", "parameters"]
+    return Table("candidate layouts" + (" (* chosen)" if chosen else ""), columns, rows)

@@ -1,0 +1,168 @@
+"""Layouts that were considered: the frontier over budgets and the shortlist that was really converted."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
+from uniattn_cli.models.costs import kv_bytes_per_token
+from uniattn_cli.tables import Table
+
+SCHEMA = 1
+JSON_FILE = "grouping.json"
+PLOT_FILE = "frontier.png"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layout of a frontier.
+
+    Attributes:
+        series: the search that found it.
+        layout: the layout.
+        value: what the search judged it by, see `Considered.measure`.
+    """
+
+    series: str
+    layout: Layout
+    value: float
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A layout of the shortlist, really converted.
+
+    Attributes:
+        name: how it was found.
+        layout: with the heads that were matched in the conversion.
+        divergence: mean KL(base || converted) in nats per token, on text used for neither fit nor search.
+        stderr: its standard error over sequences.
+        behind: mean difference of the divergence to the best of the shortlist, on the same sequences.
+        behind_stderr: its standard error.
+    """
+
+    name: str
+    layout: Layout
+    divergence: float
+    stderr: float
+    behind: float = 0.0
+    behind_stderr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Considered:
+    """Everything that the choice was made from.
+
+    Attributes:
+        measure: what the values of the frontier are; smaller is better.
+        frontier: layouts over budgets, by series.
+        shortlist: what was converted and compared, best first; empty where nothing was.
+        tokens: tokens that the shortlist was compared on.
+        chosen: the layout taken.
+    """
+
+    measure: str
+    frontier: list[Point]
+    shortlist: list[Validated]
+    tokens: int
+    chosen: Layout
+
+    def save(self, directory: Path, shape: AttentionShape) -> None:
+        """Writes `grouping.json`, with every layout in full, and `frontier.png`."""
+        from uniattn_cli.layouts.plots import plot_frontier
+
+        own = kv_bytes_per_token(Layout.own(shape.layers), shape, 1)
+
+        def described(entry: Point | Validated, **more: Any) -> dict:
+            return {
+                **more,
+                "changed": len(entry.layout.changed),
+                "kv_share": round(kv_bytes_per_token(entry.layout, shape, 1) / own, 6),
+                "layers": entry.layout.to_list(),
+            }
+
+        content = {
+            "schema": SCHEMA,
+            "measure": self.measure,
+            "frontier": [described(p, series=p.series, value=_number(p.value)) for p in self.frontier],
+            "shortlist": [
+                described(
+                    entry,
+                    name=entry.name,
+                    divergence=_number(entry.divergence),
+                    stderr=_number(entry.stderr),
+                    behind=_number(entry.behind),
+                    behind_stderr=_number(entry.behind_stderr),
+                )
+                for entry in self.shortlist
+            ],
+            "shortlist_tokens": self.tokens,
+            "chosen": self.chosen.to_list(),
+        }
+        (directory / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        plot_frontier(self, shape, directory / PLOT_FILE)
+
+    def reason(self) -> str:
+        """Why the first of the shortlist was taken, in one sentence; empty if nothing was compared."""
+        if len(self.shortlist) < 2:
+            return ""
+        best, second = self.shortlist[:2]
+        sure = second.behind > 1.96 * second.behind_stderr
+        return (
+            f"'{best.name}' taken: of {len(self.shortlist)} layouts converted and compared on {self.tokens:,} tokens "
+            f"it stays closest to the base (KL {best.divergence:.4f}; '{second.name}' {second.divergence:.4f}"
+            f"{'' if sure else ', a difference within noise'})"
+        )
+
+    def table(self, shape: AttentionShape, element_size: int) -> Table | None:
+        """The shortlist; None where nothing was converted."""
+        if not self.shortlist:
+            return None
+        own = kv_bytes_per_token(Layout.own(shape.layers), shape, element_size)
+        rows = []
+        for entry in self.shortlist:
+            kv = kv_bytes_per_token(entry.layout, shape, element_size)
+            behind = "-" if entry is self.shortlist[0] else f"+{_within(entry.behind, entry.behind_stderr)}"
+            rows.append(
+                [
+                    entry.name + (" *" if entry is self.shortlist[0] else ""),
+                    kinds_in_words(entry.layout),
+                    f"{kv:,} ({kv / own:.0%})",
+                    _within(entry.divergence, entry.stderr),
+                    behind,
+                ]
+            )
+        title = f"shortlist, really converted and compared on {self.tokens:,} tokens (KL in nats per token, 95 %)"
+        return Table(title, ["layout", "changed layers", "KV bytes/token", "KL from base", "behind the best"], rows)
+
+
+def kinds_in_words(layout: Layout) -> str:
+    """Such as `8 softmax, 2 linear`."""
+    counts: dict[str, int] = {}
+    for plan in layout:
+        if plan.kind != "own":
+            counts[plan.kind] = counts.get(plan.kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+
+
+def lower_envelope(points: list[Point], shape: AttentionShape) -> list[Point]:
+    """The points that no other one beats in both KV bytes and value, from the largest cache to the smallest."""
+    ordered = sorted(points, key=lambda point: (kv_bytes_per_token(point.layout, shape, 1), point.value))
+    kept: list[Point] = []
+    for point in ordered:
+        if not kept or point.value < kept[-1].value:
+            kept.append(point)
+    return kept[::-1]
+
+
+def _within(value: float, stderr: float) -> str:
+    """With its 95 % half-width, where there is one."""
+    return f"{value:.4f}" if math.isnan(stderr) else f"{value:.4f} ± {1.96 * stderr:.4f}"
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

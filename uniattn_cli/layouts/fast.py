@@ -1,0 +1,129 @@
+"""The fast search: the layout of largest total similarity under a budget, by exact dynamic programming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from uniattn_cli.errors import LayoutError
+from uniattn_cli.fitting.match_maps import Match, Matcher
+from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layout of the frontier.
+
+    Attributes:
+        followers: how many layers borrow.
+        layout: the layout.
+        scores: similarity of each follower's borrowed maps to its own, by layer.
+    """
+
+    followers: int
+    layout: Layout
+    scores: dict[int, float]
+
+    @property
+    def mean_score(self) -> float:
+        return sum(self.scores.values()) / max(len(self.scores), 1)
+
+
+def frontier(
+    matcher: Matcher,
+    *,
+    protect: Iterable[int] = (),
+    max_group: int | None = None,
+    compensation: str | int = "full",
+    kind: str = "softmax",
+) -> list[Choice]:
+    """The best layout for every number of followers that is possible, from 0 up.
+
+    The layers are walked once. A state remembers which of the last `max_distance` layers can still lend, because
+    nothing else decides what a later layer may borrow; for each state and number of followers only the best way to
+    reach it is kept. The result is exact: the sum over followers of 1 - score is the smallest possible.
+
+    Args:
+        matcher: scores of borrowing.
+        protect: layers that must stay as they are.
+        max_group: largest number of borrowers of one layer; only with one source layer for each follower.
+        compensation: passed on to the plans of followers.
+        kind: of layers that borrow: `softmax`, `key` or `kv`. Where maps are alike, so are keys, up to a linear map.
+
+    Raises:
+        LayoutError: `max_group` with several sources.
+    """
+    matcher = matcher.for_kind(kind)
+    if max_group is not None and matcher.several:
+        raise LayoutError(
+            "layout.max_group needs layout.sources: one (a follower of several layers is in no one group)"
+        )
+    protected = set(protect)
+    # States: per layer of the window, nearest first, how many more layers it may lend to (0: none, or not `own`).
+    unlimited = max_group or 1
+    states: dict[tuple[int, ...], dict[int, tuple[float, tuple | None]]] = {(): {0: (0.0, None)}}
+    for layer in range(matcher.shape.layers):
+        following: dict[tuple[int, ...], dict[int, tuple[float, tuple | None]]] = {}
+        for window, reached in states.items():
+            moves = [((unlimited, *window)[: matcher.max_distance], 0.0, None)]
+            if layer not in protected:
+                moves += _borrowing_moves(matcher, layer, window, limited=max_group is not None)
+            for state, cost, match in moves:
+                best = following.setdefault(state, {})
+                for count, (total, path) in reached.items():
+                    number = count + (match is not None)
+                    if number not in best or total + cost < best[number][0]:
+                        best[number] = (total + cost, (layer, match, path) if match else path)
+        states = following
+    finals: dict[int, tuple[float, tuple | None]] = {}
+    for reached in states.values():
+        for count, entry in reached.items():
+            if count not in finals or entry[0] < finals[count][0]:
+                finals[count] = entry
+    return [_choice(matcher, count, path, compensation, kind) for count, (_, path) in sorted(finals.items())]
+
+
+def _borrowing_moves(matcher: Matcher, layer: int, window: tuple[int, ...], limited: bool):
+    """Ways in which a layer can become a follower: (next state, cost, match)."""
+    admissible = set(matcher.candidates(layer))
+    lenders = [layer - 1 - index for index, left in enumerate(window) if left and layer - 1 - index in admissible]
+    if not lenders:
+        return []
+    if not limited:
+        match = matcher.match(layer, lenders)
+        return [((0, *window)[: matcher.max_distance], 1 - match.score, match)]
+    moves = []
+    for lender in lenders:
+        match = matcher.match(layer, [lender])
+        index = layer - 1 - lender
+        after = (*window[:index], window[index] - 1, *window[index + 1 :])
+        moves.append(((0, *after)[: matcher.max_distance], 1 - match.score, match))
+    return moves
+
+
+def _choice(matcher: Matcher, count: int, path: tuple | None, compensation: str | int, kind: str) -> Choice:
+    plans = [LayerPlan()] * matcher.shape.layers
+    scores = {}
+    while path is not None:
+        layer, match, path = path
+        plans[layer] = plan_of(match, compensation, kind, matcher.shape.group_size)
+        scores[layer] = match.score
+    return Choice(count, Layout(tuple(plans)), dict(sorted(scores.items())))
+
+
+def plan_of(match: Match, compensation: str | int, kind: str = "softmax", group_size: int = 1) -> LayerPlan:
+    """A borrowing layer's plan; a head map that changes nothing is written as a plain leader.
+
+    Args:
+        match: sources of all query heads.
+        compensation: its W_c.
+        kind: `softmax`; of `key` and `kv`, each key/value group takes the head that its first query head matches.
+        group_size: query heads of a key/value group.
+    """
+    if kind != "softmax":
+        heads = tuple((source, head // group_size) for source, head in match.sources[::group_size])
+        return LayerPlan(kind, heads=heads, compensation=compensation)
+    layers = {layer for layer, _ in match.sources}
+    if len(layers) == 1 and [head for _, head in match.sources] == list(range(len(match.sources))):
+        return LayerPlan("softmax", leader=layers.pop(), compensation=compensation)
+    return LayerPlan("softmax", heads=match.sources, compensation=compensation)

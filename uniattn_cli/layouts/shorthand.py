@@ -1,0 +1,119 @@
+"""Reads the forms that `--groups` accepts beside `auto`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from uniattn_cli.errors import LayoutError, RecipeError, suggest
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
+
+FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, one of these but auto after KIND@, or a file"
+
+
+def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "full") -> Layout:
+    """A fixed layout from its shorthand; each group's first layer leads with all heads mapped to the same heads.
+
+    Layers of different mask types are never put in one group by `paper`, `every:N` and `FIRST-LAST:N`: there the layers
+    of each type are grouped among themselves. `KIND@GROUPS` makes what would follow layers of another kind.
+
+    Raises:
+        LayoutError: form or kind is unknown, or the layout is illegal (says which layer and why).
+    """
+    text = text.strip()
+    if "@" in text and not Path(text).is_file():
+        return _of_kind(text, shape, compensation)
+    if match := re.fullmatch(r"every:(\d+)", text):
+        groups = _chunks(range(shape.layers), int(match[1]), shape, text)
+    elif text == "paper":
+        size = 4
+        blocks = max(1, round(shape.layers / 2 / size))
+        groups = _chunks(range(max(0, shape.layers - blocks * size), shape.layers), size, shape, text)
+    elif match := re.fullmatch(r"(\d+)-(\d+):(\d+)", text):
+        groups = _chunks(_layers(match[1], match[2], shape, text), int(match[3]), shape, text)
+    elif re.fullmatch(r"\d+-\d+(,\d+-\d+)*", text):
+        groups = [list(_layers(*part.split("-"), shape, text)) for part in text.split(",")]
+    elif Path(text).is_file():
+        return _checked(_from_file(Path(text), compensation), shape, text)
+    else:
+        raise LayoutError(f"--groups {text}: not one of {FORMS}")
+    plans = [LayerPlan()] * shape.layers
+    taken: set[int] = set()
+    for leader, *followers in groups:
+        if again := taken.intersection([leader, *followers]):
+            raise LayoutError(f"--groups {text}: layer {min(again)} is in two groups")
+        taken.update([leader, *followers])
+        for follower in followers:
+            plans[follower] = LayerPlan("softmax", leader=leader, compensation=compensation)
+    return _checked(Layout(tuple(plans)), shape, text)
+
+
+def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layout:
+    kind, _, groups = text.partition("@")
+    others = {
+        "pooled": LayerPlan("pooled", kv_heads=pooled_heads(shape), compensation=compensation),
+        "linear": LayerPlan("linear", compensation="full" if compensation == "none" else compensation),
+        "none": LayerPlan("none"),
+    }
+    known = [*BORROWING_KINDS, *others]
+    if kind not in known:
+        raise LayoutError(f"--groups {text}: '{kind}' is not one of {', '.join(known)}{suggest(kind, known)}")
+    if groups == "auto":
+        search = "" if kind in BORROWING_KINDS else " --search thorough"
+        raise LayoutError(f"--groups {text}: to have such layers chosen, use --groups auto --kinds {kind}{search}")
+    if "@" in groups or Path(groups).is_file():
+        raise LayoutError(f"--groups {text}: what stands after the @ must be paper, every:N, FIRST-LAST:N or a list")
+    followers = parse_groups(groups, shape, compensation)
+    plans = [plan if plan.kind == "own" else others.get(kind) or replace(plan, kind=kind) for plan in followers]
+    return _checked(Layout(tuple(plans)), shape, text)
+
+
+def pooled_heads(shape: AttentionShape) -> int:
+    """Key/value heads of a `pooled` layer: as many as divide those of the model, half of them at most."""
+    return max((n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0), default=1)
+
+
+def _layers(first: str, last: str, shape: AttentionShape, text: str) -> range:
+    if int(first) >= int(last):
+        raise LayoutError(f"--groups {text}: {first}-{last} is not an ascending range of at least two layers")
+    if int(last) >= shape.layers:
+        raise LayoutError(f"--groups {text}: layer {last} does not exist; the model has layers 0 to {shape.layers - 1}")
+    return range(int(first), int(last) + 1)
+
+
+def _chunks(layers: range, size: int, shape: AttentionShape, text: str) -> list[list[int]]:
+    if size < 2:
+        raise LayoutError(f"--groups {text}: a group needs at least 2 layers")
+    groups = []
+    for name in dict.fromkeys(shape.mask_types):
+        same = [layer for layer in layers if shape.mask_types[layer] == name]
+        groups += [same[start : start + size] for start in range(0, len(same), size)]
+    return [group for group in groups if group]
+
+
+def _from_file(path: Path, compensation: str | int) -> Layout:
+    from uniattn_cli.recipe.schema import read_tree
+
+    try:
+        tree = read_tree(path)
+    except RecipeError as error:
+        raise LayoutError(str(error)) from None
+    for key in ("layout", "uniattn"):
+        if isinstance(tree, dict) and key in tree:
+            tree = tree[key]
+    entries = tree.get("layers") if isinstance(tree, dict) else tree
+    if not isinstance(entries, list):
+        raise LayoutError(f"{path}: expected a list of layers, or a mapping with `layers`")
+    try:
+        return Layout.from_list(entries, compensation)
+    except ValueError as error:
+        raise LayoutError(f"{path}: {error}") from None
+
+
+def _checked(layout: Layout, shape: AttentionShape, text: str) -> Layout:
+    problems = layout.problems(shape)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise LayoutError(f"--groups {text}: {problems[0]}{more}")
+    return layout

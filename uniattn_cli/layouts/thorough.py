@@ -1,0 +1,144 @@
+"""Choosing by conversion: candidates are really converted and measured on text held out from their fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from uniattn_cli.errors import LayoutError
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.considered import Point
+from uniattn_cli.layouts.fast import plan_of
+from uniattn_cli.layouts.shorthand import pooled_heads
+from uniattn_cli.layouts.workbench import Workbench
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, LayerPlan, Layout
+from uniattn_cli.models.costs import kv_bytes_per_token
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    from uniattn_cli.analysis.measured import Measured
+    from uniattn_cli.layouts.greedy import Step
+
+
+def proposer(
+    matcher: Matcher, kinds: tuple[str, ...], compensation: str | int, max_group: int | None = None
+) -> Callable[[Layout, int], list[LayerPlan]]:
+    """Gives the plans to try for a layer: one per kind, with the best-matching sources among the `own` layers.
+
+    Args:
+        matcher: finds head maps.
+        kinds: the kinds allowed.
+        compensation: W_c of the plans; `linear` always has a full one and `none` has none.
+        max_group: largest number of layers that one layer may lend to.
+    """
+    shape = matcher.shape
+    matchers = {kind: matcher.for_kind(kind) for kind in kinds}
+
+    def propose(layout: Layout, layer: int) -> list[LayerPlan]:
+        if shape.mask_types.index(shape.mask_types[layer]) == layer:
+            return []
+        lenders = matcher.lenders(layout, layer, max_group)
+        plans = []
+        for kind in kinds:
+            if kind in BORROWING_KINDS:
+                match = matchers[kind].match(layer, lenders)
+                plans += [plan_of(match, compensation, kind, shape.group_size)] if match else []
+            elif kind == "pooled" and shape.kv_heads > 1:
+                plans.append(LayerPlan(kind, kv_heads=pooled_heads(shape), compensation=compensation))
+            elif kind == "linear":
+                plans.append(LayerPlan(kind, compensation="full"))
+            elif kind == "none":
+                plans.append(LayerPlan(kind))
+        return plans
+
+    return propose
+
+
+def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[str, list[Step]]:
+    """Searches with all allowed kinds together and, unless nothing is to be compared, with each of them alone.
+
+    A greedy search may be led astray, so that the mix is worse than one kind: only a comparison tells.
+
+    Returns:
+        The steps of each search by its name; a search that could not meet the budget has the steps that it took.
+    """
+    from uniattn_cli.layouts.greedy import ThoroughSearch
+
+    if bench.placement[1] is not None:
+        raise LayoutError(
+            "the thorough search needs the whole model on the GPU; use --search fast with softmax, key or kv in --kinds"
+        )
+    recipe = bench.recipe
+    spec, progress = recipe.layout, bench.options.progress
+    propose = proposer(bench.matcher, spec.kinds, compensation, spec.max_group)
+    names = {series_name(spec.kinds): spec.kinds}
+    if spec.compared != 1:
+        names |= {series_name((kind,)): (kind,) for kind in spec.kinds}
+    found = {}
+    with progress.track("converting candidates", None) as advance:
+        runner = ThoroughSearch(
+            bench.base,
+            bench.texts.fit,
+            bench.texts.score,
+            recipe.conversion,
+            propose,
+            chooser=bench.chooser(bench.lenders),
+            batch_size=recipe.evaluation.batch_size,
+        )
+        for name, kinds in names.items():
+            runner.reset()
+            found[name] = runner.run(
+                budget.met,
+                saved=budget.saved,
+                kinds=kinds,
+                protect=spec.protect,
+                report=lambda step, name=name: advance(
+                    0, f"{name}: {len(step.layout.changed)} layers changed, KL {step.divergence:.4f}"
+                ),
+                tried=lambda layer, plan, name=name: advance(1, f"{name}: layer {layer} {plan.kind} tried"),
+            )
+    return found
+
+
+def series_name(kinds: tuple[str, ...]) -> str:
+    """How a search is called in tables and files."""
+    return f"thorough, {' + '.join(kinds)}"
+
+
+def points_of(runs: dict[str, list[Step]], layers: int) -> list[Point]:
+    """The frontier of all searches."""
+    points = []
+    for name, steps in runs.items():
+        points.append(Point(name, Layout.own(layers), 0.0))
+        points += [Point(name, step.layout, step.divergence) for step in steps]
+    return points
+
+
+def steps_table(steps: list[Step], measured: Measured) -> Table:
+    """What each accepted change saved and cost, in order."""
+    own = kv_bytes_per_token(Layout.own(measured.shape.layers), measured.shape, measured.element_size)
+    rows = []
+    for number, step in enumerate(steps, 1):
+        kv = kv_bytes_per_token(step.layout, measured.shape, measured.element_size)
+        rows.append(
+            [str(number), str(step.layer), step.plan.kind, f"{step.divergence:.4f}", f"{kv:,} ({kv / own:.0%})"]
+        )
+    columns = ["changed", "layer", "kind", "KL from base", "KV bytes/token"]
+    return Table("steps of the thorough search (KL in nats per token, on tokens held out from the fit)", columns, rows)
+
+
+def frontier_table(points: list[Point], measured: Measured) -> Table:
+    """The best layout of any search at each size of the cache."""
+    from uniattn_cli.layouts.considered import kinds_in_words, lower_envelope
+
+    own = kv_bytes_per_token(Layout.own(measured.shape.layers), measured.shape, measured.element_size)
+    rows = []
+    for point in lower_envelope(points, measured.shape):
+        kv = kv_bytes_per_token(point.layout, measured.shape, measured.element_size)
+        rows.append([f"{kv:,} ({kv / own:.0%})", kinds_in_words(point.layout), point.series, f"{point.value:.4f}"])
+    return Table(
+        "frontier: the best layout of any search at each size of the cache (KL on the tokens of the search)",
+        ["KV bytes/token", "changed layers", "search", "KL from base"],
+        rows,
+    )

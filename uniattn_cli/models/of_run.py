@@ -1,0 +1,101 @@
+"""The models that speak: found by the names that a user gives them, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uniattn_cli.errors import StageError
+from uniattn_cli.models.loading import Source, load_model, load_tokenizer, locate
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.run.directory import RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASE = "base"
+# Stages that leave a model, the furthest first.
+STAGES = ("train", "convert")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model.
+
+    Attributes:
+        name: as the user knows it.
+        model, tokenizer: in evaluation mode, on the device.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_speakers(
+    run: RunDir, checkpoint: str | None, beside: str | None, overrides: Sequence[str], options: RunOptions
+) -> list[Speaker]:
+    """Loads the asked model, and the one beside it if there is one, which comes first.
+
+    Args:
+        run: the run directory.
+        checkpoint: directory, hub id or `base`; None is what the last finished of `train` and `convert` left.
+        beside: another of these, to compare with.
+        overrides: `model.dtype=…` and `model.attention=…` in place of the recipe's.
+        options: device and progress.
+
+    Raises:
+        StageError: there is no model in the run directory, or no recipe that names the base.
+        ModelError, CheckpointError, RecipeError: see `checkpoint`.
+    """
+    names = ([] if beside is None else [beside]) + [newest(run) if checkpoint is None else checkpoint]
+    # All faults of names are told before any weights are read.
+    sources = {name: find(run, name) for name in names}
+    spec = model_spec(run, overrides)
+    device = options.torch_device()
+    speakers = []
+    for name, source in sources.items():
+        options.progress.note(f"loading {name} on {device}")
+        speakers.append(Speaker(name, load_model(source, spec, device), load_tokenizer(source)))
+    return speakers
+
+
+def newest(run: RunDir) -> str:
+    """The directory that the last finished of `train` and `convert` wrote.
+
+    Raises:
+        StageError: neither has been run here.
+    """
+    done = [stage for stage in STAGES if run.is_complete(stage)]
+    if not done:
+        raise StageError(
+            "neither trained/ nor converted/ is here; name a checkpoint directory or a hub id, or run "
+            "`uniattn convert --groups auto` first"
+        )
+    # Times are in UTC and ISO 8601, so that their order is that of the text; of equal ones the furthest stage.
+    return str(run.output(max(done, key=lambda stage: (run.record(stage).get("finished") or "", -STAGES.index(stage)))))
+
+
+def find(run: RunDir, name: str) -> Source:
+    """A model by directory or hub id; `base` is the recipe's model unless a directory has that name.
+
+    Raises:
+        StageError: `base`, and there is no recipe.
+        ModelError: there is no such model.
+    """
+    if name == BASE and not Path(name).is_dir():
+        if not run.recipe.is_file():
+            raise StageError(f"'{BASE}' is the model of recipe.yaml, but there is none here; name the model instead")
+        spec = Recipe.load(run.recipe).model
+        return locate(spec.name, spec.revision)
+    return locate(name)
+
+
+def model_spec(run: RunDir, overrides: Sequence[str]) -> ModelSpec:
+    """Dtype and attention backend: the recipe's where there is one."""
+    if run.recipe.is_file():
+        return Recipe.load(run.recipe, overrides).model
+    return Recipe.from_tree({"model": {"name": "given on the command line"}}, "--set", overrides).model

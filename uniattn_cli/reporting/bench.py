@@ -1,0 +1,136 @@
+"""Tables, sentences and the plot of a benchmark."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uniattn_cli.tables import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from uniattn_cli.inference.timing import Measurement
+
+# Distinct for people who cannot tell red from green (Okabe and Ito).
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = {"engine": "-", "transformers dynamic": ":", "transformers static": "-."}
+NOTHING = "–"
+
+
+def explanation(bandwidth: float) -> str:
+    """How to read the tables."""
+    return (
+        "Medians over rounds in which all models took their turn; ± is half of largest minus smallest. The floor is "
+        "the time that reading the weights and the caches once takes at the speed of a large copy on this device "
+        f"({bandwidth / 1e9:.0f} GB/s, read and written)."
+    )
+
+
+def tables(measurements: Sequence[Measurement]) -> list[Table]:
+    """One table of decoding steps, and one of prompts where any were timed."""
+    found = [Table("Decoding", STEP_COLUMNS, [_step_row(one, measurements) for one in measurements])]
+    if any(one.first for one in measurements):
+        rows = [_first_row(one, measurements) for one in measurements if one.first]
+        found.append(Table("Time to the first token", FIRST_COLUMNS, rows))
+    return found
+
+
+STEP_COLUMNS = ["model", "run by", "batch", "context", "ms per step", "×floor", "tokens/s", "×first", "KV GB"]
+FIRST_COLUMNS = ["model", "run by", "batch", "context", "ms", "÷first"]
+
+
+def _step_row(one: Measurement, measurements: Sequence[Measurement]) -> list[str]:
+    place = [one.model, one.path, str(one.batch), str(one.context)]
+    size = f"{one.kv_bytes / 1e9:.3f}" if one.kv_bytes else NOTHING
+    if one.step is None:
+        return [*place, "does not fit" if not one.fits else NOTHING, NOTHING, NOTHING, NOTHING, size]
+    floor = f"{one.step.median / one.floor:.2f}" if one.floor else NOTHING
+    first = reference(one, measurements)
+    ratio = f"{first.step.median / one.step.median:.2f}" if first and first.step else NOTHING
+    return [*place, _milliseconds(one.step), floor, f"{one.tokens_per_second:,.0f}", ratio, size]
+
+
+def _first_row(one: Measurement, measurements: Sequence[Measurement]) -> list[str]:
+    first = reference(one, measurements)
+    ratio = f"{one.first.median / first.first.median:.2f}" if first and first.first else NOTHING
+    return [one.model, one.path, str(one.batch), str(one.context), _milliseconds(one.first), ratio]
+
+
+def _milliseconds(series) -> str:
+    return f"{series.median * 1e3:.3f} ± {series.median * series.spread * 500:.3f}"
+
+
+def reference(one: Measurement, measurements: Sequence[Measurement]) -> Measurement | None:
+    """The first model of the comparison, run by the engine at the same shape."""
+    name = measurements[0].model
+    same = [
+        other
+        for other in measurements
+        if (other.model, other.path, other.batch, other.context) == (name, "engine", one.batch, one.context)
+    ]
+    return same[0] if same else None
+
+
+def conclusions(measurements: Sequence[Measurement]) -> list[str]:
+    """One sentence per further model: its tokens per second beside the first one's, over all shapes."""
+    found = []
+    for name in dict.fromkeys(one.model for one in measurements):
+        pairs = [(one, reference(one, measurements)) for one in measurements if one.model == name]
+        ratios = [
+            first.step.median / one.step.median
+            for one, first in pairs
+            if one.path == "engine" and one.step and first and first.step and first is not one
+        ]
+        if ratios:
+            found.append(f"{name}: {min(ratios):.2f} to {max(ratios):.2f} × the tokens per second of the first model.")
+    return found
+
+
+def draw(measurements: Sequence[Measurement], path: Path) -> bool:
+    """Time per step against context, one panel per batch, floors dashed; False where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    batches = sorted({one.batch for one in measurements})
+    names = list(dict.fromkeys(one.model for one in measurements))
+    page = Figure(figsize=(4.6 * len(batches) + 1, 4.2), dpi=140, layout="constrained")
+    FigureCanvasAgg(page)
+    for axis, batch in zip(page.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        for name in names:
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            for line, style in LINES.items():
+                points = [
+                    (one.context, one.step.median * 1e3, one.floor * 1e3)
+                    for one in measurements
+                    if (one.model, one.path, one.batch) == (name, line, batch) and one.step
+                ]
+                if not points:
+                    continue
+                contexts, times, floors = zip(*sorted(points), strict=True)
+                label = name if line == "engine" else f"{name}, {line}"
+                axis.plot(contexts, times, style, marker="o", color=colour, label=label)
+                if line == "engine":
+                    axis.plot(contexts, floors, "--", color=colour, alpha=0.5, linewidth=1)
+        axis.set(title=f"batch {batch}", xlabel="context, tokens per row", ylabel="ms per step")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    page.axes[0].legend(fontsize=8, title="dashed: floor", title_fontsize=8)
+    page.savefig(path)
+    return True
+
+
+def describe_device(device: torch.device) -> str:
+    """The device as a reader knows it."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

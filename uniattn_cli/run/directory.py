@@ -1,0 +1,310 @@
+"""The run directory: where each stage reads and writes, and the guarantee that a directory that exists is complete.
+
+A stage writes into a hidden folder beside its output and renames it at the end, so that an interrupted stage leaves
+nothing that looks finished. `stage.json` in every output says what was done, with what, and from what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from uniattn_cli.errors import StageError
+from uniattn_cli.recipe.schema import Recipe
+
+STAGE_FILE = "stage.json"
+# Stands in the hidden folder instead of `stage.json` until the stage is finished.
+STARTED_FILE = "started.json"
+SAMPLE_BYTES = 256
+OUTPUTS = {
+    "analyze": "analysis",
+    "group": "grouping",
+    "convert": "converted",
+    "train": "trained",
+    "control": "control",
+    "eval": "evaluation",
+    "compare": "comparison",
+    "synthesize": "synthetic",
+}
+COMMANDS = {
+    "analyze": "analyze MODEL",
+    "group": "group",
+    "convert": "convert --groups auto",
+    "train": "train recipe.yaml",
+    "control": "train recipe.yaml --control",
+    "eval": "eval",
+    "compare": "compare A B",
+    "synthesize": "synthesize",
+}
+VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
+
+
+class RunDir:
+    """Paths of one run."""
+
+    def __init__(self, root: Path | str = "."):
+        self.root = Path(root)
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    def output(self, stage: str) -> Path:
+        return self.root / OUTPUTS[stage]
+
+    def partial(self, stage: str) -> Path:
+        return self.root / f".{OUTPUTS[stage]}.partial"
+
+    def is_complete(self, stage: str) -> bool:
+        return (self.output(stage) / STAGE_FILE).is_file()
+
+    def record(self, stage: str) -> dict:
+        """The `stage.json` of a finished stage.
+
+        Raises:
+            StageError: the stage has not been run here, or its record is damaged.
+        """
+        path = self.output(stage) / STAGE_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(content, dict) and isinstance(content.get("inputs"), dict)):
+                raise ValueError("it is not the record of a stage")
+        except FileNotFoundError:
+            raise StageError(f"{self.output(stage)} is missing; run `uniattn {COMMANDS[stage]}` first") from None
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"{path} is damaged ({error}); run `uniattn {COMMANDS[stage]}` again with --force"
+            ) from None
+        return content
+
+    def check_free(self, stage: str, force: bool) -> None:
+        """Refuses to overwrite, and to begin what could not be written in the end.
+
+        Raises:
+            StageError: the output exists and `force` is off, or the run directory cannot be written to.
+        """
+        if self.root.exists() and not os.access(self.root, os.W_OK):
+            raise StageError(
+                f"cannot write {self.root.absolute()}: the file system is read-only or permission is denied; choose "
+                "another run directory with -C DIR"
+            )
+        output = self.output(stage)
+        if output.exists() and not force:
+            state = "is complete" if self.is_complete(stage) else "exists but was not written by uniattn"
+            raise StageError(f"{output} {state}; use --force to replace it")
+
+    def changes(
+        self, stage: str, recipe: Recipe | None, inputs: dict[str, Any], decisive: Sequence[str] = ("",)
+    ) -> list[str] | None:
+        """What is not as it was when a run of the stage was interrupted.
+
+        Args:
+            decisive: settings, or sections of them, that must be the same; by default all.
+
+        Returns:
+            One `key: old -> new` for each difference; None if no such run is there, or its record is damaged.
+        """
+        try:
+            old = json.loads((self.partial(stage) / STARTED_FILE).read_text(encoding="utf-8"))
+            before = [dict(_flat(old[key] or {})) for key in ("settings", "inputs")]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        after = [dict(_flat(json.loads(json.dumps(value)))) for value in (recipe.to_dict() if recipe else {}, inputs)]
+        found = []
+        for part, (was, now_) in enumerate(zip(before, after, strict=True)):
+            for key in dict.fromkeys([*was, *now_]):
+                if (part or _matters(key, decisive)) and was.get(key) != now_.get(key):
+                    found.append(f"{key}: {_shown(was, key)} -> {_shown(now_, key)}")
+        return found
+
+    @contextlib.contextmanager
+    def write(
+        self,
+        stage: str,
+        recipe: Recipe | None,
+        inputs: dict[str, Any],
+        *,
+        force: bool = False,
+        resume: bool = False,
+        decisive: Sequence[str] = ("",),
+    ) -> Iterator[Path]:
+        """Gives a hidden folder to fill; on success it becomes the stage's output directory.
+
+        Args:
+            stage: key of `OUTPUTS`.
+            recipe: the resolved settings, recorded in `stage.json`; None for a stage that has none.
+            inputs: fingerprints of what the stage read.
+            force: replace an existing output.
+            resume: keep what an interrupted run left in the hidden folder, if it had the same settings and inputs.
+            decisive: see `changes`.
+
+        Raises:
+            StageError: the output is in the way, or the disk is read-only or full.
+        """
+        self.check_free(stage, force)
+        partial = self.partial(stage)
+        started = now()
+        record = {
+            "stage": stage,
+            "settings": recipe and recipe.to_dict(),
+            "seed": recipe and recipe.seed,
+            "inputs": inputs,
+            "versions": versions(),
+            "started": started,
+        }
+        try:
+            with file_errors(self.root):
+                if partial.exists() and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
+                    _remove(partial)
+                partial.mkdir(parents=True, exist_ok=True)
+                (partial / STARTED_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            with file_errors(self.root):
+                yield partial
+            with file_errors(self.root):
+                record["finished"] = now()
+                (partial / STARTED_FILE).unlink()
+                (partial / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                output = self.output(stage)
+                if output.exists() or output.is_symlink():
+                    _remove(output)
+                partial.rename(output)
+        finally:
+            # It is still there only after a failure; what can be resumed is kept.
+            if not (resume and _has_work(partial)):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder; of a link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _has_work(partial: Path) -> bool:
+    return any(path.is_file() and path.name != STARTED_FILE for path in partial.rglob("*"))
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "absent"
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting by its dotted path: `train.stages[0].trains`."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _matters(path: str, decisive: Sequence[str]) -> bool:
+    return any(path == key or key == "" or path.startswith((f"{key}.", f"{key}[")) for key in decisive)
+
+
+@contextlib.contextmanager
+def file_errors(root: Path) -> Iterator[None]:
+    """Turns the file-system errors that a user can mend into one clear line.
+
+    Raises:
+        StageError: what could not be written, why, and the next step.
+    """
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space and run the same command again",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+        errno.EROFS: "the file system is read-only; choose another run directory with -C DIR",
+        errno.EACCES: "permission denied; choose another run directory with -C DIR",
+        errno.EPERM: "permission denied; choose another run directory with -C DIR",
+        errno.ENOTDIR: "the run directory is not a directory",
+    }
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in reasons:
+            raise
+        place = getattr(error, "filename", None) or root.absolute()
+        raise StageError(f"cannot write {place}: {reasons[number]}") from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The system's error number; safetensors writes files itself and tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def now() -> str:
+    """The time in UTC, to the second, in ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def fingerprint(directory: Path) -> str:
+    """A short hash that tells checkpoints apart without reading gigabytes.
+
+    Covers all JSON files in full, and of every weight file its name, size, first and last MiB, and a few bytes of each
+    tensor: training may change nothing but small tensors in the middle of a large file.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if (
+            not path.is_file()
+            or path.name == STAGE_FILE
+            or path.suffix not in (".json", ".safetensors", ".bin", ".gguf")
+        ):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as stream:
+            if path.suffix == ".json":
+                digest.update(stream.read())
+                continue
+            digest.update(stream.read(1 << 20))
+            if size > 1 << 20:
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digest.update(stream.read())
+            for offset in _tensor_samples(stream, size) if path.suffix == ".safetensors" else ():
+                stream.seek(offset)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _tensor_samples(stream: BinaryIO, size: int) -> list[int]:
+    """Places in a safetensors file: beginning and middle of each tensor; none where its header cannot be read."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if length > size:
+        return []
+    try:
+        header = json.loads(stream.read(length))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        return sorted(8 + length + place for start, end in spans for place in (start, (start + end) // 2))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []

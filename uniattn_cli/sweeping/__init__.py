@@ -1,1 +1,0 @@
-"""Many conversions of one model, scored alike."""
