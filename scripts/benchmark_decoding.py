@@ -21,9 +21,11 @@ import torch
 from uniattn_cli.inference.engine import Engine, decode
 from uniattn_cli.inference.roofline import copy_bandwidth
 from uniattn_cli.inference.timing import Measurement, largest_batch, measure_shape, measure_stock, random_prompt
-from uniattn_cli.models.random import random_models
+from uniattn_cli.layouts.shorthand import parse_groups
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.models.random import known_config, random_models
 from uniattn_cli.reporting.bench import describe_device
-from uniattn_cli.run.directory import now, versions
+from uniattn_cli.run.files import now, versions
 
 PAPER, FOURS = "paper", "every:4"
 LARGE = "llama-3.1-8b"
@@ -58,10 +60,19 @@ def main() -> None:
         print(f"{part}: {entry['seconds']:.0f} s; {json.dumps(entry.get('summary'))}", flush=True)
 
 
+def make_models(
+    options: argparse.Namespace, shape: str, groups: list[str], compensation: str | int, dtype: str
+) -> dict:
+    """A base with random weights and one model for each layout."""
+    config = known_config(shape, options.layers)
+    layouts = {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
+    return random_models(config, layouts, dtype, options.device)
+
+
 def build(options: argparse.Namespace, groups: list[str], compensation: str | int = "full") -> tuple[dict, dict]:
     """Models and engines; checking an engine against transformers is part of making it."""
     dtype = "bfloat16" if options.device.type == "cuda" else "float32"
-    models = random_models(options.shape, groups, compensation, dtype, options.device, options.layers)
+    models = make_models(options, options.shape, groups, compensation, dtype)
     return models, {name: Engine(model) for name, model in models.items()}
 
 
@@ -179,7 +190,7 @@ def text(options: argparse.Namespace, bandwidth: float) -> dict:
     """Goal: 256 greedy tokens equal to the plain path in float32; logits within the noise of bfloat16."""
     result = {}
     for dtype in ("float32", "bfloat16"):
-        models = random_models("smollm2-135m", [PAPER, FOURS, f"kv@{PAPER}"], 64, dtype, options.device, options.layers)
+        models = make_models(options, "smollm2-135m", [PAPER, FOURS, f"kv@{PAPER}"], 64, dtype)
         prompt = torch.randint(0, 49152, (4, 64), generator=torch.Generator().manual_seed(0)).to(options.device)
         mask = torch.ones_like(prompt)
         mask[1, :30] = 0

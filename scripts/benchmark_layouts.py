@@ -29,6 +29,7 @@ import transformers
 from uniattn_cli.analysis.measure import measure
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.data import splits
+from uniattn_cli.data.windows import calibration_windows
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
@@ -39,8 +40,10 @@ from uniattn_cli.layouts.shorthand import parse_groups
 from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
-from uniattn_cli.models.loading import build_converted, load_model, load_tokenizer, locate
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.models.losses import window_loss
 from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
 
@@ -129,9 +132,7 @@ class Bench:
         return measured
 
     def windows(self, tokens: int, skip: int = 0, seed: int = 0) -> torch.Tensor:
-        return splits.calibration_windows(
-            self.recipe.data, self.tokenizer, tokens=tokens, length=LENGTH, seed=seed, skip=skip
-        )
+        return calibration_windows(self.recipe.data, self.tokenizer, tokens=tokens, length=LENGTH, seed=seed, skip=skip)
 
     def matcher(self, head_map: str = "grouped", sources: str = "several", metric: str | None = None) -> Matcher:
         similarity = self.measured.score if metric is None else self.measured.heads[metric]

@@ -26,7 +26,8 @@ from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.layouts.greedy import ThoroughSearch
 from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.models.loading import Source, build_converted
+from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.hub import Source
 from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec
 
 LENGTH = 1024

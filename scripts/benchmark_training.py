@@ -33,10 +33,11 @@ import transformers
 import trl
 
 from uniattn_cli import analyze, convert, train
-from uniattn_cli.data import splits
-from uniattn_cli.data.heldout import response_rows, row_losses
-from uniattn_cli.models.loading import load_model, load_tokenizer, locate
-from uniattn_cli.models.losses import window_loss
+from uniattn_cli.data import sequences, splits
+from uniattn_cli.data.heldout import response_rows
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.losses import row_losses, window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.training.trainer import pack
@@ -187,9 +188,9 @@ class Bench:
         recipe = self._recipe()
         spec = recipe.train
         rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
-        tokenised = splits.tokenize(rows, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
-        sequences = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.used
-        return max(1, round(self.arguments.tokens / (tokenised.tokens / sequences) / spec.batch_size))
+        tokenised = sequences.tokenize(rows, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
+        count = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.used
+        return max(1, round(self.arguments.tokens / (tokenised.tokens / count) / spec.batch_size))
 
     def analysis(self) -> Path:
         """A directory with `analysis/`, made once."""

@@ -27,7 +27,7 @@ import trl
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.loading import build_converted
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import TrainSpec, TrainStage
 from uniattn_cli.training.process import Process

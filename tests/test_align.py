@@ -14,7 +14,7 @@ from uniattn_cli.fitting import align_queries
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.stream import run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.loading import build_attention, build_converted
+from uniattn_cli.models.building import build_attention, build_converted
 from uniattn_cli.recipe.schema import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])

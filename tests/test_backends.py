@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout, randomise_compensation
 
-from uniattn_cli.models.loading import build_converted
+from uniattn_cli.models.building import build_converted
 
 TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])

@@ -29,9 +29,12 @@ from uniattn_cli.commands.group import group
 from uniattn_cli.data.rows import read_rows
 from uniattn_cli.errors import CheckpointError, DataError, LayoutError, ModelError, RecipeError, StageError, UsageError
 from uniattn_cli.models import loading
+from uniattn_cli.models.hub import locate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import ModelSpec, Recipe, read_tree, write_tree
-from uniattn_cli.run.directory import RunDir, file_errors
+from uniattn_cli.recipe.files import read_tree, write_tree
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import file_errors
 
 FORCE = RunOptions(device="cpu", force=True)
 
@@ -239,7 +242,7 @@ def test_a_model_that_cannot_be_converted(change, says, template, refuses, tmp_p
 def test_a_tokenizer_that_is_missing_or_of_another_model(template, tmp_path):
     model = Path(shutil.copytree(template / "model", tmp_path / "model"))
     edit_json(model / "config.json", lambda content: content | {"vocab_size": 100})
-    source = loading.locate(str(model))
+    source = locate(str(model))
     with pytest.raises(ModelError, match="the tokenizer has 300 tokens, the model only 100"):
         loading.load_tokenizer(source)
     with pytest.raises(
@@ -596,7 +599,7 @@ def test_convert_killed_and_run_again_replaces_what_was_there(run, uniattn):
     assert done.returncode == 0, done.stderr
     assert not (run / ".converted.partial").exists()
     assert set(contents(run)) == set(before)
-    config = loading.load_config(loading.locate(str(run / "converted")), converted=True)
+    config = loading.load_config(locate(str(run / "converted")), converted=True)
     assert config.layout.followers == [1, 3, 5]
 
 

@@ -19,8 +19,8 @@ from uniattn_cli.inference.engine import Engine
 from uniattn_cli.inference.roofline import copy_bandwidth, step_bytes
 from uniattn_cli.inference.timing import largest_batch, measure_shape
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
-from uniattn_cli.models.loading import build_converted
 from uniattn_cli.options import RunOptions
 
 ROOT = Path(__file__).resolve().parent.parent

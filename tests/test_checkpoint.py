@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.modeling.layout_uniattn import REMOVED_PROJECTIONS
-from uniattn_cli.models.loading import build_converted, load_config, load_model, locate, save_checkpoint
+from uniattn_cli.models.building import build_converted, save_checkpoint
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_config, load_model
 from uniattn_cli.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")

@@ -27,7 +27,9 @@ from uniattn_cli.layouts.greedy import Step
 from uniattn_cli.layouts.thorough import frontier_table, points_of
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
-from uniattn_cli.models.loading import build_converted, load_config, load_model, locate
+from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_config, load_model
 from uniattn_cli.options import RunOptions, Silent
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
 from uniattn_cli.run.directory import RunDir

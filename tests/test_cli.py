@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import re
 import subprocess
@@ -397,41 +396,3 @@ def test_markdown():
     assert to_markdown(table) == "**T**\n\n| a   | b\\|c |\n| :-- | ---: |\n| x   |    1 |"
     with pytest.raises(ValueError, match="a row has 1 cells, not 2"):
         Table("T", ["a", "b"], [["x"]])
-
-
-# --- who may import whom ----------------------------------------------------------------------------------------------
-
-
-def imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module)
-    return found
-
-
-def test_stages_do_not_import_each_other_or_the_command_line():
-    verbs = {"analysis", "conversion", "training", "evaluation", "benchmarking"}
-    files = [path for verb in verbs for path in (ROOT / "uniattn_cli" / verb).glob("*.py")]
-    assert len(files) >= len(verbs)
-    for path in files:
-        others = {f"uniattn_cli.{verb}" for verb in verbs - {path.parent.name}}
-        # Publishing reads what all of them wrote.
-        others |= {"uniattn_cli.publishing", "uniattn_cli.cli", "typer", "rich"}
-        for name in imports(path):
-            assert not any(name == other or name.startswith(other + ".") for other in others), f"{path}: {name}"
-
-
-def test_only_the_plugin_knows_vllm():
-    files = list((ROOT / "uniattn_cli").rglob("*.py"))
-    users = {path.name for path in files if any(name.split(".")[0] == "vllm" for name in imports(path))}
-    assert users == {"vllm_plugin.py", "vllm_layers.py", "vllm_model.py"}
-
-
-def test_only_the_console_knows_rich():
-    files = list((ROOT / "uniattn_cli").rglob("*.py"))
-    users = {path.name for path in files if any(name.split(".")[0] == "rich" for name in imports(path))}
-    assert users == {"console.py"}

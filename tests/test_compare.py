@@ -14,7 +14,7 @@ from uniattn_cli.commands import evaluate
 from uniattn_cli.commands.compare import compare
 from uniattn_cli.errors import ModelError, StageError
 from uniattn_cli.evaluation import cache, comparison, figures
-from uniattn_cli.models import loading
+from uniattn_cli.models import building
 from uniattn_cli.options import RunOptions
 
 NO_SPEED = "evaluation.speed.enabled=false"
@@ -32,7 +32,7 @@ def runs(tmp_path_factory) -> Path:
     other = make_model()
     with torch.no_grad():
         other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.3)
-    loading.save_checkpoint(other, make_tokenizer(), root / "damaged")
+    building.save_checkpoint(other, make_tokenizer(), root / "damaged")
     for name in ("one", "two"):
         evaluate.evaluate(root / name, overrides=SETTINGS)
     return root

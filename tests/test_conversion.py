@@ -15,8 +15,8 @@ from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.moments import Moments, fit_ridge, reduce_rank, solve_ridge
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.families import check_target, family_of
-from uniattn_cli.models.loading import build_converted
 from uniattn_cli.recipe.schema import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from uniattn_cli.data import builtin, rows, splits
+from uniattn_cli.data import builtin, items, rows, sequences, splits, windows
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec, DataSpec
 
@@ -144,7 +144,7 @@ def test_sources_are_mixed_counted_and_limited(tmp_path):
     assert splits.source_counts(found) == {chat: 5, text: 3}
     assert sorted(t for t in found["text"] if t) == ["t0", "t1", "t2"]
     assert sum(m is not None for m in found["messages"]) == 5
-    both = splits.tokenize(found, make_tokenizer(), max_length=64, loss="responses")
+    both = sequences.tokenize(found, make_tokenizer(), max_length=64, loss="responses")
     assert (both.used, both.dropped) == (8, 0)
 
 
@@ -292,7 +292,7 @@ def test_a_part_without_rows_names_the_setting(tmp_path):
 def test_every_assistant_turn_is_learned_with_its_end_token():
     tokenizer = make_tokenizer()
     row = turns("Be brief.", "One?", "A first answer.", "Two?", "Second: b ä€", first="system")
-    result = splits.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
+    result = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
     assert pieces(tokenizer, result) == [
         ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", False),
         ("A first answer.<|im_end|>", True),
@@ -307,15 +307,15 @@ def test_every_assistant_turn_is_learned_with_its_end_token():
 def test_a_slow_tokenizer_gets_the_same_mask(monkeypatch):
     tokenizer = make_tokenizer()
     row = chat_rows(turns("One?", "A first answer.", "Two?", "Second: ä€"))
-    fast = splits.tokenize(row, tokenizer, max_length=500, loss="responses").dataset[0]
+    fast = sequences.tokenize(row, tokenizer, max_length=500, loss="responses").dataset[0]
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    assert splits.tokenize(row, tokenizer, max_length=500, loss="responses").dataset[0] == fast
+    assert sequences.tokenize(row, tokenizer, max_length=500, loss="responses").dataset[0] == fast
 
 
 def test_a_template_with_its_own_bos_and_no_generation_prompt():
     tokenizer = make_tokenizer(INST, bos=True)
     row = turns("One?", "a first", "Two?", "a second")
-    result = splits.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
+    result = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
     # The blank before an answer is one token with its first letter, and is learned with it.
     assert pieces(tokenizer, result) == [
         ("<s>[INST] One? [/INST]", False),
@@ -324,35 +324,35 @@ def test_a_template_with_its_own_bos_and_no_generation_prompt():
         (" a second<|im_end|>", True),
     ]
     with pytest.raises(DataError, match="system, user, assistant: only user and assistant roles"):
-        splits.tokenize(chat_rows(turns("s", "u", "a", first="system")), tokenizer, max_length=99, loss="responses")
+        sequences.tokenize(chat_rows(turns("s", "u", "a", first="system")), tokenizer, max_length=99, loss="responses")
 
 
 def test_headers_are_not_learned_where_the_template_has_no_generation_prompt():
     tokenizer = make_tokenizer(HEADERS)
-    result = splits.tokenize(chat_rows(turns("One?", "x y")), tokenizer, max_length=500, loss="responses")
+    result = sequences.tokenize(chat_rows(turns("One?", "x y")), tokenizer, max_length=500, loss="responses")
     assert pieces(tokenizer, result)[1] == ("x y<|im_end|>", True)
 
 
 def test_a_template_that_changes_earlier_turns_gives_one_sequence_per_answer():
     tokenizer = make_tokenizer(THINKING)
-    single = splits.tokenize(chat_rows(turns("One?", "x")), tokenizer, max_length=500, loss="responses")
+    single = sequences.tokenize(chat_rows(turns("One?", "x")), tokenizer, max_length=500, loss="responses")
     assert pieces(tokenizer, single)[1] == ("<think>\n\n</think>\n\nx<|im_end|>", True)
     row = turns("One?", "x", "Two?", "y")
-    result = splits.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
+    result = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
     assert (result.rows, result.split, result.used, result.dropped) == (1, 1, 2, 0)
     first, second = pieces(tokenizer, result), pieces(tokenizer, result, 1)
     assert first == pieces(tokenizer, single)
     # Each as the model sees it when it gives the answer: what it thought before is gone.
     asked = tokenizer.apply_chat_template(row[:3], tokenize=False, add_generation_prompt=True)
     assert second == [(asked, False), ("<think>\n\n</think>\n\ny<|im_end|>", True), ("\n", False)]
-    whole = splits.tokenize(chat_rows(row), tokenizer, max_length=500, loss="all")
+    whole = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="all")
     assert (whole.used, whole.split, whole.share) == (1, 0, 1.0)
 
 
 def test_a_base_model_without_template_gets_the_plain_form():
     tokenizer = make_tokenizer(None, bos=True)
     row = turns("Be brief.", "One?", "x", "Two?", "y", first="system")
-    result = splits.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
+    result = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
     assert pieces(tokenizer, result) == [
         ("<s>Be brief.\nOne?\n", False),
         ("x<|im_end|>", True),
@@ -365,7 +365,7 @@ def test_a_base_model_without_template_gets_the_plain_form():
 def test_text_rows_are_learned_in_full_and_end_once(bos):
     tokenizer = make_tokenizer(bos=bos)
     text = datasets.Dataset.from_dict({"text": ["ab", "<s>ab<|im_end|>"]})
-    result = splits.tokenize(text, tokenizer, max_length=500, loss="responses")
+    result = sequences.tokenize(text, tokenizer, max_length=500, loss="responses")
     assert pieces(tokenizer, result) == [("<s>ab<|im_end|>" if bos else "ab<|im_end|>", True)]
     assert pieces(tokenizer, result, 1) == [("<s>ab<|im_end|>", True)]
     assert result.share == 1.0
@@ -375,7 +375,7 @@ def test_text_rows_are_learned_in_full_and_end_once(bos):
 def test_long_texts_are_divided_and_lose_nothing(limit, lengths):
     tokenizer = make_tokenizer()
     texts = datasets.Dataset.from_dict({"text": ["abcdefghij", "ab"]})
-    result = splits.tokenize(texts, tokenizer, max_length=limit, loss="responses")
+    result = sequences.tokenize(texts, tokenizer, max_length=limit, loss="responses")
     assert [len(row) for row in result.dataset["input_ids"]] == [*lengths, 3]
     whole = [token for row in result.dataset["input_ids"] for token in row]
     assert tokenizer.decode(whole) == "abcdefghij<|im_end|>ab<|im_end|>"
@@ -385,20 +385,21 @@ def test_long_texts_are_divided_and_lose_nothing(limit, lengths):
 
 def test_all_tokens_can_be_learned():
     tokenizer = make_tokenizer()
-    result = splits.tokenize(chat_rows(QA), tokenizer, max_length=500, loss="all")
+    result = sequences.tokenize(chat_rows(QA), tokenizer, max_length=500, loss="all")
     assert result.supervised == result.tokens == len(result.dataset[0]["input_ids"])
 
 
 def test_truncation_and_dropping_are_counted():
     tokenizer = make_tokenizer(None)
     fits, cut, lost = turns("q", "12"), turns("q", "123456789"), turns("q" * 20, "12")
-    result = splits.tokenize(chat_rows(fits, cut, lost, turns("no answer")), tokenizer, max_length=6, loss="responses")
+    rows = chat_rows(fits, cut, lost, turns("no answer"))
+    result = sequences.tokenize(rows, tokenizer, max_length=6, loss="responses")
     assert (result.rows, result.used, result.dropped, result.truncated) == (4, 2, 2, 3)
     assert pieces(tokenizer, result, 1) == [("q\n", False), ("1234", True)]
     assert (result.tokens, result.supervised) == (5 + 6, 3 + 4)
     assert result.share == 7 / 11
     with pytest.raises(DataError, match="none of the 1 rows has a token to learn within 6 tokens"):
-        splits.tokenize(chat_rows(lost), tokenizer, max_length=6, loss="responses")
+        sequences.tokenize(chat_rows(lost), tokenizer, max_length=6, loss="responses")
 
 
 # Windows
@@ -406,20 +407,20 @@ def test_truncation_and_dropping_are_counted():
 
 def test_windows_are_the_documents_joined_by_eos():
     tokenizer = make_tokenizer()
-    packed = splits.windows(["abc", "de", "f<|im_end|>", "ghijk"], tokenizer, tokens=12, length=4)
+    packed = windows.windows(["abc", "de", "f<|im_end|>", "ghijk"], tokenizer, tokens=12, length=4)
     assert packed.dtype == torch.long and packed.shape == (3, 4)
     assert tokenizer.decode(packed.flatten()) == "abc<|im_end|>de<|im_end|>f<|im_end|>ghi"
 
 
 def test_windows_begin_with_bos_where_the_tokenizer_adds_one():
     tokenizer = make_tokenizer(bos=True)
-    packed = splits.windows(["abc", "<s>de", "fghij"], tokenizer, tokens=15, length=4)
+    packed = windows.windows(["abc", "<s>de", "fghij"], tokenizer, tokens=15, length=4)
     assert [tokenizer.decode(window) for window in packed] == ["<s>abc", "<s><|im_end|>de", "<s><|im_end|>fg"]
 
 
 def test_windows_of_conversations_are_rendered():
     tokenizer = make_tokenizer(INST, bos=True)
-    packed = splits.windows(chat_rows(turns("q", "a"), turns("r", "b")), tokenizer, tokens=37, length=37)
+    packed = windows.windows(chat_rows(turns("q", "a"), turns("r", "b")), tokenizer, tokens=37, length=37)
     # The template's own BOS gives way to the one of the window; its EOS is not doubled.
     assert tokenizer.decode(packed[0]) == "<s>[INST] q [/INST] a<|im_end|>[INST] r [/INST] b"
 
@@ -427,17 +428,17 @@ def test_windows_of_conversations_are_rendered():
 def test_windows_run_out_and_skip():
     tokenizer = make_tokenizer()
     text = ["0123456789" * 4]
-    whole = splits.windows(text, tokenizer, tokens=1000, length=8)
+    whole = windows.windows(text, tokenizer, tokens=1000, length=8)
     assert whole.shape == (5, 8)  # 41 tokens
-    later = splits.windows(text, tokenizer, tokens=8, length=8, skip=16)
+    later = windows.windows(text, tokenizer, tokens=8, length=8, skip=16)
     assert torch.equal(later, whole[2:3])
-    assert splits.windows(text, tokenizer, tokens=4, length=8).shape == (1, 8)
+    assert windows.windows(text, tokenizer, tokens=4, length=8).shape == (1, 8)
     with pytest.raises(DataError, match="41 tokens, which is less than one window of 64"):
-        splits.windows(text, tokenizer, tokens=64, length=64)
+        windows.windows(text, tokenizer, tokens=64, length=64)
     with pytest.raises(DataError, match="after the first 36"):
-        splits.windows(text, tokenizer, tokens=8, length=8, skip=36)
+        windows.windows(text, tokenizer, tokens=8, length=8, skip=36)
     with pytest.raises(DataError, match="no end-of-text token"):
-        splits.windows(text, make_tokenizer(eos=None), tokens=8, length=8)
+        windows.windows(text, make_tokenizer(eos=None), tokens=8, length=8)
 
 
 def local(tmp_path: Path, **sources) -> DataSpec:
@@ -448,22 +449,22 @@ def test_calibration_takes_training_rows_and_never_heldout_ones(tmp_path):
     tokenizer = make_tokenizer(bos=True)
     path = write(tmp_path / "a.jsonl", *({"prompt": f"q{i}", "completion": f"<{i}>"} for i in range(40)))
     spec = DataSpec(train=(DatasetSpec(source=path),), holdout=0.4)
-    packed = splits.calibration_windows(spec, tokenizer, tokens=100_000, length=32, seed=0)
+    packed = windows.calibration_windows(spec, tokenizer, tokens=100_000, length=32, seed=0)
     seen = tokenizer.decode(packed[:, 1:].flatten())
     heldout = load(path, "heldout", holdout=0.4)["messages"]
     train = load(path, "train", holdout=0.4)["messages"]
     assert len(heldout) > 5 and not any(m[1]["content"] in seen for m in heldout)
     assert sum(m[1]["content"] in seen for m in train) >= len(train) - 1  # the last may be cut
     assert "<|im_start|>user\nq" in seen
-    assert torch.equal(packed, splits.calibration_windows(spec, tokenizer, tokens=100_000, length=32, seed=0))
-    assert not torch.equal(packed, splits.calibration_windows(spec, tokenizer, tokens=100_000, length=32, seed=1))
+    assert torch.equal(packed, windows.calibration_windows(spec, tokenizer, tokens=100_000, length=32, seed=0))
+    assert not torch.equal(packed, windows.calibration_windows(spec, tokenizer, tokens=100_000, length=32, seed=1))
 
 
 def test_calibration_data_may_be_named(tmp_path):
     tokenizer = make_tokenizer()
     (tmp_path / "c.txt").write_text("calibrate me\n\nand me", encoding="utf-8")
     spec = local(tmp_path, train=write(tmp_path / "a.jsonl", {"text": "t" * 99}), calibration=tmp_path / "c.txt")
-    packed = splits.calibration_windows(spec, tokenizer, tokens=16, length=16, seed=0)
+    packed = windows.calibration_windows(spec, tokenizer, tokens=16, length=16, seed=0)
     assert tokenizer.decode(packed[0]) == "calibrate me\n\nand me"[: len(tokenizer.decode(packed[0]))]
 
 
@@ -471,23 +472,23 @@ def test_builtin_calibration_mixes_text_and_chat(monkeypatch):
     tokenizer = make_tokenizer(None)
     monkeypatch.setattr(builtin, "text", lambda part: [f"{part[0].upper() * 100}" for _ in range(60)])
     monkeypatch.setattr(builtin, "instructions", lambda part: [{"messages": turns("q" * 9, "r" * 9)}] * 200)
-    packed = splits.calibration_windows(DataSpec(), tokenizer, tokens=4096, length=64, seed=0)
+    packed = windows.calibration_windows(DataSpec(), tokenizer, tokens=4096, length=64, seed=0)
     seen = tokenizer.decode(packed.flatten())
     text, chat = seen.count("C"), seen.count("q") + seen.count("r")
     assert 1.7 < text / (chat * 1.6) < 2.5  # each 18 letters of chat are rendered with a line end and a long EOS
-    heldout = splits.heldout_windows(DataSpec(), tokenizer, tokens=128, length=64)
+    heldout = windows.heldout_windows(DataSpec(), tokenizer, tokens=128, length=64)
     assert set(tokenizer.decode(heldout.flatten())) == {"H"} | set("<|im_end|>")
 
 
 def test_heldout_text_keeps_its_order_and_is_not_used_elsewhere(tmp_path):
     tokenizer = make_tokenizer()
     (tmp_path / "t.txt").write_text("first\n\nsecond\n\nthird", encoding="utf-8")
-    packed = splits.heldout_windows(local(tmp_path, text=tmp_path / "t.txt"), tokenizer, tokens=20, length=20)
+    packed = windows.heldout_windows(local(tmp_path, text=tmp_path / "t.txt"), tokenizer, tokens=20, length=20)
     assert tokenizer.decode(packed[0]) == "first\n\nsecond\n\nthird"[:20]
     for key in ("train", "calibration"):
         spec = local(tmp_path, text=tmp_path / "t.txt", **{key: tmp_path / "t.txt"})
         with pytest.raises(DataError, match="also used for training or calibration"):
-            splits.heldout_windows(spec, tokenizer, tokens=20, length=20)
+            windows.heldout_windows(spec, tokenizer, tokens=20, length=20)
 
 
 # Multiple choice
@@ -495,7 +496,7 @@ def test_heldout_text_keeps_its_order_and_is_not_used_elsewhere(tmp_path):
 
 def test_choices_of_a_local_file(tmp_path):
     item = {"query": "Q\nAnswer:", "choices": ["a", "b"], "gold": 1}
-    assert splits.load_choices(write(tmp_path / "m.jsonl", {"id": 7, **item}, item)) == [
+    assert items.load_choices(write(tmp_path / "m.jsonl", {"id": 7, **item}, item)) == [
         {"id": "7", **item},
         {"id": "1", **item},
     ]
@@ -514,18 +515,18 @@ def test_choices_of_a_local_file(tmp_path):
 )
 def test_wrong_items_are_told(tmp_path, item, message):
     with pytest.raises(DataError, match=message):
-        splits.load_choices(write(tmp_path / "m.jsonl", item))
+        items.load_choices(write(tmp_path / "m.jsonl", item))
 
 
 def test_missing_items_are_told(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl not found"):
-        splits.load_choices(str(tmp_path / "none.jsonl"))
+        items.load_choices(str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="has no items"):
-        splits.load_choices(write(tmp_path / "m.jsonl"))
+        items.load_choices(write(tmp_path / "m.jsonl"))
     with pytest.raises(DataError, match=r"not a \.jsonl file"):
-        splits.load_choices("hellaswag")
+        items.load_choices("hellaswag")
     with pytest.raises(DataError, match=r"no task 'name_the_functoin' \(did you mean 'name_the_function'"):
-        splits.load_choices("builtin:name_the_functoin")
+        items.load_choices("builtin:name_the_functoin")
 
 
 def test_no_torch_is_imported_to_read_rows():
@@ -547,7 +548,7 @@ def test_whole_text_is_one_document(tmp_path):
 @pytest.mark.parametrize("length", [6, 7])
 def test_passages_are_repeated_evenly(share, repeated, length):
     windows = torch.arange(8 * length).view(8, length)
-    found = splits.repeat_passages(windows, share)
+    found = windows.repeat_passages(windows, share)
     assert torch.equal(windows, torch.arange(8 * length).view(8, length))
     for index, (before, after) in enumerate(zip(windows, found, strict=True)):
         if index in repeated:

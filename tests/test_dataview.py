@@ -11,8 +11,9 @@ from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
 from uniattn_cli.cli.console import make_console, show
 from uniattn_cli.commands.view_data import Sample, histogram, percentile, view_data
-from uniattn_cli.data import splits
-from uniattn_cli.models.loading import load_tokenizer, locate
+from uniattn_cli.data import sequences, splits
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_tokenizer
 from uniattn_cli.recipe.schema import DatasetSpec, Recipe
 
 
@@ -45,7 +46,7 @@ def test_counts_are_those_of_training(folder):
     recipe = Recipe.load(folder / "recipe.yaml")
     rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
     tokenizer = load_tokenizer(locate(recipe.model.name))
-    expected = splits.tokenize(rows, tokenizer, max_length=32, loss="responses")
+    expected = sequences.tokenize(rows, tokenizer, max_length=32, loss="responses")
     assert view.counts.dataset.to_dict() == expected.dataset.to_dict()
     assert expected.truncated > 0 and expected.lost > 0
     together = table(view, "rows").rows[-1]
@@ -55,7 +56,7 @@ def test_counts_are_those_of_training(folder):
     assert together[6:] == [
         f"{expected.share:.1%}", f"{expected.truncated:,}", f"{expected.lost_share:.1%}", f"{expected.dropped:,}"
     ]  # fmt: skip
-    full = splits.tokenize(rows, tokenizer, max_length=10**6, loss="responses")
+    full = sequences.tokenize(rows, tokenizer, max_length=10**6, loss="responses")
     lengths = [length for counts in view.counts.sources.values() for length in counts.lengths]
     assert sum(lengths) == full.tokens == expected.tokens + expected.lost
     steps = table(view, "one epoch")
@@ -170,7 +171,8 @@ def test_the_histogram_holds_every_sequence_once(lengths):
 
 def test_the_template_of_training_is_saved_and_used_by_inference(tmp_path, monkeypatch):
     from uniattn_cli import RunOptions, analyze, convert, train
-    from uniattn_cli.data.splits import load_rows, tokenize
+    from uniattn_cli.data.sequences import tokenize
+    from uniattn_cli.data.splits import load_rows
 
     make_model(tmp_path / "model")
     tokenizer = load_tokenizer(locate(str(tmp_path / "model")))

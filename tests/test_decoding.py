@@ -10,8 +10,8 @@ from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_layout, ran
 from transformers import DynamicCache, StaticCache
 
 from uniattn_cli.evaluation.cost import cache_bytes
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import kv_bytes
-from uniattn_cli.models.loading import build_converted
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
 cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)

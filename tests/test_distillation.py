@@ -25,9 +25,10 @@ from training_run import (
 )
 
 from uniattn_cli.commands.train import train
-from uniattn_cli.data.splits import IGNORED
 from uniattn_cli.errors import RecipeError, StageError
-from uniattn_cli.models.loading import load_model, locate
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_model
+from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import DistillationSpec, ModelSpec, Recipe, TrainSpec, TrainStage
 from uniattn_cli.training import distill
@@ -333,7 +334,8 @@ def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing, tokens):
 
 
 def test_a_row_that_the_teacher_never_saw_is_refused(run):
-    from uniattn_cli.training.stored_teacher import StoredTeacher, write_teacher
+    from uniattn_cli.training.stored_teacher import StoredTeacher
+    from uniattn_cli.training.teaching import write_teacher
 
     trainer, _ = make_trainer(run, DistillationSpec(top_k=3))
     import datasets
@@ -383,7 +385,7 @@ def test_settings_that_cannot_be_had_together(spec, says):
 def test_a_mixture_of_experts_keeps_its_balancing_loss(family):
     from tiny import FAMILIES, make_base, make_layout
 
-    from uniattn_cli.models.loading import build_converted
+    from uniattn_cli.models.building import build_converted
 
     base = make_base(next(entry for entry in FAMILIES if entry[0] == family))
     student = build_converted(base, make_layout("mixed", base.config))

@@ -20,15 +20,16 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from uniattn_cli.commands import evaluate
 from uniattn_cli.data import heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
-from uniattn_cli.evaluation import capacity, cost, figures, results, speed, subjects, tasks, verdict, wording
-from uniattn_cli.inference import engine
+from uniattn_cli.evaluation import capacity, cost, figures, results, speed, tasks, verdict, wording
+from uniattn_cli.inference import engine, timing
 from uniattn_cli.inference.engine import engine_for
 from uniattn_cli.inference.program import UnsupportedError
-from uniattn_cli.models import loading
+from uniattn_cli.models import building, hub, loading, losses, pool
+from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.models.losses import window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.run.directory import RunDir, fingerprint
+from uniattn_cli.run.directory import RunDir
 
 WORDS = "the map of one layer is shared with those that follow it and a value stays what it was before".split()
 TEMPLATE = (
@@ -71,8 +72,8 @@ def make_run(root: Path) -> Path:
     """A run directory with base, converted checkpoint and local data of every sort."""
     rng = random.Random(0)
     tokenizer, base = make_tokenizer(), make_model()
-    loading.save_checkpoint(base, tokenizer, root / "base")
-    converted = randomise_compensation(loading.build_converted(base, make_layout(LAYOUT)), 0.2)
+    building.save_checkpoint(base, tokenizer, root / "base")
+    converted = randomise_compensation(building.build_converted(base, make_layout(LAYOUT)), 0.2)
     write_stage(root, "convert", converted, tokenizer, {"model": fingerprint(root / "base")})
     (root / "text.txt").write_text("\n\n".join(sentence(rng, 30) for _ in range(20)), encoding="utf-8")
     chats = [
@@ -114,7 +115,7 @@ evaluation:
 
 def write_stage(root: Path, stage: str, model, tokenizer, inputs: dict) -> None:
     folder = RunDir(root).output(stage)
-    loading.save_checkpoint(model, tokenizer, folder)
+    building.save_checkpoint(model, tokenizer, folder)
     (folder / "stage.json").write_text(json.dumps({"stage": stage, "inputs": inputs}), encoding="utf-8")
 
 
@@ -131,13 +132,13 @@ def compared(run) -> evaluate.Evaluation:
     with torch.no_grad():
         for parameter in damaged.lm_head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    loading.save_checkpoint(damaged, tokenizer, run / "damaged")
+    building.save_checkpoint(damaged, tokenizer, run / "damaged")
     return evaluate.evaluate(run, checkpoints=[str(run / "copy"), str(run / "damaged")])
 
 
 def load(run: Path, name: str):
     recipe = Recipe.load(run / "recipe.yaml")
-    return loading.load_model(loading.locate(str(run / name)), recipe.model, torch.device("cpu"))
+    return loading.load_model(hub.locate(str(run / name)), recipe.model, torch.device("cpu"))
 
 
 def all_figures(model: dict) -> dict[str, dict]:
@@ -185,9 +186,9 @@ def test_response_loss_counts_responses_only_and_ignores_padding(run):
     tokenizer = make_tokenizer()
     rows = heldout.response_rows(recipe, tokenizer)
     assert len({len(row) for row in rows.tokens}) > 3
-    alone = heldout.row_losses(model, rows, batch_size=1)
+    alone = losses.row_losses(model, rows, batch_size=1)
     for batch_size in (3, len(rows)):
-        together = heldout.row_losses(model, rows, batch_size=batch_size)
+        together = losses.row_losses(model, rows, batch_size=batch_size)
         assert together.counts == alone.counts
         assert together.sums == pytest.approx(alone.sums, rel=1e-5)
     text = tokenizer.decode(rows.tokens[0][rows.labels[0] != heldout.IGNORED])
@@ -232,7 +233,7 @@ def test_paired_standard_errors_match_a_bootstrap():
     picks = torch.randint(0, 60, (4000, 60), generator=rng)
     total = counts[picks].sum(1)
     losses = [(each[picks].sum(1) / total).double() for each in (model, base)]
-    rows = [heldout.RowLosses(each.tolist(), counts.tolist()) for each in (model, base)]
+    rows = [losses.RowLosses(each.tolist(), counts.tolist()) for each in (model, base)]
     loss = figures._loss_figure(rows[0], rows[1], "rows")["difference_to_base"]
     perplexity = figures._perplexity_figure(rows[0], rows[1])["difference_to_base"]
     assert loss["stderr"] == pytest.approx((losses[0] - losses[1]).std().item(), rel=0.08)
@@ -277,8 +278,8 @@ def test_tasks_of_a_group_are_pooled_over_items():
 def test_measured_cache_is_what_the_layout_predicts(name, tmp_path):
     base = make_model()
     layout = make_layout(name) if name in LAYOUTS else make_layout("leader").own(6)
-    model = loading.build_converted(base, layout)
-    loading.save_checkpoint(model, make_tokenizer(), tmp_path)
+    model = building.build_converted(base, layout)
+    building.save_checkpoint(model, make_tokenizer(), tmp_path)
     size = cost.measure_size(name, model, tmp_path)
     heads = {"own": 6, "softmax": 3, "key": 3, "kv": 0, "pooled": 2, "linear": 0, "none": 0}
     assert size.kv_bytes == size.kv_bytes_predicted == 4 * 8 * sum(heads[plan.kind] for plan in layout)
@@ -328,9 +329,9 @@ def test_bytes_of_different_dtypes_are_not_compared(compared):
 def test_generation_never_stops_early(run):
     model, calls = load(run, "base"), []
     model.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
-    timing = speed.time_generation(model, torch.ones(2, 9, dtype=torch.long), 7)
+    taken = timing.time_generation(model, torch.ones(2, 9, dtype=torch.long), 7)
     assert calls == [9, 1, 1, 1, 1, 1, 1]
-    assert timing.first > 0 and timing.rest > 0
+    assert taken.first > 0 and taken.rest > 0
 
 
 def test_speed_is_interleaved(run):
@@ -340,7 +341,7 @@ def test_speed_is_interleaved(run):
         model.register_forward_hook(
             lambda module, args, output, name=name: order.append(name) if args[0].shape[1] > 1 else None
         )
-    timings = speed.measure_speed(found, torch.ones(1, 5, dtype=torch.long), new=2, repeats=3)
+    timings = timing.measure_speed(found, torch.ones(1, 5, dtype=torch.long), new=2, repeats=3)
     assert order == ["a", "b"] * 4 + ["a"], "a warm-up, three rounds, and the first model to close them"
     assert [len(rounds) for rounds in timings.values()] == [4, 3]
 
@@ -353,7 +354,7 @@ def test_the_engine_is_timed_alike(run):
         each.borrow = lambda *sizes, name=name, own=each.borrow, **rest: (
             calls.append((name, sizes)) or own(*sizes, **rest)
         )
-    timings = speed.measure_speed(found, torch.ones(2, 5, dtype=torch.long), new=6, repeats=2, engines=engines)
+    timings = timing.measure_speed(found, torch.ones(2, 5, dtype=torch.long), new=6, repeats=2, engines=engines)
     assert [name for name, _ in calls] == ["base", "converted"] * 3 + ["base"]
     assert {sizes for _, sizes in calls} == {(2, 11, 6)}, "warm-up and rounds share a session"
     assert all(each._kept is None for each in engines.values())
@@ -387,16 +388,16 @@ def test_one_engine_runs_all_models_or_none(tmp_path, monkeypatch):
 
 
 def test_ratios_are_those_of_rounds_side_by_side():
-    base = [speed.Timing(1.0, 1.0), speed.Timing(4.0, 4.0), speed.Timing(2.0, 2.0)]
-    own = [speed.Timing(0.5, 0.5), speed.Timing(2.0, 2.0), speed.Timing(1.0, 1.0)]
+    base = [timing.Timing(1.0, 1.0), timing.Timing(4.0, 4.0), timing.Timing(2.0, 2.0)]
+    own = [timing.Timing(0.5, 0.5), timing.Timing(2.0, 2.0), timing.Timing(1.0, 1.0)]
     found = figures.speed_figures(own, base, batch=2, new=11)
     assert found["time_to_first_token"]["value"] == 1.0 and found["time_to_first_token"]["range"] == [0.5, 2.0]
     assert found["time_to_first_token"]["ratio_to_base"] == 0.5
     assert found["tokens_per_second"]["value"] == 20.0 and found["tokens_per_second"]["ratio_to_base"] == 2.0
     assert found["time_per_output_token"]["value"] == pytest.approx(0.1)
     # A base that grows slower from round to round: each round is divided by the mean of its neighbours.
-    slowing = [speed.Timing(value, value) for value in (1.0, 3.0, 5.0)]
-    assert speed.ratios([speed.Timing(1.0, 2.0), speed.Timing(1.0, 4.0)], slowing, lambda each: each.rest) == [1, 1]
+    slowing = [timing.Timing(value, value) for value in (1.0, 3.0, 5.0)]
+    assert timing.ratios([timing.Timing(1.0, 2.0), timing.Timing(1.0, 4.0)], slowing, lambda each: each.rest) == [1, 1]
 
 
 # What is written
@@ -505,7 +506,7 @@ def test_the_grid_has_every_point_and_its_table(run, tmp_path):
 
 
 def test_another_backend_is_never_divided_by_the_base(run):
-    timings = {name: [speed.Timing(1.0, 1.0)] * 2 for name in ("base", "it")}
+    timings = {name: [timing.Timing(1.0, 1.0)] * 2 for name in ("base", "it")}
     entry = speed.grid_entry(speed.GridPoint(1, 8, timings), {"base": True, "it": False}, 5)
     assert entry["models"]["it"]["tpot"] == {"median": 0.25, "low": 0.25, "high": 0.25, "ratio_to_base": None}
     found = figures.speed_figures(timings["it"], None, batch=1, new=5)["tokens_per_second"]
@@ -572,7 +573,7 @@ def test_stale_and_finished_outputs_are_refused(run, tmp_path):
     with pytest.raises(StageError, match="trained was made from another state"):
         evaluate.evaluate(run, overrides=overrides, options=options)
     shutil.rmtree(run / "trained")
-    loading.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
+    building.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
     with pytest.raises(StageError, match="converted was made from another state"):
         evaluate.evaluate(run, overrides=overrides, options=options)
     assert json.loads((run / "evaluation/results.json").read_text()) == found.results
@@ -601,7 +602,7 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
 
 def test_models_that_do_not_fit_together_are_timed_apart(run, compared, monkeypatch, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
-    monkeypatch.setattr(subjects, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(pool, "available_bytes", lambda device: 0)
     found = evaluate.evaluate(tmp_path / "run", overrides=["evaluation.tasks=[]", "evaluation.tokens=192"])
     assert found.results["settings"]["speed"]["interleaved"] is False
     assert any("do not fit into memory together" in note for note in found.notes)
@@ -635,7 +636,7 @@ def test_another_vocabulary_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["new"])
-    loading.save_checkpoint(make_model(), tokenizer, tmp_path / "other")
+    building.save_checkpoint(make_model(), tokenizer, tmp_path / "other")
     with pytest.raises(CheckpointError, match="another vocabulary"):
         evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "other")], overrides=QUICK)
 
@@ -658,7 +659,7 @@ def test_models_without_numbers_are_refused(run, tmp_path):
     broken = make_model()
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))
-    loading.save_checkpoint(broken, make_tokenizer(), tmp_path / "broken")
+    building.save_checkpoint(broken, make_tokenizer(), tmp_path / "broken")
     with pytest.raises(ModelError, match="not a number"):
         evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "broken")], overrides=QUICK)
 

@@ -16,7 +16,8 @@ from tiny_run import make_analysed, settings
 import uniattn_cli
 from uniattn_cli.fitting import stream
 from uniattn_cli.layouts.choose import choose
-from uniattn_cli.models.loading import load_config, locate
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_config
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, LayoutSpec, Recipe
 from uniattn_cli.run.directory import RunDir

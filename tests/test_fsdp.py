@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import FAMILIES, make_base, make_layout, randomise_compensation
 
-from uniattn_cli.models.loading import build_converted
+from uniattn_cli.models.building import build_converted
 
 PROCESSES = 2
 QUICK = [("llama", "leader", False), ("llama", "key", True), ("llama", "kv", True)]

@@ -21,7 +21,7 @@ from uniattn_cli.errors import DataError, ModelError, StageError, UsageError
 from uniattn_cli.generation.decode import Decoding, Streamer, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.models import loading
+from uniattn_cli.models import building, hub, loading
 from uniattn_cli.models.costs import kv_bytes_per_token
 from uniattn_cli.models.of_run import Speaker, find, load_speakers, newest
 from uniattn_cli.options import RunOptions
@@ -41,11 +41,11 @@ def run(tmp_path_factory):
     folder = root / "run"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(f"model: {{name: {base}}}\n", encoding="utf-8")
-    loaded = loading.load_model(loading.locate(str(base)), ModelSpec(name=str(base)), CPU)
+    loaded = loading.load_model(hub.locate(str(base)), ModelSpec(name=str(base)), CPU)
     for stage, scale, finished in (("convert", 0.1, "2026-01-01T10:00:00"), ("train", 0.3, "2026-01-01T11:00:00")):
-        converted = randomise_compensation(loading.build_converted(loaded, make_layout("mixed")), scale)
+        converted = randomise_compensation(building.build_converted(loaded, make_layout("mixed")), scale)
         output = RunDir(folder).output(stage)
-        loading.save_checkpoint(converted, make_tokenizer(), output)
+        building.save_checkpoint(converted, make_tokenizer(), output)
         record = {"stage": stage, "inputs": {}, "finished": finished}
         (output / "stage.json").write_text(json.dumps(record), encoding="utf-8")
     return SimpleNamespace(folder=folder, base=base)

@@ -16,8 +16,8 @@ from uniattn_cli.inference.sampling import Sampling, choose, most_likely
 from uniattn_cli.inference.session import Session, rotary_tables
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import kv_bytes_per_token
-from uniattn_cli.models.loading import build_converted
 
 NEW = 64
 PROMPT = 13

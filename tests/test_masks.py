@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_data import CHATML, INST, chat_rows, make_tokenizer, pieces, turns, write
 
-from uniattn_cli.data import splits, templates
+from uniattn_cli.data import sequences, splits, templates
 from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec
@@ -52,7 +52,7 @@ SHOUTS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + eo
 
 def tokenised(template: str, *conversations, loss: str = "responses", length: int = 900):
     tokenizer = make_tokenizer(template)
-    return tokenizer, splits.tokenize(chat_rows(*conversations), tokenizer, max_length=length, loss=loss)
+    return tokenizer, sequences.tokenize(chat_rows(*conversations), tokenizer, max_length=length, loss=loss)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -89,7 +89,7 @@ def test_tool_results_and_empty_answers(name):
 def test_a_conversation_of_the_assistant_alone_is_left_out(name, tmp_path):
     alone = {"messages": [{"role": "assistant", "content": "Hello"}]}
     rows = load(write(tmp_path / "a.jsonl", alone, {"messages": turns("One?", "x")}))
-    result = splits.tokenize(rows, make_tokenizer(FAMILIES[name][0]), max_length=400, loss="responses")
+    result = sequences.tokenize(rows, make_tokenizer(FAMILIES[name][0]), max_length=400, loss="responses")
     assert (result.rows, result.used, result.dropped) == (2, 1, 1)
 
 
@@ -130,7 +130,7 @@ def test_every_named_template_masks_and_ends_where_generation_stops(name, bos):
     tokenizer = make_tokenizer(None, bos=bos, eos="<|im_end|>")
     templates.apply(tokenizer, name)
     row = turns("Be brief.", "One?", "x y", "Two?", "z", first="system")
-    result = splits.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
+    result = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
     assert [text for text, learned in pieces(tokenizer, result) if learned] == ["x y<|im_end|>", "z<|im_end|>"]
     ids = result.dataset[0]["input_ids"]
     assert (ids[0] == tokenizer.bos_token_id) == bos and ids.count(tokenizer.bos_token_id) == bos

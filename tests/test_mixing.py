@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import load, make_tokenizer, write
 
-from uniattn_cli.data import splits
+from uniattn_cli.data import sequences, splits, windows
 from uniattn_cli.data.mixing import draw, shares
 from uniattn_cli.errors import DataError, RecipeError
 from uniattn_cli.recipe.schema import DatasetSpec, DataSpec, Recipe
@@ -88,14 +88,14 @@ def test_calibration_takes_no_row_twice(files):
     mixed = prompts(mix(files, 1, 3)[0])
     assert prompts(rows) == list(dict.fromkeys(mixed))
     spec = DataSpec(train=tuple(DatasetSpec(source=file, weight=1.0) for file in files), holdout=0.1)
-    seen = splits.calibration_windows(spec, make_tokenizer(), tokens=10**6, length=16, seed=0)
+    seen = windows.calibration_windows(spec, make_tokenizer(), tokens=10**6, length=16, seed=0)
     text = make_tokenizer().decode(seen.flatten())
     assert max(text.count(f"user\ns{i}<") for i in range(40)) == 1
 
 
 def test_tokenised_rows_are_counted_by_data_set(files):
     rows, _ = mix(files, 1, 1)
-    result = splits.tokenize(rows, make_tokenizer(), max_length=500, loss="responses")
+    result = sequences.tokenize(rows, make_tokenizer(), max_length=500, loss="responses")
     assert {name: counts.rows for name, counts in result.sources.items()} == splits.source_counts(rows)
     for name in ("rows", "used", "tokens", "supervised", "lost"):
         assert sum(getattr(counts, name) for counts in result.sources.values()) == getattr(result, name)
@@ -106,7 +106,7 @@ def test_one_source_with_other_splits_is_two_data_sets():
 
 
 def faults(text: str) -> list[str]:
-    from uniattn_cli.recipe.schema import _yaml
+    from uniattn_cli.recipe.files import _yaml
 
     with pytest.raises(RecipeError) as caught:
         Recipe.from_tree(_yaml().load("model: {name: m}\n" + text))

@@ -28,9 +28,9 @@ from uniattn_cli.evaluation.cost import cache_bytes
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import REMOVED_PROJECTIONS, Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.families import FAMILIES as RECORDS
-from uniattn_cli.models.loading import build_converted
 from uniattn_cli.models.parity import prove_parity, shrink_config
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])

@@ -13,10 +13,10 @@ from tiny import CASE_IDS, CASES, FAMILIES, backends, make_base, make_layout, ra
 from transformers import AttentionInterface, AttentionMaskInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from uniattn_cli.data.splits import IGNORED
 from uniattn_cli.errors import RecipeError
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.families import family_of
-from uniattn_cli.models.loading import build_converted
+from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.training.trainer import pack
 

@@ -20,10 +20,11 @@ from uniattn_cli.commands import evaluate, report
 from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation import figures
 from uniattn_cli.evaluation.wording import as_value
+from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.reporting.page import context, curves, layers, page, plot, style
 from uniattn_cli.reporting.page.evidence import Evidence, collect
 from uniattn_cli.reporting.page.markup import Html, tag
-from uniattn_cli.run.directory import RunDir, fingerprint
+from uniattn_cli.run.directory import RunDir
 
 HOSTILE = "<script>alert('x')</script> & <b>"
 

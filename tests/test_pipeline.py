@@ -19,9 +19,11 @@ from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
 import uniattn_cli
 from uniattn_cli.analysis.measured import Measured
-from uniattn_cli.models import loading
-from uniattn_cli.recipe.schema import ModelSpec, Recipe, read_tree, write_tree
-from uniattn_cli.run.directory import RunDir, fingerprint
+from uniattn_cli.models import hub, loading
+from uniattn_cli.models.fingerprint import fingerprint
+from uniattn_cli.recipe.files import read_tree, write_tree
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.run.directory import RunDir
 
 CPU = torch.device("cpu")
 REMARK = "# as few as will do"
@@ -140,7 +142,7 @@ def test_the_recipe_keeps_comments_and_order(whole):
 def test_converted_and_trained_load_and_differ_where_they_should(whole):
     models = {}
     for name in ("converted", "trained"):
-        source = loading.locate(str(whole.run / name))
+        source = hub.locate(str(whole.run / name))
         models[name] = loading.load_model(source, ModelSpec(), CPU)
         assert len(loading.load_tokenizer(source)) == 300
     layout = models["converted"].config.layout
@@ -222,7 +224,7 @@ def test_convert_uses_what_group_chose(run, tmp_path):
     printed = uniattn(tmp_path, "convert", "-C", "run")
     assert "layout of the recipe, 2 layers changed" in printed
     assert recipe.read_text() == before
-    config = loading.load_config(loading.locate(str(run / "converted")), converted=True)
+    config = loading.load_config(hub.locate(str(run / "converted")), converted=True)
     kinds = [entry["kind"] for entry in stored.layers]
     assert [plan.kind for plan in config.layout] == kinds
     assert kinds.count("softmax") == 2
@@ -263,9 +265,9 @@ def test_every_stage_is_a_function_of_the_package():
 def test_a_layout_without_followers_is_the_base(run, tmp_path):
     printed = uniattn(tmp_path, "convert", "--followers", "0", "-C", "run")
     assert "0 followers: budget followers 0" in printed
-    source = loading.locate(str(run / "converted"))
+    source = hub.locate(str(run / "converted"))
     converted = loading.load_model(source, ModelSpec(), CPU)
-    base = loading.load_model(loading.locate(Recipe.load(run / "recipe.yaml").model.name), ModelSpec(), CPU)
+    base = loading.load_model(hub.locate(Recipe.load(run / "recipe.yaml").model.name), ModelSpec(), CPU)
     assert converted.config.layout.changed == []
     tokens = torch.arange(3, 40)[None]
     assert torch.equal(converted(tokens).logits, base(tokens).logits)
@@ -276,11 +278,11 @@ def test_a_layout_without_followers_is_the_base(run, tmp_path):
 
 def test_rows_of_all_lengths_are_packed_without_padding(analysed, tmp_path, monkeypatch):
     """Rows of one word and of many; neither analysis nor fit sees a padding token."""
-    from uniattn_cli.data import splits
+    from uniattn_cli.data import windows
 
     seen = []
-    packed = splits.calibration_windows
-    monkeypatch.setattr(splits, "calibration_windows", lambda *a, **k: seen.append(packed(*a, **k)) or seen[-1])
+    packed = windows.calibration_windows
+    monkeypatch.setattr(windows, "calibration_windows", lambda *a, **k: seen.append(packed(*a, **k)) or seen[-1])
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
     rows = [{"text": " ".join(f"word {n}" for n in range(length))} for length in (1, 60, 2, 30, 7, 90, 11) * 12]
@@ -289,7 +291,7 @@ def test_rows_of_all_lengths_are_packed_without_padding(analysed, tmp_path, monk
     conversion = uniattn_cli.convert()
     assert analysis.measured.tokens == 1024 and analysis.measured.sequences == 16
     assert all(fit.error_after <= fit.error_before for fit in conversion.fits) and conversion.fits
-    tokenizer = loading.load_tokenizer(loading.locate(str(analysed / "model")))
+    tokenizer = loading.load_tokenizer(hub.locate(str(analysed / "model")))
     assert len(seen) >= 2 and all(windows.shape[1] == 64 for windows in seen)
     assert not any((windows == tokenizer.pad_token_id).any() for windows in seen)
     assert any((windows == tokenizer.eos_token_id).any() for windows in seen)

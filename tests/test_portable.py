@@ -9,7 +9,7 @@ from tiny import FAMILIES, make_base, make_layout, randomise_compensation
 from tiny_run import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from uniattn_cli.models.loading import build_converted, save_checkpoint
+from uniattn_cli.models.building import build_converted, save_checkpoint
 
 TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 MODEL_CODE = {"configuration_uniattn.py", "layout_uniattn.py", "sharing_uniattn.py"}

@@ -131,7 +131,8 @@ def test_two_processes_that_shard_the_model_train_what_one_does_even_if_killed(r
     assert done.returncode == 0, done.stderr
     # Sharded weights are bfloat16 in the forward pass, norms and embeddings too.
     check_equal_to_one_process(run, tolerance=4e-3)
-    from uniattn_cli.models.loading import load_model, locate
+    from uniattn_cli.models.hub import locate
+    from uniattn_cli.models.loading import load_model
     from uniattn_cli.recipe.schema import ModelSpec
 
     load_model(locate(str(run / "trained")), ModelSpec(), torch.device("cpu"))

@@ -23,7 +23,8 @@ from tiny_run import make_model, make_tokenizer, settings, write_data
 from uniattn_cli import analyze, convert, evaluate, push, train
 from uniattn_cli.errors import CheckpointError, HubError, ModelError, UsageError
 from uniattn_cli.evaluation.wording import as_difference, as_value
-from uniattn_cli.models.loading import build_converted, save_checkpoint, transport_errors
+from uniattn_cli.models.building import build_converted, save_checkpoint
+from uniattn_cli.models.hub import transport_errors
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import ranges
 

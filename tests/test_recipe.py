@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from uniattn_cli.cli import settings
 from uniattn_cli.errors import RecipeError
-from uniattn_cli.recipe.schema import DatasetSpec, Recipe, TrainStage, default_tree, read_tree, write_tree
+from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
+from uniattn_cli.recipe.schema import DatasetSpec, ModelSpec, Recipe, TrainStage
 
 
 def faults(text: str, tmp_path: Path, *overrides: str) -> list[str]:
@@ -34,7 +35,7 @@ MODEL = "model: {name: some/model}\n"
 
 def test_the_file_that_analyze_writes_reads_back_as_the_defaults(tmp_path):
     path = tmp_path / "recipe.yaml"
-    write_tree(default_tree("some/model"), path)
+    write_tree(commented_tree(Recipe(model=ModelSpec(name="some/model"))), path)
     recipe = Recipe.load(path)
     assert recipe == dataclasses.replace(Recipe(), model=dataclasses.replace(recipe.model, name="some/model"))
     text = path.read_text(encoding="utf-8")

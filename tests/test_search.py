@@ -14,7 +14,7 @@ from uniattn_cli.layouts.greedy import ThoroughSearch
 from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
-from uniattn_cli.models.loading import build_converted
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.recipe.schema import ConversionSpec, LayoutSpec
 
 

@@ -18,8 +18,8 @@ from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
 from uniattn_cli.modeling.sharing_uniattn import gather_heads
+from uniattn_cli.models.building import build_converted, make_config, save_checkpoint
 from uniattn_cli.models.costs import cached_heads
-from uniattn_cli.models.loading import build_converted, make_config, save_checkpoint
 from uniattn_cli.serving import cache_plan
 
 SHAPE = AttentionShape(query_heads=6, kv_heads=3, head_dim=8, hidden_size=48, mask_types=("full_attention",) * 6)

@@ -13,7 +13,7 @@ from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
 from uniattn_cli.fitting.stream import layer_by_layer, placement, release, resident, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
-from uniattn_cli.models.loading import build_converted
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.recipe.schema import ConversionSpec
 
 # To PyTorch this is another device than the plain CPU, so that tensors are copied to it and back.

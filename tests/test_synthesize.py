@@ -16,9 +16,11 @@ from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
 from uniattn_cli.generation.writer import Writer, _asked, _passage, _whole_sentences
 from uniattn_cli.inference.engine import Decoded
-from uniattn_cli.models.loading import load_model, load_tokenizer, locate
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import ModelSpec, Recipe, SynthesisSpec, default_tree, write_tree
+from uniattn_cli.recipe.files import commented_tree, write_tree
+from uniattn_cli.recipe.schema import ModelSpec, Recipe, SynthesisSpec
 from uniattn_cli.run.directory import RunDir
 
 CPU, AGAIN = RunOptions(device="cpu"), RunOptions(device="cpu", force=True)
@@ -35,7 +37,7 @@ def made(tmp_path_factory):
     model = make_model(folder / "model")
     # So many tokens end an answer that random ones often do.
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, *range(100, 106)]}))
-    write_tree(default_tree(str(model)), run / "recipe.yaml")
+    write_tree(commented_tree(Recipe(model=ModelSpec(name=str(model)))), run / "recipe.yaml")
     return run
 
 

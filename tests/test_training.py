@@ -27,9 +27,10 @@ from training_run import (
 )
 
 from uniattn_cli.commands.train import Training, train
-from uniattn_cli.data.splits import IGNORED, Tokenised
+from uniattn_cli.data.sequences import Tokenised
 from uniattn_cli.errors import DataError, RecipeError, StageError
-from uniattn_cli.models.loading import locate
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import TrainSpec, TrainStage
 from uniattn_cli.training.order import GROUPED_STEPS, accumulation, batches, stage_steps

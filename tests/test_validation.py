@@ -12,7 +12,8 @@ from training_run import CPU, Interrupting, Recorder, log_of, make_run, stages, 
 
 from uniattn_cli.commands.train import train
 from uniattn_cli.errors import RecipeError, StageError
-from uniattn_cli.models.loading import load_model, locate
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LoraSpec, ModelSpec, Recipe, TrainSpec, TrainStage
 from uniattn_cli.training.monitor import WINDOW, Watch
@@ -123,7 +124,7 @@ def test_validation_rows_are_others_than_those_of_the_report(run):
 
 
 def test_validation_scores_as_the_report_does(run):
-    from uniattn_cli.data.heldout import Rows, row_losses
+    from uniattn_cli.models.losses import Rows, row_losses
     from uniattn_cli.training import validation
 
     model = load_model(locate(str(run / "converted")), ModelSpec(), torch.device("cpu"))

@@ -22,7 +22,9 @@ from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, reference
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.loading import build_converted, load_model, load_tokenizer, locate, save_checkpoint
+from uniattn_cli.models.building import build_converted, save_checkpoint
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.recipe.schema import ModelSpec
 from uniattn_cli.serving import cache_plan
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.loading import build_converted, locate, save_checkpoint
+from uniattn_cli.models.building import build_converted, save_checkpoint
+from uniattn_cli.models.hub import locate
 from uniattn_cli.options import RunOptions, Silent
 
 ROOT = Path(__file__).resolve().parent.parent

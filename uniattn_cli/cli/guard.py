@@ -18,7 +18,7 @@ import typer
 from uniattn_cli import __version__
 from uniattn_cli.errors import RecipeError, StageError, UniAttnError
 from uniattn_cli.options import RunOptions
-from uniattn_cli.run.directory import file_errors
+from uniattn_cli.run.files import file_errors
 
 EXIT_INTERRUPTED = 130
 QUIET_ENVIRONMENT = {

@@ -221,7 +221,7 @@ def synthesize(
     """
 
     def call(overrides: Sequence[str], options: Any) -> Any:
-        from uniattn_cli.generation.writer import synthesize
+        from uniattn_cli.commands.synthesize import synthesize
 
         return synthesize(overrides=overrides, options=options)
 

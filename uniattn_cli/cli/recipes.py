@@ -88,7 +88,7 @@ def copy(
     with guard("recipes", debug):
         from uniattn_cli.cli.console import show
         from uniattn_cli.recipe import ready
-        from uniattn_cli.run.directory import file_errors
+        from uniattn_cli.run.files import file_errors
 
         with file_errors(Path(".")):
             written = ready.copy(name, file, force=force)

@@ -17,16 +17,10 @@ from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import ready
-from uniattn_cli.recipe.schema import (
-    LayoutSpec,
-    ModelSpec,
-    Recipe,
-    default_tree,
-    fast_search_takes,
-    read_tree,
-    write_tree,
-)
-from uniattn_cli.run.directory import RunDir, file_errors
+from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
+from uniattn_cli.recipe.schema import LayoutSpec, ModelSpec, Recipe, fast_search_takes
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import file_errors
 from uniattn_cli.tables import Table
 
 if TYPE_CHECKING:
@@ -75,8 +69,10 @@ def analyze(
     Raises:
         UniAttnError: one of the subclasses in `uniattn_cli.errors`, with one clear line.
     """
-    from uniattn_cli.data import splits
-    from uniattn_cli.models.loading import check_lengths, load_config, load_model, load_tokenizer, locate
+    from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.data.windows import calibration_windows
+    from uniattn_cli.models.hub import locate
+    from uniattn_cli.models.loading import check_lengths, load_config, load_model
 
     options = options or RunOptions()
     run = RunDir(run_dir)
@@ -88,10 +84,8 @@ def analyze(
     check_lengths(config, {"analysis.length": spec.length})
     check_protected(recipe.layout, attention_shape(config))
     device = options.torch_device()
-    tokenizer = load_tokenizer(source, recipe.data.chat_template)
-    windows = splits.calibration_windows(
-        recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed
-    )
+    tokenizer = load_chat_tokenizer(source, recipe.data.chat_template)
+    windows = calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
     notes = _check_text(windows, tokenizer, spec.tokens)
     from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
 
@@ -132,7 +126,7 @@ def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrid
         return Recipe.from_tree(tree, name, [*named, *overrides]), tree
     if model is None:
         raise StageError(f"{run.recipe} does not exist; name the model: `uniattn analyze MODEL`")
-    tree = default_tree(model)
+    tree = commented_tree(Recipe(model=ModelSpec(name=model)))
     return Recipe.from_tree(tree, "recipe.yaml", overrides), tree
 
 

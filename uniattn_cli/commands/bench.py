@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import ModelError, StageError, UsageError
 from uniattn_cli.options import RunOptions
-from uniattn_cli.run.directory import file_errors, now, versions
+from uniattn_cli.run.files import file_errors, now, versions
 from uniattn_cli.tables import Table, to_markdown
 
 if TYPE_CHECKING:
@@ -145,14 +145,18 @@ def _models(
     device: torch.device,
 ) -> dict[str, PreTrainedModel]:
     from uniattn_cli.inference.timing import NoRoomError, room
-    from uniattn_cli.models import random
+    from uniattn_cli.layouts.shorthand import parse_groups
+    from uniattn_cli.modeling.configuration_uniattn import attention_shape
+    from uniattn_cli.models import of_run, random
 
     try:
         with room("the weights of all models together"):
             if shape:
                 dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
-                return random.random_models(shape, groups, compensation, dtype, device, layers)
-            return random.load_models(random.find_models(run_dir, checkpoints), spec.dtype, device)
+                config = random.known_config(shape, layers)
+                layouts = {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
+                return random.random_models(config, layouts, dtype, device)
+            return of_run.load_models(of_run.find_models(run_dir, checkpoints), spec.dtype, device)
     except NoRoomError as error:
         raise ModelError(f"{error} on {device}; name fewer checkpoints, or a larger device with --device") from None
 

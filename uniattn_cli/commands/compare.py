@@ -13,10 +13,12 @@ from uniattn_cli.commands.evaluate import evaluate_into, inputs_of, prepare
 from uniattn_cli.errors import ModelError, StageError
 from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, merge, table
 from uniattn_cli.evaluation.figures import RESULTS, read_results
-from uniattn_cli.evaluation.subjects import BASE, Subject
-from uniattn_cli.models.loading import locate
+from uniattn_cli.evaluation.subjects import BASE
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.of_run import Subject
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.reporting.pareto import draw_panels
 from uniattn_cli.run.directory import OUTPUTS, RunDir
 from uniattn_cli.tables import Table, to_markdown
 
@@ -140,7 +142,7 @@ def write_comparison(folder: Path, parts: Sequence[Part], command: str) -> Merge
     merged = merge(parts)
     text = json.dumps(merged.to_dict(parts), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / COMPARISON).write_text(text + "\n", encoding="utf-8")
-    merged.draw(folder / PLOT)
+    draw_panels(merged.models, [tuple(key.split("/")) for key in merged.fronts], merged.fronts, folder / PLOT)
     lines = [
         "# Comparison",
         to_markdown(table(merged, "")),

@@ -13,8 +13,9 @@ from uniattn_cli.layouts.choose import Grouping, check_analysis, check_protected
 from uniattn_cli.layouts.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.costs import context_window, count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.families import check_target
+from uniattn_cli.models.hub import context_window
 from uniattn_cli.models.losses import Loss, window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
@@ -91,7 +92,8 @@ def convert(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    from uniattn_cli.models.loading import check_lengths, load_config, locate
+    from uniattn_cli.models.hub import locate
+    from uniattn_cli.models.loading import check_lengths, load_config
     from uniattn_cli.models.parity import prove_parity
 
     options = options or RunOptions()
@@ -183,18 +185,18 @@ def _convert(
     """Loads, scores, fits, scores again and saves. Returns fits, losses and notes."""
     import torch
 
-    from uniattn_cli.data import splits
+    from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.data.windows import calibration_windows, heldout_windows
     from uniattn_cli.fitting.fit import fit_layers
     from uniattn_cli.fitting.stream import layer_by_layer, placement
-    from uniattn_cli.models.loading import build_converted, load_model, load_tokenizer, save_checkpoint
+    from uniattn_cli.models.building import build_converted, save_checkpoint
+    from uniattn_cli.models.loading import load_model
 
     spec = recipe.conversion
     progress = options.progress
-    tokenizer = load_tokenizer(source, recipe.data.chat_template)
-    windows = splits.calibration_windows(
-        recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed
-    )
-    heldout = splits.heldout_windows(
+    tokenizer = load_chat_tokenizer(source, recipe.data.chat_template)
+    windows = calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
+    heldout = heldout_windows(
         recipe.data, tokenizer, tokens=min(recipe.evaluation.tokens, QUICK_TOKENS), length=recipe.evaluation.length
     )
     notes = []

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.data.heldout import Rows, length_rows, response_rows, text_rows
+from uniattn_cli.data.chat import load_chat_tokenizer
+from uniattn_cli.data.heldout import length_rows, response_rows, text_rows
 from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.evaluation.agreement import Reference
 from uniattn_cli.evaluation.batches import Batches
@@ -20,11 +21,15 @@ from uniattn_cli.evaluation.results import assemble
 from uniattn_cli.evaluation.retrieval import RetrievalItem, retrieval_items
 from uniattn_cli.evaluation.samples import Prompt, find_prompts, sample_all
 from uniattn_cli.evaluation.scores import Bench, Material, Measured, items_file, measure
-from uniattn_cli.evaluation.speed import GridPoint, Runner, measure_speed, prompt_tokens
-from uniattn_cli.evaluation.subjects import ModelPool, Subject, check_tokenizers, find_subjects
+from uniattn_cli.evaluation.speed import GridPoint, Runner
+from uniattn_cli.evaluation.subjects import check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
-from uniattn_cli.models.costs import context_window
-from uniattn_cli.models.loading import check_lengths, load_config, load_tokenizer
+from uniattn_cli.inference.timing import measure_speed, prompt_tokens
+from uniattn_cli.models.hub import context_window
+from uniattn_cli.models.loading import check_lengths, load_config
+from uniattn_cli.models.losses import Rows
+from uniattn_cli.models.of_run import Subject
+from uniattn_cli.models.pool import ModelPool
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.reporting import markdown
@@ -182,7 +187,7 @@ def _check_lengths(recipe: Recipe, config: Any) -> None:
 
 def load_material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str]) -> Material:
     """Loads everything that the models are tested on, before anything slow begins."""
-    spec, tokenizer = recipe.evaluation, load_tokenizer(subjects[0].source, recipe.data.chat_template)
+    spec, tokenizer = recipe.evaluation, load_chat_tokenizer(subjects[0].source, recipe.data.chat_template)
     check_tokenizers(subjects[1:], tokenizer)
     tasks = TaskSet()
     if spec.tasks:

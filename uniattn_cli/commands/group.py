@@ -11,12 +11,17 @@ from typing import Any
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.errors import UsageError
 from uniattn_cli.layouts.choose import Grouping, choose, compensation_of
+from uniattn_cli.layouts.plots import plot_frontier
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.loading import load_config, locate
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_config
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import Recipe, read_tree, write_tree
-from uniattn_cli.run.directory import RunDir, file_errors
+from uniattn_cli.recipe.files import read_tree, write_tree
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import file_errors
 
+PLOT_FILE = "frontier.png"
 # Settings that mean nothing where a layout is given.
 CHOOSING = ("layout.followers", "layout.kv", "layout.params", "layout.kinds")
 
@@ -56,7 +61,9 @@ def write_considered(run: RunDir, recipe: Recipe, grouping: Grouping) -> None:
         return
     inputs = {"model": run.record("analyze")["inputs"]["model"]}
     with run.write("group", recipe, inputs, force=True) as directory:
-        grouping.considered.save(directory, Measured.load(run.output("analyze")).shape)
+        shape = Measured.load(run.output("analyze")).shape
+        grouping.considered.save(directory, shape)
+        plot_frontier(grouping.considered, shape, directory / PLOT_FILE)
 
 
 def layout_overrides(groups: str | None, overrides: Sequence[str]) -> list[str]:

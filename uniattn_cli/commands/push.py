@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import CheckpointError, HubError, UsageError
-from uniattn_cli.models.loading import TOKENIZER_FILES, Source, transport_errors
+from uniattn_cli.models.hub import Source, transport_errors
+from uniattn_cli.models.loading import TOKENIZER_FILES
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
 from uniattn_cli.publishing.facts import CARD, STAGE_FILE, Facts, gather

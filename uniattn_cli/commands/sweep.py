@@ -22,9 +22,10 @@ from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, table
 from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.layouts.choose import check_analysis
-from uniattn_cli.models.loading import Source, locate
+from uniattn_cli.models.hub import Source, locate
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import Recipe, apply_overrides, fast_search_takes, read_tree, write_tree
+from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
+from uniattn_cli.recipe.schema import Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.tables import Table
 

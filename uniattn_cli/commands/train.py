@@ -21,9 +21,9 @@ from uniattn_cli.tables import Table
 if TYPE_CHECKING:
     import datasets
 
-    from uniattn_cli.data.heldout import Rows
-    from uniattn_cli.data.splits import Tokenised
-    from uniattn_cli.models.loading import Source
+    from uniattn_cli.data.sequences import Tokenised
+    from uniattn_cli.models.hub import Source
+    from uniattn_cli.models.losses import Rows
     from uniattn_cli.training.process import Process
     from uniattn_cli.training.stage import Job, StageResult
 
@@ -76,7 +76,8 @@ def train(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    from uniattn_cli.models.loading import load_config, load_tokenizer
+    from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.models.loading import load_config
     from uniattn_cli.training.preview import endless
     from uniattn_cli.training.process import Process
     from uniattn_cli.training.trained import control_stages, planned_stages
@@ -95,7 +96,7 @@ def train(
     _check(settings, stages, process)
     progress = process.progress(options)
     source = base if control else converted
-    tokenizer = load_tokenizer(source, settings.data.chat_template)
+    tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, heldout = _data(settings, tokenizer, progress)
     warning = endless(rows, tokenizer, source.path, settings.train.max_length)
     if warning:
@@ -172,7 +173,7 @@ def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: So
     Raises:
         StageError: the control is the teacher, and is missing or of another base.
     """
-    from uniattn_cli.models.loading import locate
+    from uniattn_cli.models.hub import locate
 
     if not any(stage.loss == "distillation" for stage in stages):
         return None
@@ -227,7 +228,7 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
     Raises:
         StageError: `converted/` is missing, incomplete, or of another base.
     """
-    from uniattn_cli.models.loading import locate
+    from uniattn_cli.models.hub import locate
 
     record = run.record("convert")
     base = locate(recipe.model.name, recipe.model.revision)
@@ -243,7 +244,7 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
 
 def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Rows | None]:
     """The tokenised training rows, checked and shown, and all held-out ones, None where there are none."""
-    from uniattn_cli.data import splits, templates
+    from uniattn_cli.data import sequences, splits, templates
     from uniattn_cli.data.heldout import response_rows
     from uniattn_cli.training.preview import check_share, describe, mark
 
@@ -253,7 +254,7 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Row
         progress.note(str(share))
     if not tokenizer.chat_template and "messages" in raw.column_names:
         progress.note(templates.complete(tokenizer))
-    rows = splits.tokenize(raw, tokenizer, max_length=spec.max_length, loss=spec.loss)
+    rows = sequences.tokenize(raw, tokenizer, max_length=spec.max_length, loss=spec.loss)
     check_share(rows, spec.loss)
     first = rows.dataset[0]
     progress.note(describe(rows, spec.max_length))
@@ -315,8 +316,8 @@ def _train(
     Args:
         names: what the model is called before and after.
     """
-    from uniattn_cli.data.heldout import row_losses
-    from uniattn_cli.models.loading import save_checkpoint
+    from uniattn_cli.models.building import save_checkpoint
+    from uniattn_cli.models.losses import row_losses
     from uniattn_cli.training.stage import finished, load_after, run_stage
 
     recipe, progress = job.recipe, job.progress

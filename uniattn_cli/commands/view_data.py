@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from uniattn_cli.data.mixing import Share
-    from uniattn_cli.data.splits import Tokenised
+    from uniattn_cli.data.sequences import Tokenised
 
 BARS = 12  # lines of the histogram
 WIDTH = 30  # characters of its longest bar
@@ -80,14 +80,15 @@ def view_data(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    from uniattn_cli.data import splits, templates
-    from uniattn_cli.models.loading import load_tokenizer, locate
+    from uniattn_cli.data import sequences, splits, templates
+    from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.models.hub import locate
     from uniattn_cli.recipe import ready
 
     progress = (options or RunOptions()).progress
     settings = Recipe.load(ready.resolve(recipe), overrides)
     source = locate(settings.model.name, settings.model.revision)
-    tokenizer = load_tokenizer(source, settings.data.chat_template)
+    tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, shares = splits.load_mix(settings.data.train, part, holdout=settings.data.holdout, seed=settings.seed)
     notes = []
     if not tokenizer.chat_template and "messages" in rows.column_names:
@@ -96,7 +97,7 @@ def view_data(
     # Held-out rows are scored on their responses, whatever is learned in training.
     loss = settings.train.loss if part == "train" else "responses"
     with progress.track("tokenising", len(rows)) as advance:
-        counts = splits.tokenize(
+        counts = sequences.tokenize(
             rows, tokenizer, max_length=settings.train.max_length, loss=loss, advance=advance, needed=False
         )
     lengths = sorted(itertools.chain(*(source.lengths for source in counts.sources.values())))
@@ -115,7 +116,7 @@ def _samples(
 ) -> list[Sample]:
     """Rows drawn from every data set in turn, with everything of them that is trained on."""
     from uniattn_cli.data.sequences import RowEncoder
-    from uniattn_cli.data.splits import IGNORED
+    from uniattn_cli.models.losses import IGNORED
 
     places: dict[str, list[int]] = {}
     for index, source in enumerate(rows["source"]):

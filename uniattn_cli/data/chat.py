@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from uniattn_cli.data import templates
+from uniattn_cli.data.encoding import encode
 from uniattn_cli.errors import DataError
+from uniattn_cli.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from uniattn_cli.models.hub import Source
 
 Messages = list[dict[str, str]]
 Span = tuple[int, int]
@@ -31,31 +35,20 @@ SAME_DATE = (
 )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, without the special tokens that the tokenizer would put around it."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def load_chat_tokenizer(source: Source, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model, with the chat template of a recipe.
 
-
-def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of BOS if the tokenizer puts one in front of a text, else None."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
-
-
-def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the end-of-text token.
+    Args:
+        source: result of `locate`.
+        chat_template: `data.chat_template` of the recipe, which replaces the tokenizer's own; None leaves it.
 
     Raises:
-        DataError: the tokenizer has none.
+        ModelError: as `load_tokenizer`.
+        DataError: there is no such template.
     """
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json")
-    return tokenizer.eos_token_id
-
-
-def add_eos(ids: list[int], eos: int) -> list[int]:
-    """Appends EOS unless a chat template already ended the document with one (perhaps before a line end)."""
-    return ids if eos in ids[-2:] else [*ids, eos]
+    tokenizer = load_tokenizer(source)
+    templates.apply(tokenizer, chat_template)
+    return tokenizer
 
 
 class ChatRenderer:

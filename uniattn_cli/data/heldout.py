@@ -2,62 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.data.splits import IGNORED, heldout_windows, load_rows, tokenize
+from uniattn_cli.data.sequences import tokenize
+from uniattn_cli.data.splits import load_rows
+from uniattn_cli.data.windows import heldout_windows
 from uniattn_cli.errors import DataError
-from uniattn_cli.models.costs import context_window
-from uniattn_cli.models.losses import Loss, summarise, token_losses
+from uniattn_cli.models.hub import context_window
+from uniattn_cli.models.losses import Rows
 from uniattn_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows to score.
-
-    Attributes:
-        tokens: token ids of each row, LongTensor [length of the row].
-        labels: the same with -100 where nothing is scored.
-    """
-
-    tokens: list[torch.Tensor]
-    labels: list[torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def digest(self) -> str:
-        """Identifies the rows, so that scores of other rows are never taken for theirs."""
-        found = hashlib.sha256()
-        for row in (*self.tokens, *self.labels):
-            found.update(row.numpy().tobytes() + b";")
-        return found.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class RowLosses:
-    """Scores of one model on rows.
-
-    Attributes:
-        sums: cross-entropy of each row in nats, summed over its scored tokens.
-        counts: scored tokens of each row.
-    """
-
-    sums: list[float]
-    counts: list[int]
-
-    def summary(self) -> Loss:
-        """Mean over all scored tokens, with its standard error over rows."""
-        import torch
-
-        return summarise(torch.tensor(self.sums, dtype=torch.float64), torch.tensor(self.counts))
+    from transformers import PreTrainedTokenizerBase
 
 
 def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -122,42 +78,3 @@ def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, skip: i
         [torch.tensor(row, dtype=torch.long) for row in dataset["input_ids"]],
         [torch.tensor(row, dtype=torch.long) for row in dataset["labels"]],
     )
-
-
-def row_losses(
-    model: PreTrainedModel,
-    rows: Rows,
-    *,
-    batch_size: int,
-    advance: Callable[[int], None] = lambda steps: None,
-) -> RowLosses:
-    """Scores rows of any lengths.
-
-    Rows of similar length share a batch and are padded on the right, where causal attention never looks, so that the
-    result does not depend on the batch.
-
-    Args:
-        advance: told the number of finished rows.
-    """
-    import torch
-
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda index: -len(rows.tokens[index]))
-    sums = [0.0] * len(rows)
-    counts = [int((labels[1:] != IGNORED).sum()) for labels in rows.labels]
-    with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            tokens = _padded([rows.tokens[index] for index in batch], 0)
-            labels = _padded([rows.labels[index] for index in batch], IGNORED)
-            losses = token_losses(model, tokens.to(device), labels.to(device)).double().sum(1)
-            for index, total in zip(batch, losses.tolist(), strict=True):
-                sums[index] = total
-            advance(len(batch))
-    return RowLosses(sums, counts)
-
-
-def _padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    import torch
-
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uniattn_cli.data import builtin
 from uniattn_cli.data.readers import raw_rows, read_objects
 from uniattn_cli.data.rows import BUILTIN
-from uniattn_cli.data.splits import load_choices
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec, TaskSpec
 
@@ -105,3 +105,42 @@ def _joined(paragraphs: Iterator[str]) -> list[str]:
     if not documents:
         raise DataError("a text file of evaluation.tasks is empty")
     return documents
+
+
+def load_choices(name: str) -> list[dict[str, Any]]:
+    """Multiple-choice items of `builtin:TASK` or of a local .jsonl file.
+
+    Returns:
+        Rows with `id`, `query` (the prompt), `choices` (each scored as its continuation after one blank) and `gold`
+        (index of the right one).
+
+    Raises:
+        DataError: unknown task, missing file, or a row that is not such an item.
+    """
+    if name.startswith(f"{BUILTIN}:"):
+        return builtin.multiple_choice(name.removeprefix(f"{BUILTIN}:"))
+    return read_choices(Path(name))
+
+
+def read_choices(path: Path) -> list[dict[str, Any]]:
+    """Reads and checks the items of a .jsonl file; see `data.load_choices`.
+
+    Raises:
+        DataError: missing file, no items, or a row that is not an item.
+    """
+    items = []
+    for where, raw in read_objects(path):
+        missing = [key for key in ("query", "choices", "gold") if key not in raw]
+        if missing:
+            raise DataError(f"{where} lacks {', '.join(missing)} (it has: {', '.join(sorted(raw))})")
+        query, choices, gold = raw["query"], raw["choices"], raw["gold"]
+        if not isinstance(query, str) or not query.strip():
+            raise DataError(f"{where}: query must be text")
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise DataError(f"{where}: choices must be a list of at least two texts")
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+            raise DataError(f"{where}: gold must be a whole number from 0 to {len(choices) - 1}, not {gold!r}")
+        items.append({"id": str(raw.get("id", len(items))), "query": query, "choices": choices, "gold": gold})
+    if not items:
+        raise DataError(f"{path} has no items")
+    return items

@@ -171,7 +171,7 @@ def _offline_at_once(name: str) -> Iterator[None]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    from uniattn_cli.models.loading import transport_errors
+    from uniattn_cli.models.hub import transport_errors
 
     offline = datasets.config.HF_HUB_OFFLINE
     try:

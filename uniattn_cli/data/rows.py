@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from uniattn_cli.data.readers import raw_rows, read_objects
+from uniattn_cli.data.readers import raw_rows
 from uniattn_cli.errors import DataError, suggest
 from uniattn_cli.recipe.schema import DatasetSpec
 
@@ -213,27 +212,3 @@ def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
 
 
 # Multiple choice
-
-
-def read_choices(path: Path) -> list[dict[str, Any]]:
-    """Reads and checks the items of a .jsonl file; see `data.load_choices`.
-
-    Raises:
-        DataError: missing file, no items, or a row that is not an item.
-    """
-    items = []
-    for where, raw in read_objects(path):
-        missing = [key for key in ("query", "choices", "gold") if key not in raw]
-        if missing:
-            raise DataError(f"{where} lacks {', '.join(missing)} (it has: {', '.join(sorted(raw))})")
-        query, choices, gold = raw["query"], raw["choices"], raw["gold"]
-        if not isinstance(query, str) or not query.strip():
-            raise DataError(f"{where}: query must be text")
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-            raise DataError(f"{where}: choices must be a list of at least two texts")
-        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-            raise DataError(f"{where}: gold must be a whole number from 0 to {len(choices) - 1}, not {gold!r}")
-        items.append({"id": str(raw.get("id", len(items))), "query": query, "choices": choices, "gold": gold})
-    if not items:
-        raise DataError(f"{path} has no items")
-    return items

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from uniattn_cli.data.chat import ChatRenderer, add_eos, bos_of, encode, eos_of
+from uniattn_cli.data.chat import ChatRenderer
+from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
 from uniattn_cli.errors import DataError
+from uniattn_cli.models.losses import IGNORED
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token that is not learned
 _BATCH = 256  # rows tokenised at once
 # What is counted of each data set and of all together.
 COUNTED = ("rows", "split", "divided", "used", "dropped", "truncated", "tokens", "lost", "supervised")

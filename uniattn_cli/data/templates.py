@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from uniattn_cli.data.encoding import bos_of
 from uniattn_cli.errors import DataError, suggest
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ def builtin(name: str, *, bos: bool) -> str:
 
 def default(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a tokenizer without a chat template is given: `plain`."""
-    from uniattn_cli.data.chat import bos_of
-
     return builtin("plain", bos=bos_of(tokenizer) is not None)
 
 
@@ -76,8 +75,6 @@ def apply(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> None:
     if setting is None:
         return
     if setting in BUILTIN:
-        from uniattn_cli.data.chat import bos_of
-
         tokenizer.chat_template = builtin(setting, bos=bos_of(tokenizer) is not None)
         return
     path = Path(setting).expanduser()

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data.heldout import RowLosses
-from uniattn_cli.models.losses import kl_divergence
+from uniattn_cli.models.losses import RowLosses, kl_divergence
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.models.loading import Source
-from uniattn_cli.run.directory import versions
+from uniattn_cli.models.hub import Source
+from uniattn_cli.run.files import versions
 
 # A directory in place of the usual one, or `off`.
 VARIABLE = "UNIATTN_CACHE"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.costs import context_window, kv_bytes
+from uniattn_cli.models.costs import kv_bytes
+from uniattn_cli.models.hub import context_window
 
 RESERVE = 1 << 29
 PIECE = 2048  # tokens of a prompt that are read at once

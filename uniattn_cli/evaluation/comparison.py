@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation.figures import SCHEMA
 from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.wording import as_difference, as_ratio, as_value
-from uniattn_cli.reporting.pareto import QUALITY_LABELS, cost_of, draw_panels
 from uniattn_cli.tables import Table
+
+QUALITY_LABELS = {
+    "perplexity": ("perplexity of held-out text (lower is better)", 1),
+    "accuracy": ("mean accuracy of the tasks, % (higher is better)", 100),
+}
+
 
 PLOT = "pareto.png"
 APART = (
@@ -63,10 +67,6 @@ class Merged:
             "sources": [part.origin for part in parts],
             "notes": self.notes,
         }
-
-    def draw(self, path: Path) -> None:
-        """Writes the picture: quality against KV bytes, and against speed where it may be compared."""
-        draw_panels(self.models, [tuple(key.split("/")) for key in self.fronts], self.fronts, path)
 
 
 def merge(parts: Sequence[Part]) -> Merged:
@@ -190,3 +190,13 @@ def _fronts_of(name: str, fronts: dict[str, list[str]]) -> str:
         f"{quality} at {words[cost]}"
         for quality, cost in (key.split("/") for key, names in fronts.items() if name in names)
     )
+
+
+def cost_of(model: dict[str, Any], cost: str) -> float | None:
+    """A model's place on the axis of a cost: kB per token, or its speed divided by the base's; None if unknown."""
+    if cost == "kv":
+        return model["cost"]["kv_bytes_per_token"]["value"] / 1000
+    speed = model["cost"].get("tokens_per_second")
+    if speed is None:
+        return None
+    return 1.0 if model["role"] == BASE else speed["ratio_to_base"]

@@ -65,7 +65,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.data.heldout import RowLosses
 from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation.intervals import (
     EXPONENTIAL,
@@ -75,14 +74,14 @@ from uniattn_cli.evaluation.intervals import (
     mean_difference,
     paired_difference,
 )
-from uniattn_cli.evaluation.speed import ratios
 from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.tasks import MetricScores
-from uniattn_cli.models.losses import summarise
+from uniattn_cli.inference.timing import ratios
+from uniattn_cli.models.losses import RowLosses, summarise
 
 if TYPE_CHECKING:
     from uniattn_cli.evaluation.scores import Measured
-    from uniattn_cli.evaluation.speed import Timing
+    from uniattn_cli.inference.timing import Timing
 
 SCHEMA = 2
 RESULTS = "results.json"

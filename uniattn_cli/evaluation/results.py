@@ -11,10 +11,13 @@ from uniattn_cli.evaluation.batches import Batches
 from uniattn_cli.evaluation.capacity import FORMULA, Footprint, capacity_table
 from uniattn_cli.evaluation.retrieval import FACTS
 from uniattn_cli.evaluation.scores import Material, Measured
-from uniattn_cli.evaluation.speed import WARM_UP_TOKENS, GridPoint, Runner, describe_device, grid_entry
-from uniattn_cli.evaluation.subjects import BASE, CONTROL, ModelPool, Subject
+from uniattn_cli.evaluation.speed import GridPoint, Runner, grid_entry
+from uniattn_cli.evaluation.subjects import BASE, CONTROL
 from uniattn_cli.evaluation.verdict import verdict
+from uniattn_cli.inference.timing import WARM_UP_TOKENS, describe_device
 from uniattn_cli.models.loading import load_config
+from uniattn_cli.models.of_run import Subject
+from uniattn_cli.models.pool import ModelPool
 from uniattn_cli.recipe.schema import Recipe
 
 

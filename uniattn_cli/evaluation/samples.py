@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.data.splits import load_rows
-from uniattn_cli.evaluation.subjects import ModelPool, Subject
 from uniattn_cli.generation.decode import Decoding, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
+from uniattn_cli.models.of_run import Subject
+from uniattn_cli.models.pool import ModelPool
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe
 

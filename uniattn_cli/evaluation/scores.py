@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.data.heldout import RowLosses, Rows, row_losses
 from uniattn_cli.errors import ModelError
 from uniattn_cli.evaluation.agreement import Agreement, Reference, base_losses, compare_with_base
 from uniattn_cli.evaluation.batches import Batches
 from uniattn_cli.evaluation.cache import ScoreStore, device_key, environment_key, model_key
 from uniattn_cli.evaluation.cost import Size, measure_size
 from uniattn_cli.evaluation.retrieval import RetrievalItem, answer_items
-from uniattn_cli.evaluation.subjects import Subject
 from uniattn_cli.evaluation.tasks import MetricScores, TaskScores, TaskSet, run_task, with_groups
+from uniattn_cli.models.losses import RowLosses, Rows, row_losses
+from uniattn_cli.models.of_run import Subject
 from uniattn_cli.options import Progress
 
 if TYPE_CHECKING:

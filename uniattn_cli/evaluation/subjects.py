@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import CheckpointError, StageError
-from uniattn_cli.models.loading import Source, load_model, load_tokenizer, locate
-from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.models.hub import Source, locate
+from uniattn_cli.models.loading import load_tokenizer
+from uniattn_cli.models.of_run import Subject
+from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import COMMANDS, RunDir
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 BASE = "base"
 CONTROL = "control"
@@ -30,23 +29,6 @@ SHARED_SETTINGS = (
     "train.max_length",
     "train.loss",
 )
-# What stays free beside the weights for activations and logits.
-RESERVED_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model of the comparison.
-
-    Attributes:
-        name: `base`, `control`, `converted`, `trained`, or a further checkpoint as the user wrote it.
-        role: `base`, `control`, `converted`, `trained` or `given`.
-        source: where its files are.
-    """
-
-    name: str
-    role: str
-    source: Source
 
 
 def find_subjects(run: RunDir, recipe: Recipe, checkpoints: Sequence[str]) -> tuple[list[Subject], list[str]]:
@@ -160,58 +142,3 @@ def check_tokenizers(subjects: Sequence[Subject], tokenizer: PreTrainedTokenizer
                 f"{subject.name} has another vocabulary than the base, so that perplexities cannot be compared; "
                 "leave it out"
             )
-
-
-class ModelPool:
-    """Keeps models loaded while they fit, because speed is measured on all of them in turn.
-
-    Attributes:
-        together: whether all models asked for so far are still loaded.
-    """
-
-    def __init__(self, spec: ModelSpec, device: torch.device):
-        self.spec = spec
-        self.device = device
-        self.together = True
-        self._loaded: dict[str, PreTrainedModel] = {}
-
-    def get(self, subject: Subject) -> PreTrainedModel:
-        """The model in evaluation mode on the device; drops the others first if there is no room.
-
-        Raises:
-            ModelError: the weights cannot be read.
-            CheckpointError: weights are missing, unexpected or of another shape.
-        """
-        if subject.name not in self._loaded:
-            largest = max((weight_bytes(model) for model in self._loaded.values()), default=0)
-            if self._loaded and available_bytes(self.device) < largest * 1.25 + RESERVED_BYTES:
-                self.together = False
-                self._loaded.clear()
-                release_memory(self.device)
-            self._loaded[subject.name] = load_model(subject.source, self.spec, self.device)
-        return self._loaded[subject.name]
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device; for MPS that of the machine, which it shares."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-def release_memory(device: torch.device) -> None:
-    """Gives memory of dropped models back."""
-    gc.collect()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ from uniattn_cli.data.items import is_local, load_items
 from uniattn_cli.errors import DataError, suggest
 from uniattn_cli.evaluation.intervals import EXPONENTIAL, IDENTITY, LARGEST_LOSS
 from uniattn_cli.evaluation.local_tasks import local_task
-from uniattn_cli.models.loading import transport_errors
+from uniattn_cli.models.hub import transport_errors
 from uniattn_cli.recipe.schema import TaskSpec
 
 if TYPE_CHECKING:

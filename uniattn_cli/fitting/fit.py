@@ -21,7 +21,7 @@ from uniattn_cli.fitting.moments import Moments, PositionSums, RidgeFit, fit_rid
 from uniattn_cli.fitting.stream import Batch, attention_features, base_step, release, resident, run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
-from uniattn_cli.models.loading import build_attention
+from uniattn_cli.models.building import build_attention
 from uniattn_cli.recipe.schema import ConversionSpec
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from uniattn_cli.fitting.match_keys import KeyMatches, matched
 from uniattn_cli.fitting.moments import Moments
 from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step
 from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
-from uniattn_cli.models.loading import build_attention
+from uniattn_cli.models.building import build_attention
 
 if TYPE_CHECKING:
     from torch import nn

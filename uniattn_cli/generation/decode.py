@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import DataError, ModelError, UsageError
-from uniattn_cli.models.costs import cache_bytes, context_window
+from uniattn_cli.models.costs import cache_bytes
+from uniattn_cli.models.hub import context_window
 
 if TYPE_CHECKING:
     import torch

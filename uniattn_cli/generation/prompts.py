@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data.chat import Messages, bos_of, encode
+from uniattn_cli.data.chat import Messages
+from uniattn_cli.data.encoding import bos_of, encode
 from uniattn_cli.errors import DataError
 
 if TYPE_CHECKING:

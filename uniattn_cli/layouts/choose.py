@@ -20,7 +20,7 @@ from uniattn_cli.layouts.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
-from uniattn_cli.models.loading import locate
+from uniattn_cli.models.hub import locate
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
 from uniattn_cli.run.directory import RunDir

@@ -14,7 +14,6 @@ from uniattn_cli.tables import Table
 
 SCHEMA = 1
 JSON_FILE = "grouping.json"
-PLOT_FILE = "frontier.png"
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,7 @@ class Considered:
     chosen: Layout
 
     def save(self, directory: Path, shape: AttentionShape) -> None:
-        """Writes `grouping.json`, with every layout in full, and `frontier.png`."""
-        from uniattn_cli.layouts.plots import plot_frontier
-
+        """Writes `grouping.json`, with every layout in full."""
         own = kv_bytes_per_token(Layout.own(shape.layers), shape, 1)
 
         def described(entry: Point | Validated, **more: Any) -> dict:
@@ -104,7 +101,6 @@ class Considered:
             "chosen": self.chosen.to_list(),
         }
         (directory / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        plot_frontier(self, shape, directory / PLOT_FILE)
 
     def reason(self) -> str:
         """Why the first of the shortlist was taken, in one sentence; empty if nothing was compared."""

@@ -24,8 +24,8 @@ from uniattn_cli.fitting.stream import Batch, run_layer, start_batches
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
+from uniattn_cli.models.building import build_attention, build_converted
 from uniattn_cli.models.costs import cached_heads
-from uniattn_cli.models.loading import build_attention, build_converted
 from uniattn_cli.models.losses import head_logits, kl_divergence
 from uniattn_cli.recipe.schema import ConversionSpec
 

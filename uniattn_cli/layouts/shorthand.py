@@ -93,7 +93,7 @@ def _chunks(layers: range, size: int, shape: AttentionShape, text: str) -> list[
 
 
 def _from_file(path: Path, compensation: str | int) -> Layout:
-    from uniattn_cli.recipe.schema import read_tree
+    from uniattn_cli.recipe.files import read_tree
 
     try:
         tree = read_tree(path)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from uniattn_cli.analysis.measured import Measured
     from uniattn_cli.fitting.match_outputs import SourceChooser
-    from uniattn_cli.models.loading import Source
+    from uniattn_cli.models.hub import Source
     from uniattn_cli.options import RunOptions
 
 # Tokens that a layout of the shortlist is fitted on: enough to tell layouts apart.
@@ -78,14 +78,14 @@ class Workbench:
 
     def windows(self, tokens: int) -> torch.Tensor:
         """Calibration windows. Raises `DataError` if the text does not hold even one."""
-        from uniattn_cli.data import splits
-        from uniattn_cli.models.loading import load_tokenizer
+        from uniattn_cli.data.chat import load_chat_tokenizer
+        from uniattn_cli.data.windows import calibration_windows
 
         recipe = self.recipe
         length = recipe.conversion.length
-        return splits.calibration_windows(
+        return calibration_windows(
             recipe.data,
-            load_tokenizer(self.source, recipe.data.chat_template),
+            load_chat_tokenizer(self.source, recipe.data.chat_template),
             tokens=tokens,
             length=length,
             seed=recipe.seed,
@@ -172,7 +172,7 @@ class Workbench:
 
         from uniattn_cli.fitting.align_queries import for_trials
         from uniattn_cli.fitting.fit import fit_layers
-        from uniattn_cli.models.loading import build_converted
+        from uniattn_cli.models.building import build_converted
 
         spec = self.recipe.conversion
         torch.manual_seed(self.recipe.seed)

@@ -11,11 +11,6 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
-def context_window(config: Any) -> int | None:
-    """The most tokens of a sequence that a model was made for, None where its configuration does not say."""
-    return getattr(config, "max_position_embeddings", None)
-
-
 def cached_heads(plan: LayerPlan, shape: AttentionShape) -> int:
     """Heads of size `head_dim` that a layer keeps per token, keys and values counted apart."""
     return {
@@ -68,7 +63,7 @@ def count_parameters(config: Any, layout: Layout) -> int:
     """Parameters of a stock configuration converted to a layout; tied embeddings count once."""
     import torch
 
-    from uniattn_cli.models.loading import converted_classes, make_config
+    from uniattn_cli.models.building import converted_classes, make_config
 
     with torch.device("meta"):
         model = converted_classes(config.model_type).causal_lm(make_config(config, layout))

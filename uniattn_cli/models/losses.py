@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,10 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PreTrainedModel
+
+IGNORED = -100  # label of a token that is not learned
+# Logits computed at once, 256 MiB in float32.
+LOGITS_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -156,3 +162,84 @@ def kl_divergence(base_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tens
     """KL(base || model) along the last dimension, float32, of logits [..., vocabulary]."""
     base_logp, logp = base_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
     return (base_logp.exp() * (base_logp - logp)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to score.
+
+    Attributes:
+        tokens: token ids of each row, LongTensor [length of the row].
+        labels: the same with -100 where nothing is scored.
+    """
+
+    tokens: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def digest(self) -> str:
+        """Identifies the rows, so that scores of other rows are never taken for theirs."""
+        found = hashlib.sha256()
+        for row in (*self.tokens, *self.labels):
+            found.update(row.numpy().tobytes() + b";")
+        return found.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Scores of one model on rows.
+
+    Attributes:
+        sums: cross-entropy of each row in nats, summed over its scored tokens.
+        counts: scored tokens of each row.
+    """
+
+    sums: list[float]
+    counts: list[int]
+
+    def summary(self) -> Loss:
+        """Mean over all scored tokens, with its standard error over rows."""
+        import torch
+
+        return summarise(torch.tensor(self.sums, dtype=torch.float64), torch.tensor(self.counts))
+
+
+def row_losses(
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> RowLosses:
+    """Scores rows of any lengths.
+
+    Rows of similar length share a batch and are padded on the right, where causal attention never looks, so that the
+    result does not depend on the batch.
+
+    Args:
+        advance: told the number of finished rows.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda index: -len(rows.tokens[index]))
+    sums = [0.0] * len(rows)
+    counts = [int((labels[1:] != IGNORED).sum()) for labels in rows.labels]
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            tokens = _padded([rows.tokens[index] for index in batch], 0)
+            labels = _padded([rows.labels[index] for index in batch], IGNORED)
+            losses = token_losses(model, tokens.to(device), labels.to(device)).double().sum(1)
+            for index, total in zip(batch, losses.tolist(), strict=True):
+                sums[index] = total
+            advance(len(batch))
+    return RowLosses(sums, counts)
+
+
+def _padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import StageError
-from uniattn_cli.models.loading import Source, load_model, load_tokenizer, locate
+from uniattn_cli.models.hub import Source, locate
+from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE = "base"
@@ -99,3 +101,46 @@ def model_spec(run: RunDir, overrides: Sequence[str]) -> ModelSpec:
     if run.recipe.is_file():
         return Recipe.load(run.recipe, overrides).model
     return Recipe.from_tree({"model": {"name": "given on the command line"}}, "--set", overrides).model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the comparison.
+
+    Attributes:
+        name: `base`, `control`, `converted`, `trained`, or a further checkpoint as the user wrote it.
+        role: `base`, `control`, `converted`, `trained` or `given`.
+        source: where its files are.
+    """
+
+    name: str
+    role: str
+    source: Source
+
+
+def find_models(run_dir: Any, checkpoints: Sequence[str]) -> dict[str, Any]:
+    """Where the models are: the checkpoints named, or base, `converted/` and `trained/` of a run.
+
+    Raises:
+        ModelError: a checkpoint is not there.
+        RecipeError: there is no recipe and no checkpoint was named, or it is faulty.
+    """
+    if checkpoints:
+        return {text.rstrip("/"): locate(text) for text in checkpoints}
+    run = RunDir(run_dir)
+    recipe = Recipe.load(run.recipe)
+    found = {BASE: locate(recipe.model.name, recipe.model.revision)}
+    for stage, name in (("convert", "converted"), ("train", "trained")):
+        if run.is_complete(stage):
+            found[name] = locate(str(run.output(stage)))
+    return found
+
+
+def load_models(sources: dict[str, Any], dtype: str, device: torch.device) -> dict[str, PreTrainedModel]:
+    """Loads them all; they are measured in turn, so they have to fit together.
+
+    Raises:
+        ModelError, CheckpointError: as `load_model`.
+    """
+    spec = ModelSpec(dtype=dtype)
+    return {name: load_model(source, spec, device) for name, source in sources.items()}

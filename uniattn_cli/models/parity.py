@@ -8,8 +8,8 @@ from typing import Any
 from uniattn_cli.errors import ModelError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.building import UNPORTABLE_FIELDS, build_converted
 from uniattn_cli.models.families import family_of
-from uniattn_cli.models.loading import UNPORTABLE_FIELDS, build_converted
 
 TOKENS = 24
 HEAD_DIM = 16

@@ -12,7 +12,8 @@ from uniattn_cli.data.rows import BUILTIN
 from uniattn_cli.layouts.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.costs import context_window, count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.models.hub import context_window
 from uniattn_cli.publishing.facts import BASE, Facts
 from uniattn_cli.reporting import markdown
 from uniattn_cli.tables import Table, to_markdown

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import CheckpointError
-from uniattn_cli.models.loading import Source, load_config, locate, transport_errors
+from uniattn_cli.models.hub import Source, locate, transport_errors
+from uniattn_cli.models.loading import load_config
 from uniattn_cli.run.directory import OUTPUTS, STAGE_FILE, RunDir
 
 REPORT_FILE = "uniattn_report.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from uniattn_cli.errors import RecipeError, StageError, UsageError, suggest
 from uniattn_cli.recipe.schema import Recipe
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ them. Reading reports every fault of a file at once, with line and nearest valid
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from uniattn_cli.errors import RecipeError, suggest
+from uniattn_cli.errors import suggest
 from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS
+from uniattn_cli.recipe.files import plain, read_tree
+from uniattn_cli.recipe.reading import read_section
 
 RECIPE_FORMAT = 1
 # What a data set's columns may stand for.
@@ -75,7 +75,9 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set."""
+    """One data set; an entry of the list may also be its source alone."""
+
+    main: ClassVar[str] = "source"
 
     source: str = setting(
         "builtin",
@@ -476,6 +478,8 @@ class SpeedSpec:
 class TaskSpec:
     """One task; an entry of the list may also be its source alone."""
 
+    main: ClassVar[str] = "source"
+
     source: str = setting("", "builtin:NAME, a local .jsonl or .txt file, or a task of lm-evaluation-harness")
     name: str | None = setting(None, "name in tables; the default is the file's")
     shape: str = setting(
@@ -574,15 +578,7 @@ class Recipe:
     @classmethod
     def from_tree(cls, tree: Any, name: str = "recipe", overrides: typing.Sequence[str] = ()) -> Recipe:
         """Checks a parsed YAML tree. Raises `RecipeError` with all faults."""
-        reader = _Reader(name)
-        if isinstance(tree, dict):
-            reader.overridden = apply_overrides(tree, overrides)
-        recipe = reader.section(cls, tree, "")
-        if recipe is not None and not reader.faults:
-            reader.faults.extend(f"{name}: {fault}" for fault in recipe.contradictions())
-        if reader.faults:
-            raise RecipeError(reader.faults)
-        return recipe
+        return read_section(cls, tree, name, overrides)
 
     def contradictions(self) -> list[str]:
         """Settings that are valid alone but not together."""
@@ -642,17 +638,7 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Plain nested dicts and lists of every setting."""
-        return _plain(self)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value
+        return plain(self)
 
 
 def flow(value: Any, number: Callable[[float], str] = str) -> str:
@@ -662,272 +648,15 @@ def flow(value: Any, number: Callable[[float], str] = str) -> str:
         number: writes numbers that are not whole.
     """
     if dataclasses.is_dataclass(value):
-        sourced = isinstance(value, (DatasetSpec, TaskSpec))
-        if sourced and value == type(value)(source=value.source):
-            return value.source
-        plain = type(value)()
+        main = getattr(value, "main", None)
+        if main and value == type(value)(**{main: getattr(value, main)}):
+            return getattr(value, main)
+        default = type(value)()
         names = [entry.name for entry in dataclasses.fields(value)]
-        shown = [
-            name for name in names if getattr(value, name) != getattr(plain, name) or (sourced and name == "source")
-        ]
+        shown = [name for name in names if getattr(value, name) != getattr(default, name) or name == main]
         return "{" + ", ".join(f"{name}: {flow(getattr(value, name), number)}" for name in shown or names[:1]) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(flow(item, number) for item in value) + "]"
     if value is None or isinstance(value, (bool, dict)):
         return json.dumps(value)
     return number(value) if isinstance(value, float) else str(value) or "''"
-
-
-def _yaml() -> Any:
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 118
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    # Otherwise null is written as nothing at all, which reads like a mistake.
-    yaml.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
-    return yaml
-
-
-def read_tree(path: Path) -> Any:
-    """Parses a YAML file into ruamel's round-trip tree, which keeps comments, order and line numbers.
-
-    Raises:
-        RecipeError: the file is missing, unreadable or not YAML.
-    """
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; `uniattn analyze MODEL` writes a recipe.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
-    try:
-        tree = _yaml().load(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{path.name}{where}: not valid YAML: {problem}") from None
-    return {} if tree is None else tree
-
-
-def write_tree(tree: Any, path: Path) -> None:
-    """Writes a round-trip tree atomically."""
-    buffer = io.StringIO()
-    _yaml().dump(tree, buffer)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(buffer.getvalue(), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> dict[tuple[int, Any], str]:
-    """Sets `key.path=value` strings in a tree, creating sections on the way.
-
-    Returns:
-        The override behind each place that was set, keyed by (id of the node, key), for messages.
-
-    Raises:
-        RecipeError: an override that is not of that form.
-    """
-    from ruamel.yaml.error import YAMLError
-
-    origin: dict[tuple[int, Any], str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {override}: write KEY=VALUE, for example --set analysis.tokens=8192")
-        try:
-            value = _yaml().load(text) if text.strip() else None
-        except YAMLError:
-            raise RecipeError(f"--set {override}: the value is not valid YAML") from None
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                node[parent] = {}
-                origin[id(node), parent] = override
-            node = node[parent]
-        node[last] = value
-        origin[id(node), last] = override
-        origin.update(((place, key), override) for place, key in _places(value))
-    return origin
-
-
-def _places(value: Any) -> typing.Iterator[tuple[int, Any]]:
-    """(id of the node, key) of everything inside a value."""
-    if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield id(value), key
-            yield from _places(item)
-
-
-def default_tree(model_name: str) -> Any:
-    """The commented recipe that `uniattn analyze` writes: common settings only, one comment each."""
-    tree = _commented(Recipe(model=ModelSpec(name=model_name)), 0, 0)
-    tree.yaml_set_start_comment(
-        "Settings of this run. Delete a line to get its default; `uniattn recipe` lists all settings."
-    )
-    return tree
-
-
-def _commented(section: Any, depth: int, indent: int, comments: bool = True) -> Any:
-    """A section as a commented map; `indent` is its column in the file."""
-    from ruamel.yaml.comments import CommentedMap, CommentedSeq
-
-    tree = CommentedMap()
-    shown = {e.name: getattr(section, e.name) for e in dataclasses.fields(section) if e.metadata["common"]}
-    plain = {name: value for name, value in shown.items() if not dataclasses.is_dataclass(value)}
-    widths = [len(f"{name}: {value}") for name, value in plain.items() if not isinstance(value, tuple)]
-    column = indent + 2 + max((width for width in widths if width <= 40), default=0)
-    for entry in dataclasses.fields(section):
-        if not entry.metadata["common"]:
-            continue
-        value = getattr(section, entry.name)
-        if dataclasses.is_dataclass(value):
-            tree[entry.name] = _commented(value, depth + 1, indent + 2)
-            if depth == 0:
-                tree.yaml_set_comment_before_after_key(entry.name, before="\n" + entry.metadata["help"])
-            continue
-        if isinstance(value, tuple):
-            # What the keys of a list's items mean is said once.
-            items = [
-                _commented_item(item, depth + 1, indent + 4, comments=not index) for index, item in enumerate(value)
-            ]
-            tree[entry.name] = CommentedSeq(items)
-            tree.yaml_set_comment_before_after_key(entry.name, before=entry.metadata["help"], indent=2 * depth)
-            continue
-        tree[entry.name] = value
-        if comments:
-            comment, choices = entry.metadata["help"], entry.metadata["choices"] or ()
-            if not all(choice in comment for choice in choices):
-                comment += f" ({' | '.join(choices)})"
-            tree.yaml_add_eol_comment(comment, entry.name, column=column)
-    return tree
-
-
-def _commented_item(item: Any, depth: int, indent: int, comments: bool) -> Any:
-    if isinstance(item, TaskSpec) and item == TaskSpec(source=item.source):
-        return item.source
-    return _commented(item, depth, indent, comments) if dataclasses.is_dataclass(item) else item
-
-
-class _Reader:
-    """Checks a YAML tree against the dataclasses, collecting every fault."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.faults: list[str] = []
-        self.overridden: dict[tuple[int, Any], str] = {}
-
-    def fault(self, node: Any, key: Any, message: str) -> None:
-        if (id(node), key) in self.overridden:
-            self.faults.append(f"--set {self.overridden[id(node), key]}: {message}")
-            return
-        line = None
-        if hasattr(node, "lc") and node.lc.data and key in node.lc.data:
-            line = node.lc.data[key][0] + 1
-        where = f"{self.name}, line {line}" if line else self.name
-        self.faults.append(f"{where}: {message}")
-
-    def section(self, cls: type, node: Any, path: str, parent: Any = None, key: Any = None) -> Any:
-        """Reads a mapping into dataclass `cls`; returns None after a fault."""
-        if not isinstance(node, dict):
-            expected = "a mapping of settings"
-            self.fault(parent, key, f"{path or 'the file'} must be {expected}, not {_describe(node)}")
-            return None
-        hints = typing.get_type_hints(cls)
-        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
-        values = {}
-        for name, value in node.items():
-            where = f"{path}.{name}" if path else str(name)
-            if name not in fields:
-                known = ", ".join(fields)
-                self.fault(node, name, f"unknown key '{where}'{suggest(str(name), fields) or f' (known: {known})'}")
-                continue
-            values[name] = self.value(hints[name], value, where, node, name, fields[name].metadata)
-        return cls(**values)
-
-    def value(self, hint: Any, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> Any:
-        """Reads one value of annotated type `hint`."""
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            if dataclasses.is_dataclass(option):
-                return self.section(option, value, path, node, key)
-            if typing.get_origin(option) is tuple:
-                return self.sequence(typing.get_args(option)[0], value, path, node, key, meta)
-        scalars = [option for option in options if option is not type(None)]
-        number = float in scalars and isinstance(value, int) and not isinstance(value, bool)
-        if float in scalars and isinstance(value, str):
-            # YAML 1.2 reads 1e-4 as a string unless it has a dot.
-            try:
-                value, number = float(value), True
-            except ValueError:
-                pass
-        right_type = any(type(value) is option or isinstance(value, option) for option in scalars)
-        if isinstance(value, bool) and bool not in scalars:
-            right_type = False
-        if not (right_type or number):
-            names = " or ".join(_TYPE_NAMES[option] for option in scalars)
-            self.fault(node, key, f"{path} must be {names}, not {_describe(value)}")
-            return None
-        return self.bounded(float(value) if number else value, path, node, key, meta)
-
-    def bounded(self, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> Any:
-        if isinstance(value, str):
-            if meta["choices"] and value not in meta["choices"]:
-                near = suggest(value, meta["choices"])
-                self.fault(node, key, f"{path} must be one of {', '.join(meta['choices'])}, not '{value}'{near}")
-            return str(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            for name, broken, words in (
-                ("minimum", lambda bound: not value >= bound, "at least"),
-                ("maximum", lambda bound: not value <= bound, "at most"),
-                ("above", lambda bound: not value > bound, "greater than"),
-            ):
-                if meta[name] is not None and broken(meta[name]):
-                    self.fault(node, key, f"{path} must be {words} {meta[name]}, not {value}")
-            return float(value) if isinstance(value, float) else int(value)
-        return _plain(value) if isinstance(value, dict) else value
-
-    def sequence(self, item_hint: Any, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> tuple:
-        # One data set or task may be written without the list, as its source or as its mapping.
-        if item_hint in (DatasetSpec, TaskSpec) and isinstance(value, (str, dict)):
-            value = [value]
-        if not isinstance(value, (list, tuple)):
-            self.fault(node, key, f"{path} must be a list, not {_describe(value)}")
-            return ()
-        items = []
-        for index, item in enumerate(value):
-            where = f"{path}[{index}]"
-            if item_hint in (DatasetSpec, TaskSpec) and isinstance(item, str):
-                items.append(item_hint(source=str(item)))
-            elif item_hint is dict:
-                if isinstance(item, dict):
-                    items.append(_plain(dict(item)))
-                else:
-                    self.fault(value, index, f"{where} must be a mapping, not {_describe(item)}")
-            elif dataclasses.is_dataclass(item_hint):
-                items.append(self.section(item_hint, item, where, value, index))
-            else:
-                items.append(self.value(item_hint, item, where, value, index, meta))
-        return tuple(items)
-
-
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return "empty" if value is None else repr(value)

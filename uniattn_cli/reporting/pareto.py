@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uniattn_cli.evaluation.comparison import QUALITY_LABELS, cost_of
 from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.reporting.markdown import short
 
@@ -18,10 +19,6 @@ LABEL_HEIGHT = 15.0  # points between two labels
 
 KV_LABEL = "KV cache, kB per token (measured)"
 SPEED_LABEL = "tokens per second, divided by the base's beside it"
-QUALITY_LABELS = {
-    "perplexity": ("perplexity of held-out text (lower is better)", 1),
-    "accuracy": ("mean accuracy of the tasks, % (higher is better)", 100),
-}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -62,16 +59,6 @@ def draw_panels(
     for axis in axes:
         _spread_labels(axis)
     page.savefig(path)
-
-
-def cost_of(model: dict[str, Any], cost: str) -> float | None:
-    """A model's place on the axis of a cost: kB per token, or its speed divided by the base's; None if unknown."""
-    if cost == "kv":
-        return model["cost"]["kv_bytes_per_token"]["value"] / 1000
-    speed = model["cost"].get("tokens_per_second")
-    if speed is None:
-        return None
-    return 1.0 if model["role"] == BASE else speed["ratio_to_base"]
 
 
 def _front(axis: Any, models: dict[str, Any], names: Sequence[str], key: str, factor: float, cost: str) -> None:

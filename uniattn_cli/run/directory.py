@@ -7,28 +7,20 @@ nothing that looks finished. `stage.json` in every output says what was done, wi
 from __future__ import annotations
 
 import contextlib
-import datetime
-import errno
-import hashlib
 import json
 import os
-import platform
-import re
 import shutil
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from safetensors import SafetensorError
+from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.files import file_errors, now, versions
 
 STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
 STARTED_FILE = "started.json"
-SAMPLE_BYTES = 256
 OUTPUTS = {
     "analyze": "analysis",
     "group": "grouping",
@@ -49,7 +41,6 @@ COMMANDS = {
     "compare": "compare A B",
     "synthesize": "synthesize",
 }
-VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 
 
 class RunDir:
@@ -217,94 +208,3 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _matters(path: str, decisive: Sequence[str]) -> bool:
     return any(path == key or key == "" or path.startswith((f"{key}.", f"{key}[")) for key in decisive)
-
-
-@contextlib.contextmanager
-def file_errors(root: Path) -> Iterator[None]:
-    """Turns the file-system errors that a user can mend into one clear line.
-
-    Raises:
-        StageError: what could not be written, why, and the next step.
-    """
-    reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run the same command again",
-        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-        errno.EROFS: "the file system is read-only; choose another run directory with -C DIR",
-        errno.EACCES: "permission denied; choose another run directory with -C DIR",
-        errno.EPERM: "permission denied; choose another run directory with -C DIR",
-        errno.ENOTDIR: "the run directory is not a directory",
-    }
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = _errno(error)
-        if number not in reasons:
-            raise
-        place = getattr(error, "filename", None) or root.absolute()
-        raise StageError(f"cannot write {place}: {reasons[number]}") from error
-
-
-def _errno(error: OSError | SafetensorError) -> int | None:
-    """The system's error number; safetensors writes files itself and tells it in words only."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
-
-
-def now() -> str:
-    """The time in UTC, to the second, in ISO 8601."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def fingerprint(directory: Path) -> str:
-    """A short hash that tells checkpoints apart without reading gigabytes.
-
-    Covers all JSON files in full, and of every weight file its name, size, first and last MiB, and a few bytes of each
-    tensor: training may change nothing but small tensors in the middle of a large file.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if (
-            not path.is_file()
-            or path.name == STAGE_FILE
-            or path.suffix not in (".json", ".safetensors", ".bin", ".gguf")
-        ):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as stream:
-            if path.suffix == ".json":
-                digest.update(stream.read())
-                continue
-            digest.update(stream.read(1 << 20))
-            if size > 1 << 20:
-                stream.seek(-(1 << 20), os.SEEK_END)
-                digest.update(stream.read())
-            for offset in _tensor_samples(stream, size) if path.suffix == ".safetensors" else ():
-                stream.seek(offset)
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def _tensor_samples(stream: BinaryIO, size: int) -> list[int]:
-    """Places in a safetensors file: beginning and middle of each tensor; none where its header cannot be read."""
-    stream.seek(0)
-    length = int.from_bytes(stream.read(8), "little")
-    if length > size:
-        return []
-    try:
-        header = json.loads(stream.read(length))
-        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-        return sorted(8 + length + place for start, end in spans for place in (start, (start + end) // 2))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return []

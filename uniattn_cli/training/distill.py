@@ -23,11 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from uniattn_cli.data.splits import IGNORED
-from uniattn_cli.models.losses import head_logits
+from uniattn_cli.models.losses import IGNORED, LOGITS_AT_ONCE, head_logits
 from uniattn_cli.recipe.schema import DistillationSpec
 from uniattn_cli.training.divergence import TopK, dense_divergence, sparse_divergence, top_k
-from uniattn_cli.training.validation import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

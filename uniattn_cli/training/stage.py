@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from uniattn_cli.models.loading import Source, load_model
+from uniattn_cli.models.hub import Source
+from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe, TrainStage
 from uniattn_cli.training.lora import merged_weights
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from uniattn_cli.data.heldout import Rows
+    from uniattn_cli.models.losses import Rows
     from uniattn_cli.training.teaching import Teaching
 
 DONE_FILE = "done.json"

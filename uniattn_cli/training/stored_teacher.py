@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from uniattn_cli.data.splits import IGNORED
 from uniattn_cli.errors import StageError
+from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.training.divergence import TopK
 
 if TYPE_CHECKING:
-    import datasets
-
-    from uniattn_cli.training.distill import Distiller
+    pass
 
 FOLDER = "teacher"
 META = "teacher.json"
@@ -93,54 +90,6 @@ def documents(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[tup
         for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
             found.append((row[start:end], target[start:end]))
     return found
-
-
-def write_teacher(
-    folder: Path,
-    distiller: Distiller,
-    rows: datasets.Dataset,
-    *,
-    settings: dict[str, Any],
-    batch_size: int,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda steps: None,
-) -> None:
-    """Computes and writes the distributions at all compared positions, as a whole or not at all.
-
-    Args:
-        folder: made; what an interruption left of an earlier try is replaced.
-        distiller: has the teacher.
-        rows: columns `input_ids` and `labels`.
-        settings: what `store_key` was given.
-        batch_size: rows per forward pass.
-        advance: told the number of finished rows.
-    """
-    counts = [positions(labels, distiller.spec.tokens) for labels in rows["labels"]]
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    keys = [row_key(tokens, labels) for tokens, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    width = min(distiller.spec.top_k, distiller.teacher.config.vocab_size)
-    total = int(starts[-1])
-    make = lambda name, dtype, shape: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)  # noqa: E731
-    ids, logprobs = make("ids", np.int32, (total, width)), make("logprobs", np.float32, (total, width))
-    rest = make("rest", np.float32, (total,))
-    # Rows of like length share a forward pass.
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        batch = pad_rows([rows[index] for index in chosen], device)
-        found = distiller.top_k_of(batch)
-        places = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in chosen])
-        ids[places] = found.ids.cpu().numpy()
-        logprobs[places], rest[places] = found.logprobs.cpu().numpy(), found.rest.cpu().numpy()
-        advance(len(chosen))
-    for array in (ids, logprobs, rest):
-        array.flush()
-    np.save(partial / "rows.npy", np.stack([np.asarray(keys, dtype=np.int64), starts[:-1]], axis=1))
-    (partial / META).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    partial.rename(folder)
 
 
 def pad_rows(rows: Sequence[dict[str, list[int]]], device: torch.device) -> dict[str, torch.Tensor]:

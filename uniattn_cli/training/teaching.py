@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.models.loading import Source, load_model
+import numpy as np
+import torch
+
+from uniattn_cli.models.hub import Source
+from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.training.distill import Distiller
 from uniattn_cli.training.process import Process
-from uniattn_cli.training.stored_teacher import FOLDER, StoredTeacher, store_key, write_teacher
+from uniattn_cli.training.stored_teacher import FOLDER, META, StoredTeacher, pad_rows, positions, row_key, store_key
 
 if TYPE_CHECKING:
     import datasets
@@ -93,3 +100,51 @@ class Teaching:
 
 def _gigabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.iterdir()) / 1e9
+
+
+def write_teacher(
+    folder: Path,
+    distiller: Distiller,
+    rows: datasets.Dataset,
+    *,
+    settings: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> None:
+    """Computes and writes the distributions at all compared positions, as a whole or not at all.
+
+    Args:
+        folder: made; what an interruption left of an earlier try is replaced.
+        distiller: has the teacher.
+        rows: columns `input_ids` and `labels`.
+        settings: what `store_key` was given.
+        batch_size: rows per forward pass.
+        advance: told the number of finished rows.
+    """
+    counts = [positions(labels, distiller.spec.tokens) for labels in rows["labels"]]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    keys = [row_key(tokens, labels) for tokens, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    width = min(distiller.spec.top_k, distiller.teacher.config.vocab_size)
+    total = int(starts[-1])
+    make = lambda name, dtype, shape: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)  # noqa: E731
+    ids, logprobs = make("ids", np.int32, (total, width)), make("logprobs", np.float32, (total, width))
+    rest = make("rest", np.float32, (total,))
+    # Rows of like length share a forward pass.
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        batch = pad_rows([rows[index] for index in chosen], device)
+        found = distiller.top_k_of(batch)
+        places = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in chosen])
+        ids[places] = found.ids.cpu().numpy()
+        logprobs[places], rest[places] = found.logprobs.cpu().numpy(), found.rest.cpu().numpy()
+        advance(len(chosen))
+    for array in (ids, logprobs, rest):
+        array.flush()
+    np.save(partial / "rows.npy", np.stack([np.asarray(keys, dtype=np.int64), starts[:-1]], axis=1))
+    (partial / META).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    partial.rename(folder)

@@ -29,7 +29,7 @@ def planned_stages(stages: Sequence[TrainStage], config: Any) -> tuple[tuple[Tra
     """
     import torch
 
-    from uniattn_cli.models.loading import converted_classes
+    from uniattn_cli.models.building import converted_classes
 
     with torch.device("meta"):
         model = converted_classes(config.model_type).causal_lm(config)

@@ -19,8 +19,8 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from uniattn_cli.data.splits import IGNORED
 from uniattn_cli.errors import RecipeError, StageError, suggest
+from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.recipe.schema import Recipe, TrainSpec, TrainStage
 from uniattn_cli.training.distill import Distiller
 from uniattn_cli.training.validation import attach_objective

@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from uniattn_cli.data.heldout import Rows
-from uniattn_cli.data.splits import IGNORED
-from uniattn_cli.models.losses import head_logits
+from uniattn_cli.models.losses import IGNORED, LOGITS_AT_ONCE, Rows, head_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Logits computed at once, 256 MiB in float32.
-LOGITS_AT_ONCE = 1 << 26
 
 
 def attach_objective(model: PreTrainedModel) -> None:

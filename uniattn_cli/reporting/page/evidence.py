@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import RecipeError, StageError
+from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.run.directory import STAGE_FILE, STARTED_FILE, RunDir, fingerprint
+from uniattn_cli.run.directory import STAGE_FILE, STARTED_FILE, RunDir
 
 REPORT_FILE = "uniattn_report.json"
 LOG_FILE = "log.jsonl"

@@ -8,7 +8,8 @@ from typing import Any
 from uniattn_cli.reporting.page import context, curves, layers, plot, scores, style
 from uniattn_cli.reporting.page.evidence import Evidence, collect
 from uniattn_cli.reporting.page.markup import Html, join, tag
-from uniattn_cli.run.directory import RunDir, file_errors
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import file_errors
 
 PAGE = "report.html"
 # Nothing may be loaded, whatever a model has written into its answers.

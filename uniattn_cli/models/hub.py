@@ -1,0 +1,120 @@
+"""Where a model is: in a directory, or on the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uniattn_cli.errors import ModelError
+from uniattn_cli.models.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    Attributes:
+        name: what the user gave.
+        path: directory that holds `config.json`.
+        fingerprint: identifies the weights; the commit for hub models.
+        on_hub: weights and tokenizer may still have to be downloaded.
+    """
+
+    name: str
+    path: Path
+    fingerprint: str
+    on_hub: bool = False
+
+
+def locate(name: str, revision: str | None = None) -> Source:
+    """Finds a model directory or a hub model; of the latter only the configuration is fetched.
+
+    Raises:
+        ModelError: nothing is there, it is gated, or there is no network and no copy in the cache.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} is a directory without config.json; give a Hugging Face model directory")
+        return Source(name, path, fingerprint(path))
+    if path.is_file():
+        raise ModelError(f"{name} is a file; give the directory that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such directory")
+    return _locate_on_hub(name, revision)
+
+
+def _locate_on_hub(name: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    trouble = "cannot be reached"
+    try:
+        try:
+            # Downloads retry for half a minute without a network; this one call tells at once.
+            HfApi().model_info(name, revision=revision, timeout=10)
+            offline = False
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+            raise
+        except (*transport_errors(), OfflineModeIsEnabled):
+            offline = True
+        except HfHubHTTPError as error:
+            offline, trouble = True, f"answers with HTTP status {error.response.status_code}"
+        except ValueError:
+            # A sign-in page or a proxy in the hub's place; it speaks no JSON.
+            offline, trouble = True, "does not answer like a hub"
+        config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
+    except GatedRepoError:
+        raise ModelError(f"{name} is gated: accept its terms on its hub page, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{name}: no such model on the hub (private ones need `hf auth login`)") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{name} has no revision '{revision or 'main'}'") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{name} is not a directory here, not in the cache {constants.HF_HUB_CACHE}, and the hub {trouble}; "
+            "check the name, connect, or give a directory that holds the model"
+        ) from None
+    except EntryNotFoundError:
+        raise ModelError(f"{name} has no config.json; it is not a transformers model") from None
+    except HfHubHTTPError as error:
+        raise ModelError(f"{name}: the hub answers with HTTP status {error.response.status_code}; try later") from None
+    except HFValidationError:
+        raise ModelError(f"'{name}' is neither a directory nor a valid hub id (OWNER/NAME)") from None
+    return Source(name, config.parent, config.parent.name, on_hub=True)
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises without a network; it has changed its HTTP client from httpx to httpx2."""
+    found = [name for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
+    return tuple(importlib.import_module(name).TransportError for name in found)
+
+
+def _fetch(source: Source, *, weights: bool = True) -> Path:
+    """The directory with all files of a model; downloads what a hub model still lacks, with or without its weights."""
+    if not source.on_hub:
+        return source.path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(source.name, revision=source.fingerprint, allow_patterns=patterns))
+    except (*transport_errors(), LocalEntryNotFoundError):
+        raise ModelError(f"{source.name}: the download was interrupted; run the same command again") from None
+
+
+def context_window(config: Any) -> int | None:
+    """The most tokens of a sequence that a model was made for, None where its configuration does not say."""
+    return getattr(config, "max_position_embeddings", None)
