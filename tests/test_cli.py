@@ -21,7 +21,7 @@ from uniattn_cli.errors import DataError, RecipeError, UsageError
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.options import RunOptions
-from uniattn_cli.tables import Table, to_markdown
+from uniattn_cli.tables import Result, Table, to_markdown
 
 ROOT = Path(uniattn_cli.__file__).resolve().parent.parent
 STAGES = {
@@ -198,7 +198,7 @@ def stages(monkeypatch):
         def stage(*args, **kwargs):
             calls.append(SimpleNamespace(name=name, args=args, cwd=Path.cwd(), **kwargs))
             table = Table("", ["model", "ppl"], [["base", "15.5"]])
-            return SimpleNamespace(title=f"done {name}", tables=[table], notes=["files in x/"], picture="0 ●")
+            return Result(title=f"done {name}", tables=[table], notes=["files in x/"], picture="0 ●")
 
         return stage
 
@@ -349,7 +349,7 @@ def test_doctor_knows_every_extra_of_the_project():
 def test_a_wide_table_is_turned_and_long_lines_are_not_cut(capsys):
     names = [f"measure number {index}" for index in range(9)]
     wide = Table("Comparison", ["model", *names], [["base", *map(str, range(9))], ["trained", *map(str, range(9))]])
-    result = SimpleNamespace(title="", tables=[wide], notes=["x" * 300])
+    result = Result(tables=[wide], notes=["x" * 300])
     console.show(result)
     shown = capsys.readouterr().out
     assert re.search(r"^measure number 3\s+3\s+3\s*$", shown, re.MULTILINE)
@@ -357,7 +357,7 @@ def test_a_wide_table_is_turned_and_long_lines_are_not_cut(capsys):
 
 
 def test_brackets_are_not_markup(capsys):
-    console.show(SimpleNamespace(title="[bold]t", tables=[Table("", ["[red]a"], [["[x]"]])], notes=["[dim]n"]))
+    console.show(Result(title="[bold]t", tables=[Table("", ["[red]a"], [["[x]"]])], notes=["[dim]n"]))
     shown = capsys.readouterr().out
     for part in ("[bold]t", "[red]a", "[x]", "[dim]n"):
         assert part in shown

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from tiny_run import ENVIRONMENT, make_model, settings, write_data
 
 from uniattn_cli.cli.console import make_console, show
-from uniattn_cli.commands.view_data import Sample, histogram, percentile, view_data
+from uniattn_cli.commands.view_data import histogram, percentile, view_data
 from uniattn_cli.data import sequences, splits
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_tokenizer
 from uniattn_cli.recipe.schema import DatasetSpec, Recipe
+from uniattn_cli.tables import Result, Sample
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_terminals_get_colours_and_no_marks(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     console = make_console()
     with console.capture() as captured:
-        show(type("View", (), {"title": "t", "tables": [], "notes": [], "samples": [SAMPLE]})(), console)
+        show(Result(samples=[SAMPLE]), console)
     assert "\x1b[32myes" in captured.get() and "⟦" not in captured.get()
 
 

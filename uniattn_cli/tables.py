@@ -1,8 +1,8 @@
-"""Tables that the command line, the Markdown reports and notebooks share. Standard library only."""
+"""What a command returns, for the command line, reports and notebooks to show. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,38 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"table '{self.title}': a row has {len(row)} cells, not {len(self.columns)}: {row}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of data as it is trained on.
+
+    Attributes:
+        title: its data set and its lengths, in one line.
+        pieces: decoded text, and whether it is learned; long pieces are shortened in their middle.
+    """
+
+    title: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a command returns; all of it is shown, in this order. Commands that return more than text extend it.
+
+    Attributes:
+        title: one line; may be empty.
+        picture: drawn with characters; may be empty.
+        samples: rows of data.
+        tables: the figures.
+        notes: what the user should know, and where everything was written; one line each.
+    """
+
+    title: str = ""
+    picture: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def to_markdown(table: Table) -> str:

@@ -9,7 +9,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Sample, Table
 
 # Width of output that is not a terminal, where nothing is gained by folding cells.
 WIDTH_OF_FILES = 160
@@ -37,20 +36,16 @@ def make_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def show(result: Any, console: Console | None = None) -> None:
-    """Prints a stage's result: title, picture, samples, text, tables, notes."""
+def show(result: Result, console: Console | None = None) -> None:
+    """Prints what a command returned."""
     console = console or make_console()
     if result.title:
         console.print(Text(result.title, style="bold"), soft_wrap=True)
-    picture = getattr(result, "picture", "")
-    if picture:
+    if result.picture:
         console.print()
-        console.print(Text(picture), soft_wrap=True)
-    for sample in getattr(result, "samples", ()):
+        console.print(Text(result.picture), soft_wrap=True)
+    for sample in result.samples:
         show_sample(sample, console)
-    text = getattr(result, "text", "")
-    if text:
-        console.print(Text(text), soft_wrap=True)
     for table in result.tables:
         show_table(table, console)
     if result.notes:
@@ -59,7 +54,7 @@ def show(result: Any, console: Console | None = None) -> None:
         console.print(Text(note), soft_wrap=True)
 
 
-def show_sample(sample: Any, console: Console) -> None:
+def show_sample(sample: Sample, console: Console) -> None:
     """Draws a row with its mask: what is learned in colour, or between ⟦ and ⟧ where there are no colours."""
     console.print()
     console.print(Text(sample.title, style="bold"), soft_wrap=True)

@@ -6,13 +6,12 @@ import importlib.util
 import os
 import platform
 import shutil
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 from uniattn_cli import __version__
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "huggingface_hub", "safetensors", "tokenizers")
 # Extra -> (distribution, what it is for).
@@ -24,16 +23,7 @@ EXTRAS = {
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Examination:
-    """What was found, in the form that the console prints."""
-
-    title: str
-    tables: list[Table]
-    notes: list[str]
-
-
-def examine() -> Examination:
+def examine() -> Result:
     """Looks at versions, devices, attention backends, caches, disk and extras; changes nothing."""
     tables = [_versions()]
     notes = []
@@ -47,7 +37,7 @@ def examine() -> Examination:
     notes += [f"{EXTRAS[name][1]}: pip install 'uniattn[{name}]'" for name in missing]
     if not missing:
         notes.append("No extras are missing.")
-    return Examination(f"uniattn {__version__}", tables, notes)
+    return Result(title=f"uniattn {__version__}", tables=tables, notes=notes)
 
 
 def _version(package: str) -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from uniattn_cli.cli.settings import Listing
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.models.families import FAMILIES
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 
-def list_families() -> Listing:
+def list_families() -> Result:
     """One row per family."""
     rows = []
     for family in FAMILIES.values():
@@ -21,4 +20,4 @@ def list_families() -> Listing:
         "Layers share with layers of the same sort only: full, sliding, with or without positions.",
         "`uniattn convert` proves on a tiny model of the same configuration that nothing else is changed.",
     ]
-    return Listing(f"{len(rows)} model families", [table], notes)
+    return Result(title=f"{len(rows)} model families", tables=[table], notes=notes)

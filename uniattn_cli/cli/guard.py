@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -19,6 +18,7 @@ from uniattn_cli import __version__
 from uniattn_cli.errors import RecipeError, StageError, UniAttnError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.run.files import file_errors
+from uniattn_cli.tables import Result
 
 EXIT_INTERRUPTED = 130
 QUIET_ENVIRONMENT = {
@@ -62,7 +62,7 @@ class Common:
 
 
 def run_stage(
-    name: str, common: Common, overrides: Sequence[str], call: Callable[[list[str], RunOptions], Any]
+    name: str, common: Common, overrides: Sequence[str], call: Callable[[list[str], RunOptions], Result]
 ) -> None:
     """Runs a stage in its run directory and prints its result.
 

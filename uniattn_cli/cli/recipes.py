@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from uniattn_cli.cli.guard import guard
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 app = typer.Typer(
     help="Ready recipes to start from: list, show, copy.\n\nThe settings that a recipe can have are another command, "
@@ -19,16 +18,6 @@ app = typer.Typer(
 )
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=lambda incomplete: _complete(incomplete))]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """Ready recipes, in the form that the console prints."""
-
-    title: str
-    tables: list[Table] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    text: str = ""
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -52,7 +41,8 @@ def _list(context: typer.Context, debug: DebugOption = False) -> None:
             "Change it first: uniattn recipes copy NAME (writes recipe.yaml; then uniattn data, uniattn analyze)",
             "Look at one: uniattn recipes show NAME. What settings there are: uniattn recipe",
         ]
-        show(Shelf(f"{len(rows)} ready recipes", [Table("", ["name", "model", "what it does"], rows)], notes))
+        table = Table("", ["name", "model", "what it does"], rows)
+        show(Result(title=f"{len(rows)} ready recipes", tables=[table], notes=notes))
 
 
 @app.command()
@@ -94,4 +84,4 @@ def copy(
             written = ready.copy(name, file, force=force)
         default = written.resolve() == Path("recipe.yaml").resolve()
         follow = "uniattn data, then uniattn analyze" if default else f"uniattn analyze --recipe {written}"
-        show(Shelf(f"wrote {written}", notes=[f"next: edit it at will; {follow}"]))
+        show(Result(title=f"wrote {written}", notes=[f"next: edit it at will; {follow}"]))

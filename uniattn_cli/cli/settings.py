@@ -7,30 +7,15 @@ import functools
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import UsageError, suggest
 from uniattn_cli.recipe.schema import Recipe, flow
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Tables of settings, in the form that the console prints.
-
-    Attributes:
-        title: one line.
-        tables: one table per section.
-        notes: lines after them.
-    """
-
-    title: str
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,7 +35,7 @@ class Setting:
     help: str
 
 
-def list_settings(section: str | None = None) -> Listing:
+def list_settings(section: str | None = None) -> Result:
     """Every setting with default, bounds and meaning, one table per section.
 
     Args:
@@ -77,7 +62,7 @@ def list_settings(section: str | None = None) -> Listing:
         if section in (None, name)
     ]
     notes = ["Any of them for one command: --set KEY=VALUE, for example --set analysis.tokens=8192"]
-    return Listing("Settings of recipe.yaml", tables, notes)
+    return Result(title="Settings of recipe.yaml", tables=tables, notes=notes)
 
 
 @functools.cache
@@ -153,7 +138,7 @@ def _default(entry: dataclasses.Field) -> str:
     return flow(value, number="{:g}".format)
 
 
-def check(path: Path, overrides: Sequence[str]) -> Listing:
+def check(path: Path, overrides: Sequence[str]) -> Result:
     """Reads a recipe and says that it is right.
 
     Raises:
@@ -162,7 +147,7 @@ def check(path: Path, overrides: Sequence[str]) -> Listing:
     recipe = Recipe.load(path, overrides)
     stages = ", ".join(stage.name or stage.trains for stage in recipe.train.stages)
     note = f"model {recipe.model.name}; training stages: {stages}"
-    return Listing(f"{path}: no faults", [], [note])
+    return Result(title=f"{path}: no faults", notes=[note])
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError, UsageError
 from uniattn_cli.options import RunOptions
+from uniattn_cli.tables import Result
 
 if TYPE_CHECKING:
     from uniattn_cli.commands.generate import Chat
@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
 COMMANDS = "/reset begins anew, /exit or Ctrl-D ends"
 ENDED = {"length": "cut at --max-new-tokens", "window": "the model's window is full"}
-
-
-@dataclass(frozen=True)
-class Said:
-    """A result whose text has been printed already."""
-
-    title: str = ""
-    tables: Sequence[object] = ()
-    notes: Sequence[str] = ()
 
 
 class Printer:
@@ -135,8 +126,8 @@ def run_generate(
     stats: bool,
     overrides: Sequence[str],
     options: RunOptions,
-) -> Said:
-    """`uniattn generate`."""
+) -> Result:
+    """`uniattn generate`; the result is empty, because the answers have been printed already."""
     checkpoint, prompt = split_arguments(words)
     settings = decoding()
     from uniattn_cli.commands.generate import generate
@@ -152,7 +143,7 @@ def run_generate(
         options=options,
         listener=Printer(names=beside is not None, stats=stats),
     )
-    return Said()
+    return Result()
 
 
 def run_chat(
@@ -163,8 +154,8 @@ def run_chat(
     stats: bool,
     overrides: Sequence[str],
     options: RunOptions,
-) -> Said:
-    """`uniattn chat`: line by line, until `/exit` or the end of stdin."""
+) -> Result:
+    """`uniattn chat`: line by line, until `/exit` or the end of stdin; returns what `run_generate` does."""
     settings = decoding()
     from uniattn_cli.commands.generate import Chat
 
@@ -182,7 +173,7 @@ def run_chat(
             options.progress.note(f"unknown command {words}; {COMMANDS}")
         elif words:
             take_turn(chat, line, printer, options)
-    return Said()
+    return Result()
 
 
 def take_turn(chat: Chat, line: str, printer: Printer, options: RunOptions) -> None:

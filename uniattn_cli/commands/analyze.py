@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
 from uniattn_cli.recipe.schema import LayoutSpec, ModelSpec, Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     import torch
@@ -31,21 +31,16 @@ RESOLVED = 0.25
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(Result):
     """Result of `analyze`.
 
     Attributes:
         measured: all numbers.
         directory: where they were written.
-        tables: most similar neighbours, and candidate layouts over budgets.
-        notes: what the user should know.
     """
 
     measured: Measured
     directory: Path
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    title: str = "analysis"
 
 
 def analyze(
@@ -104,7 +99,7 @@ def analyze(
     notes += [*left_out, *resolution_note(measured)]
     notes.append(f"{measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.forward_ratio:.1f}x plain forward")
     notes.append(f"pictures and numbers: {run.output('analyze')}; next: uniattn convert --groups auto")
-    return Analysis(measured, run.output("analyze"), tables, notes)
+    return Analysis(measured, run.output("analyze"), title="analysis", tables=tables, notes=notes)
 
 
 def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrides: Sequence[str]):

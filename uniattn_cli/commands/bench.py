@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from uniattn_cli.errors import ModelError, StageError, UsageError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.run.files import file_errors, now, versions
-from uniattn_cli.tables import Table, to_markdown
+from uniattn_cli.tables import Result, to_markdown
 
 if TYPE_CHECKING:
     import torch
@@ -60,20 +60,16 @@ class BenchSpec:
 
 
 @dataclass(frozen=True)
-class BenchResult:
+class BenchResult(Result):
     """What was measured.
 
     Attributes:
-        title, tables, notes: for the console.
         directory: where `results.json`, the report and the plot were written.
         device: as a reader knows it.
         bandwidth: bytes per second of a large copy, the measure of every floor.
         measurements: one per model, path, batch and context.
     """
 
-    title: str
-    tables: list[Table]
-    notes: list[str]
     directory: Path
     device: str
     bandwidth: float
@@ -259,4 +255,5 @@ def _write(
     notes = [bench.explanation(bandwidth), *bench.conclusions(measurements), f"Written to {directory}/"]
     if not drawn:
         notes.append("No plot: matplotlib is not installed.")
-    return BenchResult(f"Decoding on {name}", shown, notes, directory, name, bandwidth, tuple(measurements))
+    title = f"Decoding on {name}"
+    return BenchResult(directory, name, bandwidth, tuple(measurements), title=title, tables=shown, notes=notes)

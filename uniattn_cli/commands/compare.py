@@ -20,7 +20,7 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.reporting.pareto import draw_panels
 from uniattn_cli.run.directory import OUTPUTS, RunDir
-from uniattn_cli.tables import Table, to_markdown
+from uniattn_cli.tables import Result, to_markdown
 
 COMPARISON = "comparison.json"
 TEXT = "comparison.md"
@@ -28,20 +28,14 @@ DEFAULT_OPTIONS = RunOptions()
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Models side by side.
 
     Attributes:
-        title: one line.
-        tables: one row per model.
-        notes: what limits the comparison, and where everything is.
         directory: what was written.
         merged: the figures.
     """
 
-    title: str
-    tables: list[Table]
-    notes: list[str]
     directory: Path
     merged: Merged = field(repr=False)
 

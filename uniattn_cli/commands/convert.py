@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from uniattn_cli.models.losses import Loss, window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(Result):
     """Result of `convert`.
 
     Attributes:
@@ -57,7 +57,6 @@ class Conversion:
         fits: error of each changed layer before and after its fit; empty for a dry run.
         losses: held-out loss of `base`, `uncompensated` and `converted`; empty for a dry run.
         directory: the checkpoint, or None for a dry run.
-        picture: the layout drawn with characters.
     """
 
     layout: Layout
@@ -65,10 +64,6 @@ class Conversion:
     fits: list[LayerFit]
     losses: dict[str, Loss]
     directory: Path | None
-    picture: str
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    title: str = "conversion"
 
 
 def convert(
@@ -119,7 +114,8 @@ def convert(
     notes = [*grouping.notes, *_window_notes(config, layout, element_size)]
     if dry_run:
         notes.append("dry run: nothing was written")
-        return Conversion(layout, costs, [], {}, None, grouping.picture, [_cost_table(costs, {})], notes)
+        shown = {"picture": grouping.picture, "tables": [_cost_table(costs, {})], "notes": notes}
+        return Conversion(layout, costs, [], {}, None, title="conversion", **shown)
     prove_parity(config)
     with run.write("convert", recipe, {"model": source.fingerprint}, force=options.force) as directory:
         fits, losses, more = _convert(recipe, source, layout, costs.weight_bytes[0], directory, options)
@@ -129,8 +125,8 @@ def convert(
             store_layout(run, layout, recipe)
     notes += more
     notes.append(f"checkpoint: {run.output('convert')}; next: uniattn train recipe.yaml")
-    tables = [_cost_table(costs, losses), *_fit_tables(fits)]
-    return Conversion(layout, costs, fits, losses, run.output("convert"), grouping.picture, tables, notes)
+    shown = {"picture": grouping.picture, "tables": [_cost_table(costs, losses), *_fit_tables(fits)], "notes": notes}
+    return Conversion(layout, costs, fits, losses, run.output("convert"), title="conversion", **shown)
 
 
 def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
@@ -145,7 +141,7 @@ def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
     except (ValueError, LayoutError) as error:
         raise LayoutError(f"recipe.yaml, layout.layers: {error}") from None
     note = f"layout of the recipe, {len(layout.changed)} layers changed (--groups chooses anew)"
-    return Grouping(layout, draw_layout(layout), [], [note])
+    return Grouping(layout, title="layout", picture=draw_layout(layout), notes=[note])
 
 
 def _element_size(recipe: Recipe, config: Any) -> int:

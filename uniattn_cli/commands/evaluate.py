@@ -36,7 +36,7 @@ from uniattn_cli.reporting import markdown
 from uniattn_cli.reporting.page.page import PAGE, write_page
 from uniattn_cli.reporting.pareto import draw
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result
 
 REPORT = "report.md"
 # Scores of single parts while the evaluation is not finished.
@@ -45,20 +45,14 @@ DEFAULT_OPTIONS = RunOptions()
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """What `evaluate` found.
 
     Attributes:
-        title: one line.
-        tables: quality, cost, and what depends on length.
-        notes: verdicts, what was left out, and where everything is.
         directory: what was written.
         results: content of `results.json`; see `figures` for its schema.
     """
 
-    title: str
-    tables: list[Table]
-    notes: list[str]
     directory: Path
     results: dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from uniattn_cli.models.loading import TOKENIZER_FILES
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
 from uniattn_cli.publishing.facts import CARD, STAGE_FILE, Facts, gather
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -29,25 +29,20 @@ REPLACED = (".safetensors", ".safetensors.index.json", ".py")
 
 
 @dataclass(frozen=True)
-class Push:
+class Push(Result):
     """Result of `push`.
 
     Attributes:
         repo_id: OWNER/NAME.
         url: of the commit; None for a dry run.
         files: names in the repository and their bytes, the card first.
-        card: text of the model card.
-        picture: the card, for a dry run, which shows it.
+        card: text of the model card, which a dry run shows.
     """
 
     repo_id: str
     url: str | None
     files: list[tuple[str, int]]
     card: str
-    title: str
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    picture: str = ""
 
 
 def push(
@@ -105,12 +100,13 @@ def push(
     )
     if dry_run:
         notes.append("dry run: nothing was uploaded")
-        return Push(repo_id, None, sizes, card, f"{CARD} of {repo_id}", [table], notes, card)
+        title = f"{CARD} of {repo_id}"
+        return Push(repo_id, None, sizes, card, title=title, picture=card, tables=[table], notes=notes)
     options.progress.note(f"uploading {len(sizes)} files, {_bytes(total)}, to {repo_id}")
     message = message or f"{'Update' if options.force else 'Add'} the checkpoint converted by uniattn"
     url = _upload(repo_id, card, files, message, private=private, revision=revision, force=options.force)
     notes.append(f'load it with AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)')
-    return Push(repo_id, url, sizes, card, f"{folder} is at {url}", [table], notes)
+    return Push(repo_id, url, sizes, card, title=f"{folder} is at {url}", tables=[table], notes=notes)
 
 
 def _check_name(name: str) -> None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.reporting.page.page import write_page
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result
 
 
 @dataclass(frozen=True)
-class Page:
+class Page(Result):
     """A page that was written.
 
     Attributes:
         path: of `report.html`.
-        notes: verdicts and where it is.
     """
 
     path: Path
-    notes: list[str]
-    title: str = "report"
-    tables: list[Table] = field(default_factory=list)
 
 
 def report(run_dir: Path | str = ".") -> Page:
@@ -40,4 +36,4 @@ def report(run_dir: Path | str = ".") -> Page:
     results = read_results(run.output("eval") / RESULTS)
     path = write_page(run, results, run.output("eval"))
     sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
-    return Page(path, [*sentences, f"page: {path}"])
+    return Page(path, title="report", notes=[*sentences, f"page: {path}"])

@@ -27,7 +27,7 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
 from uniattn_cli.recipe.schema import Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 FOLDER = "sweep"
 POINT_FILE = "point.json"
@@ -71,20 +71,14 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Result):
     """What `sweep` found.
 
     Attributes:
-        title: one line.
-        tables: one row per point, and the points that are impossible.
-        notes: what limits the comparison, and where everything is.
         directory: what was written.
         skipped: why, for each point that is impossible.
     """
 
-    title: str
-    tables: list[Table]
-    notes: list[str]
     directory: Path
     skipped: dict[str, str]
 
@@ -236,7 +230,8 @@ def _summarise(folder: Path, points: Sequence[Point], done: Sequence[Point], ski
     if not done:
         raise StageError(f"no point of the sweep is possible; {next(iter(skipped.values()))}")
     notes.append(f"Picture: {folder / PLOT}; all figures: {folder / 'comparison.json'}; points: {folder / SUMMARY}")
-    return Sweep(f"{len(done)} of {len(points)} points scored", tables, notes, folder, skipped)
+    title = f"{len(done)} of {len(points)} points scored"
+    return Sweep(folder, skipped, title=title, tables=tables, notes=notes)
 
 
 def _merged(folder: Path, done: Sequence[Point]) -> Merged:

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from uniattn_cli.generation.writer import LEAST_ROOM, LEFT_OUT, Writer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import DatasetSpec, Recipe, flow
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     from uniattn_cli.models.hub import Source
@@ -25,7 +25,7 @@ FILES = {"text": "text.jsonl", "messages": "chats.jsonl"}
 
 
 @dataclass(frozen=True)
-class Synthesis:
+class Synthesis(Result):
     """Result of `synthesize`.
 
     Attributes:
@@ -39,9 +39,6 @@ class Synthesis:
     tokens: int
     left_out: dict[str, int]
     directory: Path
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    title: str = "synthesis"
 
 
 def synthesize(
@@ -99,7 +96,8 @@ def synthesize(
         notes.append(f"only {counts['tokens']:,} of {spec.tokens:,} tokens: another pass gave nothing new")
     notes.append(f"use it with data.train: {_data_sets(recipe, [output / FILES[kind] for kind in written])}")
     notes.append("for stages with loss: distillation; cross-entropy gains nothing from it, so train a control before")
-    return Synthesis(written, counts["tokens"], dict(writer.left_out), output, [table], notes)
+    left_out = dict(writer.left_out)
+    return Synthesis(written, counts["tokens"], left_out, output, title="synthesis", tables=[table], notes=notes)
 
 
 def _data_sets(recipe: Recipe, files: Sequence[Path]) -> str:

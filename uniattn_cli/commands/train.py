@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from uniattn_cli.models.losses import Loss
 from uniattn_cli.options import Progress, RunOptions
 from uniattn_cli.recipe.schema import Recipe, TrainStage
 from uniattn_cli.run.directory import COMMANDS, RunDir
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     import datasets
@@ -36,7 +36,7 @@ FEWEST_VALIDATION_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Result):
     """Result of `train`.
 
     Attributes:
@@ -49,9 +49,6 @@ class Training:
     directory: Path
     stages: list[StageResult]
     heldout: dict[str, Loss]
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    title: str = "training"
 
 
 def train(
@@ -349,7 +346,7 @@ def _train(
         _write_report(job, rows, results, losses)
         shutil.rmtree(job.work)
     notes.append(f"checkpoint: {output}; log: {output / LOG_FILE}; picture: {output / PLOT_FILE}; next: uniattn eval")
-    return Training(output, results, losses, _tables(results, losses), notes)
+    return Training(output, results, losses, title="training", tables=_tables(results, losses), notes=notes)
 
 
 def _trouble(results: Sequence[StageResult], losses: dict[str, Loss], names: tuple[str, str]) -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from uniattn_cli.errors import DataError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Sample, Table
 from uniattn_cli.training.order import stage_steps
 from uniattn_cli.training.preview import check_share, endless, pieces
 
@@ -28,34 +28,16 @@ WIDTH = 30  # characters of its longest bar
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One row as it is trained on.
-
-    Attributes:
-        title: its data set and its lengths, in one line.
-        pieces: decoded text, and whether it is learned; long pieces are shortened in their middle.
-    """
-
-    title: str
-    pieces: list[tuple[str, bool]]
-
-
-@dataclass(frozen=True)
-class DataView:
+class DataView(Result):
     """Result of `view_data`.
 
     Attributes:
-        samples: some rows, drawn from every data set in turn.
         counts: what became of all rows.
         shares: what each data set gives.
     """
 
-    samples: list[Sample]
     counts: Tokenised
     shares: list[Share]
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    title: str = "data"
 
 
 def view_data(
@@ -108,7 +90,7 @@ def view_data(
         warning = endless(counts, tokenizer, source.path, settings.train.max_length)
         notes += [warning] if warning else []
     title = f"{'training' if part == 'train' else 'held-out'} rows of {settings.model.name}"
-    return DataView(shown, counts, shares, tables, notes, title)
+    return DataView(counts, shares, title=title, samples=shown, tables=tables, notes=notes)
 
 
 def _samples(

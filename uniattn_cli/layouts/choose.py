@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.analysis.measured import Measured
@@ -24,7 +24,7 @@ from uniattn_cli.models.hub import locate
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     from uniattn_cli.layouts.greedy import Step
@@ -34,23 +34,16 @@ SHORTLIST_METRICS = {"cosine_no_sink": "cosine without the sink", "js_no_sink": 
 
 
 @dataclass(frozen=True)
-class Grouping:
+class Grouping(Result):
     """A chosen layout.
 
     Attributes:
         layout: one plan per layer.
-        picture: the layout drawn with characters.
-        tables: candidates over budgets.
-        notes: what was chosen and why.
         considered: what the choice was made from; None for a layout that was given.
     """
 
     layout: Layout
-    picture: str
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
     considered: Considered | None = None
-    title: str = "layout"
 
 
 def compensation_of(recipe: Recipe) -> str | int:
@@ -229,7 +222,7 @@ def _grouping(considered: Considered, measured: Measured, tables: list[Table], n
         tables = [*tables, table]
         notes = [*notes, considered.reason()]
     layout = considered.chosen
-    return Grouping(layout, draw_layout(layout), tables, notes, considered)
+    return Grouping(layout, considered, title="layout", picture=draw_layout(layout), tables=tables, notes=notes)
 
 
 def check_protected(spec: LayoutSpec, shape: AttentionShape, layout: Layout | None = None) -> None:
@@ -242,7 +235,8 @@ def check_protected(spec: LayoutSpec, shape: AttentionShape, layout: Layout | No
 
 
 def _fixed(layout: Layout, note: str) -> Grouping:
-    return Grouping(layout, draw_layout(layout), [], [f"{len(layout.changed)} layers changed: {note}"])
+    note = f"{len(layout.changed)} layers changed: {note}"
+    return Grouping(layout, title="layout", picture=draw_layout(layout), notes=[note])
 
 
 def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layout:
