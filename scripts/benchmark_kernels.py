@@ -304,7 +304,7 @@ def error(layer, caches, queries: torch.Tensor, out: torch.Tensor, batch: int) -
     """Largest difference to float64 attention with whole maps, relative to the largest output, over two rows."""
     worst = 0.0
     for row in {0, batch - 1}:
-        source = layer.plan.leader if layer.kind == "softmax" else layer.index
+        source = layer.plan.leader if layer.kind.borrows_maps else layer.index
         keys = caches.keys[source][row].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
         values = caches.values[layer.index][row].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
         scores = torch.einsum("hd,hkd->hk", queries[row].double(), keys) * HEAD_DIM**-0.5

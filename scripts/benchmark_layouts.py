@@ -282,7 +282,7 @@ def with_compensation(layout: Layout, spec: dict) -> Layout:
     """The layout with the W_c that a fit asks for."""
     rank = spec.get("rank", "full") if spec.get("solve", "both") in ("both", "compensation", "reference") else "none"
     return Layout(
-        tuple(plan if plan.kind in ("own", "linear", "none") else replace(plan, compensation=rank) for plan in layout)
+        tuple(replace(plan, compensation=rank) if plan.traits.compensation == "optional" else plan for plan in layout)
     )
 
 

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from uniattn_cli.errors import CheckpointError, ModelError
-from uniattn_cli.modeling.layout_uniattn import REMOVED_PROJECTIONS
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_config, load_model
@@ -135,7 +134,7 @@ def test_loads_here_and_removed_projections_are_not_on_disk(entry, layout, tmp_p
     assert_same(loaded(TOKENS).logits, model(TOKENS).logits)
     names = set(load_file(tmp_path / "model.safetensors"))
     for index, plan in enumerate(model.config.layout):
-        for projection in REMOVED_PROJECTIONS[plan.kind]:
+        for projection in plan.traits.removed:
             assert not any(f"layers.{index}.self_attn.{projection}" in name for name in names)
     stored = sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
     tied = model.config.tie_word_embeddings

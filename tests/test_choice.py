@@ -24,6 +24,7 @@ from uniattn_cli.layouts.choose import choose
 from uniattn_cli.layouts.considered import Considered, Point, Validated, kinds_in_words, lower_envelope
 from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.layouts.greedy import Step
+from uniattn_cli.layouts.plots import plot_frontier
 from uniattn_cli.layouts.thorough import frontier_table, points_of
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
@@ -117,6 +118,7 @@ def test_what_was_considered_is_written_in_full(tmp_path):
     assert (first["name"], first["divergence"], first["stderr"], first["behind"]) == ("mix", 0.123457, 0.01, 0)
     assert (second["stderr"], second["behind"], second["behind_stderr"]) == (None, 0.0765433, None)
     assert (first["changed"], first["kv_share"]) == (2, 0.75)
+    plot_frontier(considered, SHAPE, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 8000
 
 
@@ -257,7 +259,7 @@ def test_a_budget_that_another_kind_cannot_meet_says_why(run):
 
 @pytest.mark.parametrize("kinds", ["linear", "softmax, key"])
 def test_a_fast_choice_is_of_one_kind_that_borrows(kinds):
-    with pytest.raises(RecipeError, match="a fast search takes softmax, key or kv; name one"):
+    with pytest.raises(RecipeError, match=r"a fast search takes one of softmax, key, kv; or set layout"):
         Recipe.from_tree({"model": {"name": "x"}}, overrides=[f"layout.kinds=[{kinds}]"])
 
 

@@ -100,7 +100,7 @@ def test_layers_that_borrow_keys_are_found_by_similar_maps(head_map, kind):
         assert borrows.layout.problems(matcher.shape) == []
         for index in follows.layout.changed:
             assert borrows.layout[index].kind == kind and borrows.layout[index].compensation == 4
-            firsts = follows.layout[index].sources(matcher.shape.query_heads)[::size]
+            firsts = follows.layout[index].sources(matcher.shape)[::size]
             assert list(borrows.layout[index].heads) == [(source, head // size) for source, head in firsts]
 
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from uniattn_cli.evaluation.cost import cache_bytes
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
-from uniattn_cli.modeling.layout_uniattn import REMOVED_PROJECTIONS, Layout
+from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
@@ -171,12 +171,12 @@ def test_removed_projections_are_gone_and_counts_are_predicted(entry, layout):
     names = {name for name, _ in model.named_parameters()}
     for index, plan in enumerate(layout):
         attention = model.model.layers[index].self_attn
-        for projection in REMOVED_PROJECTIONS[plan.kind]:
+        for projection in plan.traits.removed:
             assert not hasattr(attention, projection)
             assert not any(f"layers.{index}.self_attn.{projection}" in name for name in names)
         heads = {"q_proj": shape.query_heads, "k_proj": plan.kv_heads or shape.kv_heads}
         heads["v_proj"] = heads["k_proj"]
-        rows = sum(count for name, count in heads.items() if name not in REMOVED_PROJECTIONS[plan.kind])
+        rows = sum(count for name, count in heads.items() if name not in plan.traits.removed)
         assert sum(_rows(attention)) == rows * shape.head_dim
     predicted = count_parameters(make_base(entry).config, layout)
     assert sum(parameter.numel() for parameter in model.parameters()) == predicted
@@ -202,7 +202,7 @@ def test_equals_the_formula_from_materialised_maps(entry, layout, backend):
         if attention.plan.kind in ("linear", "none"):
             continue
         if attention.plan.kind == "softmax":
-            attention.forward = _from_maps(attention, maps, attention.plan.sources(shape.query_heads))
+            attention.forward = _from_maps(attention, maps, attention.plan.sources(shape))
         else:
             attention.register_forward_hook(
                 lambda module, args, output, index=index: maps.__setitem__(index, output[1])

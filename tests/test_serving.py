@@ -175,9 +175,9 @@ def simulate(layout: Layout, shape: AttentionShape, index: int, queries, keys, v
     queries, keys, values: [heads, tokens, size], as the model code passes them; caches: per layer, keys and values.
     """
     heads = cache_plan.kv_heads_of(layout, shape, index)
-    if layout[index].kind in cache_plan.CACHES_VALUES:
+    if "v" in layout[index].traits.caches:
         caches[index]["v"] = torch.full((heads, *values.shape[1:]), torch.nan)
-    if layout[index].kind in cache_plan.CACHES_KEYS:
+    if "k" in layout[index].traits.caches:
         caches[index]["k"] = torch.full((heads, *values.shape[1:]), torch.nan)
     for write in cache_plan.writes(layout, shape, index):
         passed = slice(write.argument, write.argument + write.heads)
@@ -227,7 +227,7 @@ def test_runs_read_what_the_model_code_passes(entry, name):
             model(input_ids=torch.arange(3, 12)[None], use_cache=False)
     finally:
         del AttentionInterface._global_mapping["uniattn_capture"]
-    assert seen == [index for index, plan in enumerate(layout) if plan.kind in cache_plan.CALLS_ATTENTION]
+    assert seen == [index for index, plan in enumerate(layout) if plan.traits.attends]
     for index, plan in enumerate(layout):
         stored = sum(cache.shape[0] for cache in caches[index].values())
         assert stored == cached_heads(plan, shape)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from uniattn_cli.cli import settings
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, CHANGED_KINDS
 
 
 def _words(name: str, key: str) -> Any:
@@ -88,8 +89,8 @@ KindsOption = Annotated[
     typer.Option(
         "--kinds",
         metavar="KIND,...",
-        help="Kinds that changed layers may have: softmax, key or kv; a thorough search takes several, and pooled, "
-        "linear, none [recipe: layout.kinds].",
+        help=f"Kinds that changed layers may have: one of {', '.join(BORROWING_KINDS)}; a thorough search takes "
+        f"several, of {', '.join(CHANGED_KINDS)} [recipe: layout.kinds].",
         show_default=False,
     ),
 ]

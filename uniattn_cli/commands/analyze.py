@@ -15,6 +15,7 @@ from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.choose import candidates_table, check_protected, parameter_counts
 from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import ready
 from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
@@ -188,10 +189,10 @@ def _candidates(measured: Measured, config, matcher: Matcher, spec: LayoutSpec) 
     heads, errors = measured.shape.query_heads, measured.score_stderr
     widths = []
     # The same layers with the same maps, whatever they become.
-    alike = choices if kind == "softmax" else frontier(matcher.for_kind(kind), **limits)
+    alike = choices if KINDS[kind].borrows_maps else frontier(matcher.for_kind(kind), **limits)
     for choice in alike:
         for layer in choice.layout.changed:
-            sources = enumerate(choice.layout[layer].sources(heads))
+            sources = enumerate(choice.layout[layer].sources(measured.shape))
             total = sum(errors[layer, layer - other - 1, own, head] for own, (other, head) in sources)
             widths.append(1.96 * float(total) / heads)
     return replace(table, title=table.title + _within([width for width in widths if _known(width)]))

@@ -117,7 +117,7 @@ def fit_layer(
     """Aligns the queries of a layer that borrows keys, fits the layer and moves both streams through it."""
     base_layer, layer = base.model.layers[index], converted.model.layers[index]
     divergence = None
-    if spec.align and layer.self_attn.plan.kind in ("key", "kv"):
+    if spec.align and layer.self_attn.plan.traits.aligns_queries:
         own = build_attention(base, Layout.own(len(base.model.layers)), index)
         divergence = align_queries(base_layer, layer, own, index, batches, spec.align)
     return [replace(fit, divergence=divergence) for fit in step_layer(base_layer, layer, index, batches, spec)]
@@ -208,7 +208,7 @@ def solved_parts(attention: nn.Module, spec: ConversionSpec) -> tuple[bool, bool
     changed = attention.plan.kind != "own"
     output = changed and hasattr(attention, attention.output_name) and spec.solve in ("both", "output")
     compensation = attention.compensation is not None and (
-        spec.solve in ("both", "compensation", "reference") or attention.plan.kind == "linear"
+        spec.solve in ("both", "compensation", "reference") or attention.plan.traits.compensation == "required"
     )
     return output, compensation
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, Layout
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Matcher:
         self._units = {}
 
     def for_kind(self, kind: str) -> Matcher:
-        """What matches layers of a kind: `key` and `kv` layers borrow one head for all queries of a key/value group."""
-        if kind == "softmax" or self.head_map != "free":
+        """What matches layers of a kind: without borrowed maps, all queries of a key/value group take the same head."""
+        if KINDS[kind].borrows_maps or self.head_map != "free":
             return self
         return Matcher(self.similarity, self.shape, "grouped", "several" if self.several else "one")
 
@@ -73,7 +73,7 @@ class Matcher:
         found = [
             self.similarity[layer, layer - source - 1, own, head]
             for layer in layout.followers
-            for own, (source, head) in enumerate(layout[layer].sources(self.shape.query_heads))
+            for own, (source, head) in enumerate(layout[layer].sources(self.shape))
             if layer - source <= self.max_distance
         ]
         return float(np.mean(found)) if found else float("nan")

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from uniattn_cli.fitting.match_keys import KeyMatches, matched
 from uniattn_cli.fitting.moments import Moments
 from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.building import build_attention
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def candidate_blocks(
         matches: of the layer's keys with those of the lenders, for `key` and `kv`.
     """
     shape = matcher.shape
-    units = range(shape.query_heads if matcher.head_map == "free" and kind == "softmax" else shape.kv_heads)
+    units = range(shape.query_heads if matcher.head_map == "free" and KINDS[kind].borrows_maps else shape.kv_heads)
     most = max(2, features // (shape.query_heads * shape.head_dim))
     found = {
         (unit, source): _scored_blocks(matcher, layer, unit, source, kind, matches)
@@ -117,13 +117,13 @@ def _scored_blocks(
         found = [(-matches.missed(source, head, unit), Block(unit, source, (head,))) for head in range(shape.kv_heads)]
         return sorted(found, key=lambda entry: -entry[0])
     table = matcher.similarity[layer, layer - source - 1]
-    if matcher.head_map == "free" and kind == "softmax":
+    if matcher.head_map == "free" and KINDS[kind].borrows_maps:
         found = [(float(table[unit, head]), Block(unit, source, (head,))) for head in range(shape.query_heads)]
     else:
         rows = table[unit * size : (unit + 1) * size].reshape(size, -1, size)
         found = []
         for group, score in enumerate(rows.max(2).sum(0)):
-            heads = tuple(range(group * size, (group + 1) * size)) if kind == "softmax" else (group,)
+            heads = tuple(range(group * size, (group + 1) * size)) if KINDS[kind].borrows_maps else (group,)
             found.append((float(score), Block(unit, source, heads)))
     return sorted(found, key=lambda entry: -entry[0])
 
@@ -209,12 +209,12 @@ class Borrowing:
             shared: queries, keys and values of the lenders.
         """
         own, group = self.own, self.shape.group_size
-        states = own.project(given["hidden_states"], {"softmax": "v", "key": "qv", "kv": "q"}[self.kind])
+        states = own.project(given["hidden_states"], KINDS[self.kind].projects)
         outputs: dict[tuple[int, int], torch.Tensor] = {}
         features = []
         for block in blocks:
             first = block.heads[0]
-            if self.kind == "softmax":
+            if KINDS[self.kind].borrows_maps:
                 # The unit of a free map is a query head, and one head is borrowed at a time.
                 turn = block.unit // group if len(block.heads) == 1 else block.unit
                 heads = list(block.heads)
@@ -236,11 +236,11 @@ class Borrowing:
         queries are turned by that many groups, so that each group of the source meets one of them.
         """
         queries, keys, values = shared.queries.get(source), shared.keys[source], states.get("v")
-        if self.kind == "softmax":
+        if KINDS[self.kind].borrows_maps:
             values = values[:, turn : turn + 1].expand(-1, self.shape.kv_heads, -1, -1)
         else:
             queries = self._queries(states["q"], source, turn, given["position_embeddings"])
-            values = shared.values[source] if self.kind == "kv" else values.roll(turn, 1)
+            values = shared.values[source] if KINDS[self.kind].borrows_values else values.roll(turn, 1)
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
@@ -292,7 +292,7 @@ class SourceChooser:
             index: the layer; both streams of `batches` stand before it.
         """
         plan = layout[index]
-        if plan.kind not in BORROWING_KINDS or self.matcher.head_map == "identity":
+        if not plan.traits.borrows or self.matcher.head_map == "identity":
             return plan
         lenders = self.lenders(layout, index)
         if not lenders:
@@ -301,7 +301,7 @@ class SourceChooser:
         own = build_attention(base, Layout.own(self.matcher.shape.layers), index)
         layers = base.model.layers[index], converted.model.layers[index]
         matches = None
-        if self.match_keys and plan.kind != "softmax":
+        if self.match_keys and not plan.traits.borrows_maps:
             matches = KeyMatches.of(layers[0], own, index, batches, lenders, self.limits.tokens)
         blocks = candidate_blocks(
             self.matcher,
@@ -320,7 +320,7 @@ class SourceChooser:
         """A head map; within a block, query heads get the heads whose maps are most like their own, each once."""
         heads = []
         for block in blocks:
-            if kind != "softmax" or len(block.heads) == 1:
+            if len(block.heads) == 1:
                 heads += [(block.source, head) for head in block.heads]
                 continue
             size = len(block.heads)

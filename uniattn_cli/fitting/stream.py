@@ -256,7 +256,7 @@ def release(shared: SharedStates, layout: Layout, index: int, max_distance: int 
         if last <= index:
             for states in (shared.queries, shared.keys, shared.values):
                 states.pop(source, None)
-    if not any(plan.kind == "kv" for plan in layout):
+    if not any(plan.traits.borrows_values for plan in layout):
         shared.values.clear()
 
 

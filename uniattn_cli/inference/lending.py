@@ -38,7 +38,7 @@ def plan_lending(program: Program) -> Lending:
     A leader serves all its followers or none: one that needs the map needs it written, and then the others may as well
     read it. So a follower with a free head map, or one too many, also leaves its leaders' other followers unserved.
     """
-    layers = {layer.index: layer for layer in program.layers if layer.kind == "softmax"}
+    layers = {layer.index: layer for layer in program.layers if layer.kind.borrows_maps}
     kept: set[int] = set()
     while True:
         served, places = _serve([layer for layer in layers.values() if not kept & _leaders(layer)])

@@ -33,7 +33,7 @@ class TorchOps:
                 [slots[source] * heads + head for source, head in layer.query_sources], device=program.device
             )
             for layer in program.layers
-            if layer.kind == "softmax"
+            if layer.kind.borrows_maps
         }
 
     def residual_norm(
@@ -120,7 +120,7 @@ class TorchOps:
         caches = self.caches
         if layer.map_slot is not None and queries is not None:
             caches.queries[layer.map_slot] = queries
-        if layer.kind == "softmax" and self.reuse:
+        if layer.kind.borrows_maps and self.reuse:
             values = caches.values[layer.index][:, :, : step.filled_blocks]
             heads = reference.follow(caches.maps, caches.block_max, caches.lse, self.map_rows[layer.index], values)
         else:
@@ -151,7 +151,7 @@ class TorchOps:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of a decoding step, own or borrowed."""
         caches, length = self.caches, step.filled_blocks
-        if layer.kind == "softmax":
+        if layer.kind.borrows_maps:
             flat = caches.queries.transpose(0, 1).flatten(1, 2)
             queries = flat[:, self.map_rows[layer.index]]
         keys, values = borrowed_states(layer, caches, length)
@@ -214,7 +214,7 @@ def _stock(
 def borrowed_states(layer: LayerProgram, caches: Caches, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a layer, own or borrowed, [batch, kv_heads or heads, length, head_dim]."""
     keys = gather(caches.keys, layer.key_sources, length) if layer.key_sources else caches.keys[layer.index]
-    if layer.kind == "kv":
+    if layer.kind.borrows_values:
         values = gather(caches.values, layer.key_sources, length)
     else:
         values = caches.values[layer.index]

@@ -12,14 +12,13 @@ from torch import nn
 from uniattn_cli.errors import UniAttnError
 from uniattn_cli.inference.weights import fuse_biases, fuse_columns, fuse_rows
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Kind, LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
 from uniattn_cli.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PARTS = {"own": "qkv", "pooled": "qkv", "softmax": "v", "key": "qv", "kv": "q", "linear": "", "none": ""}
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
 
@@ -102,8 +101,8 @@ class LayerProgram:
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def kind(self) -> str:
-        return self.plan.kind
+    def kind(self) -> Kind:
+        return self.plan.traits
 
     @property
     def width(self) -> int:
@@ -217,7 +216,7 @@ def map_slots(layout: Layout) -> tuple[dict[int, int], int]:
     """
     last: dict[int, int] = {}
     for index, plan in enumerate(layout):
-        if plan.kind == "softmax":
+        if plan.traits.borrows_maps:
             last.update(dict.fromkeys(plan.source_layers, index))
     taken: dict[int, int] = {}
     slots: dict[int, int] = {}
@@ -245,9 +244,9 @@ def _read_layer(
     layer = LayerProgram(
         index=index,
         plan=plan,
-        parts=PARTS[plan.kind],
+        parts=plan.traits.projects,
         heads=shape.query_heads,
-        kv_heads=plan.kv_heads if plan.kind == "pooled" else shape.kv_heads,
+        kv_heads=plan.own_kv_heads(shape),
         head_dim=shape.head_dim,
         window=window,
         rope=None,
@@ -296,11 +295,10 @@ def _read_projections(layer: LayerProgram, attention: nn.Module) -> None:
 
 def read_sources(layer: LayerProgram, shape: AttentionShape) -> None:
     """Says which heads a layer borrows."""
-    plan, group = layer.plan, shape.group_size
-    if plan.kind in ("key", "kv"):
-        layer.key_sources = plan.sources(shape.kv_heads)
-    if plan.kind == "softmax":
-        layer.query_sources = plan.sources(shape.query_heads)
+    group = shape.group_size
+    layer.key_sources = layer.plan.sources(shape)
+    if layer.kind.borrows_maps:
+        layer.query_sources = layer.key_sources
         keys = tuple((source, head // group) for source, head in layer.query_sources)
         if all(len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)):
             layer.key_sources = keys[::group]

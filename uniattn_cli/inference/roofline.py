@@ -53,7 +53,7 @@ def step_bytes(program: Program, batch: int, context: int) -> StepBytes:
 def _weights(layer: LayerProgram, program: Program, batch: int) -> int:
     own = [layer.project, layer.output]
     count = sum(tensor.numel() for tensor in own if tensor is not None)
-    if layer.kind == "linear":
+    if not layer.parts and layer.compensation is not None:
         count += _parameters(layer.compensation)
     if layer.feed.gate_up is not None:
         return count + layer.feed.gate_up.numel() + layer.feed.down.numel()
@@ -77,7 +77,7 @@ def _heads_read(layer: LayerProgram) -> int:
     """Heads of keys and of values that a layer looks at, whoever owns them."""
     if not layer.parts:
         return 0
-    return layer.kv_heads if layer.kind == "softmax" else 2 * layer.kv_heads
+    return layer.kv_heads if layer.kind.borrows_maps else 2 * layer.kv_heads
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -233,7 +233,7 @@ class Session:
         update, post = None, None
         lent: dict[int, torch.Tensor] = {}
         for layer in program.layers:
-            if layer.kind != "none":
+            if layer.parts or layer.compensation is not None:
                 joined = self.joined[layer.output.shape[1]] if decoding and layer.parts else None
                 wanted = joined[:, layer.width :] if joined is not None and layer.takes_input else None
                 residual, normed = ops.residual_norm(residual, update, post, layer.pre_attention, wanted)
@@ -260,7 +260,7 @@ class Session:
         joined: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output of the attention part, compensation included, [tokens, hidden]."""
-        if layer.kind == "linear":
+        if not layer.parts:
             return layer.compensation(normed)
         projected = self.ops.linear(normed, layer.project, layer.project_bias)
         low_rank = layer.extra > 0 and not layer.takes_input

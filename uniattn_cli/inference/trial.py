@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from uniattn_cli.inference.caches import Caches
-from uniattn_cli.inference.program import PARTS, Feed, LayerProgram, Program, map_slots, read_sources
+from uniattn_cli.inference.program import Feed, LayerProgram, Program, map_slots, read_sources
 from uniattn_cli.inference.step import Step
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -40,9 +40,9 @@ def attention_program(
         layer = LayerProgram(
             index=index,
             plan=plan,
-            parts=PARTS[plan.kind],
+            parts=plan.traits.projects,
             heads=heads,
-            kv_heads=plan.kv_heads if plan.kind == "pooled" else kv_heads,
+            kv_heads=plan.own_kv_heads(shape),
             head_dim=head_dim,
             window=window,
             rope=None,

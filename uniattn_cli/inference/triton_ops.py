@@ -164,10 +164,10 @@ class TritonOps(TorchOps):
         caches, dim = self.caches, layer.head_dim
         own = tuple((layer.index, head) for head in range(layer.kv_heads))
         key_sources = layer.key_sources or own
-        value_sources = key_sources if layer.kind == "kv" else own
+        value_sources = key_sources if layer.kind.borrows_values else own
         if layer.value_groups > 1 and not self.reuse:
             value_sources = tuple(source for source in value_sources for _ in range(layer.value_groups))
-        reads_keys = layer.kind != "softmax" or not self.reuse
+        reads_keys = not layer.kind.borrows_maps or not self.reuse
         sources = self.map_rows.get(layer.index)
         if sources is not None and not self.reuse:
             # Queries of a slot lie behind those of all rows of the slots before it.
@@ -236,7 +236,7 @@ class TritonOps(TorchOps):
             caches.queries[layer.map_slot] = queries
         if layer.index in self.lending.places:
             self._receive(layer, step, out)
-        elif layer.kind == "softmax" and self.reuse:
+        elif layer.kind.borrows_maps and self.reuse:
             self._follow(layer, step, out)
         else:
             self._lead(layer, queries, step, out)

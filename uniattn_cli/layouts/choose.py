@@ -18,7 +18,7 @@ from uniattn_cli.layouts.shorthand import parse_groups
 from uniattn_cli.layouts.thorough import frontier_table, points_of, search, steps_table
 from uniattn_cli.layouts.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
 from uniattn_cli.models.hub import locate
 from uniattn_cli.options import RunOptions
@@ -112,7 +112,7 @@ def _plain_leaders(layout: Layout) -> bool:
 
 
 def _borrows(layout: Layout) -> bool:
-    return any(plan.kind in BORROWING_KINDS for plan in layout)
+    return any(plan.traits.borrows for plan in layout)
 
 
 def _matched(recipe: Recipe, load: bool) -> str:
@@ -149,10 +149,10 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     considered = Considered(
         "sum over followers of 1 - similarity", points, shortlist, _checked(bench, shortlist), layout
     )
-    note = f"{chosen.followers} {'followers' if kind == 'softmax' else f'{kind} layers'}: {budget.words}"
+    note = f"{chosen.followers} {'followers' if KINDS[kind].borrows_maps else f'{kind} layers'}: {budget.words}"
     if chosen.followers:
         note += f"; heads {_matched(bench.recipe, load)}"
-        if kind == "softmax":
+        if KINDS[kind].borrows_maps:
             note += f", mean similarity of the borrowed maps {bench.matcher.similarity_of(layout):.3f}"
     marked = chosen if not shortlist or shortlist[0].name == "fast" else None
     tables = [candidates_table(choices, shape, measured.element_size, counts, marked)]
@@ -205,7 +205,7 @@ def _proposals(bench: Workbench, budget: Budget, rank: str | int, runs: dict[str
     ]
     found = [(name, layout) for _, name, layout in sorted(ends, key=lambda end: end[0]) if budget.met(layout)]
     for kind in spec.kinds if spec.compared != 1 else ():
-        if kind in BORROWING_KINDS:
+        if KINDS[kind].borrows:
             choices = frontier(bench.matcher, **_frontier_settings(spec, rank, kind))
             met = [choice.layout for choice in choices if budget.met(choice.layout)]
             found += [("fast" if kind == "softmax" else f"fast, {kind}", layout) for layout in met[:1]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from uniattn_cli.errors import LayoutError
 from uniattn_cli.fitting.match_maps import Match, Matcher
-from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan, Layout
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def frontier(
         protect: layers that must stay as they are.
         max_group: largest number of borrowers of one layer; only with one source layer for each follower.
         compensation: passed on to the plans of followers.
-        kind: of layers that borrow: `softmax`, `key` or `kv`. Where maps are alike, so are keys, up to a linear map.
+        kind: one that borrows. Where maps are alike, so are keys, up to a linear map.
 
     Raises:
         LayoutError: `max_group` with several sources.
@@ -117,13 +117,13 @@ def plan_of(match: Match, compensation: str | int, kind: str = "softmax", group_
     Args:
         match: sources of all query heads.
         compensation: its W_c.
-        kind: `softmax`; of `key` and `kv`, each key/value group takes the head that its first query head matches.
+        kind: where only keys are borrowed, each key/value group takes the head that its first query head matches.
         group_size: query heads of a key/value group.
     """
-    if kind != "softmax":
+    if not KINDS[kind].borrows_maps:
         heads = tuple((source, head // group_size) for source, head in match.sources[::group_size])
         return LayerPlan(kind, heads=heads, compensation=compensation)
     layers = {layer for layer, _ in match.sources}
     if len(layers) == 1 and [head for _, head in match.sources] == list(range(len(match.sources))):
-        return LayerPlan("softmax", leader=layers.pop(), compensation=compensation)
-    return LayerPlan("softmax", heads=match.sources, compensation=compensation)
+        return LayerPlan(kind, leader=layers.pop(), compensation=compensation)
+    return LayerPlan(kind, heads=match.sources, compensation=compensation)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from string import ascii_uppercase
 
-from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, Layout
 
 WIDTH = 60
-SYMBOLS = {"own": "■", "key": "k", "kv": "v", "pooled": "p", "linear": "l", "none": "·"}
 
 
 def draw_layout(layout: Layout) -> str:
@@ -22,20 +21,20 @@ def draw_layout(layout: Layout) -> str:
     cells = []
     for index, plan in enumerate(layout):
         if plan.kind == "own":
-            cells.append(letters.get(index, SYMBOLS["own"]))
-        elif plan.kind == "softmax":
+            cells.append(letters.get(index, plan.traits.symbol))
+        elif plan.traits.borrows_maps:
             layers = Counter(layer for layer, _ in plan.heads or ((plan.leader, 0),))
             cells.append(letters[layers.most_common(1)[0][0]].lower())
         else:
-            cells.append(SYMBOLS[plan.kind])
+            cells.append(plan.traits.symbol)
     lines = []
     for start in range(0, len(cells), WIDTH):
         part = cells[start : start + WIDTH]
         marks = "".join(f"{index:<10}" for index in range(start, start + len(part), 10))
         lines += [f"layer  {marks}".rstrip(), f"       {''.join(part)}"]
-    kinds = {plan.kind for plan in layout}
+    kinds = [kind for kind in KINDS.values() if any(plan.kind == kind.name for plan in layout)]
     legend = ["■ unchanged"]
-    if "softmax" in kinds:
+    if any(kind.borrows_maps for kind in kinds):
         legend.append("A lends its maps, a borrows (most) from A")
-    legend += [f"{SYMBOLS[kind]} {kind}" for kind in ("key", "kv", "pooled", "linear", "none") if kind in kinds]
+    legend += [f"{kind.symbol} {kind.name}" for kind in kinds if kind.name != "own" and not kind.borrows_maps]
     return "\n".join([*lines, "       " + ", ".join(legend)])

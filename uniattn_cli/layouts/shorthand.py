@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from uniattn_cli.errors import LayoutError, RecipeError, suggest
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, KINDS, AttentionShape, LayerPlan, Layout
 
 FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, one of these but auto after KIND@, or a file"
 
@@ -51,27 +51,36 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
 
 def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layout:
     kind, _, groups = text.partition("@")
-    others = {
-        "pooled": LayerPlan("pooled", kv_heads=pooled_heads(shape), compensation=compensation),
-        "linear": LayerPlan("linear", compensation="full" if compensation == "none" else compensation),
-        "none": LayerPlan("none"),
-    }
-    known = [*BORROWING_KINDS, *others]
-    if kind not in known:
-        raise LayoutError(f"--groups {text}: '{kind}' is not one of {', '.join(known)}{suggest(kind, known)}")
+    if kind not in CHANGED_KINDS:
+        known = ", ".join(CHANGED_KINDS)
+        raise LayoutError(f"--groups {text}: '{kind}' is not one of {known}{suggest(kind, CHANGED_KINDS)}")
     if groups == "auto":
-        search = "" if kind in BORROWING_KINDS else " --search thorough"
+        search = "" if KINDS[kind].borrows else " --search thorough"
         raise LayoutError(f"--groups {text}: to have such layers chosen, use --groups auto --kinds {kind}{search}")
     if "@" in groups or Path(groups).is_file():
         raise LayoutError(f"--groups {text}: what stands after the @ must be paper, every:N, FIRST-LAST:N or a list")
     followers = parse_groups(groups, shape, compensation)
-    plans = [plan if plan.kind == "own" else others.get(kind) or replace(plan, kind=kind) for plan in followers]
+    changed = plan_alone(kind, shape, compensation)
+    plans = [plan if plan.kind == "own" else changed or replace(plan, kind=kind) for plan in followers]
     return _checked(Layout(tuple(plans)), shape, text)
 
 
-def pooled_heads(shape: AttentionShape) -> int:
-    """Key/value heads of a `pooled` layer: as many as divide those of the model, half of them at most."""
-    return max((n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0), default=1)
+def plan_alone(kind: str, shape: AttentionShape, compensation: str | int) -> LayerPlan | None:
+    """The plan of a layer of a kind that borrows nothing; None of one that borrows.
+
+    A layer with fewer key/value heads has as many as divide those of the model, half of them at most.
+
+    Args:
+        compensation: W_c, where the kind leaves a choice; where W_c is required, none becomes full.
+    """
+    traits = KINDS[kind]
+    if traits.borrows:
+        return None
+    kept = max((n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0), default=1)
+    if traits.compensation != "optional":
+        needed = "full" if compensation == "none" else compensation
+        compensation = needed if traits.compensation == "required" else "none"
+    return LayerPlan(kind, kv_heads=kept if traits.fewer_heads else None, compensation=compensation)
 
 
 def _layers(first: str, last: str, shape: AttentionShape, text: str) -> range:

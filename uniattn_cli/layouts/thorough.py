@@ -10,9 +10,9 @@ from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.considered import Point
 from uniattn_cli.layouts.fast import plan_of
-from uniattn_cli.layouts.shorthand import pooled_heads
+from uniattn_cli.layouts.shorthand import plan_alone
 from uniattn_cli.layouts.workbench import Workbench
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS, LayerPlan, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
 from uniattn_cli.tables import Table
 
@@ -41,15 +41,12 @@ def proposer(
         lenders = matcher.lenders(layout, layer, max_group)
         plans = []
         for kind in kinds:
-            if kind in BORROWING_KINDS:
+            if KINDS[kind].borrows:
                 match = matchers[kind].match(layer, lenders)
                 plans += [plan_of(match, compensation, kind, shape.group_size)] if match else []
-            elif kind == "pooled" and shape.kv_heads > 1:
-                plans.append(LayerPlan(kind, kv_heads=pooled_heads(shape), compensation=compensation))
-            elif kind == "linear":
-                plans.append(LayerPlan(kind, compensation="full"))
-            elif kind == "none":
-                plans.append(LayerPlan(kind))
+            elif not KINDS[kind].fewer_heads or shape.kv_heads > 1:
+                full = KINDS[kind].compensation == "required"
+                plans.append(plan_alone(kind, shape, "full" if full else compensation))
         return plans
 
     return propose
@@ -67,7 +64,8 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
 
     if bench.placement[1] is not None:
         raise LayoutError(
-            "the thorough search needs the whole model on the GPU; use --search fast with softmax, key or kv in --kinds"
+            "the thorough search needs the whole model on the GPU; use --search fast with one of "
+            f"{', '.join(BORROWING_KINDS)} in --kinds"
         )
     recipe = bench.recipe
     spec, progress = recipe.layout, bench.options.progress

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.considered import Validated
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, Layout
+from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.costs import count_parameters
 from uniattn_cli.models.families import check_target
 from uniattn_cli.recipe.schema import Recipe
@@ -143,7 +143,7 @@ class Workbench:
         """
         from uniattn_cli.fitting.match_outputs import Limits
 
-        if not matches_by_output(self.recipe) or not any(plan.kind in BORROWING_KINDS for plan in layout):
+        if not matches_by_output(self.recipe) or not any(plan.traits.borrows for plan in layout):
             return layout
         tokens = min(self.recipe.conversion.tokens, Limits.of(self.options.torch_device()).tokens)
         with self.options.progress.track("matching heads", len(layout)) as advance:

@@ -10,19 +10,84 @@ from dataclasses import dataclass
 
 FORMAT_VERSION = 1
 
-KINDS = ("own", "softmax", "key", "kv", "pooled", "linear", "none")
-BORROWING_KINDS = ("softmax", "key", "kv")
-# Projections that a layer of each kind does not have.
-REMOVED_PROJECTIONS = {
-    "own": (),
-    "softmax": ("q_proj", "k_proj"),
-    "key": ("k_proj",),
-    "kv": ("k_proj", "v_proj"),
-    "pooled": (),
-    "linear": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "none": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
 PLAN_KEYS = ("kind", "leader", "heads", "kv_heads", "compensation")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the layers of one kind compute themselves and what they borrow; everything else follows from it.
+
+    Attributes:
+        name: in layouts, recipes and on the command line.
+        projects: which of the letters q, k, v (queries, keys, values) a layer projects; without any, there is no
+            attention.
+        borrows: which of them it takes from earlier layers.
+        symbol: one character, for drawings.
+        phrase: what is done to such a layer, as in "layer 7 borrows keys".
+        fewer_heads: it has fewer key/value heads than the base, and its plan says how many.
+        compensation: whether W_c is `optional`, `required` or `forbidden`.
+    """
+
+    name: str
+    projects: str
+    borrows: str
+    symbol: str
+    phrase: str
+    fewer_heads: bool = False
+    compensation: str = "optional"
+
+    @property
+    def attends(self) -> bool:
+        """Whether there is an attention call, and so W_o."""
+        return bool(self.projects)
+
+    @property
+    def caches(self) -> str:
+        """Which of the letters k, v are cached: what a layer projects of them."""
+        return self.projects.replace("q", "")
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Projections of the base that a layer does not have."""
+        kept = self.projects + ("o" if self.attends else "")
+        return tuple(f"{part}_proj" for part in "qkvo" if part not in kept)
+
+    @property
+    def borrows_maps(self) -> bool:
+        """Whether queries are borrowed beside the keys, and so whole maps, query head by query head."""
+        return "q" in self.borrows
+
+    @property
+    def borrows_values(self) -> bool:
+        """Whether values are borrowed beside the keys."""
+        return "v" in self.borrows
+
+    @property
+    def aligns_queries(self) -> bool:
+        """Whether own queries meet borrowed keys, to which they can be fitted."""
+        return "q" in self.projects and "k" in self.borrows
+
+    def borrowed_heads(self, shape: AttentionShape) -> int:
+        """Entries of a head map: query heads where maps are borrowed, else key/value heads; 0 where nothing is."""
+        if not self.borrows:
+            return 0
+        return shape.query_heads if self.borrows_maps else shape.kv_heads
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("own", "qkv", "", "■", "is unchanged", compensation="forbidden"),
+        Kind("softmax", "v", "qk", "s", "borrows its attention map"),
+        Kind("key", "qv", "k", "k", "borrows keys"),
+        Kind("kv", "q", "kv", "v", "borrows keys and values"),
+        Kind("pooled", "qkv", "", "p", "has fewer key/value heads", fewer_heads=True),
+        Kind("linear", "", "", "l", "has a linear map in place of attention", compensation="required"),
+        Kind("none", "", "", "×", "has no attention", compensation="forbidden"),
+    )
+}
+CHANGED_KINDS = tuple(name for name in KINDS if name != "own")
+BORROWING_KINDS = tuple(name for name, kind in KINDS.items() if kind.borrows)
 
 
 @dataclass(frozen=True)
@@ -96,7 +161,9 @@ class LayerPlan:
             except (TypeError, ValueError):
                 raise ValueError(f"heads must read like '4:0 4:2 3:1' (layer:head), not {heads!r}") from None
         kind = entry.get("kind", "softmax" if "leader" in entry or heads else "own")
-        default = "none" if kind in ("own", "none") else "full" if kind == "linear" else compensation
+        # A kind that nobody knows is reported by `Layout.problems`.
+        rule = KINDS[kind].compensation if kind in KINDS else "optional"
+        default = {"forbidden": "none", "required": "full"}.get(rule, compensation)
         return cls(kind, entry.get("leader"), heads, entry.get("kv_heads"), entry.get("compensation", default))
 
     def to_dict(self) -> dict:
@@ -113,13 +180,22 @@ class LayerPlan:
         entry["compensation"] = self.compensation
         return entry
 
-    def sources(self, borrowed_heads: int) -> tuple[tuple[int, int], ...]:
-        """(layer, head) for each of `borrowed_heads` heads, whether written as a leader or as a head map."""
+    def sources(self, shape: AttentionShape) -> tuple[tuple[int, int], ...]:
+        """(layer, head) for each borrowed head, whether written as a leader or as a head map."""
         if self.heads is not None:
             return self.heads
         if self.leader is not None:
-            return tuple((self.leader, head) for head in range(borrowed_heads))
+            return tuple((self.leader, head) for head in range(self.traits.borrowed_heads(shape)))
         return ()
+
+    @property
+    def traits(self) -> Kind:
+        """The record of its kind."""
+        return KINDS[self.kind]
+
+    def own_kv_heads(self, shape: AttentionShape) -> int:
+        """Key/value heads of its attention, fewer than the base's in a `pooled` layer."""
+        return shape.kv_heads if self.kv_heads is None else self.kv_heads
 
     @property
     def source_layers(self) -> tuple[int, ...]:
@@ -179,7 +255,7 @@ class Layout:
     @property
     def followers(self) -> list[int]:
         """Layers that borrow their Softmax map."""
-        return [index for index, plan in enumerate(self.plans) if plan.kind == "softmax"]
+        return [index for index, plan in enumerate(self.plans) if plan.traits.borrows_maps]
 
     @property
     def last_use(self) -> dict[int, int]:
@@ -223,23 +299,23 @@ class Layout:
                 f"the first layer with mask type '{cache}' must be 'own', not '{plan.kind}', "
                 "because the cache takes its length from it"
             )
-        if plan.kind == "none" and rank != "none":
-            yield "a 'none' layer has no compensation; use kind 'linear' for one"
-        if plan.kind == "linear" and rank == "none":
-            yield "a 'linear' layer is nothing but its compensation; use kind 'none' to drop it"
-        if plan.kind == "pooled":
+        if plan.traits.compensation == "forbidden" and rank != "none":
+            yield f"a '{plan.kind}' layer has no compensation; use kind 'linear' for one"
+        if plan.traits.compensation == "required" and rank == "none":
+            yield f"a '{plan.kind}' layer is nothing but its compensation; use kind 'none' to drop it"
+        if plan.traits.fewer_heads:
             kept = plan.kv_heads
             if not isinstance(kept, int) or not 1 <= kept < shape.kv_heads or shape.kv_heads % kept:
                 yield f"kv_heads must divide {shape.kv_heads} and be smaller, not {kept!r}"
         elif plan.kv_heads is not None:
             yield f"kv_heads belongs to kind 'pooled', not '{plan.kind}'"
-        if plan.kind in BORROWING_KINDS:
+        if plan.traits.borrows:
             yield from self._source_problems(index, plan, shape)
         elif plan.source_layers:
             yield f"a '{plan.kind}' layer borrows nothing, but a leader is given"
 
     def _source_problems(self, index: int, plan: LayerPlan, shape: AttentionShape) -> Iterator[str]:
-        count = shape.query_heads if plan.kind == "softmax" else shape.kv_heads
+        count = plan.traits.borrowed_heads(shape)
         if plan.leader is not None and plan.heads is not None:
             yield "give a leader or a head map, not both"
             return

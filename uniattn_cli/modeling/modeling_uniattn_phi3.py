@@ -68,7 +68,7 @@ class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):
         heads = (self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2)
         for name, fused in stock.qkv_proj.named_parameters():
             rows = dict(zip("qkv", fused.detach().split([count * self.head_dim for count in heads]), strict=True))
-            if self.plan.kind == "pooled":
+            if self.plan.traits.fewer_heads:
                 rows |= {part: self.pool_heads(rows[part]) for part in "kv"}
             setattr(self.qkv_proj, name, nn.Parameter(torch.cat([rows[part] for part in self.kept])))
 

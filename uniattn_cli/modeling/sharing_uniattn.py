@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_uniattn import attention_shape
-from .layout_uniattn import REMOVED_PROJECTIONS, LayerPlan
+from .layout_uniattn import AttentionShape, LayerPlan
 
 
 class SharedStates:
@@ -142,26 +142,27 @@ class SharedAttentionMixin:
         self.plan = plan
         self.is_source = layer_idx in last_use
         self.value_groups = 1
-        self.drop_projections(REMOVED_PROJECTIONS[plan.kind])
+        self.drop_projections(plan.traits.removed)
         self.compensation = make_compensation(plan, shape.hidden_size)
-        if plan.kind == "pooled":
+        if plan.traits.fewer_heads:
             self.shrink_kv_heads(plan.kv_heads)
             self.num_key_value_groups = shape.query_heads // plan.kv_heads
-        if plan.kind == "softmax":
-            self.query_sources = plan.sources(shape.query_heads)
-            self._set_key_sources(self.query_sources, shape.group_size, shape.query_heads)
-        elif plan.kind in ("key", "kv"):
-            self.key_sources = plan.sources(shape.kv_heads)
+        self.borrow_from(plan, shape)
 
-    def _set_key_sources(self, queries: tuple[tuple[int, int], ...], group: int, heads: int) -> None:
-        """Decides whether the head map keeps grouped-query shapes or needs one key head per query head."""
-        keys = tuple((layer, head // group) for layer, head in queries)
-        if all(len(set(keys[start : start + group])) == 1 for start in range(0, heads, group)):
-            self.key_sources = keys[::group]
-        else:
-            self.key_sources = keys
-            self.value_groups = group
-            self.num_key_value_groups = 1
+    def borrow_from(self, plan: LayerPlan, shape: AttentionShape) -> None:
+        """Sets the heads to borrow; of borrowed maps, decides whether keys keep their grouped-query shape.
+
+        Args:
+            shape: of the heads that are here; an engine may have a shard of them.
+        """
+        self.key_sources = plan.sources(shape)
+        if plan.traits.borrows_maps:
+            self.query_sources, group = self.key_sources, shape.group_size
+            keys = tuple((layer, head // group) for layer, head in self.query_sources)
+            if all(len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)):
+                self.key_sources = keys[::group]
+            else:
+                self.key_sources, self.value_groups, self.num_key_value_groups = keys, group, 1
 
     def drop_projections(self, removed: tuple[str, ...]) -> None:
         """Deletes the modules that a layer of this kind does not have."""
@@ -191,7 +192,7 @@ class SharedAttentionMixin:
             stock_output = getattr(stock, self.output_name)
             for name, parameter in stock_output.named_parameters():
                 setattr(output, name, nn.Parameter(parameter.detach().clone()))
-        if self.plan.kind == "pooled":
+        if self.plan.traits.fewer_heads:
             for name in self.pooled_names:
                 for kind, parameter in getattr(stock, name).named_parameters():
                     setattr(getattr(self, name), kind, nn.Parameter(self.pool_heads(parameter)))
@@ -262,13 +263,12 @@ class SharedAttentionMixin:
         Returns:
             [batch, tokens, hidden], and the attention map where the backend returns it.
         """
-        kind = self.plan.kind
-        if kind in ("kv", "linear", "none"):
+        kind = self.plan.traits
+        if not kind.caches:
             self._keep_cache_in_step(hidden_states, past_key_values)
-        if kind == "none":
-            return torch.zeros_like(hidden_states), None
-        if kind == "linear":
-            return self.compensation(hidden_states), None
+        if not kind.attends:
+            without = torch.zeros_like if self.compensation is None else self.compensation
+            return without(hidden_states), None
         queries, keys, values = self._states(hidden_states, position_embeddings, past_key_values, uniattn_shared)
         if hasattr(self, "attn"):
             keys, values = self._fit_engine(queries, keys, values)
@@ -300,7 +300,7 @@ class SharedAttentionMixin:
             ValueError: the numbers of heads differ.
         """
         expected, given = (self.attn.num_heads, self.attn.num_kv_heads), (queries.shape[1], keys.shape[1])
-        if self.plan.kind == "pooled" and given != expected:
+        if self.plan.traits.fewer_heads and given != expected:
             times = expected[1] // given[1]
             keys, values = keys.repeat_interleave(times, dim=1), values.repeat_interleave(times, dim=1)
             given = (queries.shape[1], keys.shape[1])
@@ -323,11 +323,10 @@ class SharedAttentionMixin:
 
     def _states(self, hidden_states, position_embeddings, past_key_values, shared):
         """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder."""
-        parts = {"softmax": "v", "key": "qv", "kv": "q"}.get(self.plan.kind, "qkv")
-        device = hidden_states.device
-        states = self.project(hidden_states, parts)
+        kind, device = self.plan.traits, hidden_states.device
+        states = self.project(hidden_states, kind.projects)
         self.embed_positions(states, position_embeddings)
-        if parts == "qkv":
+        if not kind.borrows:
             queries, keys, values = states["q"], states["k"], states["v"]
             if past_key_values is not None:
                 keys, values = past_key_values.update(keys, values, self.layer_idx)
@@ -337,11 +336,11 @@ class SharedAttentionMixin:
                 shared.lend(self.layer_idx, queries, keys, values)
             return queries, keys, values
         keys = gather_heads(shared.keys, self.key_sources, device)
-        if self.plan.kind == "softmax":
+        if kind.borrows_maps:
             queries = gather_heads(shared.queries, self.query_sources, device)
         else:
             queries = states["q"]
-        if self.plan.kind == "kv":
+        if kind.borrows_values:
             return queries, keys, gather_heads(shared.values, self.key_sources, device)
         values = states["v"]
         if past_key_values is not None:

@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 def cached_heads(plan: LayerPlan, shape: AttentionShape) -> int:
     """Heads of size `head_dim` that a layer keeps per token, keys and values counted apart."""
-    return {
-        "own": 2 * shape.kv_heads,
-        "softmax": shape.kv_heads,
-        "key": shape.kv_heads,
-        "pooled": 2 * (plan.kv_heads or 0),
-    }.get(plan.kind, 0)
+    return len(plan.traits.caches) * plan.own_kv_heads(shape)
 
 
 def kv_bytes_per_token(layout: Layout, shape: AttentionShape, element_size: int) -> int:

@@ -11,7 +11,7 @@ from uniattn_cli.data.readers import EXTENSIONS
 from uniattn_cli.data.rows import BUILTIN
 from uniattn_cli.layouts.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
-from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.hub import context_window
 from uniattn_cli.publishing.facts import BASE, Facts
@@ -19,15 +19,6 @@ from uniattn_cli.reporting import markdown
 from uniattn_cli.tables import Table, to_markdown
 
 PAPER = "[UniAttn](https://arxiv.org/abs/2502.00439)"
-DOES = {
-    "own": "as in the base",
-    "softmax": "attention map of earlier layers; own values",
-    "key": "keys of earlier layers; own queries and values",
-    "kv": "keys and values of earlier layers; own queries",
-    "pooled": "fewer key/value heads",
-    "linear": "attention replaced by a linear map",
-    "none": "attention left out",
-}
 
 
 def model_card(facts: Facts, repo_id: str) -> str:
@@ -115,12 +106,12 @@ def _usage(repo_id: str) -> str:
 def _layout(facts: Facts) -> Iterator[str]:
     layout: Layout = facts.config.layout
     rows = []
-    for kind, does in DOES.items():
-        layers = [index for index, plan in enumerate(layout) if plan.kind == kind]
+    for kind in KINDS.values():
+        layers = [index for index, plan in enumerate(layout) if plan.kind == kind.name]
         if layers:
             sources = sorted({source for index in layers for source in layout[index].source_layers})
-            rows.append([kind, str(len(layers)), ranges(layers), does, ranges(sources) or "–"])
-    yield to_markdown(Table("", ["kind", "layers", "which", "what they use", "borrowed from"], rows))
+            rows.append([kind.name, str(len(layers)), ranges(layers), kind.phrase, ranges(sources) or "–"])
+    yield to_markdown(Table("", ["kind", "layers", "which", "each", "borrowed from"], rows))
     yield f"```\n{draw_layout(layout)}\n```"
     yield "`config.json` holds the layout head by head, under `uniattn`."
 

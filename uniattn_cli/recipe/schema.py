@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from uniattn_cli.errors import suggest
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, CHANGED_KINDS
 from uniattn_cli.recipe.files import plain, read_tree
 from uniattn_cli.recipe.reading import read_section
 
@@ -202,8 +202,8 @@ class LayoutSpec:
     )
     kinds: tuple[str, ...] = setting(
         lambda: ("softmax",),
-        "kinds that changed layers may have: softmax, key, kv, pooled, linear, none; a fast search takes one of the "
-        "first three, a thorough one any number",
+        f"kinds that changed layers may have: {', '.join(CHANGED_KINDS)}; a fast search takes one of "
+        f"{', '.join(BORROWING_KINDS)}, a thorough one any number",
     )
     score_tokens: int = setting(
         16384,
@@ -588,19 +588,17 @@ class Recipe:
         budgets = [key for key in ("followers", "kv", "params") if getattr(self.layout, key) is not None]
         if len(budgets) > 1:
             faults.append(f"layout: only one budget can be given, not {' and '.join(budgets)}")
-        allowed = [kind for kind in KINDS if kind != "own"]
         for kind in self.layout.kinds:
-            if kind not in allowed:
-                faults.append(
-                    f"layout.kinds: unknown kind '{kind}'{suggest(kind, allowed)} (known: {', '.join(allowed)})"
-                )
+            if kind not in CHANGED_KINDS:
+                known = ", ".join(CHANGED_KINDS)
+                faults.append(f"layout.kinds: unknown kind '{kind}'{suggest(kind, CHANGED_KINDS)} (known: {known})")
         if not self.layout.kinds:
             faults.append("layout.kinds is empty; name at least one kind")
         if len(set(self.layout.kinds)) < len(self.layout.kinds):
             faults.append("layout.kinds names a kind twice")
         if self.layout.search == "fast" and not fast_search_takes(self.layout.kinds):
             faults.append(
-                "layout.kinds: a fast search takes softmax, key or kv; name one, or set layout.search: thorough"
+                f"layout.kinds: a fast search takes one of {', '.join(BORROWING_KINDS)}; or set layout.search: thorough"
             )
         if self.layout.max_group is not None and self.layout.sources == "several":
             faults.append(

@@ -13,9 +13,6 @@ from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 
 # vLLM knows the keys of layer `X.attn` as the layer `X.attn_keys`.
 KEYS_SUFFIX = "_keys"
-CACHES_KEYS = ("own", "pooled")
-CACHES_VALUES = ("own", "pooled", "softmax", "key")
-CALLS_ATTENTION = ("own", "pooled", "softmax", "key", "kv")
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,7 @@ class Write:
 
 def kv_heads_of(layout: Layout, shape: AttentionShape, index: int) -> int:
     """Key/value heads that a layer keeps in each of its units."""
-    plan = layout[index]
-    return plan.kv_heads if plan.kind == "pooled" else shape.kv_heads
+    return layout[index].own_kv_heads(shape)
 
 
 def read_runs(layout: Layout, shape: AttentionShape, index: int) -> tuple[Run, ...]:
@@ -77,14 +73,13 @@ def read_runs(layout: Layout, shape: AttentionShape, index: int) -> tuple[Run, .
     plan = layout[index]
     group = shape.query_heads // kv_heads_of(layout, shape, index)
     sources = []
-    if plan.kind == "softmax":
-        pairs = plan.sources(shape.query_heads)
+    pairs = plan.sources(shape)
+    if plan.traits.borrows_maps:
         sources = [(layer, head // group, index, query // group) for query, (layer, head) in enumerate(pairs)]
-    elif plan.kind in ("key", "kv"):
-        pairs = plan.sources(shape.kv_heads)
+    elif plan.traits.borrows:
         for query in range(shape.query_heads):
             layer, head = pairs[query // group]
-            values = (layer, head) if plan.kind == "kv" else (index, query // group)
+            values = (layer, head) if plan.traits.borrows_values else (index, query // group)
             sources.append((layer, head, *values))
     else:
         sources = [(index, query // group, index, query // group) for query in range(shape.query_heads)]
@@ -94,7 +89,7 @@ def read_runs(layout: Layout, shape: AttentionShape, index: int) -> tuple[Run, .
 def passed_kv_heads(layout: Layout, shape: AttentionShape, index: int) -> int:
     """Key/value heads that the model code passes to the attention call: free head maps get one per query head."""
     kept = kv_heads_of(layout, shape, index)
-    if layout[index].kind != "softmax":
+    if not layout[index].traits.borrows_maps:
         return kept
     keys = {
         (run.value_head + head, run.key_layer, run.key_head + head)
@@ -106,7 +101,7 @@ def passed_kv_heads(layout: Layout, shape: AttentionShape, index: int) -> int:
 
 def writes(layout: Layout, shape: AttentionShape, index: int) -> tuple[Write, ...]:
     """How the new values of a layer, and its keys where they are its own, get into the cache."""
-    if layout[index].kind not in CACHES_VALUES:
+    if "v" not in layout[index].traits.caches:
         return ()
     runs = read_runs(layout, shape, index)
     if passed_kv_heads(layout, shape, index) == kv_heads_of(layout, shape, index):
@@ -169,19 +164,19 @@ def shard_layout(layout: Layout, shape: AttentionShape, rank: int, ranks: int) -
     if ranks == 1:
         return layout, shape
     advice = "convert with layout.head_map=identity, or serve with fewer ranks"
-    counts = [shape.query_heads, shape.kv_heads, *(plan.kv_heads for plan in layout if plan.kind == "pooled")]
+    counts = [shape.query_heads, shape.kv_heads, *(plan.kv_heads for plan in layout if plan.kv_heads)]
     if any(count % ranks for count in counts):
         raise ValueError(f"layers with {min(counts)} heads cannot be shared by {ranks} tensor-parallel ranks")
     plans = []
     for index, plan in enumerate(layout):
         changes: dict = {}
         if plan.heads is not None:
-            heads = (shape.query_heads if plan.kind == "softmax" else shape.kv_heads) // ranks
+            heads = plan.traits.borrowed_heads(shape) // ranks
             part = plan.heads[rank * heads : (rank + 1) * heads]
             if any(head // heads != rank for _, head in part):
                 raise ValueError(f"the head map of layer {index} crosses the shards of {ranks} ranks; {advice}")
             changes["heads"] = tuple((layer, head - rank * heads) for layer, head in part)
-        if plan.kind == "pooled":
+        if plan.kv_heads:
             changes["kv_heads"] = plan.kv_heads // ranks
         plans.append(replace(plan, **changes))
     local = replace(shape, query_heads=shape.query_heads // ranks, kv_heads=shape.kv_heads // ranks)
@@ -209,8 +204,7 @@ def clusters(layout: Layout) -> list[list[int]]:
 
 def units(layout: Layout, index: int) -> int:
     """Units that a layer caches: 2 (keys and values), 1 (values) or 0."""
-    kind = layout[index].kind
-    return (kind in CACHES_KEYS) + (kind in CACHES_VALUES)
+    return len(layout[index].traits.caches)
 
 
 def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:

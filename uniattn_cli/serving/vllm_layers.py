@@ -23,7 +23,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.serving.cache_plan import (
-    CACHES_KEYS,
     KEYS_SUFFIX,
     Run,
     kv_heads_of,
@@ -194,7 +193,7 @@ class SharedCacheAttention(Attention):
         self.stored_heads = kv_heads_of(layout, shape, index)
         arguments["num_kv_heads"] = passed_kv_heads(layout, shape, index)
         target = None
-        if layout[index].kind == "kv":
+        if layout[index].traits.borrows_values:
             # vLLM then caches nothing for the layer and gives it the block table of this one.
             target = peers[layout[index].source_layers[0]].layer_name
         super().__init__(
@@ -203,7 +202,7 @@ class SharedCacheAttention(Attention):
         # Not attributes of a module, which would register each other's buffers twice.
         object.__setattr__(self, "peers", peers)
         peers[index] = self
-        keys = KeyCache(self, prefix + KEYS_SUFFIX, vllm_config) if layout[index].kind in CACHES_KEYS else None
+        keys = KeyCache(self, prefix + KEYS_SUFFIX, vllm_config) if "k" in layout[index].traits.caches else None
         object.__setattr__(self, "keys", keys)
 
     def heads(self, first: int, count: int) -> torch.Tensor:

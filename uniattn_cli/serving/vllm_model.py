@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.serving.cache_plan import CALLS_ATTENTION, shard_layout
+from uniattn_cli.serving.cache_plan import shard_layout
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
 
 logger = init_logger("vllm.uniattn")
@@ -70,12 +70,7 @@ class SharedCacheMixin:
             plan = getattr(module, "plan", None)
             if plan is None or not hasattr(module, "layer_idx"):
                 continue
-            plan = self._shared_layout[module.layer_idx]
-            if plan.kind == "softmax":
-                module.query_sources = plan.sources(shape.query_heads)
-                module._set_key_sources(module.query_sources, shape.group_size, shape.query_heads)
-            elif plan.kind in ("key", "kv"):
-                module.key_sources = plan.sources(shape.kv_heads)
+            module.borrow_from(self._shared_layout[module.layer_idx], shape)
 
     def _get_attn_cls(self):
         stock = super()._get_attn_cls()
@@ -83,7 +78,7 @@ class SharedCacheMixin:
 
     def _make_attention(self, prefix: str, **arguments) -> nn.Module:
         index = extract_layer_index(prefix)
-        if self._shared_layout[index].kind not in CALLS_ATTENTION:
+        if not self._shared_layout[index].traits.attends:
             return nn.Identity()  # never called, and caches nothing
         return SharedCacheAttention(
             layout=self._shared_layout,

@@ -56,7 +56,7 @@ class Teaching:
         if spec.precompute:
             return Distiller(spec, None, StoredTeacher(self._stored(device)))
         # A layer without attention gives zeros, which nothing can train.
-        layers = [index for index, plan in enumerate(layout) if plan.kind not in ("own", "none")]
+        layers = [i for i in layout.changed if layout[i].traits.attends or layout[i].compensation != "none"]
         return Distiller(spec, self._load(device), layers=layers)
 
     def _load(self, device: torch.device) -> PreTrainedModel:

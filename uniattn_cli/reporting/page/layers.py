@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, Layout
 from uniattn_cli.reporting.page.evidence import Evidence
 from uniattn_cli.reporting.page.markup import Html, figure, join, table, tag
 from uniattn_cli.reporting.page.plot import WIDTH, Axis, Series, chart, drawing, legend, marker
 
 LEVELS = 16
 MAP_LEFT, MAP_TOP, MAP_BOTTOM = 40.0, 22.0, 66.0
-LETTERS = {"key": "k", "kv": "v", "pooled": "p", "linear": "l", "none": "×"}
-MEANINGS = {
-    "softmax": "borrows its map",
-    "key": "borrows keys",
-    "kv": "borrows keys and values",
-    "pooled": "has fewer key/value heads",
-    "linear": "is a linear map instead of attention",
-    "none": "has no attention",
-}
 
 
 def redundancy(evidence: Evidence) -> Html | None:
@@ -76,10 +67,10 @@ def _borrowings(layout: Layout, cell: float) -> list[Html]:
         x, y = (_place(layer, cell, start) + cell / 2 for start in (MAP_LEFT, MAP_TOP))
         if plan.kind == "own":
             parts.append(tag("g", marker(x, y, 0, min(cell / 2.6, 4)), class_="s0"))
-        elif plan.kind == "softmax":
+        elif plan.traits.borrows_maps:
             parts.append(tag("g", marker(x, y, 0, min(cell / 2.6, 4), "hollow"), class_="s1"))
         else:
-            letter = LETTERS[plan.kind]
+            letter = plan.traits.symbol
             parts.append(tag("text", letter, x=f"{x:.1f}", y=f"{y + 4:.1f}", text_anchor="middle", class_="s1"))
         heads = Counter(source for source, _ in plan.heads or ())
         for source in plan.source_layers:
@@ -148,17 +139,20 @@ def _key(low: float, high: float, height: float) -> Html:
 def _map_legend(layout: Layout | None) -> Html | None:
     if layout is None:
         return None
-    kinds = {plan.kind for plan in layout}
+    kinds = [kind for kind in KINDS.values() if any(plan.kind == kind.name for plan in layout)]
 
     def swatch(shape: Html, style: str) -> Html:
         return tag("svg", shape, viewBox="0 0 30 14", aria_hidden="true", class_=style)
 
     items = [tag("li", swatch(marker(15, 7, 0), "s0"), " unchanged layer")]
-    if "softmax" in kinds:
-        items.append(tag("li", swatch(marker(15, 7, 0, 4.2, "hollow"), "s1"), f" {MEANINGS['softmax']}"))
+    for kind in kinds:
+        if not kind.borrows_maps:
+            continue
+        items.append(tag("li", swatch(marker(15, 7, 0, 4.2, "hollow"), "s1"), f" {kind.phrase}"))
         frame = tag("rect", x=10, y=2, width=10, height=10, class_="frame", stroke_width=2.5)
         items.append(tag("li", swatch(frame, "s1"), " from this layer (the thicker, the more heads)"))
-    items += [tag("li", tag("b", LETTERS[kind]), f" {MEANINGS[kind]}") for kind in LETTERS if kind in kinds]
+    lettered = [kind for kind in kinds if kind.name != "own" and not kind.borrows_maps]
+    items += [tag("li", tag("b", kind.symbol), f" {kind.phrase}") for kind in lettered]
     return tag("ul", items, class_="legend")
 
 
