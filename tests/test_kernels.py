@@ -109,7 +109,7 @@ def materialised(program, caches, queries):
 
 
 def one_head(program, caches, queries, layer, row, head, low, end):
-    group, kind = 2, layer.kind
+    group, kind = 2, layer.plan.kind
     source, query_head = layer.query_sources[head] if kind == "softmax" else (layer.index, head)
     own = layer.index, head // (6 // layer.kv_heads)
     borrowed = layer.key_sources[head // group] if kind in ("key", "kv") else own
@@ -127,7 +127,7 @@ def check(ops, dtype, reuse, options):
     program, caches, queries, found = make_trial(ops, dtype, reuse=reuse, **options)
     for layer, got, wanted in zip(program.layers, found, materialised(program, caches, queries), strict=True):
         difference = (got.double() - wanted).abs().max().item()
-        assert difference <= TOLERANCES[dtype] * 4, f"layer {layer.index} ({layer.kind}): {difference:.1e}"
+        assert difference <= TOLERANCES[dtype] * 4, f"layer {layer.index} ({layer.plan.kind}): {difference:.1e}"
 
 
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "recompute"])
@@ -378,7 +378,7 @@ def test_a_model_on_kernels_gives_the_logits_of_transformers(family, layout):
     engine = Engine(make_model(entry, layout).to(DEVICE), ops="triton")
     assert engine.ops.name == "triton"
     # Leaders of one layout serve their followers.
-    followers = {layer.index for layer in engine.program.layers if layer.kind == "softmax"}
+    followers = {layer.index for layer in engine.program.layers if layer.kind.borrows_maps}
     assert layout != "leader" or (followers and set(plan_lending(engine.program).places) == followers)
     assert engine.difference < 1e-5
 
