@@ -264,7 +264,7 @@ def test_a_device_that_is_not_here(device):
 def test_flex_attention_can_be_analysed(template, tmp_path, monkeypatch):
     monkeypatch.chdir(template / "run")
     overrides = settings(model__attention="flex_attention", analysis__tokens=64)
-    assert analyze(str(template / "model"), tmp_path, overrides=overrides).measured.tokens == 64
+    assert analyze(str(template / "model"), run_dir=tmp_path, overrides=overrides).measured.tokens == 64
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------
@@ -313,31 +313,31 @@ def test_an_illegal_layout_in_the_recipe(run, refuses):
 def test_a_layout_that_the_model_cannot_have(overrides, message, run):
     before = contents(run)
     with pytest.raises(LayoutError, match=message):
-        group(run, overrides=overrides)
+        group(run_dir=run, overrides=overrides)
     with pytest.raises(LayoutError, match=message):
-        convert(run, overrides=overrides, options=FORCE)
+        convert(run_dir=run, overrides=overrides, options=FORCE)
     assert contents(run) == before
 
 
 def test_a_stored_layout_that_changes_a_protected_layer(run):
     edit_recipe(run, "layout", protect=[4])
     with pytest.raises(LayoutError, match=r"recipe.yaml, layout.layers: layer 4 is in layout.protect"):
-        convert(run, options=FORCE)
+        convert(run_dir=run, options=FORCE)
 
 
 def test_a_budget_takes_the_place_of_the_stored_layout(run):
     assert len(Recipe.load(run / "recipe.yaml").layout.layers) == 6
     for followers in (1, 3):
-        result = convert(run, dry_run=True, overrides=[f"layout.followers={followers}"])
+        result = convert(run_dir=run, dry_run=True, overrides=[f"layout.followers={followers}"])
         assert len(result.layout.followers) == followers
-    assert len(convert(run, dry_run=True).layout.followers) == 4
+    assert len(convert(run_dir=run, dry_run=True).layout.followers) == 4
 
 
 def test_lengths_beyond_the_window_of_the_model(template, run, tmp_path):
     with pytest.raises(RecipeError, match=r"analysis.length is 2048, but the model's window is 1024"):
-        analyze(str(template / "model"), tmp_path / "new", overrides=["analysis.length=2048"])
+        analyze(str(template / "model"), run_dir=tmp_path / "new", overrides=["analysis.length=2048"])
     with pytest.raises(RecipeError, match=r"conversion.length is 2048, but the model's window is 1024"):
-        convert(run, overrides=["conversion.length=2048"], options=FORCE)
+        convert(run_dir=run, overrides=["conversion.length=2048"], options=FORCE)
 
 
 # --- the model of the analysis ----------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(template, run, uniattn):
 def test_a_dry_run_of_auto_loads_nothing(run, monkeypatch):
     monkeypatch.setattr(loading, "load_model", None)
     before = contents(run)
-    result = convert(run, groups="auto", dry_run=True)
+    result = convert(run_dir=run, groups="auto", dry_run=True)
     assert (result.directory, result.losses) == (None, {})
     assert result.costs.kv_bytes[1] <= 0.8 * result.costs.kv_bytes[0]
     assert contents(run) == before
@@ -532,7 +532,7 @@ def test_a_full_disk_while_analysing(size, mounted, template, monkeypatch):
     with pytest.raises(
         StageError, match=r"cannot write .*: the disk is full; free some space and run the same command"
     ):
-        analyze(str(template / "model"), folder, overrides=settings())
+        analyze(str(template / "model"), run_dir=folder, overrides=settings())
     assert contents(folder) == {}
 
 

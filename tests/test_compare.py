@@ -34,12 +34,12 @@ def runs(tmp_path_factory) -> Path:
         other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.3)
     building.save_checkpoint(other, make_tokenizer(), root / "damaged")
     for name in ("one", "two"):
-        evaluate.evaluate(root / name, overrides=SETTINGS)
+        evaluate.evaluate(run_dir=root / name, overrides=SETTINGS)
     return root
 
 
 def test_results_of_two_runs(runs, tmp_path):
-    found = compare([str(runs / "one"), str(runs / "two/evaluation/results.json")], tmp_path)
+    found = compare([str(runs / "one"), str(runs / "two/evaluation/results.json")], run_dir=tmp_path)
     assert list(found.merged.models) == ["base", "one/converted", "two/converted"]
     written = json.loads((tmp_path / "comparison/comparison.json").read_text())
     one = json.loads((runs / "one/evaluation/results.json").read_text())
@@ -49,51 +49,51 @@ def test_results_of_two_runs(runs, tmp_path):
     assert "two/converted" in text and "uniattn compare" in text
     assert any("Speed is not compared" in note for note in found.notes)
     with pytest.raises(StageError, match="--force"):
-        compare([str(runs / "one")], tmp_path)
+        compare([str(runs / "one")], run_dir=tmp_path)
 
 
 def test_checkpoints_are_evaluated_alike_and_join_results(runs, monkeypatch, tmp_path):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     inputs = [str(runs / "damaged"), str(runs / "two")]
     options = RunOptions(force=True)
-    found = compare(inputs, runs / "one", overrides=SETTINGS, options=options)
+    found = compare(inputs, run_dir=runs / "one", overrides=SETTINGS, options=options)
     assert list(found.merged.models) == ["base", str(runs / "damaged"), "two/converted"]
     assert found.merged.models[str(runs / "damaged")]["verdict"]["quality"] == "worse"
     assert (found.directory / "evaluation/items").is_dir()
     with pytest.raises(StageError, match="differ in length 64"):
-        compare(inputs, runs / "one", overrides=[*SETTINGS, "evaluation.length_tokens=192"], options=options)
+        compare(inputs, run_dir=runs / "one", overrides=[*SETTINGS, "evaluation.length_tokens=192"], options=options)
     assert found.directory.is_dir(), "what stood there before a refusal is kept"
 
 
 def test_what_was_scored_otherwise_is_refused(runs, tmp_path):
     shutil.copytree(runs / "one", tmp_path / "three", ignore=IGNORED)
-    evaluate.evaluate(tmp_path / "three", overrides=[*SETTINGS, "evaluation.limit=5"])
+    evaluate.evaluate(run_dir=tmp_path / "three", overrides=[*SETTINGS, "evaluation.limit=5"])
     with pytest.raises(StageError, match="differ in task choose"):
-        compare([str(runs / "one"), str(tmp_path / "three")], tmp_path)
+        compare([str(runs / "one"), str(tmp_path / "three")], run_dir=tmp_path)
     results = json.loads((runs / "one/evaluation/results.json").read_text())
     results["identity"]["quality"]["base"] = "another"
     (tmp_path / "other.json").write_text(json.dumps(results))
     with pytest.raises(StageError, match="bases differ"):
-        compare([str(runs / "one"), str(tmp_path / "other.json")], tmp_path)
+        compare([str(runs / "one"), str(tmp_path / "other.json")], run_dir=tmp_path)
     for schema, words in ((1, "has schema 1"), (None, "not the result")):
         content = {**results, "schema": schema} if schema else {"models": {}}
         (tmp_path / "old.json").write_text(json.dumps(content))
         with pytest.raises(StageError, match=words):
-            compare([str(tmp_path / "old.json")], tmp_path)
+            compare([str(tmp_path / "old.json")], run_dir=tmp_path)
     assert not (tmp_path / "comparison").exists()
 
 
 def test_what_is_nothing_to_compare_is_told(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(StageError, match="neither a checkpoint"):
-        compare([str(tmp_path / "empty")], runs / "one", overrides=SETTINGS)
+        compare([str(tmp_path / "empty")], run_dir=runs / "one", overrides=SETTINGS)
     shutil.copy(runs / "one/recipe.yaml", tmp_path / "empty")
     with pytest.raises(StageError, match="has not been evaluated"):
-        compare([str(tmp_path / "empty")], runs / "one", overrides=SETTINGS)
+        compare([str(tmp_path / "empty")], run_dir=runs / "one", overrides=SETTINGS)
     with pytest.raises(ModelError, match="the base itself"):
-        compare([str(runs / "one/base")], runs / "one", overrides=SETTINGS, options=RunOptions(force=True))
+        compare([str(runs / "one/base")], run_dir=runs / "one", overrides=SETTINGS, options=RunOptions(force=True))
     with pytest.raises(StageError, match=r"missing\.json is missing"):
-        compare([str(tmp_path / "missing.json")], tmp_path)
+        compare([str(tmp_path / "missing.json")], run_dir=tmp_path)
 
 
 def model(perplexity: float, kv: float, speed: float | None = None, **settings) -> dict:

@@ -43,7 +43,7 @@ def evaluated(run: Path, *more: str):
         "evaluation.tasks=[]",
         "evaluation.speed.enabled=false",
     ]
-    return evaluate(run, overrides=[*settings, *more], options=RunOptions(device="cpu", force=True))
+    return evaluate(run_dir=run, overrides=[*settings, *more], options=RunOptions(device="cpu", force=True))
 
 
 def test_the_control_sees_what_the_model_sees(trained, monkeypatch):

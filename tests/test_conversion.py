@@ -322,6 +322,6 @@ def test_nothing_is_converted_where_the_code_does_not_equal_stock(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(SharedAttentionMixin, "embed_positions", lambda self, states, position: None)
         with pytest.raises(ModelError, match=r"'llama' differs from stock by .*; nothing was converted"):
-            convert(tmp_path, groups="every:3", overrides=overrides)
+            convert(run_dir=tmp_path, groups="every:3", overrides=overrides)
     assert {path.name for path in tmp_path.iterdir()} == before
-    assert convert(tmp_path, groups="every:3", overrides=overrides).directory.is_dir()
+    assert convert(run_dir=tmp_path, groups="every:3", overrides=overrides).directory.is_dir()

@@ -43,7 +43,7 @@ def table(view, title: str):
 
 
 def test_counts_are_those_of_training(folder):
-    view = view_data(folder / "recipe.yaml")
+    view = view_data(recipe=folder / "recipe.yaml")
     recipe = Recipe.load(folder / "recipe.yaml")
     rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
     tokenizer = load_tokenizer(locate(recipe.model.name))
@@ -66,28 +66,30 @@ def test_counts_are_those_of_training(folder):
 
 
 def test_samples_are_rows_as_they_are_trained_on(folder):
-    view = view_data(folder / "recipe.yaml", samples=6)
+    view = view_data(recipe=folder / "recipe.yaml", samples=6)
     assert len(view.samples) == 6
     assert sum("other.jsonl" in sample.title for sample in view.samples) == 3, "data sets take turns"
     for sample in view.samples:
         assert [learned for _, learned in sample.pieces] == [False, True]
         if "rows.jsonl" in sample.title:
             assert "more cut off" in sample.title and sample.pieces[0][0].startswith("<|user|>What comes after")
-    again = view_data(folder / "recipe.yaml", samples=6)
-    other = view_data(folder / "recipe.yaml", samples=6, seed=5)
+    again = view_data(recipe=folder / "recipe.yaml", samples=6)
+    other = view_data(recipe=folder / "recipe.yaml", samples=6, seed=5)
     assert again.samples == view.samples != other.samples
     assert other.counts.dataset.to_dict() == view.counts.dataset.to_dict(), "the seed chooses what is shown, no more"
 
 
 def test_the_heldout_part(folder):
-    train = view_data(folder / "recipe.yaml", samples=0)
-    heldout = view_data(folder / "recipe.yaml", part="heldout", samples=0)
+    train = view_data(recipe=folder / "recipe.yaml", samples=0)
+    heldout = view_data(recipe=folder / "recipe.yaml", part="heldout", samples=0)
     assert heldout.title.startswith("held-out") and not heldout.samples
     assert heldout.counts.rows + train.counts.rows == 240 and heldout.counts.rows > 0
 
 
 def test_packed_sequences_are_what_a_step_counts(folder):
-    plain, packed = (view_data(folder / "recipe.yaml", overrides=[f"train.packing={on}"]) for on in ("false", "true"))
+    plain, packed = (
+        view_data(recipe=folder / "recipe.yaml", overrides=[f"train.packing={on}"]) for on in ("false", "true")
+    )
     number = int(table(packed, "one epoch").title.split()[2])
     assert number < plain.counts.used and number >= plain.counts.tokens / 32
     assert table(packed, "one epoch").rows[0][1] == str(round(2 * number / 8))
@@ -99,15 +101,17 @@ def test_a_model_without_template_says_so_and_what_will_be_refused_is_told(folde
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text((folder / "model" / "config.json").read_text())
     named = [f"model.name={tmp_path / 'model'}"]
-    view = view_data(folder / "recipe.yaml", overrides=named)
+    view = view_data(recipe=folder / "recipe.yaml", overrides=named)
     assert any("no chat template" in note for note in view.notes)
-    chatml = view_data(folder / "recipe.yaml", overrides=[*named, "data.chat_template=chatml", "train.max_length=512"])
+    chatml = view_data(
+        recipe=folder / "recipe.yaml", overrides=[*named, "data.chat_template=chatml", "train.max_length=512"]
+    )
     assert "<|im_start|>user" in chatml.samples[0].pieces[0][0] and not any("no chat" in note for note in chatml.notes)
-    short = view_data(folder / "recipe.yaml", overrides=[*named, "data.chat_template=chatml"])
+    short = view_data(recipe=folder / "recipe.yaml", overrides=[*named, "data.chat_template=chatml"])
     assert short.counts.used == 0 and short.counts.dropped == short.counts.rows, "the counts show why"
     assert "so it is left out" in short.samples[0].title
     assert any("`uniattn train` will refuse these rows" in note for note in short.notes)
-    text = view_data(folder / "recipe.yaml", overrides=[f"data.train={folder / 'text.txt'}"])
+    text = view_data(recipe=folder / "recipe.yaml", overrides=[f"data.train={folder / 'text.txt'}"])
     assert any("`uniattn train` will refuse these rows" in note for note in text.notes)
 
 
@@ -115,16 +119,16 @@ def test_answers_at_which_generation_would_not_stop_are_told(folder, tmp_path):
     turn = "{% for m in messages %}<|user|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|assistant|>{% endif %}"
     (tmp_path / "turn.jinja").write_text(turn + "{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}")
     named = [f"data.chat_template={tmp_path / 'turn.jinja'}", "train.max_length=512"]
-    notes = view_data(folder / "recipe.yaml", overrides=named).notes
+    notes = view_data(recipe=folder / "recipe.yaml", overrides=named).notes
     assert [note for note in notes if "generation does not stop" in note and "'<|assistant|>'" in note]
-    assert not any("does not stop" in note for note in view_data(folder / "recipe.yaml").notes)
+    assert not any("does not stop" in note for note in view_data(recipe=folder / "recipe.yaml").notes)
     # Until the model's own settings name the token.
     (tmp_path / "model").mkdir()
     for path in (folder / "model").iterdir():
         (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
     stop = load_tokenizer(locate(str(folder / "model"))).convert_tokens_to_ids("<|assistant|>")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, stop]}))
-    view = view_data(folder / "recipe.yaml", overrides=[*named, f"model.name={tmp_path / 'model'}"])
+    view = view_data(recipe=folder / "recipe.yaml", overrides=[*named, f"model.name={tmp_path / 'model'}"])
     assert not any("does not stop" in note for note in view.notes)
 
 

@@ -133,7 +133,7 @@ def compared(run) -> evaluate.Evaluation:
         for parameter in damaged.lm_head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     building.save_checkpoint(damaged, tokenizer, run / "damaged")
-    return evaluate.evaluate(run, checkpoints=[str(run / "copy"), str(run / "damaged")])
+    return evaluate.evaluate(run_dir=run, checkpoints=[str(run / "copy"), str(run / "damaged")])
 
 
 def load(run: Path, name: str):
@@ -291,7 +291,7 @@ def test_a_wrong_saving_is_never_published(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     monkeypatch.setattr(cost, "kv_bytes_per_token", lambda *_: 1)
     with pytest.raises(ModelError, match="measured != predicted"):
-        evaluate.evaluate(tmp_path / "run", overrides=QUICK)
+        evaluate.evaluate(run_dir=tmp_path / "run", overrides=QUICK)
     assert not (tmp_path / "run/evaluation").exists()
 
 
@@ -365,7 +365,7 @@ def test_the_engine_is_timed_alike(run):
 def test_one_engine_runs_all_models_or_none(tmp_path, monkeypatch):
     root = make_run(tmp_path)
     quick = ["evaluation.tokens=128", "evaluation.tasks=[]", "evaluation.samples=0", "evaluation.speed.engine=engine"]
-    results = evaluate.evaluate(root, overrides=quick).results
+    results = evaluate.evaluate(run_dir=root, overrides=quick).results
     timed = results["settings"]["speed"]
     assert (
         (timed["run_by"], timed["cache"]) == ("engine", "static") == (results["identity"]["speed"]["run by"], "static")
@@ -379,10 +379,10 @@ def test_one_engine_runs_all_models_or_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "engine_for", refuse)
     with pytest.raises(ModelError, match="cannot run converted: its norms are unknown; set it to auto or transformers"):
-        evaluate.evaluate(root, overrides=quick, options=RunOptions(force=True))
+        evaluate.evaluate(run_dir=root, overrides=quick, options=RunOptions(force=True))
     monkeypatch.setattr(engine, "engine_wanted", lambda choice, device: True)
     quick[-1] = "evaluation.speed.engine=auto"
-    results = evaluate.evaluate(root, overrides=quick, options=RunOptions(force=True)).results
+    results = evaluate.evaluate(run_dir=root, overrides=quick, options=RunOptions(force=True)).results
     assert results["settings"]["speed"]["run_by"] == "transformers"
     assert any("the engine cannot run converted: its norms are unknown" in note for note in results["notes"])
 
@@ -490,7 +490,7 @@ def test_capacity_follows_from_the_formula(run, compared):
 def test_the_grid_has_every_point_and_its_table(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     overrides = [*QUICK[:1], *QUICK[2:], "evaluation.speed.batches=[1]", "evaluation.speed.contexts=[8]"]
-    found = evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.lengths=[]"])
+    found = evaluate.evaluate(run_dir=tmp_path / "run", overrides=[*overrides, "evaluation.lengths=[]"])
     grid = found.results["speed_grid"]
     assert [(point["batch"], point["context"]) for point in grid] == [(2, 16), (2, 8), (1, 16), (1, 8)]
     for point in grid:
@@ -502,7 +502,9 @@ def test_the_grid_has_every_point_and_its_table(run, tmp_path):
     assert "1 × 8: each further token" in (found.directory / "report.md").read_text()
     with pytest.raises(RecipeError, match="contexts"):
         options = RunOptions(force=True)
-        evaluate.evaluate(tmp_path / "run", overrides=[*overrides, "evaluation.speed.contexts=[510]"], options=options)
+        evaluate.evaluate(
+            run_dir=tmp_path / "run", overrides=[*overrides, "evaluation.speed.contexts=[510]"], options=options
+        )
 
 
 def test_another_backend_is_never_divided_by_the_base(run):
@@ -550,7 +552,7 @@ def test_missing_stages_are_noted(run, tmp_path):
     shutil.copytree(run / "base", tmp_path / "base")
     shutil.copy(run / "recipe.yaml", tmp_path)
     (tmp_path / "trained").mkdir()
-    found = evaluate.evaluate(tmp_path, overrides=QUICK)
+    found = evaluate.evaluate(run_dir=tmp_path, overrides=QUICK)
     assert list(found.results["models"]) == ["base"]
     assert any("converted/ is missing" in note for note in found.notes)
     assert any("trained/ was not written by uniattn" in note for note in found.notes)
@@ -564,18 +566,18 @@ def test_stale_and_finished_outputs_are_refused(run, tmp_path):
     inputs = {"model": fingerprint(run / "base"), "converted": fingerprint(run / "converted")}
     write_stage(run, "train", converted, tokenizer, inputs)
     overrides = [f"model.name={run / 'base'}", *QUICK]
-    found = evaluate.evaluate(run, overrides=overrides)
+    found = evaluate.evaluate(run_dir=run, overrides=overrides)
     assert list(found.results["models"]) == ["base", "converted", "trained"]
     with pytest.raises(StageError, match="--force"):
-        evaluate.evaluate(run, overrides=overrides)
+        evaluate.evaluate(run_dir=run, overrides=overrides)
     options = RunOptions(force=True)
     write_stage(run, "train", converted, tokenizer, {**inputs, "converted": "other"})
     with pytest.raises(StageError, match="trained was made from another state"):
-        evaluate.evaluate(run, overrides=overrides, options=options)
+        evaluate.evaluate(run_dir=run, overrides=overrides, options=options)
     shutil.rmtree(run / "trained")
     building.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
     with pytest.raises(StageError, match="converted was made from another state"):
-        evaluate.evaluate(run, overrides=overrides, options=options)
+        evaluate.evaluate(run_dir=run, overrides=overrides, options=options)
     assert json.loads((run / "evaluation/results.json").read_text()) == found.results
 
 
@@ -592,18 +594,18 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(run, overrides=QUICK)
+        evaluate.evaluate(run_dir=run, overrides=QUICK)
     assert not (run / "evaluation").exists()
-    found = evaluate.evaluate(run, overrides=QUICK)
+    found = evaluate.evaluate(run_dir=run, overrides=QUICK)
     assert done == ["base", "interrupt", "converted"]
-    again = evaluate.evaluate(run, overrides=QUICK, options=RunOptions(force=True))
+    again = evaluate.evaluate(run_dir=run, overrides=QUICK, options=RunOptions(force=True))
     assert done[3:] == ["base", "converted"] and again.results == found.results
 
 
 def test_models_that_do_not_fit_together_are_timed_apart(run, compared, monkeypatch, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     monkeypatch.setattr(pool, "available_bytes", lambda device: 0)
-    found = evaluate.evaluate(tmp_path / "run", overrides=["evaluation.tasks=[]", "evaluation.tokens=192"])
+    found = evaluate.evaluate(run_dir=tmp_path / "run", overrides=["evaluation.tasks=[]", "evaluation.tokens=192"])
     assert found.results["settings"]["speed"]["interleaved"] is False
     assert any("do not fit into memory together" in note for note in found.notes)
     assert found.results["models"]["converted"]["cost"]["tokens_per_second"]["n"] == 2
@@ -614,7 +616,7 @@ def test_models_that_do_not_fit_together_are_timed_apart(run, compared, monkeypa
 def test_without_the_harness_tasks_are_left_out(run, monkeypatch, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     monkeypatch.setattr(evaluate, "harness_installed", lambda: False)
-    found = evaluate.evaluate(tmp_path / "run", overrides=QUICK[1:])
+    found = evaluate.evaluate(run_dir=tmp_path / "run", overrides=QUICK[1:])
     assert any("pip install 'uniattn[eval]'" in note for note in found.notes)
     assert found.results["tasks"] == [] and "accuracy" not in found.results["models"]["base"]["quality"]
 
@@ -638,7 +640,7 @@ def test_another_vocabulary_is_refused(run, tmp_path):
     tokenizer.add_tokens(["new"])
     building.save_checkpoint(make_model(), tokenizer, tmp_path / "other")
     with pytest.raises(CheckpointError, match="another vocabulary"):
-        evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "other")], overrides=QUICK)
+        evaluate.evaluate(run_dir=tmp_path / "run", checkpoints=[str(tmp_path / "other")], overrides=QUICK)
 
 
 def test_bad_settings_write_nothing(run, tmp_path):
@@ -650,7 +652,7 @@ def test_bad_settings_write_nothing(run, tmp_path):
         (["evaluation.tasks=[hellaswg]"], DataError, "did you mean 'hellaswag'"),
     ):
         with pytest.raises(error, match=words):
-            evaluate.evaluate(tmp_path / "run", overrides=overrides)
+            evaluate.evaluate(run_dir=tmp_path / "run", overrides=overrides)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
@@ -661,7 +663,7 @@ def test_models_without_numbers_are_refused(run, tmp_path):
         broken.lm_head.weight.fill_(float("nan"))
     building.save_checkpoint(broken, make_tokenizer(), tmp_path / "broken")
     with pytest.raises(ModelError, match="not a number"):
-        evaluate.evaluate(tmp_path / "run", checkpoints=[str(tmp_path / "broken")], overrides=QUICK)
+        evaluate.evaluate(run_dir=tmp_path / "run", checkpoints=[str(tmp_path / "broken")], overrides=QUICK)
 
 
 def test_the_command_in_a_fresh_process(run, tmp_path, uniattn):

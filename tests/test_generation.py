@@ -15,6 +15,7 @@ from conftest import ROOT, command
 from tiny import make_layout, randomise_compensation
 from tiny_run import make_model, make_tokenizer
 
+import uniattn_cli
 from uniattn_cli.cli import talk
 from uniattn_cli.commands.generate import Chat, Conversation, Listener, generate
 from uniattn_cli.errors import DataError, ModelError, StageError, UsageError
@@ -227,10 +228,24 @@ def test_two_models_answer_as_each_does_alone(run):
 # --- which model ------------------------------------------------------------------------------------------------------
 
 
+def test_load_opens_a_base_a_checkpoint_and_a_run(run, tmp_path):
+    for place, wanted in ((run.base, run.base), (run.folder / "converted", None), (run.folder, run.folder / "trained")):
+        model, tokenizer = uniattn_cli.load(place, device="cpu")
+        assert not model.training and model.device == CPU and tokenizer.chat_template
+        assert model.config._name_or_path == str(wanted or place)
+    assert uniattn_cli.load(str(run.base), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+    with pytest.raises(StageError, match="neither trained/ nor converted/ is in"):
+        uniattn_cli.load(tmp_path)
+    with pytest.raises(UsageError, match=r"dtype 'bfloat61'.* \(did you mean 'bfloat16'\?\)"):
+        uniattn_cli.load(run.base, dtype="bfloat61")
+    with pytest.raises(ModelError, match="no such directory"):
+        uniattn_cli.load("./nowhere")
+
+
 def test_the_last_finished_stage_is_the_default(run, tmp_path):
     assert newest(RunDir(run.folder)) == str(run.folder / "trained")
     here = RunDir(tmp_path)
-    with pytest.raises(StageError, match="neither trained/ nor converted/ is here; name a checkpoint"):
+    with pytest.raises(StageError, match="neither trained/ nor converted/ is in "):
         newest(here)
     for stage, hour in (("convert", 12), ("train", 11)):
         here.output(stage).mkdir()
@@ -370,7 +385,7 @@ def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["generate", "hi"], 1, "error: neither trained/ nor converted/ is here; name a checkpoint directory or a hub"),
+        (["generate", "hi"], 1, "error: neither trained/ nor converted/ is in "),
         (["chat", "./nowhere"], 1, "error: ./nowhere: no such directory"),
         (["generate", "./nowhere", "hi", "--beside", "base"], 1, "error: 'base' is the model of recipe.yaml"),
         (

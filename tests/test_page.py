@@ -75,7 +75,7 @@ def run(tmp_path_factory):
     """A run directory after an evaluation of three models."""
     root = make_run(tmp_path_factory.mktemp("page"))
     shutil.copytree(root / "base", root / "copy")
-    evaluate.evaluate(root, checkpoints=[str(root / "copy")])
+    evaluate.evaluate(run_dir=root, checkpoints=[str(root / "copy")])
     return root
 
 
@@ -389,18 +389,18 @@ def test_the_command_makes_the_page_again_without_torch(run, results, tmp_path):
     assert Tree(again).root.all("table")[0].words() == Tree(before).root.all("table")[0].words()
     results["notes"].append("a new note")
     (root / "evaluation" / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    report.report(root)
+    report.report(run_dir=root)
     assert "a new note" in (root / "evaluation" / "report.html").read_text(encoding="utf-8")
 
 
 def test_without_results_there_is_one_line(tmp_path):
     with pytest.raises(StageError, match=r"results\.json is missing; run `uniattn eval` first"):
-        report.report(tmp_path)
+        report.report(run_dir=tmp_path)
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "results.json").write_text("[]", encoding="utf-8")
     with pytest.raises(StageError, match="not the result of an evaluation"):
-        report.report(tmp_path)
+        report.report(run_dir=tmp_path)
     assert [path.name for path in folder.iterdir()] == ["results.json"]
 
 
@@ -416,7 +416,7 @@ def test_results_of_another_version_are_refused_in_one_line(changes, words, resu
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results | changes), encoding="utf-8")
     with pytest.raises(StageError, match=words):
-        report.report(tmp_path)
+        report.report(run_dir=tmp_path)
     assert not (tmp_path / "evaluation" / "report.html").exists()
 
 

@@ -255,13 +255,6 @@ def test_python_does_what_the_command_does(analysed, run, tmp_path, monkeypatch)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_every_stage_is_a_function_of_the_package():
-    for name in uniattn_cli.__all__:
-        assert getattr(uniattn_cli, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'anlyze'"):
-        _ = uniattn_cli.anlyze
-
-
 def test_a_layout_without_followers_is_the_base(run, tmp_path):
     printed = uniattn(tmp_path, "convert", "--followers", "0", "-C", "run")
     assert "0 followers: budget followers 0" in printed
@@ -322,7 +315,7 @@ def test_the_stages_on_other_families(family, tmp_path, monkeypatch):
     assert len(conversion.layout.followers) >= 3
     assert all(fit.error_after <= fit.error_before for fit in conversion.fits)
     assert any("keep 5 tokens at most" in note for note in conversion.notes) == family.startswith("gemma")
-    uniattn_cli.train(Path("recipe.yaml"))
+    uniattn_cli.train()
     uniattn_cli.evaluate()
     models = json.loads(Path("evaluation/results.json").read_text())["models"]
     assert list(models) == ["base", "converted", "trained"]

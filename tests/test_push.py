@@ -49,9 +49,9 @@ def finished(tmp_path_factory):
         train__stages=STAGES, data__train=str(run / "rows.jsonl"), data__text=str(run / "text.txt"), layout__followers=3
     )
     analyze(str(base), run_dir=run, overrides=overrides)
-    convert(run, groups="auto", overrides=overrides)
+    convert(run_dir=run, groups="auto", overrides=overrides)
     train(run_dir=run, overrides=overrides)
-    evaluate(run, overrides=overrides)
+    evaluate(run_dir=run, overrides=overrides)
     return run
 
 

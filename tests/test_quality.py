@@ -256,11 +256,11 @@ def count_forward(monkeypatch) -> list[str]:
 
 def test_nothing_is_scored_twice_over_run_directories(fresh, tmp_path, monkeypatch):
     scored = count_forward(monkeypatch)
-    first = evaluate.evaluate(fresh, overrides=[NO_SPEED])
+    first = evaluate.evaluate(run_dir=fresh, overrides=[NO_SPEED])
     once = len(scored)
     assert once == 2 * (2 + 1 + 1 + 1), "two models: text and responses, the longest windows, retrieval, one task"
     shutil.copytree(fresh, tmp_path / "other", ignore=shutil.ignore_patterns("evaluation"))
-    second = evaluate.evaluate(tmp_path / "other", overrides=[NO_SPEED])
+    second = evaluate.evaluate(run_dir=tmp_path / "other", overrides=[NO_SPEED])
     assert len(scored) == once
     assert json.dumps(first.results["models"]["base"]) == json.dumps(second.results["models"]["base"])
     for change, more in (
@@ -270,7 +270,7 @@ def test_nothing_is_scored_twice_over_run_directories(fresh, tmp_path, monkeypat
         ("model.dtype=bfloat16", once),
     ):
         before = len(scored)
-        evaluate.evaluate(tmp_path / "other", overrides=[NO_SPEED, change], options=RunOptions(force=True))
+        evaluate.evaluate(run_dir=tmp_path / "other", overrides=[NO_SPEED, change], options=RunOptions(force=True))
         assert len(scored) - before == more, change
 
 
@@ -296,10 +296,10 @@ def test_an_interrupted_model_goes_on_where_it_was(fresh, monkeypatch):
     real = scores.answer_items
     monkeypatch.setattr(scores, "answer_items", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(fresh, overrides=[NO_SPEED])
+        evaluate.evaluate(run_dir=fresh, overrides=[NO_SPEED])
     monkeypatch.setattr(scores, "answer_items", real)
     scored = count_forward(monkeypatch)
-    found = evaluate.evaluate(fresh, overrides=[NO_SPEED])
+    found = evaluate.evaluate(run_dir=fresh, overrides=[NO_SPEED])
     assert scored[:2] == ["answer_items", "run_task"], "of the base, what was missing"
     assert not (found.directory / evaluate.PARTS).exists()
 
@@ -327,4 +327,4 @@ def test_a_chat_template_that_is_not_there_is_told(fresh):
     (fresh / "base/tokenizer_config.json").write_text(json.dumps(content))
     shutil.rmtree(fresh / "converted")
     with pytest.raises(DataError, match="no chat template"):
-        evaluate.evaluate(fresh, overrides=[*QUICK[1:], "evaluation.chat_template=true"])
+        evaluate.evaluate(run_dir=fresh, overrides=[*QUICK[1:], "evaluation.chat_template=true"])

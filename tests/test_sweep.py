@@ -38,17 +38,17 @@ def test_every_point_is_scored_once(run, monkeypatch):
         monkeypatch.setattr(scores, name, lambda *a, name=name, real=real, **k: scored.append(name) or real(*a, **k))
     real = module.convert
 
-    def convert(place, **others):
+    def convert(*, run_dir, **others):
         if len(converted) == 1 and "interrupted" not in converted:
             converted.append("interrupted")
             raise KeyboardInterrupt
-        converted.append(place.name)
-        return real(place, **others)
+        converted.append(run_dir.name)
+        return real(run_dir=run_dir, **others)
 
     monkeypatch.setattr(module, "convert", convert)
     with pytest.raises(KeyboardInterrupt):
-        sweep(run, **BUDGETS, overrides=SETTINGS)
-    found = sweep(run, **BUDGETS, overrides=SETTINGS)
+        sweep(run_dir=run, **BUDGETS, overrides=SETTINGS)
+    found = sweep(run_dir=run, **BUDGETS, overrides=SETTINGS)
     points = ["kv0.8-softmax-both", "kv0.8-softmax-output"]
     assert [name for name in converted if name in points] == points
     assert list(found.skipped) == ["kv0.3-softmax-both", "kv0.3-softmax-output"]
@@ -56,7 +56,7 @@ def test_every_point_is_scored_once(run, monkeypatch):
     assert scored.count("base_losses") == 1, "the base is scored once for all points"
     assert scored.count("compare_with_base") == len(points)
     before = len(scored), len(converted)
-    again = sweep(run, **BUDGETS, overrides=SETTINGS)
+    again = sweep(run_dir=run, **BUDGETS, overrides=SETTINGS)
     assert (len(scored), len(converted)) == before and again.tables == found.tables
     rows = [row[0] for row in found.tables[0].rows]
     assert rows == ["base", *points]
@@ -70,13 +70,13 @@ def test_every_point_is_scored_once(run, monkeypatch):
 
 
 def test_other_settings_make_a_point_anew_and_weights_may_go(run):
-    sweep(run, followers=[2], discard=True, overrides=SETTINGS)
+    sweep(run_dir=run, followers=[2], discard=True, overrides=SETTINGS)
     place = RunDir(run / "sweep/followers2-softmax-both")
     assert place.is_complete("eval") and not place.output("convert").exists()
     first = json.loads((place.output("eval") / "results.json").read_text())
-    sweep(run, followers=[2], discard=True, overrides=SETTINGS)
+    sweep(run_dir=run, followers=[2], discard=True, overrides=SETTINGS)
     assert json.loads((place.output("eval") / "results.json").read_text()) == first
-    sweep(run, followers=[2], overrides=[*SETTINGS, "evaluation.tokens=256"])
+    sweep(run_dir=run, followers=[2], overrides=[*SETTINGS, "evaluation.tokens=256"])
     second = json.loads((place.output("eval") / "results.json").read_text())
     assert second["settings"]["text"]["windows"] != first["settings"]["text"]["windows"]
     assert place.is_complete("convert")
@@ -84,14 +84,14 @@ def test_other_settings_make_a_point_anew_and_weights_may_go(run):
 
 def test_faults_are_told_before_anything_is_done(run):
     with pytest.raises(RecipeError, match="unknown kind 'sotfmax'"):
-        sweep(run, kv=[0.9], kinds=[["softmax"], ["sotfmax"]], overrides=SETTINGS)
+        sweep(run_dir=run, kv=[0.9], kinds=[["softmax"], ["sotfmax"]], overrides=SETTINGS)
     with pytest.raises(RecipeError, match=r"layout\.kv must be at most 1"):
-        sweep(run, kv=[0.9, 1.5], overrides=SETTINGS)
+        sweep(run_dir=run, kv=[0.9, 1.5], overrides=SETTINGS)
     with pytest.raises(StageError, match="no point of the sweep is possible"):
-        sweep(run, kv=[0.1], overrides=SETTINGS)
+        sweep(run_dir=run, kv=[0.1], overrides=SETTINGS)
     (run / "analysis/stage.json").unlink()
     with pytest.raises(StageError, match="analyze"):
-        sweep(run, kv=[0.9], overrides=SETTINGS, options=RunOptions(force=True))
+        sweep(run_dir=run, kv=[0.9], overrides=SETTINGS, options=RunOptions(force=True))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_maps_alone_cannot_find_is_searched_thoroughly(kinds, search):
 
 @pytest.mark.slow
 def test_kinds_are_searched_thoroughly(run):
-    found = sweep(run, kv=[0.8], kinds=[["softmax"], ["softmax", "kv"]], overrides=SETTINGS)
+    found = sweep(run_dir=run, kv=[0.8], kinds=[["softmax"], ["softmax", "kv"]], overrides=SETTINGS)
     assert [row[0] for row in found.tables[0].rows][1:] == ["kv0.8-softmax-both", "kv0.8-softmax+kv-both"]
     recipe = (run / "sweep/kv0.8-softmax+kv-both/recipe.yaml").read_text()
     assert "search: thorough" in recipe

@@ -164,7 +164,7 @@ def train(
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.commands.train import train
 
-        return train(recipe, control=control, overrides=overrides, options=options)
+        return train(recipe=recipe, control=control, overrides=overrides, options=options)
 
     run_stage("train", Common(run_dir, set_ or (), device, force, debug), [], call)
 
@@ -195,7 +195,9 @@ def data(
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.commands.view_data import view_data
 
-        return view_data(recipe, samples=samples, seed=seed, part=split.value, overrides=overrides, options=options)
+        return view_data(
+            recipe=recipe, samples=samples, seed=seed, part=split.value, overrides=overrides, options=options
+        )
 
     run_stage("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)
 
@@ -251,6 +253,6 @@ def evaluate(
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.commands.evaluate import evaluate
 
-        return evaluate(checkpoints=checkpoints or (), overrides=overrides, options=options)
+        return evaluate(checkpoints or (), overrides=overrides, options=options)
 
     run_stage("eval", Common(run_dir, set_ or (), device, force, debug), [], call)

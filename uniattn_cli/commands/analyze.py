@@ -46,11 +46,11 @@ class Analysis(Result):
 
 def analyze(
     model: str | None = None,
-    run_dir: Path | str = ".",
     *,
+    run_dir: Path | str = ".",
     recipe: Path | str | None = None,
     overrides: Sequence[str] = (),
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Analysis:
     """Measures the similarity of all attention maps and writes `analysis/`, and `recipe.yaml` if there is none.
 
@@ -70,7 +70,6 @@ def analyze(
     from uniattn_cli.models.hub import locate
     from uniattn_cli.models.loading import check_lengths, load_config, load_model
 
-    options = options or RunOptions()
     run = RunDir(run_dir)
     recipe, new_tree = _recipe(run, model, recipe, overrides)
     run.check_free("analyze", options.force)

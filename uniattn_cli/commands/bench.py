@@ -79,33 +79,34 @@ class BenchResult(Result):
 def bench(
     checkpoints: Sequence[str] = (),
     *,
+    run_dir: Path | str = ".",
     shape: str | None = None,
     groups: Sequence[str] = (),
     compensation: str | int = "full",
     layers: int | None = None,
-    spec: BenchSpec | None = None,
-    run_dir: Path | str = ".",
+    spec: BenchSpec = BenchSpec(),
     out: Path | str = "bench",
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
 ) -> BenchResult:
     """Measures models in turn and writes a directory with all numbers, tables and a plot.
 
     Args:
         checkpoints: directories or hub ids; without any, base, `converted/` and `trained/` of the run directory. The
             first one is what the others are compared with.
-        shape: random weights of this shape instead, see `subjects.SHAPES`.
-        groups: layouts of the random models beside the base, see `grouping.shorthand.parse_groups`.
+        run_dir: holds `recipe.yaml` and what the stages wrote.
+        shape: random weights of this shape instead, see `models.random.SHAPES`.
+        groups: layouts of the random models beside the base, see `layouts.shorthand.parse_groups`.
         compensation: of their changed layers: `full`, `none` or a rank.
         layers: make the random model shallower.
-        run_dir: holds `recipe.yaml` and what the stages wrote.
+        spec: what is measured.
         out: directory to write, within the run directory.
+        options: device, overwriting, progress.
 
     Raises:
         UsageError: options that make no sense together.
         ModelError, CheckpointError, LayoutError, RecipeError: a model cannot be had.
         StageError: the output is in the way.
     """
-    spec, options = spec or BenchSpec(), options or RunOptions()
     if groups and not shape:
         raise UsageError("--groups makes layouts of random weights; give --shape too, or name a converted checkpoint")
     if shape and checkpoints:

@@ -24,7 +24,6 @@ from uniattn_cli.tables import Result, to_markdown
 
 COMPARISON = "comparison.json"
 TEXT = "comparison.md"
-DEFAULT_OPTIONS = RunOptions()
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ class Comparison(Result):
 
 def compare(
     inputs: Sequence[str],
-    run_dir: Path | str = ".",
     *,
+    run_dir: Path | str = ".",
     recipe: Path | str | None = None,
     overrides: Sequence[str] = (),
-    options: RunOptions = DEFAULT_OPTIONS,
+    options: RunOptions = RunOptions(),
 ) -> Comparison:
     """Compares models of several runs and writes `comparison/`.
 

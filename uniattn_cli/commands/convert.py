@@ -67,12 +67,12 @@ class Conversion(Result):
 
 
 def convert(
-    run_dir: Path | str = ".",
     *,
+    run_dir: Path | str = ".",
     groups: str | None = None,
     dry_run: bool = False,
     overrides: Sequence[str] = (),
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Conversion:
     """Builds, fits and saves the converted model; chooses the layout first where the recipe has none.
 
@@ -91,7 +91,6 @@ def convert(
     from uniattn_cli.models.loading import check_lengths, load_config
     from uniattn_cli.models.parity import prove_parity
 
-    options = options or RunOptions()
     run = RunDir(run_dir)
     overrides = layout_overrides(groups, overrides)
     recipe = Recipe.load(run.recipe, overrides)

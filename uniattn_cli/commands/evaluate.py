@@ -41,7 +41,6 @@ from uniattn_cli.tables import Result
 REPORT = "report.md"
 # Scores of single parts while the evaluation is not finished.
 PARTS = "parts"
-DEFAULT_OPTIONS = RunOptions()
 
 
 @dataclass(frozen=True)
@@ -58,23 +57,23 @@ class Evaluation(Result):
 
 
 def evaluate(
-    run_dir: Path | str = ".",
-    *,
     checkpoints: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    options: RunOptions = DEFAULT_OPTIONS,
+    *,
+    run_dir: Path | str = ".",
     scores: Path | None = None,
+    overrides: Sequence[str] = (),
+    options: RunOptions = RunOptions(),
 ) -> Evaluation:
     """Compares the models of a run and writes `evaluation/`.
 
     An interrupted evaluation continues with what was not finished, if nothing has changed.
 
     Args:
-        run_dir: holds `recipe.yaml` and what the other stages wrote; stages that were not run are left out.
         checkpoints: further models, as directories or hub ids.
+        run_dir: holds `recipe.yaml` and what the other stages wrote; stages that were not run are left out.
+        scores: a further folder that scores are taken from and kept in; see `evaluation.cache`.
         overrides: `key.path=value` settings that take the place of the recipe's.
         options: device, overwriting, progress.
-        scores: a further folder that scores are taken from and kept in; see `store`.
 
     Raises:
         RecipeError: the recipe is faulty.

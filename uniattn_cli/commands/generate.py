@@ -17,9 +17,6 @@ from uniattn_cli.run.directory import RunDir
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-DEFAULT_OPTIONS = RunOptions()
-DEFAULT_DECODING = Decoding()
-
 
 class Listener:
     """Where answers go as they come; the command line prints them, a notebook may ignore them."""
@@ -51,28 +48,28 @@ def generate(
     prompt: str,
     checkpoint: str | None = None,
     *,
+    run_dir: Path | str = ".",
     beside: str | None = None,
     raw: bool = False,
-    decoding: Decoding = DEFAULT_DECODING,
+    decoding: Decoding = Decoding(),
     engine: str = "auto",
-    run_dir: Path | str = ".",
-    overrides: Sequence[str] = (),
-    options: RunOptions = DEFAULT_OPTIONS,
     listener: Listener | None = None,
+    overrides: Sequence[str] = (),
+    options: RunOptions = RunOptions(),
 ) -> Generation:
     """Lets a model answer a prompt.
 
     Args:
         prompt: what the user says, or with `raw` a text to continue.
         checkpoint: see `speakers.load_speakers`.
+        run_dir: where the models of a run and its recipe are.
         beside: another model that answers the same prompt first.
         raw: leave the chat template out.
         decoding: how tokens are chosen.
         engine: what runs the models, see `decode.answer`.
-        run_dir: where the models of a run and its recipe are.
+        listener: hears the answers as they come.
         overrides: settings of `model` in place of the recipe's.
         options: device and progress.
-        listener: hears the answers as they come.
 
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
@@ -145,7 +142,7 @@ class Conversation:
 class Chat:
     """The same conversation with one or two models, each with its own answers in its own history."""
 
-    def __init__(self, speakers: Sequence[Speaker], decoding: Decoding = DEFAULT_DECODING):
+    def __init__(self, speakers: Sequence[Speaker], decoding: Decoding = Decoding()):
         self.conversations = [Conversation(speaker) for speaker in speakers]
         self.decoding = decoding
         self.turns = 0
@@ -156,10 +153,10 @@ class Chat:
         checkpoint: str | None = None,
         *,
         beside: str | None = None,
-        decoding: Decoding = DEFAULT_DECODING,
+        decoding: Decoding = Decoding(),
         run_dir: Path | str = ".",
         overrides: Sequence[str] = (),
-        options: RunOptions = DEFAULT_OPTIONS,
+        options: RunOptions = RunOptions(),
     ) -> Chat:
         """Loads the models; arguments and errors as in `generate`."""
         speakers = load_speakers(RunDir(run_dir), checkpoint, beside, overrides, options)

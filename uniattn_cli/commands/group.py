@@ -27,11 +27,11 @@ CHOOSING = ("layout.followers", "layout.kv", "layout.params", "layout.kinds")
 
 
 def group(
-    run_dir: Path | str = ".",
     *,
+    run_dir: Path | str = ".",
     groups: str | None = None,
     overrides: Sequence[str] = (),
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Grouping:
     """Chooses a layout and writes it into `recipe.yaml`, keeping the user's comments and order.
 
@@ -47,7 +47,7 @@ def group(
     run = RunDir(run_dir)
     recipe = Recipe.load(run.recipe, layout_overrides(groups, overrides))
     config = load_config(locate(recipe.model.name, recipe.model.revision))
-    grouping = choose(run, recipe, config, options or RunOptions())
+    grouping = choose(run, recipe, config, options)
     write_considered(run, recipe, grouping)
     store_layout(run, grouping.layout, recipe)
     written = [] if grouping.considered is None else [f"candidates: {run.output('group')}"]

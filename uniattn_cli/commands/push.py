@@ -55,7 +55,7 @@ def push(
     base_model: str | None = None,
     licence: str | None = None,
     dry_run: bool = False,
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Push:
     """Uploads a converted checkpoint with a model card; makes the repository if it is missing.
 
@@ -76,7 +76,6 @@ def push(
         HubError: no token, no network, or the hub refuses.
         UsageError: a name that the hub does not allow.
     """
-    options = options or RunOptions()
     folder = Path(directory)
     for name in filter(None, (repo_id, base_model)):
         _check_name(name)

@@ -22,7 +22,7 @@ class Page(Result):
     path: Path
 
 
-def report(run_dir: Path | str = ".") -> Page:
+def report(*, run_dir: Path | str = ".") -> Page:
     """Writes `evaluation/report.html` from `results.json` and the files of the other stages.
 
     Args:

@@ -34,7 +34,6 @@ POINT_FILE = "point.json"
 SUMMARY = "sweep.json"
 SCORES = "scores"
 DEFAULT_KV = (0.9, 0.8, 0.7)
-DEFAULT_OPTIONS = RunOptions()
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,15 @@ class Sweep(Result):
 
 
 def sweep(
-    run_dir: Path | str = ".",
     *,
+    run_dir: Path | str = ".",
     kv: Sequence[float] = (),
     followers: Sequence[int] = (),
     kinds: Sequence[Sequence[str]] = (),
     solve: Sequence[str] = (),
     discard: bool = False,
     overrides: Sequence[str] = (),
-    options: RunOptions = DEFAULT_OPTIONS,
+    options: RunOptions = RunOptions(),
 ) -> Sweep:
     """Converts and scores the model at every combination of budgets, kinds and fits.
 
@@ -169,11 +168,11 @@ def _run_point(
     quiet = RunOptions(device=options.device, force=True, progress=options.progress)
     if not place.is_complete("convert"):
         try:
-            convert(place.root, options=quiet)
+            convert(run_dir=place.root, options=quiet)
         except LayoutError as error:
             _write_point(place, record, str(error))
             return str(error)
-    evaluate(place.root, options=quiet, scores=scores)
+    evaluate(run_dir=place.root, scores=scores, options=quiet)
     if discard:
         shutil.rmtree(place.output("convert"))
     return None

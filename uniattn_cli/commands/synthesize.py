@@ -42,7 +42,7 @@ class Synthesis(Result):
 
 
 def synthesize(
-    run_dir: Path | str = ".", *, overrides: Sequence[str] = (), options: RunOptions | None = None
+    *, run_dir: Path | str = ".", overrides: Sequence[str] = (), options: RunOptions = RunOptions()
 ) -> Synthesis:
     """Lets a model write training rows and puts them into `synthetic/`.
 
@@ -58,7 +58,6 @@ def synthesize(
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.models.loading import check_lengths, load_model
 
-    options = options or RunOptions()
     run = RunDir(run_dir)
     recipe = Recipe.load(run.recipe, overrides)
     spec, length = recipe.synthesis, recipe.train.max_length

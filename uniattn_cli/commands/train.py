@@ -52,21 +52,21 @@ class Training(Result):
 
 
 def train(
-    recipe: Path | str = "recipe.yaml",
     *,
+    run_dir: Path | str = ".",
+    recipe: Path | str | None = None,
     control: bool = False,
-    run_dir: Path | str | None = None,
     overrides: Sequence[str] = (),
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Training:
     """Trains the converted model and writes `trained/`, or trains its base in the same way and writes `control/`.
 
     Goes on where an interrupted run with the same settings was.
 
     Args:
-        recipe: the YAML file, relative to `run_dir`.
+        run_dir: holds `recipe.yaml` and `converted/`.
+        recipe: another recipe than that one.
         control: train the unconverted base on the same rows, in the same order and as many steps; see `control_stages`.
-        run_dir: holds `converted/`; the current folder if None.
         overrides: `key.path=value` strings for the recipe.
         options: device, force, progress.
 
@@ -79,9 +79,8 @@ def train(
     from uniattn_cli.training.process import Process
     from uniattn_cli.training.trained import control_stages, planned_stages
 
-    options = options or RunOptions()
-    run = RunDir(run_dir or ".")
-    settings = Recipe.load(run.root / recipe, overrides)
+    run = RunDir(run_dir)
+    settings = Recipe.load(run.recipe if recipe is None else recipe, overrides)
     verb = "control" if control else "train"
     run.check_free(verb, options.force)
     base, converted = _sources(run, settings)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from uniattn_cli.errors import DataError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.directory import RunDir
 from uniattn_cli.tables import Result, Sample, Table
 from uniattn_cli.training.order import stage_steps
 from uniattn_cli.training.preview import check_share, endless, pieces
@@ -41,18 +42,20 @@ class DataView(Result):
 
 
 def view_data(
-    recipe: Path | str = "recipe.yaml",
     *,
+    run_dir: Path | str = ".",
+    recipe: Path | str | None = None,
     samples: int = 3,
     seed: int | None = None,
     part: Literal["train", "heldout"] = "train",
     overrides: Sequence[str] = (),
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
 ) -> DataView:
     """Reads, renders and tokenises the recipe's training or held-out rows, and counts them.
 
     Args:
-        recipe: the YAML file, or the name of a ready recipe.
+        run_dir: holds `recipe.yaml`.
+        recipe: another file, or the name of a ready recipe.
         samples: rows to show.
         seed: which ones; None takes the recipe's. It changes nothing else.
         part: the rows that are trained on, or those that are held out.
@@ -67,8 +70,7 @@ def view_data(
     from uniattn_cli.models.hub import locate
     from uniattn_cli.recipe import ready
 
-    progress = (options or RunOptions()).progress
-    settings = Recipe.load(ready.resolve(recipe), overrides)
+    settings = Recipe.load(RunDir(run_dir).recipe if recipe is None else ready.resolve(recipe), overrides)
     source = locate(settings.model.name, settings.model.revision)
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, shares = splits.load_mix(settings.data.train, part, holdout=settings.data.holdout, seed=settings.seed)
@@ -78,7 +80,7 @@ def view_data(
     shown = _samples(settings, tokenizer, rows, samples, settings.seed if seed is None else seed)
     # Held-out rows are scored on their responses, whatever is learned in training.
     loss = settings.train.loss if part == "train" else "responses"
-    with progress.track("tokenising", len(rows)) as advance:
+    with options.progress.track("tokenising", len(rows)) as advance:
         counts = sequences.tokenize(
             rows, tokenizer, max_length=settings.train.max_length, loss=loss, advance=advance, needed=False
         )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.errors import StageError
+from uniattn_cli.errors import StageError, UsageError, suggest
 from uniattn_cli.models.hub import Source, locate
 from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.recipe.schema import DTYPES, ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 
 if TYPE_CHECKING:
@@ -65,6 +65,34 @@ def load_speakers(
     return speakers
 
 
+def load(
+    directory: Path | str, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model and its tokenizer.
+
+    Args:
+        directory: a base or converted checkpoint, a run directory, of which the last finished of `trained/` and
+            `converted/` is taken, or a hub id.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+        device: `auto` (CUDA, then MPS, then CPU) or a torch device string.
+
+    Returns:
+        The transformers model, in evaluation mode on the device, and its tokenizer.
+
+    Raises:
+        StageError: a run directory in which nothing was converted.
+        ModelError, CheckpointError: there is no model of that name, or it cannot be loaded.
+        UsageError: the dtype or the device does not exist.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype '{dtype}': give one of {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
+    path = Path(directory).expanduser()
+    of_run = path.is_dir() and not (path / "config.json").is_file()
+    source = locate(newest(RunDir(path)) if of_run else str(directory))
+    where = RunOptions(device=device).torch_device()
+    return load_model(source, ModelSpec(dtype=dtype), where), load_tokenizer(source)
+
+
 def newest(run: RunDir) -> str:
     """The directory that the last finished of `train` and `convert` wrote.
 
@@ -74,8 +102,8 @@ def newest(run: RunDir) -> str:
     done = [stage for stage in STAGES if run.is_complete(stage)]
     if not done:
         raise StageError(
-            "neither trained/ nor converted/ is here; name a checkpoint directory or a hub id, or run "
-            "`uniattn convert --groups auto` first"
+            f"neither trained/ nor converted/ is in {run.root.absolute()}; name a checkpoint directory or a hub id, or "
+            "run `uniattn convert --groups auto` first"
         )
     # Times are in UTC and ISO 8601, so that their order is that of the text; of equal ones the furthest stage.
     return str(run.output(max(done, key=lambda stage: (run.record(stage).get("finished") or "", -STAGES.index(stage)))))

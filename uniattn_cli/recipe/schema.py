@@ -22,6 +22,7 @@ from uniattn_cli.recipe.files import plain, read_tree
 from uniattn_cli.recipe.reading import read_section
 
 RECIPE_FORMAT = 1
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a data set's columns may stand for.
 COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
 
@@ -63,7 +64,7 @@ class ModelSpec:
     dtype: str = setting(
         "auto",
         "auto takes the checkpoint's own",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         common=True,
     )
     attention: str = setting(
