@@ -230,8 +230,8 @@ def test_the_four_commands_of_the_readme(stages, tmp_path, monkeypatch):
     assert analyze.args == ("some/model",)
     assert analyze.overrides == []
     assert (convert.groups, convert.dry_run) == ("auto", False)
-    assert train.args == (Path("recipe.yaml"),)
-    assert tuple(evaluate.checkpoints) == ()
+    assert (train.args, train.recipe) == ((), Path("recipe.yaml"))
+    assert evaluate.args == ((),)
     for call in stages:
         assert isinstance(call.options, RunOptions)
         assert (call.options.device, call.options.force) == ("auto", False)
@@ -288,7 +288,7 @@ def test_the_run_directory_is_where_the_stage_works(stages, tmp_path, monkeypatc
     invoke("train", "-C", "run")
     invoke("eval", "a", "b", "--run-dir", "run")
     assert [call.cwd for call in stages] == [tmp_path / "run"] * 2
-    assert stages[1].checkpoints == ["a", "b"]
+    assert stages[1].args == (["a", "b"],)
     assert Path.cwd() == tmp_path
 
 
