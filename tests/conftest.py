@@ -1,21 +1,28 @@
-"""What all tests share: no network, quiet libraries, and the installed command as a function."""
+"""What all tests share: no network, quiet libraries, and the command as a function, here or in a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from uniattn_cli.__main__ import main, spin_briefly
+from uniattn_cli.cli.guard import QUIET_ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before any test imports the libraries that read them.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
+spin_briefly()
+for name, value in {**QUIET_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}.items():
+    os.environ.setdefault(name, value)
 # Scores of one test are not those of another.
 os.environ["UNIATTN_CACHE"] = "off"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +36,52 @@ def command() -> list[str]:
     return [str(script)] if script.is_file() else [sys.executable, "-m", "uniattn_cli"]
 
 
+def run_here(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command in this process, which has already spent the seconds that the libraries' imports take.
+
+    The entry point is that of the installed command; what it changes in this process is undone.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    before, silenced = dict(os.environ), logging.root.manager.disable
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["uniattn", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        os.environ.update(env or {})
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            logging.disable(silenced)
+            os.environ.clear()
+            os.environ.update(before)
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
+
+
+def run_process(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the installed command in a process of its own; takes five seconds more."""
+    return subprocess.run(
+        [*command(), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
+        input=stdin,
+        timeout=240,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny matrices gain nothing from more, and test processes share the cores."""
@@ -38,19 +91,10 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def uniattn(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+def uniattn(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`uniattn("convert", "--dry-run", cwd=…, env={…})` runs the command, in an empty folder unless told otherwise."""
 
-    def run(*arguments: str, cwd: Path = tmp_path, env: dict | None = None, timeout: float = 240):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-        return subprocess.run(
-            [*command(), *map(str, arguments)],
-            cwd=cwd,
-            env=environment,
-            timeout=timeout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*arguments: object, cwd: Path = tmp_path, **others) -> subprocess.CompletedProcess[str]:
+        return run_here(*arguments, cwd=cwd, **others)
 
     return run

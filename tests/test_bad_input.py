@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, command
+from huggingface_hub import close_session, constants
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tiny_run import ENVIRONMENT, make_model, settings, write_data
+from tiny_run import make_model, settings, write_data
 
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.commands.analyze import analyze
@@ -71,9 +72,9 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def refuses(uniattn):
     """`refuses(folder, *arguments, says=[…])`: the command ends with one clear line and leaves the folder as it was."""
 
-    def check(folder: Path, *arguments, says: list[str], code: int = 1, lines: int = 1, env: dict | None = None):
+    def check(folder: Path, *arguments, says: list[str], code: int = 1, lines: int = 1):
         before = contents(folder)
-        done = uniattn(*arguments, cwd=folder, env={**ENVIRONMENT, **(env or {})})
+        done = uniattn(*arguments, cwd=folder)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == code, done.stderr
         assert len(errors) == lines, done.stderr
@@ -156,11 +157,26 @@ ANSWERS = {
 
 
 @pytest.fixture
-def hub():
-    """Starts a server that gives one answer to everything; returns its address."""
+def at(monkeypatch, tmp_path):
+    """`at(address)` makes that the hub, with an empty cache; huggingface_hub reads its variables but once, at import."""
+
+    def use(address: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "*")
+        close_session()
+
+    yield use
+    close_session()
+
+
+@pytest.fixture
+def hub(at):
+    """Starts a server that gives one answer to everything, in the hub's place."""
     servers = []
 
-    def start(status: int, headers: dict[str, str], body: bytes) -> str:
+    def start(status: int, headers: dict[str, str], body: bytes) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 self.send_response(status)
@@ -176,8 +192,8 @@ def hub():
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        at(f"http://127.0.0.1:{server.server_port}")
 
     yield start
     for server in servers:
@@ -185,27 +201,24 @@ def hub():
         server.server_close()
 
 
-def hub_environment(address: str, tmp_path: Path) -> dict[str, str]:
-    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "*"}
-
-
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_a_model_that_the_hub_does_not_give(answer, hub, refuses, tmp_path):
     *reply, says = ANSWERS[answer]
     folder = tmp_path / "empty"
     folder.mkdir()
-    refuses(folder, "analyze", "owner/model", says=says, env=hub_environment(hub(*reply), tmp_path))
+    hub(*reply)
+    refuses(folder, "analyze", "owner/model", says=says)
 
 
-def test_no_network_is_told_at_once(refuses, tmp_path):
+def test_no_network_is_told_at_once(at, refuses, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        at(f"http://127.0.0.1:{unused.getsockname()[1]}")
         folder = tmp_path / "empty"
         folder.mkdir()
         started = time.monotonic()
         says = ["owner/model is not a directory here", str(tmp_path / "cache"), "the hub cannot be reached"]
-        refuses(folder, "analyze", "owner/model", says=says, env=hub_environment(address, tmp_path))
+        refuses(folder, "analyze", "owner/model", says=says)
         assert time.monotonic() - started < 20
 
 
@@ -481,7 +494,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(template, run, uniattn):
     edit_recipe(run, "model", name="model")
     shutil.rmtree(run / "analysis")
     before = contents(run)
-    done = uniattn("convert", "--dry-run", cwd=run, env=ENVIRONMENT)
+    done = uniattn("convert", "--dry-run", cwd=run)
     assert done.returncode == 0, done.stderr
     for words in ("KV bytes per token", "-33.3%", "dry run: nothing was written"):
         assert words in done.stdout
@@ -566,7 +579,7 @@ def test_other_errors_stay_what_they_are():
 
 def kill_in_the_middle(folder: Path, partial: str, *arguments: str) -> None:
     """Runs a command and kills it as soon as its hidden folder is there."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [*command(), *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -583,7 +596,7 @@ def test_analyze_killed_and_run_again(template, uniattn, tmp_path):
     arguments = ["analyze", str(template / "model"), *(word for one in overrides for word in ("--set", one))]
     kill_in_the_middle(tmp_path, ".analysis.partial", *arguments)
     assert not (tmp_path / "analysis").exists()
-    done = uniattn(*arguments, cwd=tmp_path, env=ENVIRONMENT)
+    done = uniattn(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["analysis", "recipe.yaml", "rows.jsonl", "text.txt"]
     assert Measured.load(tmp_path / "analysis").tokens == 6400
@@ -595,7 +608,7 @@ def test_convert_killed_and_run_again_replaces_what_was_there(run, uniattn):
     kill_in_the_middle(run, ".converted.partial", *arguments)
     assert {name: data for name, data in contents(run).items() if ".converted.partial" not in name} == before
     (run / ".converted.partial" / "model.safetensors").write_bytes(b"half a file")
-    done = uniattn(*arguments, cwd=run, env=ENVIRONMENT)
+    done = uniattn(*arguments, cwd=run)
     assert done.returncode == 0, done.stderr
     assert not (run / ".converted.partial").exists()
     assert set(contents(run)) == set(before)

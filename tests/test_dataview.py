@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import ENVIRONMENT, make_model, settings, write_data
+from tiny_run import make_model, settings, write_data
 
 from uniattn_cli.cli.console import make_console, show
 from uniattn_cli.commands.view_data import histogram, percentile, view_data
@@ -133,7 +133,7 @@ def test_answers_at_which_generation_would_not_stop_are_told(folder, tmp_path):
 
 
 def test_the_command_marks_what_is_learned(folder, uniattn):
-    done = uniattn("data", "recipe.yaml", "--samples", "2", cwd=folder, env=ENVIRONMENT)
+    done = uniattn("data", "recipe.yaml", "--samples", "2", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "⟦" in done.stdout and "<eos>⟧" in done.stdout and "one epoch" in done.stdout and "█" in done.stdout
     assert "\x1b[" not in done.stdout

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_process
 from safetensors.torch import save_file
 from tiny import LAYOUTS, SIZES, make_base, make_layout, randomise_compensation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -666,10 +667,10 @@ def test_models_without_numbers_are_refused(run, tmp_path):
         evaluate.evaluate(run_dir=tmp_path / "run", checkpoints=[str(tmp_path / "broken")], overrides=QUICK)
 
 
-def test_the_command_in_a_fresh_process(run, tmp_path, uniattn):
+def test_the_command_in_a_fresh_process(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     settings = [word for override in QUICK for word in ("--set", override)]
-    done = uniattn("eval", "base", "-C", "run", "--device", "cpu", *settings)
+    done = run_process("eval", "base", "-C", "run", "--device", "cpu", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run/evaluation/results.json").read_text())
     assert list(results["models"]) == ["base", "converted", "./base"]

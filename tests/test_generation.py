@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import run_here, run_process
 from tiny import make_layout, randomise_compensation
 from tiny_run import make_model, make_tokenizer
 
@@ -56,21 +55,6 @@ def run(tmp_path_factory):
 def speaker(run):
     (found,) = load_speakers(RunDir(run.folder), str(run.folder / "converted"), None, (), RunOptions(device="cpu"))
     return found
-
-
-def call(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
-    """The installed command with something on stdin."""
-    from os import environ
-
-    return subprocess.run(
-        [*command(), *arguments, "--device", "cpu"],
-        cwd=folder,
-        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def expected(speaker: Speaker, ids: list[int], new: int) -> str:
@@ -335,7 +319,7 @@ def test_a_turn_that_fails_has_not_happened(speaker):
 
 
 def test_the_command_prints_the_answer_and_nothing_else(run):
-    done = call(run.folder, "generate", PROMPT, "--max-new-tokens", "6", "--stats")
+    done = run_here("generate", PROMPT, "--max-new-tokens", "6", "--stats", "--device", "cpu", cwd=run.folder)
     assert done.returncode == 0, done.stderr
     (trained,) = load_speakers(RunDir(run.folder), None, None, (), RunOptions("cpu"))
     ids = chat_ids(trained.tokenizer, [{"role": "user", "content": PROMPT}])
@@ -345,14 +329,16 @@ def test_the_command_prints_the_answer_and_nothing_else(run):
     each = kv_bytes_per_token(config.layout, attention_shape(config), 4)
     assert int(figures[2].replace(",", "")) == int(figures[3]) * each
     # A directory alone is the model, and the prompt comes from stdin; a stock model needs no run directory.
-    piped = call(run.folder.parent, "generate", str(run.base), "--raw", "--max-new-tokens", "6", stdin=PROMPT + "\n")
+    words = ("generate", run.base, "--raw", "--max-new-tokens", "6", "--device", "cpu")
+    piped = run_process(*words, cwd=run.folder.parent, stdin=PROMPT + "\n")
     (base,) = load_speakers(RunDir(run.folder), "base", None, (), RunOptions("cpu"))
     assert piped.stdout == expected(base, plain_ids(base.tokenizer, PROMPT), 6) + "\n"
 
 
 def test_a_chat_through_a_pipe(run):
     lines = "Hello.\n\nAgain.\n/what\n/reset\nHello.\n" + "x y" * 2000 + "\n/exit\nnever said\n"
-    done = call(run.folder, "chat", "converted", "--max-new-tokens", "4", "--beside", "base", "--stats", stdin=lines)
+    words = ("chat", "converted", "--max-new-tokens", "4", "--beside", "base", "--stats", "--device", "cpu")
+    done = run_here(*words, cwd=run.folder, stdin=lines)
     assert done.returncode == 0, done.stderr
     chat = Chat.open(str(run.folder / "converted"), beside="base", decoding=Decoding(max_new_tokens=4),
                      run_dir=run.folder, options=RunOptions("cpu"))  # fmt: skip
@@ -373,7 +359,7 @@ def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
     folder = tmp_path / "plain"
     make_model(folder)
     (folder / "chat_template.jinja").unlink()
-    done = call(tmp_path, "generate", "plain", PROMPT, "--max-new-tokens", "4")
+    done = run_here("generate", "plain", PROMPT, "--max-new-tokens", "4", "--device", "cpu", cwd=tmp_path)
     assert "plain has no chat template; it gets the plain text" in done.stderr
     (plain,) = load_speakers(RunDir(tmp_path), str(folder), None, (), RunOptions("cpu"))
     assert done.stdout == expected(plain, plain_ids(plain.tokenizer, PROMPT), 4) + "\n"
@@ -400,7 +386,7 @@ def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(arguments, code, line, tmp_path):
-    done = call(tmp_path, *arguments)
+    done = run_here(*arguments, "--device", "cpu", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

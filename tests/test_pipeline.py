@@ -7,15 +7,14 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, run_here
 from safetensors.torch import load_file
-from tiny_run import ENVIRONMENT, make_model, settings, write_data
+from tiny_run import make_model, settings, write_data
 
 import uniattn_cli
 from uniattn_cli.analysis.measured import Measured
@@ -29,16 +28,9 @@ CPU = torch.device("cpu")
 REMARK = "# as few as will do"
 
 
-def uniattn(folder: Path, *arguments: str) -> str:
-    """Runs the installed command in a folder; returns what it printed."""
-    done = subprocess.run(
-        [*command(), *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def uniattn(folder: Path, *arguments: object) -> str:
+    """Runs the command in a folder; returns what it printed."""
+    done = run_here(*arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

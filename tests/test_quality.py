@@ -15,7 +15,7 @@ from test_evaluation import QUICK, make_model, make_run, make_tokenizer, write_r
 from uniattn_cli.commands import evaluate
 from uniattn_cli.data.items import load_items
 from uniattn_cli.errors import DataError, RecipeError
-from uniattn_cli.evaluation import agreement, batches, cache, local_tasks, retrieval, scores, tasks
+from uniattn_cli.evaluation import agreement, batches, cache, local_tasks, retrieval, scores, task_names, tasks
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe, TaskSpec
 
@@ -154,6 +154,25 @@ def test_a_task_is_known_by_its_settings_and_items(data, tmp_path):
         len({tasks.load_tasks([TaskSpec(str(data / "sums.jsonl"), extract=how)]).digest for how in ("number", "line")})
         == 2
     )
+
+
+def test_a_mistyped_task_is_told_without_the_index_of_the_harness(monkeypatch):
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", None)
+    for name, near in (("hellaswg", "hellaswag"), ("mmlu_stemm", "mmlu_stem"), ("AraDiCE_boolq_lav", "AraDiCE_boolq_lev")):
+        with pytest.raises(DataError, match=rf"'{name}' is not a task .* \(did you mean '{near}'\?\)"):
+            tasks.load_tasks([TaskSpec(name)])
+
+
+@pytest.mark.slow
+def test_every_task_of_the_harness_is_known_by_the_text_of_its_files():
+    import lm_eval.tasks
+
+    with tasks.quiet_harness():
+        names = lm_eval.tasks.TaskManager().all_tasks
+    task_names.check_mentioned(names)
+    assert set(names) <= task_names.names_in(task_names.read_text())
 
 
 # Agreement, lengths, retrieval

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_process
 from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
 from tiny_run import make_tokenizer
 
@@ -45,8 +46,9 @@ def engine(tmp_path) -> Path:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_the_command_becomes_the_engine_and_passes_everything_else_through(uniattn, checkpoint, engine):
-    done = uniattn("serve", checkpoint, "--program", engine, "--max-model-len", "64", "--port=8001", "-O0")
+def test_the_command_becomes_the_engine_and_passes_everything_else_through(checkpoint, engine, tmp_path):
+    words = ("serve", checkpoint, "--program", engine, "--max-model-len", "64", "--port=8001", "-O0")
+    done = run_process(*words, cwd=tmp_path)
     command, started = done.stdout.splitlines()
     assert done.returncode == 7, "the exit code is the engine's"
     assert command == f"{engine} serve {checkpoint} --trust-remote-code --max-model-len 64 --port=8001 -O0"

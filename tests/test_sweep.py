@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import ENVIRONMENT, make_model, settings, write_data
+from tiny_run import make_model, settings, write_data
 
 import uniattn_cli.commands.sweep as module
 from uniattn_cli.commands.analyze import analyze
@@ -112,10 +112,10 @@ def test_kinds_are_searched_thoroughly(run):
 
 def test_the_command(run, uniattn):
     words = [word for setting in SETTINGS for word in ("--set", setting)]
-    done = uniattn("sweep", "--kv", "0.8,0.2", "--device", "cpu", *words, cwd=run, env=ENVIRONMENT)
+    done = uniattn("sweep", "--kv", "0.8,0.2", "--device", "cpu", *words, cwd=run)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 points scored" in done.stdout and "kv0.2-softmax-both" in done.stdout
     assert "Traceback" not in done.stderr
-    done = uniattn("sweep", "--kv", "much", cwd=run, env=ENVIRONMENT)
+    done = uniattn("sweep", "--kv", "much", cwd=run)
     assert done.returncode == 2 and "not a list of numbers" in done.stderr
     assert cache.cache_directory() is None

@@ -35,8 +35,6 @@ QUICK = {
     "evaluation.sample_tokens": 4,
     "evaluation.speed.enabled": "false",
 }
-# Two threads that share one core with others wait for each other most of the time.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def settings(**changes) -> list[str]:

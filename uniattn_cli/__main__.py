@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    spin_briefly()
     from uniattn_cli.cli.app import app
 
     app(prog_name="uniattn")
+
+
+def spin_briefly() -> None:
+    """Has PyTorch's OpenMP threads sleep soon at a barrier; must run before PyTorch is loaded.
+
+    They would spin, and beside other work on the same cores a training step takes three times as long. Whoever has set
+    how they wait has their way.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.data.items import is_local, load_items
-from uniattn_cli.errors import DataError, suggest
+from uniattn_cli.errors import DataError
 from uniattn_cli.evaluation.intervals import EXPONENTIAL, IDENTITY, LARGEST_LOSS
 from uniattn_cli.evaluation.local_tasks import local_task
+from uniattn_cli.evaluation.task_names import check_mentioned, unknown_task
 from uniattn_cli.models.hub import transport_errors
 from uniattn_cli.recipe.schema import TaskSpec
 
@@ -105,10 +106,13 @@ def load_tasks(
     labels = _labels(list(local))
     loaded, members = {}, {}
     with quiet_harness():
+        check_mentioned([spec.source for spec in foreign])
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_defaults=bool(foreign))
-        _check_known([spec.source for spec in foreign], manager.all_tasks)
+        for spec in foreign:
+            if spec.source not in manager.task_index:
+                raise unknown_task(spec.source, manager.all_tasks)
         # As the harness's own entry point does: some tasks shuffle their choices when they are loaded.
         random.seed(0)
         for spec in (*local, *foreign):
@@ -157,15 +161,6 @@ def _labels(specs: list[TaskSpec]) -> dict[TaskSpec, str]:
 
 def _short(source: str) -> str:
     return source.removeprefix(BUILTIN_PREFIX) if source.startswith(BUILTIN_PREFIX) else Path(source).stem
-
-
-def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise DataError(
-                f"evaluation.tasks: '{name}' is not a task of lm-evaluation-harness{suggest(name, known)}; "
-                "`lm_eval ls tasks` lists them, built-in ones begin with 'builtin:', local ones end in .jsonl or .txt"
-            )
 
 
 def _load_task(manager: Any, spec: str | dict) -> dict[str, Any]:
