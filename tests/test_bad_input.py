@@ -158,7 +158,7 @@ ANSWERS = {
 
 @pytest.fixture
 def at(monkeypatch, tmp_path):
-    """`at(address)` makes that the hub, with an empty cache; huggingface_hub reads its variables but once, at import."""
+    """`at(address)` makes that the hub, with an empty cache; huggingface_hub reads its variables once, at import."""
 
     def use(address: str) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", address)

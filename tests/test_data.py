@@ -174,8 +174,8 @@ def test_holdout_is_disjoint_complete_and_independent_of_seed_and_neighbours(tmp
 def test_holdout_is_the_same_in_every_process(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"text": f"row {i}"} for i in range(60)))
     code = (
-        "import sys; from uniattn_cli import data; from uniattn_cli.recipe.schema import DatasetSpec\n"
-        "print(data.load_rows((DatasetSpec(source=sys.argv[1]),), 'train', holdout=0.3, seed=3)['text'][:])"
+        "import sys; from uniattn_cli.data import splits; from uniattn_cli.recipe.schema import DatasetSpec\n"
+        "print(splits.load_rows((DatasetSpec(source=sys.argv[1]),), 'train', holdout=0.3, seed=3)['text'][:])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(ROOT)}
     other = subprocess.run([sys.executable, "-c", code, path], env=environment, capture_output=True, text=True)
@@ -547,10 +547,10 @@ def test_whole_text_is_one_document(tmp_path):
 @pytest.mark.parametrize(("share", "repeated"), [(0, []), (1, list(range(8))), (0.25, [3, 7]), (0.5, [1, 3, 5, 7])])
 @pytest.mark.parametrize("length", [6, 7])
 def test_passages_are_repeated_evenly(share, repeated, length):
-    windows = torch.arange(8 * length).view(8, length)
-    found = windows.repeat_passages(windows, share)
-    assert torch.equal(windows, torch.arange(8 * length).view(8, length))
-    for index, (before, after) in enumerate(zip(windows, found, strict=True)):
+    rows = torch.arange(8 * length).view(8, length)
+    found = windows.repeat_passages(rows, share)
+    assert torch.equal(rows, torch.arange(8 * length).view(8, length))
+    for index, (before, after) in enumerate(zip(rows, found, strict=True)):
         if index in repeated:
             assert torch.equal(after[:3], before[:3]) and torch.equal(after[3:6], before[:3])
             assert torch.equal(after[6:], before[6:])

@@ -30,6 +30,7 @@ from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.models.losses import window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.reporting import markdown
 from uniattn_cli.run.directory import RunDir
 
 WORDS = "the map of one layer is shared with those that follow it and a value stays what it was before".split()
@@ -192,7 +193,7 @@ def test_response_loss_counts_responses_only_and_ignores_padding(run):
         together = losses.row_losses(model, rows, batch_size=batch_size)
         assert together.counts == alone.counts
         assert together.sums == pytest.approx(alone.sums, rel=1e-5)
-    text = tokenizer.decode(rows.tokens[0][rows.labels[0] != heldout.IGNORED])
+    text = tokenizer.decode(rows.tokens[0][rows.labels[0] != losses.IGNORED])
     assert text.endswith("<|end|>") and "<|user|>" not in text and alone.counts[0] == len(tokenizer(text).input_ids)
     ids = rows.tokens[0][None]
     start = len(ids[0]) - alone.counts[0]
@@ -233,12 +234,12 @@ def test_paired_standard_errors_match_a_bootstrap():
     model = base + counts * (0.1 + torch.randn(60, generator=rng) * 0.05)
     picks = torch.randint(0, 60, (4000, 60), generator=rng)
     total = counts[picks].sum(1)
-    losses = [(each[picks].sum(1) / total).double() for each in (model, base)]
+    drawn = [(each[picks].sum(1) / total).double() for each in (model, base)]
     rows = [losses.RowLosses(each.tolist(), counts.tolist()) for each in (model, base)]
     loss = figures._loss_figure(rows[0], rows[1], "rows")["difference_to_base"]
     perplexity = figures._perplexity_figure(rows[0], rows[1])["difference_to_base"]
-    assert loss["stderr"] == pytest.approx((losses[0] - losses[1]).std().item(), rel=0.08)
-    assert perplexity["stderr"] == pytest.approx((losses[0].exp() - losses[1].exp()).std().item(), rel=0.08)
+    assert loss["stderr"] == pytest.approx((drawn[0] - drawn[1]).std().item(), rel=0.08)
+    assert perplexity["stderr"] == pytest.approx((drawn[0].exp() - drawn[1].exp()).std().item(), rel=0.08)
     scores = [tasks.MetricScores(0.5, [0.0, 1.0, 0.0, 1.0], True, 4), tasks.MetricScores(0.25, [0, 1, 0, 0], True, 4)]
     paired = figures.task_figure("acc", *scores)["difference_to_base"]
     assert (paired["value"], paired["stderr"]) == (0.25, pytest.approx(0.25))
@@ -428,21 +429,21 @@ def test_tables_and_report_say_what_the_results_say(compared):
     scale = {"share": 100, "seconds": 1e3}
     names = list(results["models"])
     key, seen = None, set()
-    for table in evaluate.report.tables(results):
+    for table in markdown.tables(results):
         for row in table.rows:
             key = rows.get(row[0], key if row[0].startswith("  ") else None)
             seen.add(key)
             for name, cell in zip(names, row[1:], strict=True):
                 entry = all_figures(results["models"][name])[key]
                 factor = scale.get(entry["unit"], 1)
-                if row[0] == evaluate.report.RANGE:
+                if row[0] == markdown.RANGE:
                     known = entry["range"]
-                elif row[0] == evaluate.report.DIFFERENCE:
+                elif row[0] == markdown.DIFFERENCE:
                     known = [entry["difference_to_base"][part] for part in ("value", "stderr")] if cell else []
                     assert cell == "" or "−+0"[(known[0] >= 0) + (known[0] == 0)] == cell[0]
-                elif row[0] == evaluate.report.INTERVAL:
+                elif row[0] == markdown.INTERVAL:
                     known = entry["difference_to_base"]["interval"] if cell else []
-                elif row[0] == evaluate.report.RATIO:
+                elif row[0] == markdown.RATIO:
                     known, factor = [entry["ratio_to_base"]] if cell else [], 1 if "×" in cell else 100
                 else:
                     known = [entry[part] for part in ("value", "stderr") if entry[part] is not None]
@@ -532,7 +533,7 @@ def test_tables_fit_a_terminal(compared):
     entry = compared.results["models"]["converted"]
     results = {**compared.results, "models": {"base": compared.results["models"]["base"], "converted": entry}}
     results["models"]["trained"] = entry
-    for table in evaluate.report.tables(results):
+    for table in markdown.tables(results):
         widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
         assert sum(widths) + 2 * len(widths) <= 100 and set(table.columns[1:]) == names
 
@@ -541,7 +542,7 @@ def test_many_models_make_several_tables(compared):
     base = compared.results["models"]["base"]
     entry = compared.results["models"]["converted"]
     results = {**compared.results, "models": {"base": base, **{f"model {n}": entry for n in range(5)}}}
-    columns = [table.columns[1:] for table in evaluate.report.tables(results)]
+    columns = [table.columns[1:] for table in markdown.tables(results)]
     assert columns[0] == columns[1] == ["base", "model 0", "model 1", "model 2"]
     assert columns[2] == columns[3] == ["base", "model 3", "model 4"]
 

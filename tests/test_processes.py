@@ -38,7 +38,7 @@ import accelerate.state
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from uniattn_cli.options import RunOptions, Silent
-from uniattn_cli.training import train as module
+from uniattn_cli.commands import train as module
 from uniattn_cli.training.trainer import StageTrainer
 
 class Deadly(Silent):

@@ -104,8 +104,8 @@ def test_values_of_items_give_the_metric_back(data):
         for score in metrics.values():
             assert score.values is not None and len(score.values) == score.n
             mean = sum(score.values) / (sum(score.weights) if score.weights else score.n)
-            value = math.exp(mean) if scores.transform == "exponential" else mean
-            assert value == pytest.approx(scores.value, rel=1e-9)
+            value = math.exp(mean) if score.transform == "exponential" else mean
+            assert value == pytest.approx(score.value, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,11 @@ def test_a_mistyped_task_is_told_without_the_index_of_the_harness(monkeypatch):
     import lm_eval.tasks
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", None)
-    for name, near in (("hellaswg", "hellaswag"), ("mmlu_stemm", "mmlu_stem"), ("AraDiCE_boolq_lav", "AraDiCE_boolq_lev")):
+    for name, near in (
+        ("hellaswg", "hellaswag"),
+        ("mmlu_stemm", "mmlu_stem"),
+        ("AraDiCE_boolq_lav", "AraDiCE_boolq_lev"),
+    ):
         with pytest.raises(DataError, match=rf"'{name}' is not a task .* \(did you mean '{near}'\?\)"):
             tasks.load_tasks([TaskSpec(name)])
 

@@ -76,7 +76,6 @@ from uniattn_cli.evaluation.intervals import (
 )
 from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.tasks import MetricScores
-from uniattn_cli.inference.timing import ratios
 from uniattn_cli.models.losses import RowLosses, summarise
 
 if TYPE_CHECKING:
@@ -315,6 +314,9 @@ def speed_figures(
     Args:
         base: of the base; None for the base itself, and for a model of another dtype or attention backend.
     """
+    # Loads PyTorch, which who only reads results can do without.
+    from uniattn_cli.inference.timing import ratios
+
     quantities: dict[str, tuple[str, str, Callable[[Timing], float]]] = {
         "time_to_first_token": ("seconds", "lower", lambda timing: timing.first),
         "time_per_output_token": ("seconds", "lower", lambda timing: timing.rest / (new - 1)),
