@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from uniattn_cli.inference.engine import Engine, decode
+from uniattn_cli.inference.measurement import Measurement, largest_batch, measure_shape, measure_stock, random_prompt
 from uniattn_cli.inference.roofline import copy_bandwidth
-from uniattn_cli.inference.timing import Measurement, largest_batch, measure_shape, measure_stock, random_prompt
 from uniattn_cli.layouts.shorthand import parse_groups
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.models.device import describe_device
 from uniattn_cli.models.random import known_config, random_models
-from uniattn_cli.reporting.bench import describe_device
 from uniattn_cli.run.files import now, versions
 
 PAPER, FOURS = "paper", "every:4"

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     from uniattn_cli.inference.roofline import copy_bandwidth
-    from uniattn_cli.reporting.bench import describe_device
+    from uniattn_cli.models.device import describe_device
 
     device = torch.device(arguments.device)
     started = time.perf_counter()

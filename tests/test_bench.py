@@ -14,10 +14,10 @@ from tiny_run import make_model
 
 from uniattn_cli.commands.bench import BenchSpec, bench
 from uniattn_cli.errors import LayoutError, StageError, UsageError
-from uniattn_cli.inference import timing
+from uniattn_cli.inference import measurement
 from uniattn_cli.inference.engine import Engine
+from uniattn_cli.inference.measurement import largest_batch, measure_shape
 from uniattn_cli.inference.roofline import copy_bandwidth, step_bytes
-from uniattn_cli.inference.timing import largest_batch, measure_shape
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
@@ -91,13 +91,13 @@ def test_what_does_not_fit_is_noted_and_the_rest_goes_on(monkeypatch):
     engines = {"base": Engine(base), "shared": Engine(build_converted(base, tiny.make_layout("leader")))}
     # Room for the smaller cache alone: 128 places, 6 layers of which 3 follow, 3 heads of 8, two kinds, four bytes.
     room = {"base": 128 * 6 * 3 * 8 * 2 * 4}
-    monkeypatch.setattr(timing, "available_bytes", lambda: room["base"] + timing.HOST_RESERVE - 1)
+    monkeypatch.setattr(measurement, "available_bytes", lambda device: room["base"] + measurement.HOST_RESERVE - 1)
     found = measure_shape(engines, 1, 20, new=2, repeats=1, prompts=True, bandwidth=1e9)
     assert [one.fits for one in found] == [False, True]
     assert "KV cache" in found[0].note
     assert found[0].step is None
     assert found[1].step is not None
-    monkeypatch.setattr(timing, "available_bytes", lambda: 0)
+    monkeypatch.setattr(measurement, "available_bytes", lambda device: 0)
     found = measure_shape(engines, 1, 20, new=2, repeats=1, prompts=True, bandwidth=1e9)
     assert not any(one.fits for one in found)
 

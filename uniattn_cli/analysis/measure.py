@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -16,6 +14,7 @@ from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.analysis.similarity import MapStatistics
 from uniattn_cli.errors import ModelError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.models.device import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +67,7 @@ def measure(
         )
     with torch.no_grad():
         for window in windows[:TIMED_SEQUENCES]:
-            with _timed(plain, survey.device):
+            with timed(plain, survey.device):
                 survey.forward(window)
     heads, layers = survey.statistics.heads, survey.statistics.layers
     measured = Measured(
@@ -115,7 +114,7 @@ class _Survey:
 
     def add(self, captured: Captured, window: torch.Tensor) -> None:
         """Runs and adds one sequence; its states are let go before the next one is run."""
-        with _timed(self.times, self.device):
+        with timed(self.times, self.device):
             self.forward(window)
             layers = captured.take()
             if not self.times:
@@ -127,7 +126,7 @@ class _Survey:
             captured.clear()
 
     def solve(self) -> None:
-        with _timed(self.solving, self.device):
+        with timed(self.solving, self.device):
             if self.borrowing is not None:
                 self.borrowing.solve()
 
@@ -161,15 +160,3 @@ def _unknown_output(captured: Captured, layers: list[LayerStates]) -> str | None
         if index in captured.gated:
             return f"layer {index} changes what its heads found before projecting it"
     return None
-
-
-@contextlib.contextmanager
-def _timed(times: list[float], device: torch.device) -> Iterator[None]:
-    """Appends the seconds that the block took, work queued on a GPU included."""
-    started = time.perf_counter()
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    times.append(time.perf_counter() - started)

@@ -16,6 +16,7 @@ import typer
 
 from uniattn_cli import __version__
 from uniattn_cli.errors import RecipeError, StageError, UniAttnError
+from uniattn_cli.models.device import is_out_of_memory
 from uniattn_cli.options import RunOptions
 from uniattn_cli.run.files import file_errors
 from uniattn_cli.tables import Result
@@ -140,7 +141,7 @@ def guard(name: str, debug: bool) -> Iterator[None]:
         _fail([f"interrupted; nothing half-written is left in the way, and the same command {again}"], debug)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:  # the one place where every other exception ends: it is a bug, and says so
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             traceback.print_exc()
             _fail(
                 [
@@ -161,15 +162,6 @@ def _fail(lines: Sequence[str], debug: bool) -> None:
         traceback.print_exc()
     for line in lines:
         print("error: " + " ".join(line.split("\n")), file=sys.stderr)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
-        return True
-    # The CPU allocator and MPS raise a plain RuntimeError.
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""`uniattn bench`: time to the first token and per token, beside the limit and beside transformers."""
+"""`uniattn bench`: time to first token and time per output token, compared with the floor and with transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from uniattn_cli.inference.engine import Engine
-    from uniattn_cli.inference.timing import Measurement
+    from uniattn_cli.inference.measurement import Measurement
 
 SCHEMA = 1
 RESULTS, REPORT, PLOT = "results.json", "report.md", "bench.png"
@@ -31,11 +31,11 @@ class BenchSpec:
     """What is measured.
 
     Attributes:
-        batches, contexts: every pair is measured; a context is in tokens per row.
+        batches, contexts: batch sizes, and tokens per sequence before the first new one; every pair is measured.
         new: decoding steps per round.
         repeats: rounds.
-        stock: which models `transformers` generates with too: `base`, `all` or `none`.
-        prompt_tokens: prompts of more tokens in the whole batch are not timed.
+        stock: models that are also timed with transformers' `generate`: `base`, `all` or `none`.
+        prompt_tokens: the time to first token is left out for batches with more prompt tokens.
         dtype: `auto` takes the checkpoint's own, and bfloat16 for random weights.
     """
 
@@ -65,8 +65,8 @@ class BenchResult(Result):
 
     Attributes:
         directory: where `results.json`, the report and the plot were written.
-        device: as a reader knows it.
-        bandwidth: bytes per second of a large copy, the measure of every floor.
+        device: its name.
+        bandwidth: bytes per second of a large copy on the device, which the floors are computed with.
         measurements: one per model, path, batch and context.
     """
 
@@ -88,11 +88,11 @@ def bench(
     out: Path | str = "bench",
     options: RunOptions = RunOptions(),
 ) -> BenchResult:
-    """Measures models in turn and writes a directory with all numbers, tables and a plot.
+    """Times all models, which take turns, and writes a directory with all numbers, tables and a plot.
 
     Args:
         checkpoints: directories or hub ids; without any, base, `converted/` and `trained/` of the run directory. The
-            first one is what the others are compared with.
+            others are compared with the first one.
         run_dir: holds `recipe.yaml` and what the stages wrote.
         shape: random weights of this shape instead, see `models.random.SHAPES`.
         groups: layouts of the random models beside the base, see `layouts.shorthand.parse_groups`.
@@ -103,10 +103,14 @@ def bench(
         options: device, overwriting, progress.
 
     Raises:
-        UsageError: options that make no sense together.
-        ModelError, CheckpointError, LayoutError, RecipeError: a model cannot be had.
-        StageError: the output is in the way.
+        UsageError: options that contradict each other.
+        ModelError, CheckpointError, LayoutError, RecipeError: a model cannot be found, loaded or built.
+        StageError: the output directory exists, or cannot be written.
     """
+    import torch
+
+    from uniattn_cli.inference.roofline import copy_bandwidth
+
     if groups and not shape:
         raise UsageError("--groups makes layouts of random weights; give --shape too, or name a converted checkpoint")
     if shape and checkpoints:
@@ -117,14 +121,13 @@ def bench(
     device = options.torch_device()
     models = _models(checkpoints, shape, groups, compensation, layers, spec, run_dir, device)
     engines = _engines(models)
-    from uniattn_cli.inference.roofline import copy_bandwidth
-
     bandwidth = copy_bandwidth(device)
     measurements = _measure(models, engines, spec, bandwidth, options)
     settings = {
         "spec": dataclasses.asdict(spec),
         "models": {name: _describe(model) for name, model in models.items()},
         "shape": shape,
+        "threads": torch.get_num_threads(),
         "ops": {name: engine.ops.name for name, engine in engines.items()},
         "graphs": {name: engine.graphs for name, engine in engines.items()},
     }
@@ -141,7 +144,7 @@ def _models(
     run_dir: Path | str,
     device: torch.device,
 ) -> dict[str, PreTrainedModel]:
-    from uniattn_cli.inference.timing import NoRoomError, room
+    from uniattn_cli.inference.measurement import NoRoomError, room
     from uniattn_cli.layouts.shorthand import parse_groups
     from uniattn_cli.modeling.configuration_uniattn import attention_shape
     from uniattn_cli.models import of_run, random
@@ -155,7 +158,9 @@ def _models(
                 return random.random_models(config, layouts, dtype, device)
             return of_run.load_models(of_run.find_models(run_dir, checkpoints), spec.dtype, device)
     except NoRoomError as error:
-        raise ModelError(f"{error} on {device}; name fewer checkpoints, or a larger device with --device") from None
+        raise ModelError(
+            f"{error} on {device}; name fewer checkpoints, or choose a larger device with --device"
+        ) from None
 
 
 def _engines(models: dict[str, PreTrainedModel]) -> dict[str, Engine]:
@@ -178,8 +183,8 @@ def _measure(
     bandwidth: float,
     options: RunOptions,
 ) -> list[Measurement]:
-    """Shape by shape; what does not fit is noted and the next one goes on."""
-    from uniattn_cli.inference.timing import measure_shape, measure_stock, random_prompt
+    """All batch sizes and contexts; one that does not fit into memory is reported, and the next one follows."""
+    from uniattn_cli.inference.measurement import measure_shape, measure_stock, random_prompt
 
     stock = list(models)[: {"none": 0, "base": 1, "all": None}[spec.stock]]
     ways = [False, True] if next(iter(models.values())).device.type == "cuda" else [False]
@@ -229,9 +234,10 @@ def _write(
     bandwidth: float,
     device: torch.device,
 ) -> BenchResult:
+    from uniattn_cli.models.device import describe_device
     from uniattn_cli.reporting import bench
 
-    name = bench.describe_device(device)
+    name = describe_device(device)
     shown = bench.tables(measurements)
     content = {
         "schema": SCHEMA,
@@ -249,12 +255,10 @@ def _write(
         (partial / RESULTS).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         text = "\n\n".join(["# Decoding speed", f"{name}; {bench.explanation(bandwidth)}", *map(to_markdown, shown)])
         (partial / REPORT).write_text(text + "\n", encoding="utf-8")
-        drawn = bench.draw(measurements, partial / PLOT)
+        bench.draw(measurements, partial / PLOT)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)
     notes = [bench.explanation(bandwidth), *bench.conclusions(measurements), f"Written to {directory}/"]
-    if not drawn:
-        notes.append("No plot: matplotlib is not installed.")
-    title = f"Decoding on {name}"
+    title = f"Decoding speed on {name}"
     return BenchResult(directory, name, bandwidth, tuple(measurements), title=title, tables=shown, notes=notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from uniattn_cli.models.pool import release_memory
+from uniattn_cli.models.device import release_memory
 
 if TYPE_CHECKING:
     import torch

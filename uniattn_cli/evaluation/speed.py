@@ -5,12 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uniattn_cli.inference.timing import Timing, ratios
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from uniattn_cli.inference.program import LayerProgram, Program
+from uniattn_cli.models.device import timed
 
 FALLBACK_CACHE = 50 << 20
 
@@ -98,18 +98,8 @@ def copy_bandwidth(device: torch.device) -> float:
     # Some memory systems pack zeros.
     source = torch.randint(256, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = []
+    times: list[float] = []
     for _ in range(COPY_ROUNDS):
-        started = clock(device)
-        target.copy_(source)
-        times.append(clock(device) - started)
+        with timed(times, device):
+            target.copy_(source)
     return 2 * count / min(times)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after everything queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()

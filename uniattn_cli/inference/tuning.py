@@ -19,6 +19,7 @@ from torch.nn import functional
 from uniattn_cli.inference import matvec, pointwise
 from uniattn_cli.inference.matvec import SETTINGS, Setting
 from uniattn_cli.inference.roofline import cache_bytes
+from uniattn_cli.models.device import captured, take_turns
 
 if TYPE_CHECKING:
     from uniattn_cli.inference.program import Program
@@ -118,30 +119,7 @@ def measure(
     needed = min(calls, -(-cold // size))
     weights = list(weights[:calls])
     weights += [weights[0].clone() for _ in range(needed - len(weights))]
-    replays = {name: _captured(call, list(islice(cycle(weights), calls))) for name, call in candidates.items()}
-    times: dict[Setting | None, list[float]] = {name: [] for name in candidates}
-    for _ in range(ROUNDS):
-        for name, replay in replays.items():
-            times[name].append(replay())
+    turn = list(islice(cycle(weights), calls))
+    replays = {name: captured([partial(call, weight) for weight in turn]) for name, call in candidates.items()}
     # Clocks rise in the first round.
-    return {name: statistics.median(values[1:]) / calls for name, values in times.items()}
-
-
-def _captured(call: Product, weights: list[torch.Tensor]) -> Callable[[], float]:
-    """A function that replays calls with all weights and returns milliseconds."""
-    # Compiles, and sets the library up.
-    call(weights[0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            call(weight)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replay() -> float:
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    return replay
+    return {name: statistics.median(values[1:]) for name, values in take_turns(replays, ROUNDS).items()}

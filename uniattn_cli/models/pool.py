@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING
 
+from uniattn_cli.models.device import available_bytes, release_memory
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.of_run import Subject
 from uniattn_cli.recipe.schema import ModelSpec
@@ -50,23 +50,3 @@ class ModelPool:
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of a model's parameters, tied ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device; for MPS that of the machine, which it shares."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-def release_memory(device: torch.device) -> None:
-    """Gives memory of dropped models back."""
-    gc.collect()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +9,8 @@ from typing import TYPE_CHECKING
 from uniattn_cli.tables import Table
 
 if TYPE_CHECKING:
-    import torch
-
-    from uniattn_cli.inference.timing import Measurement
+    from uniattn_cli.inference.measurement import Measurement
+    from uniattn_cli.models.device import Series
 
 # Distinct for people who cannot tell red from green (Okabe and Ito).
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -24,9 +21,10 @@ NOTHING = "–"
 def explanation(bandwidth: float) -> str:
     """How to read the tables."""
     return (
-        "Medians over rounds in which all models took their turn; ± is half of largest minus smallest. The floor is "
-        "the time that reading the weights and the caches once takes at the speed of a large copy on this device "
-        f"({bandwidth / 1e9:.0f} GB/s, read and written)."
+        "Median of the rounds, ± half their range; all models take turns in every round. “× floor” is the time divided "
+        "by the time that it takes to read the weights and the KV cache once at this device's copy bandwidth "
+        f"({bandwidth / 1e9:.0f} GB/s, reads and writes together). “× first” compares with the first model: how many "
+        "times the tokens per second while decoding, how many times the time to first token."
     )
 
 
@@ -35,19 +33,19 @@ def tables(measurements: Sequence[Measurement]) -> list[Table]:
     found = [Table("Decoding", STEP_COLUMNS, [_step_row(one, measurements) for one in measurements])]
     if any(one.first for one in measurements):
         rows = [_first_row(one, measurements) for one in measurements if one.first]
-        found.append(Table("Time to the first token", FIRST_COLUMNS, rows))
+        found.append(Table("Time to first token", FIRST_COLUMNS, rows))
     return found
 
 
-STEP_COLUMNS = ["model", "run by", "batch", "context", "ms per step", "×floor", "tokens/s", "×first", "KV GB"]
-FIRST_COLUMNS = ["model", "run by", "batch", "context", "ms", "÷first"]
+STEP_COLUMNS = ["model", "run by", "batch", "context", "ms per step", "× floor", "tokens/s", "× first", "KV cache, GB"]
+FIRST_COLUMNS = ["model", "run by", "batch", "context", "ms", "× first"]
 
 
 def _step_row(one: Measurement, measurements: Sequence[Measurement]) -> list[str]:
     place = [one.model, one.path, str(one.batch), str(one.context)]
     size = f"{one.kv_bytes / 1e9:.3f}" if one.kv_bytes else NOTHING
     if one.step is None:
-        return [*place, "does not fit" if not one.fits else NOTHING, NOTHING, NOTHING, NOTHING, size]
+        return [*place, "out of memory" if not one.fits else NOTHING, NOTHING, NOTHING, NOTHING, size]
     floor = f"{one.step.median / one.floor:.2f}" if one.floor else NOTHING
     first = reference(one, measurements)
     ratio = f"{first.step.median / one.step.median:.2f}" if first and first.step else NOTHING
@@ -60,7 +58,7 @@ def _first_row(one: Measurement, measurements: Sequence[Measurement]) -> list[st
     return [one.model, one.path, str(one.batch), str(one.context), _milliseconds(one.first), ratio]
 
 
-def _milliseconds(series) -> str:
+def _milliseconds(series: Series) -> str:
     return f"{series.median * 1e3:.3f} ± {series.median * series.spread * 500:.3f}"
 
 
@@ -76,8 +74,8 @@ def reference(one: Measurement, measurements: Sequence[Measurement]) -> Measurem
 
 
 def conclusions(measurements: Sequence[Measurement]) -> list[str]:
-    """One sentence per further model: its tokens per second beside the first one's, over all shapes."""
-    found = []
+    """One sentence for each further model: its decoding speed relative to the first one, over all shapes."""
+    found, base = [], measurements[0].model
     for name in dict.fromkeys(one.model for one in measurements):
         pairs = [(one, reference(one, measurements)) for one in measurements if one.model == name]
         ratios = [
@@ -86,14 +84,14 @@ def conclusions(measurements: Sequence[Measurement]) -> list[str]:
             if one.path == "engine" and one.step and first and first.step and first is not one
         ]
         if ratios:
-            found.append(f"{name}: {min(ratios):.2f} to {max(ratios):.2f} × the tokens per second of the first model.")
+            least, most = (f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+            span = least if least == most else f"{least} to {most}"
+            found.append(f"{name} decodes {span} times as many tokens per second as {base}.")
     return found
 
 
-def draw(measurements: Sequence[Measurement], path: Path) -> bool:
-    """Time per step against context, one panel per batch, floors dashed; False where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
+def draw(measurements: Sequence[Measurement], path: Path) -> None:
+    """Time per step against context, one panel for each batch size, floors dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,20 +115,10 @@ def draw(measurements: Sequence[Measurement], path: Path) -> bool:
                 axis.plot(contexts, times, style, marker="o", color=colour, label=label)
                 if line == "engine":
                     axis.plot(contexts, floors, "--", color=colour, alpha=0.5, linewidth=1)
-        axis.set(title=f"batch {batch}", xlabel="context, tokens per row", ylabel="ms per step")
+        axis.set(title=f"batch {batch}", xlabel="context, tokens", ylabel="ms per step")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     page.axes[0].legend(fontsize=8, title="dashed: floor", title_fontsize=8)
     page.savefig(path)
-    return True
-
-
-def describe_device(device: torch.device) -> str:
-    """The device as a reader knows it."""
-    import torch
-
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
