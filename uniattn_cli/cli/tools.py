@@ -324,7 +324,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT]...",
-            help="Models, the reference first; default: the run's base, converted/ and trained/.",
+            help="Models, the one to compare with first; default: the run's base, converted/ and trained/.",
         ),
     ] = None,
     shape: Annotated[
@@ -336,27 +336,29 @@ def bench(
         typer.Option(
             "--groups",
             metavar="[KIND@]GROUPS",
-            help="A layout beside the base of --shape, as `convert` takes it; kv@paper: the same followers as rivals "
-            "of another kind; repeatable.",
+            help="A layout to compare with the base of --shape, as in `convert`; kv@paper: the same layers, of another "
+            "kind; repeatable.",
         ),
     ] = None,
     compensation: Annotated[
         str, typer.Option("--compensation", metavar="full|none|RANK", help="W_c of these layouts.")
     ] = "full",
     layers: Annotated[int | None, typer.Option("--layers", metavar="N", min=1, help="A shallower --shape.")] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Rows.")] = "1,16",
-    context: Annotated[str, typer.Option("--context", metavar="N,...", help="Tokens before the first new one.")] = (
+    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Batch sizes.")] = "1,16",
+    context: Annotated[str, typer.Option("--context", metavar="N,...", help="Context lengths, in tokens.")] = (
         "512,4096"
     ),
-    new: Annotated[int, typer.Option("--new", metavar="N", help="New tokens per round.")] = 16,
-    repeats: Annotated[
-        int, typer.Option("--repeats", metavar="N", help="Rounds; in each, every model has its turn.")
-    ] = 5,
+    new: Annotated[int, typer.Option("--new", metavar="N", help="Decoding steps per round.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Rounds; all models take turns in each.")] = 5,
     stock: Annotated[
-        str, typer.Option("--stock", metavar="base|all|none", help="Models that transformers generates with too.")
+        str,
+        typer.Option("--stock", metavar="base|all|none", help="Models that transformers' generate is timed with, too."),
     ] = "base",
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", metavar="N", help="Time no prompts that have more in the whole batch.")
+        int,
+        typer.Option(
+            "--prompt-tokens", metavar="N", help="No time to first token for batches with more prompt tokens."
+        ),
     ] = 131072,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write.")] = Path("bench"),
@@ -365,10 +367,10 @@ def bench(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure decoding speed beside the limit and transformers.
+    """Measure decoding speed, compared with the hardware limit and transformers.
 
-    Time to the first token and per token after it, for every batch and context, all models in turn under one engine.
-    Writes a table, a plot and all numbers.
+    Time to first token and time per output token for every batch size and context length; all models take turns in the
+    same engine. Writes tables, a plot and all numbers.
 
     \b
     Example:
