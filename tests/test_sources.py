@@ -63,7 +63,7 @@ def random_blocks(shape, index, name, seed):
 def arrive(base, model, tokens, index):
     """A batch before layer `index`, after all layers before it, which lend all that they have."""
     for layer in model.model.layers:
-        layer.self_attn.is_source = layer.self_attn.plan.kind == "own"
+        layer.self_attn.lend_to(None)
     (batch,) = start_batches(base, tokens, 0.0, len(tokens))
     for before in range(index):
         layer = model.model.layers[before]

@@ -83,7 +83,7 @@ def fit_layers(
     batches = start_batches(base, windows, spec.holdout, batch_size, device)
     if chooser is not None:
         for layer in converted.model.layers:
-            layer.self_attn.is_source = layer.self_attn.plan.kind == "own"
+            layer.self_attn.lend_to(None)
     fits = []
     diverged = False
     for index, plan in enumerate(layout):
@@ -106,8 +106,8 @@ def fit_layers(
         advance(1, f"layer {index}")
     if chooser is not None:
         converted.config.set_layout(layout)
-        for index, layer in enumerate(converted.model.layers):
-            layer.self_attn.is_source = index in layout.last_use
+        for layer in converted.model.layers:
+            layer.self_attn.lend_to(layout)
     return fits
 
 

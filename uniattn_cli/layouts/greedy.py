@@ -85,7 +85,7 @@ class ThoroughSearch:
         self.model = build_converted(base, self.layout)
         for layer in self.model.model.layers:
             # Any own layer may become a source of a later candidate.
-            layer.self_attn.is_source = True
+            layer.self_attn.lend_to(None)
         with torch.no_grad():
             self.fit_batches = start_batches(base, fit_windows, spec.holdout, batch_size)
             self.score_batches = start_batches(base, score_windows, 0.0, batch_size)
@@ -184,7 +184,7 @@ class ThoroughSearch:
         layer = self.model.model.layers[index]
         changes.callback(setattr, layer, "self_attn", layer.self_attn)
         layer.self_attn = build_attention(self.base, layout, index)
-        layer.self_attn.is_source = layout[index].kind == "own"
+        layer.self_attn.lend_to(None)
         return layout
 
     def _rest(self, batch: Batch, states: list[torch.Tensor], first: int, shared: SharedStates) -> list[torch.Tensor]:
@@ -288,7 +288,7 @@ class ThoroughSearch:
         for index, layer in enumerate(self.model.model.layers):
             if layer.self_attn.plan.kind != "own":
                 layer.self_attn = build_attention(self.base, self.layout, index)
-                layer.self_attn.is_source = True
+                layer.self_attn.lend_to(None)
         for batch in (*self.fit_batches, *self.score_batches):
             batch.shared = SharedStates()
         with torch.no_grad():

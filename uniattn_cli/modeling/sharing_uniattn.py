@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_uniattn import attention_shape
-from .layout_uniattn import AttentionShape, LayerPlan
+from .layout_uniattn import AttentionShape, LayerPlan, Layout
 
 
 class SharedStates:
@@ -137,10 +137,10 @@ class SharedAttentionMixin:
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         shape = attention_shape(config)
-        plan = config.layout[layer_idx]
-        last_use = config.layout.last_use
+        layout = config.layout
+        plan = layout[layer_idx]
         self.plan = plan
-        self.is_source = layer_idx in last_use
+        self.lend_to(layout)
         self.value_groups = 1
         self.drop_projections(plan.traits.removed)
         self.compensation = make_compensation(plan, shape.hidden_size)
@@ -148,6 +148,10 @@ class SharedAttentionMixin:
             self.shrink_kv_heads(plan.kv_heads)
             self.num_key_value_groups = shape.query_heads // plan.kv_heads
         self.borrow_from(plan, shape)
+
+    def lend_to(self, layout: Layout | None) -> None:
+        """Lends to this layer's borrowers in a layout; None lends always, for borrowers that are not chosen yet."""
+        self.is_source = self.plan.kind == "own" if layout is None else self.layer_idx in layout.last_use
 
     def borrow_from(self, plan: LayerPlan, shape: AttentionShape) -> None:
         """Sets the heads to borrow; of borrowed maps, decides whether keys keep their grouped-query shape.
