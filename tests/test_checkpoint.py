@@ -261,6 +261,7 @@ def test_the_stored_configuration_keeps_the_stock_settings(tmp_path):
         ({"quantization_config": {"quant_method": "awq"}}, ModelError, r"quantised weights \(awq\)"),
         ({"model_type": "uniattn_llama"}, ModelError, "already converted"),
         ({"num_hidden_layers": "six"}, CheckpointError, "not valid"),
+        ({"model_type": 5}, CheckpointError, "its model_type is not a string"),
     ],
 )
 def test_models_that_cannot_be_converted_are_refused_by_their_configuration(change, error, words, tmp_path):

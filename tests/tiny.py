@@ -170,7 +170,7 @@ def make_base(entry, seed: int = 0):
 
 def backends(config) -> tuple[str, ...]:
     """The attention backends of a CPU that a family can use."""
-    known = family_of(config.model_type.removeprefix("uniattn_")).backends
+    known = family_of(config.model_type).backends
     return tuple(name for name in ("eager", "sdpa") if name in known)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import ModelError, StageError, UsageError
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layout_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.run.files import file_errors, now, versions
 from uniattn_cli.tables import Result, to_markdown
@@ -146,7 +148,6 @@ def _models(
 ) -> dict[str, PreTrainedModel]:
     from uniattn_cli.inference.measurement import NoRoomError, room
     from uniattn_cli.layouts.shorthand import parse_groups
-    from uniattn_cli.modeling.configuration_uniattn import attention_shape
     from uniattn_cli.models import of_run, random
 
     try:
@@ -219,10 +220,7 @@ def _measure(
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:
-    from collections import Counter
-
-    layout = getattr(model.config, "layout", None)
-    kinds = Counter(plan.kind for plan in layout) if layout else {"own": model.config.num_hidden_layers}
+    kinds = Counter(plan.kind for plan in layout_of(model.config))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"kinds": dict(kinds), "parameters": parameters, "dtype": str(model.dtype).removeprefix("torch.")}
 

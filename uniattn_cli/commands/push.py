@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import CheckpointError, HubError, UsageError
 from uniattn_cli.models.hub import Source, transport_errors
-from uniattn_cli.models.loading import TOKENIZER_FILES
+from uniattn_cli.models.loading import TOKENIZER_FILES, read_config
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
 from uniattn_cli.publishing.facts import CARD, STAGE_FILE, Facts, gather
@@ -136,7 +136,7 @@ def _files(facts: Facts) -> dict[str, Path]:
     source = facts.source
     if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    code = json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    code = read_config(source.path).get("auto_map") or {}
     modules = sorted({f"{entry.partition('.')[0]}.py" for entry in code.values()})
     missing = [name for name in modules if not (source.path / name).is_file()]
     if missing or not modules:

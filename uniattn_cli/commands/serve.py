@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
+from uniattn_cli.models.families import is_converted
+from uniattn_cli.models.loading import read_config
 from uniattn_cli.run.directory import OUTPUTS, RunDir
 
 # What `vllm serve` runs.
@@ -116,14 +117,9 @@ def check_checkpoint(checkpoint: Path) -> None:
         CheckpointError: not a converted checkpoint, damaged, incomplete, or of a newer format.
     """
     path = checkpoint / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError(f"it holds a {type(raw).__name__}, not an object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    model_type = raw.get("model_type") or "unknown"
-    if not model_type.startswith("uniattn_"):
+    raw = read_config(checkpoint)
+    model_type = raw["model_type"]
+    if not is_converted(model_type):
         raise CheckpointError(
             f"{checkpoint} is not a converted checkpoint (model_type '{model_type}'); serve base models with the "
             "engine itself"

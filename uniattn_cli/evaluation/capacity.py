@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.configuration_uniattn import layout_of
 from uniattn_cli.models.costs import kv_bytes
 from uniattn_cli.models.hub import context_window
 
@@ -39,7 +39,7 @@ class Footprint:
     def bytes(self, batch: int, context: int) -> int:
         """Memory for `batch` sequences of `context` tokens, by `FORMULA`."""
         config = self.config
-        layout = getattr(config, "layout", None) or Layout.own(config.num_hidden_layers)
+        layout = layout_of(config)
         cache = batch * kv_bytes(config, layout, context, self.element_size)
         width = 2 * config.intermediate_size + 6 * config.hidden_size
         piece = min(context, PIECE) * width * self.element_size

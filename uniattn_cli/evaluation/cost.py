@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import ModelError
-from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layout_of
 from uniattn_cli.models.costs import cache_bytes, kv_bytes_per_token
+from uniattn_cli.models.loading import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +57,7 @@ def measure_size(name: str, model: PreTrainedModel, folder: Path) -> Size:
         ModelError: the cache holds something else than the layout predicts; no saving may be published then.
     """
     config = model.config
-    layout = getattr(config, "layout", None) or Layout.own(config.num_hidden_layers)
+    layout = layout_of(config)
     predicted = kv_bytes_per_token(layout, attention_shape(config), model.dtype.itemsize)
     measured = measure_kv_bytes(model)
     if measured != predicted:
@@ -106,5 +105,5 @@ def weight_file_bytes(folder: Path) -> int:
 
 def dtype_on_disk(folder: Path) -> str | None:
     """The dtype that `config.json` names, if it does."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     return config.get("dtype") or config.get("torch_dtype")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -190,13 +189,8 @@ def _footprints(subjects: Sequence[Subject], measured: dict[str, Measured]) -> d
     for subject in subjects:
         size = measured[subject.name].size
         element = getattr(torch, size.dtype).itemsize
-        found[subject.name] = Footprint(_config_of(subject), size.parameters * element, element)
+        found[subject.name] = Footprint(load_config(subject.source, converted=None), size.parameters * element, element)
     return found
-
-
-def _config_of(subject: Subject) -> Any:
-    raw = json.loads((subject.source.path / "config.json").read_text(encoding="utf-8"))
-    return load_config(subject.source, converted=str(raw.get("model_type")).startswith("uniattn_"))
 
 
 def _limits(measured: dict[str, Measured], pool: ModelPool) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from uniattn_cli.errors import UniAttnError
 from uniattn_cli.inference.weights import fuse_biases, fuse_columns, fuse_rows
-from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
+from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows, layout_of
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Kind, LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
 from uniattn_cli.models.families import family_of
@@ -162,7 +162,7 @@ def read_program(model: PreTrainedModel) -> Program:
     config = model.config
     _refuse_unknown(model)
     shape = attention_shape(config)
-    layout = getattr(config, "layout", None) or Layout.own(config.num_hidden_layers)
+    layout = layout_of(config)
     slots, count = map_slots(layout)
     windows = layer_windows(config)
     base = model.model
@@ -195,7 +195,7 @@ def read_program(model: PreTrainedModel) -> Program:
 def _refuse_unknown(model: PreTrainedModel) -> None:
     config = model.config
     try:
-        family_of(config.model_type.removeprefix("uniattn_"))
+        family_of(config.model_type)
     except UniAttnError as error:
         raise UnsupportedError(str(error)) from None
     if getattr(config, "use_bidirectional_attention", None):

@@ -37,6 +37,11 @@ def layer_windows(config) -> tuple[int | None, ...]:
     return tuple(window if name.startswith("sliding_attention") else None for name in types)
 
 
+def layout_of(config) -> Layout:
+    """The layout of a converted model's configuration; of any other, that of stock layers."""
+    return getattr(config, "layout", None) or Layout.own(config.num_hidden_layers)
+
+
 class UniAttnConfigMixin:
     """Adds the field `uniattn` to a family's configuration class.
 

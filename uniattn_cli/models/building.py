@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.families import family_of
+from uniattn_cli.models.families import family_of, is_converted
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def converted_classes(model_type: str) -> ConvertedClasses:
     """Imports, and registers with the Auto classes, the converted classes of a stock or converted model type."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    family = family_of(model_type.removeprefix("uniattn_"))
+    family = family_of(model_type)
     module = importlib.import_module(f"uniattn_cli.modeling.{family.module}")
     classes = ConvertedClasses(
         *(getattr(module, family.prefix + suffix) for suffix in ("Config", "Model", "ForCausalLM"))
@@ -117,7 +117,7 @@ def _set_tensor(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Writes a complete Hugging Face directory: weights, configuration, model code, tokenizer, generation settings."""
-    if model.config.model_type.startswith("uniattn_"):
+    if is_converted(model.config.model_type):
         converted_classes(model.config.model_type)
     with _valid_generation_config(model):
         model.save_pretrained(directory)

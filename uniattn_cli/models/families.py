@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from uniattn_cli.errors import ModelError, RecipeError
 
+# What the model types of converted models begin with.
+CONVERTED = "uniattn_"
 BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -71,18 +73,22 @@ FAMILIES = {
 }
 
 
+def is_converted(model_type: str) -> bool:
+    """Whether a `model_type` is that of converted models."""
+    return model_type.startswith(CONVERTED)
+
+
 def family_of(model_type: str) -> Family:
-    """The record of a stock `model_type`.
+    """The family of a `model_type`, stock or converted.
 
     Raises:
-        ModelError: the family is not supported, or the model is already converted.
+        ModelError: the family is not supported.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if model_type.startswith("uniattn_"):
-        raise ModelError(f"the model is already converted ('{model_type}'); give the base model it was made from")
-    known = ", ".join(sorted(FAMILIES))
-    raise ModelError(f"models of type '{model_type}' are not supported; supported: {known}")
+    stock = model_type.removeprefix(CONVERTED)
+    if stock not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"models of type '{stock}' are not supported; supported: {known}")
+    return FAMILIES[stock]
 
 
 def check_target(model_type: str, target: str) -> None:

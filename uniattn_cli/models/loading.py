@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.models.building import converted_classes
-from uniattn_cli.models.families import family_of
+from uniattn_cli.models.families import family_of, is_converted
 from uniattn_cli.models.hub import Source, _fetch, context_window
 from uniattn_cli.recipe.schema import ModelSpec
 
@@ -19,21 +20,25 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load_config(source: Source, *, converted: bool = False) -> Any:
+def load_config(source: Source, *, converted: bool | None = False) -> Any:
     """Reads the configuration of a model that this tool can handle.
 
     Args:
-        converted: expect a converted checkpoint instead of a base model.
+        converted: whether to expect a converted checkpoint or a base model; None takes either.
 
     Raises:
         ModelError: not a causal LM, an unsupported family, or quantised weights.
         CheckpointError: the file is damaged, or of a newer format.
     """
-    raw = _raw_config(source)
-    model_type = raw.get("model_type") or "unknown"
-    if converted and not model_type.startswith("uniattn_"):
+    raw = read_config(source.path)
+    model_type = raw["model_type"]
+    if converted and not is_converted(model_type):
         raise CheckpointError(f"{source.name} is not a converted checkpoint (model_type '{model_type}')")
-    if not converted:
+    if converted is False and is_converted(model_type):
+        raise ModelError(f"the model is already converted ('{model_type}'); give the base model it was made from")
+    if is_converted(model_type):
+        converted_classes(model_type)
+    else:
         family_of(model_type)
         architectures = raw.get("architectures") or []
         if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
@@ -44,27 +49,29 @@ def load_config(source: Source, *, converted: bool = False) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    if converted:
-        converted_classes(model_type)
     try:
         return AutoConfig.from_pretrained(source.path)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
 
 
-def _raw_config(source: Source) -> dict[str, Any]:
-    path = source.path / "config.json"
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model's `config.json`; its `model_type` is a string.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} cannot be read: it holds a {type(raw).__name__}, not an object")
+    raw["model_type"] = raw.get("model_type") or "unknown"
+    if not isinstance(raw["model_type"], str):
+        raise CheckpointError(f"{path} cannot be read: its model_type is not a string")
     return raw
-
-
-def _read_model_type(source: Source) -> str:
-    return _raw_config(source).get("model_type") or ""
 
 
 def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
@@ -98,11 +105,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    raw = _raw_config(source)
-    model_type = raw.get("model_type") or ""
-    if model_type.startswith("uniattn_"):
+    raw = read_config(source.path)
+    if is_converted(raw["model_type"]):
         # Tokenizers are chosen by the configuration; unless it is ours, the user is asked to trust the copied code.
-        converted_classes(model_type)
+        converted_classes(raw["model_type"])
     path = _fetch(source, weights=False)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
@@ -136,8 +142,8 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    config = load_config(source, converted=_read_model_type(source).startswith("uniattn_"))
-    family = family_of(config.model_type.removeprefix("uniattn_"))
+    config = load_config(source, converted=None)
+    family = family_of(config.model_type)
     backend = spec.attention if spec.attention != "auto" else family.attention
     if backend is not None and backend not in family.backends:
         raise ModelError(

@@ -173,7 +173,7 @@ def run_stage(job: Job, index: int, first: int) -> StageResult:
     stage = job.stages[index]
     model = load_after(job, index, training=True)
     low = compute_dtype(job.process.device)
-    stored = load_config(job.source, converted=model.config.model_type.startswith("uniattn_")).dtype
+    stored = load_config(job.source, converted=None).dtype
     prepare(model, stage, low if low is stored else None, job.recipe.seed + index)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     steps = stage_steps(stage, len(job.lengths), job.recipe.train.batch_size)
