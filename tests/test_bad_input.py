@@ -243,7 +243,7 @@ def test_a_name_that_is_no_model(name, says, refuses, tmp_path):
         (lambda c: c | {"architectures": ["LlamaForSequenceClassification"]}, ["is not a causal language model but"]),
         (lambda c: c | {"model_type": "bert"}, ["models of type 'bert' are not supported; supported:", "llama"]),
         (lambda c: c | {"model_type": "uniattn_llama"}, ["already converted", "give the base model"]),
-        (lambda c: [c], ["config.json cannot be read: it holds a list, not an object"]),
+        (lambda c: [c], ["config.json is damaged (it holds a list, not an object); copy the model again"]),
     ],
 )
 def test_a_model_that_cannot_be_converted(change, says, template, refuses, tmp_path):
@@ -445,7 +445,7 @@ def test_a_run_directory_that_cannot_be(refuses, tmp_path):
 def test_a_damaged_analysis(run, refuses):
     path = run / "analysis" / "analysis.json"
     path.write_bytes(path.read_bytes()[:500])
-    refuses(run, "group", "--followers", "2", says=["analysis is damaged", "run `uniattn analyze --force`"])
+    refuses(run, "group", "--followers", "2", says=["analysis.json is damaged", "run `uniattn analyze --force`"])
 
 
 @pytest.mark.parametrize(

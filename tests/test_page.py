@@ -394,12 +394,12 @@ def test_the_command_makes_the_page_again_without_torch(run, results, tmp_path):
 
 
 def test_without_results_there_is_one_line(tmp_path):
-    with pytest.raises(StageError, match=r"results\.json is missing; run `uniattn eval` first"):
+    with pytest.raises(StageError, match=r"results\.json is missing; run `uniattn eval --force`"):
         report.report(run_dir=tmp_path)
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "results.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(StageError, match="not the result of an evaluation"):
+    with pytest.raises(StageError, match=r"is damaged .it holds a list, not"):
         report.report(run_dir=tmp_path)
     assert [path.name for path in folder.iterdir()] == ["results.json"]
 

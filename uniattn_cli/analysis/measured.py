@@ -8,7 +8,6 @@ errors `heads.NAME.stderr`, float32 [layers, max_distance, heads, heads] (see `a
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.modeling.layout_uniattn import AttentionShape
+from uniattn_cli.run.files import read_json, write_json
 
 SCHEMA = 2
 JSON_FILE = "analysis.json"
@@ -91,8 +91,7 @@ class Measured:
             if entry.name not in ("heads", "heads_stderr", "shape")
         }
         content = {"schema": SCHEMA, **content, "shape": dataclasses.asdict(self.shape), **extra}
-        text = json.dumps(_rounded(content), indent=1, allow_nan=False)
-        (directory / JSON_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(directory / JSON_FILE, _rounded(content))
         arrays = {f"heads.{name}": value for name, value in self.heads.items()}
         arrays |= {f"heads.{name}.stderr": value for name, value in self.heads_stderr.items()}
         arrays = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in arrays.items()}
@@ -108,15 +107,13 @@ class Measured:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        content = read_json(directory / JSON_FILE, "run `uniattn analyze --force`")
         try:
-            content = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
             arrays = load_file(directory / ARRAY_FILE)
             schema = content["schema"]
             if schema != SCHEMA:
                 raise StageError(f"{directory} has schema {schema}; run `uniattn analyze --force` again")
             return cls._from_files(content, arrays)
-        except FileNotFoundError:
-            raise StageError(f"{directory} has no complete analysis; run `uniattn analyze MODEL` first") from None
         except KeyError as error:
             raise StageError(f"{directory} is damaged ({error} is missing); run `uniattn analyze --force`") from None
         except (OSError, ValueError, TypeError, SafetensorError) as error:

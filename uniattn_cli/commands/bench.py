@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from uniattn_cli.errors import ModelError, StageError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layout_of
 from uniattn_cli.options import RunOptions
-from uniattn_cli.run.files import file_errors, now, versions
+from uniattn_cli.run.files import file_errors, now, versions, write_json
 from uniattn_cli.tables import Result, to_markdown
 
 if TYPE_CHECKING:
@@ -250,7 +249,7 @@ def _write(
     with file_errors(directory.parent):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / RESULTS).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(partial / RESULTS, content)
         text = "\n\n".join(["# Decoding speed", f"{name}; {bench.explanation(bandwidth)}", *map(to_markdown, shown)])
         (partial / REPORT).write_text(text + "\n", encoding="utf-8")
         bench.draw(measurements, partial / PLOT)

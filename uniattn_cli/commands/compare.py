@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.reporting.pareto import draw_panels
 from uniattn_cli.run.directory import OUTPUTS, RunDir
+from uniattn_cli.run.files import write_json
 from uniattn_cli.tables import Result, to_markdown
 
 COMPARISON = "comparison.json"
@@ -133,8 +133,7 @@ def write_comparison(folder: Path, parts: Sequence[Part], command: str) -> Merge
         StageError: the parts cannot be compared.
     """
     merged = merge(parts)
-    text = json.dumps(merged.to_dict(parts), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / COMPARISON).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / COMPARISON, merged.to_dict(parts))
     draw_panels(merged.models, [tuple(key.split("/")) for key in merged.fronts], merged.fronts, folder / PLOT)
     lines = [
         "# Comparison",

@@ -20,6 +20,7 @@ from uniattn_cli.models.losses import Loss, window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import write_json
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -225,7 +226,6 @@ def _convert(
 
 def _write_report(directory: Path, layout: Layout, costs: Costs, fits: list[LayerFit], losses: dict[str, Loss]) -> None:
     """Writes `uniattn_report.json` beside the weights: layout, costs, errors per layer, held-out losses in nats."""
-    import json
     import math
 
     layers = []
@@ -243,7 +243,7 @@ def _write_report(directory: Path, layout: Layout, costs: Costs, fits: list[Laye
             for name, loss in losses.items()
         },
     }
-    (directory / REPORT_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / REPORT_FILE, content)
 
 
 def _cost_table(costs: Costs, losses: dict[str, Loss]) -> Table:

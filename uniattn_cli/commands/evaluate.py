@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
@@ -36,6 +35,7 @@ from uniattn_cli.reporting import markdown
 from uniattn_cli.reporting.page.page import PAGE, write_page
 from uniattn_cli.reporting.pareto import draw
 from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import write_json
 from uniattn_cli.tables import Result
 
 REPORT = "report.md"
@@ -147,8 +147,7 @@ def evaluate_into(
     if prompts:
         new = recipe.evaluation.sample_tokens
         results["samples"] = sample_all(folder, subjects, pool, material.tokenizer, prompts, new, options.progress)
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / RESULTS, results)
     (folder / REPORT).write_text(markdown.markdown(results, command=command), encoding="utf-8")
     draw(results, folder / markdown.PLOT)
     # All of it stands in `items/`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from uniattn_cli.models.loading import TOKENIZER_FILES, read_config
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
 from uniattn_cli.publishing.facts import CARD, STAGE_FILE, Facts, gather
+from uniattn_cli.run.files import read_json
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -163,9 +163,9 @@ def _weight_files(source: Source) -> list[str]:
     names = ["model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{index} is damaged") from None
+            names = sorted(set(read_json(index, "copy it again", CheckpointError)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index} is damaged (it has no weight_map); copy it again") from None
     for name in names:
         try:
             # Opening compares the header with the size of the file.

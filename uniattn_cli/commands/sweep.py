@@ -27,6 +27,7 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
 from uniattn_cli.recipe.schema import Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import read_json, write_json
 from uniattn_cli.tables import Result, Table
 
 FOLDER = "sweep"
@@ -200,14 +201,13 @@ def _begin(run: RunDir, place: RunDir, recipe: Recipe, record: dict[str, Any]) -
 
 
 def _write_point(place: RunDir, record: dict[str, Any], impossible: str | None) -> None:
-    content = json.dumps({"record": record, "impossible": impossible}, indent=2)
-    (place.root / POINT_FILE).write_text(content + "\n", encoding="utf-8")
+    write_json(place.root / POINT_FILE, {"record": record, "impossible": impossible}, finite=False)
 
 
 def _read_point(place: RunDir) -> dict[str, Any] | None:
     try:
-        return json.loads((place.root / POINT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(place.root / POINT_FILE, "the point starts over")
+    except StageError:
         return None
 
 
@@ -225,7 +225,7 @@ def _summarise(folder: Path, points: Sequence[Point], done: Sequence[Point], ski
         "points": [{"name": point.name, **asdict(point), "impossible": skipped.get(point.name)} for point in points],
         "fronts": merged.fronts if done else {},
     }
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / SUMMARY, summary)
     if not done:
         raise StageError(f"no point of the sweep is possible; {next(iter(skipped.values()))}")
     notes.append(f"Picture: {folder / PLOT}; all figures: {folder / 'comparison.json'}; points: {folder / SUMMARY}")

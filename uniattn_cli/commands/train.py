@@ -16,6 +16,7 @@ from uniattn_cli.models.losses import Loss
 from uniattn_cli.options import Progress, RunOptions
 from uniattn_cli.recipe.schema import Recipe, TrainStage
 from uniattn_cli.run.directory import COMMANDS, RunDir
+from uniattn_cli.run.files import write_json
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -394,7 +395,7 @@ def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses:
             for name, loss in losses.items()
         },
     }
-    (job.partial / REPORT_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(job.partial / REPORT_FILE, content)
     plot_training(job.log.lines(), losses, job.partial / PLOT_FILE)
 
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from uniattn_cli.errors import StageError
 from uniattn_cli.models.hub import Source
-from uniattn_cli.run.files import versions
+from uniattn_cli.run.files import read_json, versions, write_json
 
 # A directory in place of the usual one, or `off`.
 VARIABLE = "UNIATTN_CACHE"
@@ -75,25 +76,22 @@ class ScoreStore:
         return value
 
     def _write(self, name: str, text: str, value: Any) -> None:
-        content = json.dumps({"key": text, "value": value}, allow_nan=False)
         for folder in self.folders:
             if (folder / name).exists() and _read(folder / name, text) is not None:
                 continue
             # A store that cannot be written to costs time, not results.
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                partial = folder / f".{name}.{os.getpid()}"
-                partial.write_text(content, encoding="utf-8")
-                partial.replace(folder / name)
+                write_json(folder / name, {"key": text, "value": value})
 
 
 def _read(path: Path, text: str) -> Any:
     """The value of an entry; None where it is not there, damaged, or of another key."""
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        return entry["value"] if entry["key"] == text else None
-    except (OSError, ValueError, KeyError, TypeError):
+        entry = read_json(path, "it is made again")
+    except StageError:
         return None
+    return entry.get("value") if entry.get("key") == text else None
 
 
 def model_key(source: Source) -> str:

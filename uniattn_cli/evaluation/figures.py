@@ -58,7 +58,6 @@ Schema of `results.json` (`"schema": 2`):
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -77,6 +76,7 @@ from uniattn_cli.evaluation.intervals import (
 from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.tasks import MetricScores
 from uniattn_cli.models.losses import RowLosses, summarise
+from uniattn_cli.run.files import read_json
 
 if TYPE_CHECKING:
     from uniattn_cli.evaluation.scores import Measured
@@ -94,19 +94,15 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         StageError: it is missing, damaged, or of another version of this tool.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        schema, models = results["schema"], results["models"]
-    except FileNotFoundError:
-        raise StageError(f"{path} is missing; run `uniattn eval` first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StageError(f"{path} is not the result of an evaluation ({error!r})") from None
-    if schema != SCHEMA:
+    results = read_json(path, "run `uniattn eval --force`")
+    if "schema" not in results:
+        raise StageError(f"{path} is not the result of an evaluation (it has no schema)")
+    if results["schema"] != SCHEMA:
         raise StageError(
-            f"{path} has schema {schema}, this version of uniattn reads {SCHEMA}; make it again with "
+            f"{path} has schema {results['schema']}, this version of uniattn reads {SCHEMA}; make it again with "
             "`uniattn eval --force`"
         )
-    if BASE not in models:
+    if BASE not in (results.get("models") or ()):
         raise StageError(f"{path} is not the result of an evaluation (it has no base)")
     return results
 

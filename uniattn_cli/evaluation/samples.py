@@ -16,6 +16,7 @@ from uniattn_cli.models.of_run import Subject
 from uniattn_cli.models.pool import ModelPool
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,10 +106,8 @@ def sample_all(
                 # Nothing may hold a model that the pool has to drop before the next one fits.
                 del model
                 path.parent.mkdir(exist_ok=True)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(said, ensure_ascii=False) + "\n", encoding="utf-8")
-                partial.replace(path)
-            texts[subject.name] = json.loads(path.read_text(encoding="utf-8"))
+                write_json(path, {"texts": said})
+            texts[subject.name] = read_json(path, "remove it and run `uniattn eval` again")["texts"]
     return [
         {
             "prompt": prompt.shown,
@@ -121,5 +120,5 @@ def sample_all(
 
 def _key(subject: Subject, prompts: Sequence[Prompt], new: int) -> str:
     """Identifies what was asked of which weights."""
-    asked = json.dumps([subject.source.fingerprint, new, [prompt.ids for prompt in prompts]])
+    asked = json.dumps({"model": subject.source.fingerprint, "new": new, "prompts": [each.ids for each in prompts]})
     return hashlib.sha256(asked.encode()).hexdigest()[:12]

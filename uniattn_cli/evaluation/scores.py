@@ -22,6 +22,7 @@ from uniattn_cli.evaluation.tasks import MetricScores, TaskScores, TaskSet, run_
 from uniattn_cli.models.losses import RowLosses, Rows, row_losses
 from uniattn_cli.models.of_run import Subject
 from uniattn_cli.options import Progress
+from uniattn_cli.run.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,14 +88,16 @@ class Measured:
 
     def write(self, path: Path) -> None:
         """Writes JSON that `read` takes back without a loss of digits."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Measured:
-        """Reads what `write` wrote."""
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        """Reads what `write` wrote.
+
+        Raises:
+            StageError: the file is damaged.
+        """
+        raw = read_json(path, "remove it and run `uniattn eval` again")
         return cls(
             Size(**raw["size"]),
             RowLosses(**raw["text"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
+from uniattn_cli.run.files import write_json
 from uniattn_cli.tables import Table
 
 SCHEMA = 1
@@ -100,7 +100,7 @@ class Considered:
             "shortlist_tokens": self.tokens,
             "chosen": self.chosen.to_list(),
         }
-        (directory / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(directory / JSON_FILE, content)
 
     def reason(self) -> str:
         """Why the first of the shortlist was taken, in one sentence; empty if nothing was compared."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from uniattn_cli.models.building import converted_classes
 from uniattn_cli.models.families import family_of, is_converted
 from uniattn_cli.models.hub import Source, _fetch, context_window
 from uniattn_cli.recipe.schema import ModelSpec
+from uniattn_cli.run.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -61,16 +61,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds a {type(raw).__name__}, not an object")
+    path, next_step = folder / "config.json", "copy the model again"
+    raw = read_json(path, next_step, CheckpointError)
     raw["model_type"] = raw.get("model_type") or "unknown"
     if not isinstance(raw["model_type"], str):
-        raise CheckpointError(f"{path} cannot be read: its model_type is not a string")
+        raise CheckpointError(f"{path} is damaged (its model_type is not a string); {next_step}")
     return raw
 
 

@@ -6,7 +6,6 @@ or a conversion that was repeated since, is left out, and a note says so.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from uniattn_cli.errors import CheckpointError
 from uniattn_cli.models.hub import Source, locate, transport_errors
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.run.directory import OUTPUTS, STAGE_FILE, RunDir
+from uniattn_cli.run.files import read_json
 
 REPORT_FILE = "uniattn_report.json"
 RESULTS_FILE = "results.json"
@@ -123,15 +123,7 @@ def _conversion_folder(directory: Path, record: dict[str, Any], notes: list[str]
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
-    return content
+    return read_json(path, "remove it, or make it again", CheckpointError) if path.exists() else None
 
 
 def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:

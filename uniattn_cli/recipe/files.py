@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import typing
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,17 @@ def read_tree(path: Path) -> Any:
 
 
 def write_tree(tree: Any, path: Path) -> None:
-    """Writes a round-trip tree atomically."""
+    """Writes a round-trip tree, as a whole or not at all."""
     buffer = io.StringIO()
     _yaml().dump(tree, buffer)
-    partial = path.with_name(f".{path.name}.partial")
+    write_whole(path, buffer.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all, even if several processes write it at once."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(buffer.getvalue(), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

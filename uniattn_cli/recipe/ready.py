@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uniattn_cli.errors import RecipeError, StageError, UsageError, suggest
+from uniattn_cli.recipe.files import write_whole
 from uniattn_cli.recipe.schema import Recipe
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -104,10 +105,5 @@ def copy(name: str, target: Path, *, force: bool = False) -> Path:
         raise StageError(f"{target} exists; use --force to replace it, or name another file")
     if not target.parent.is_dir():
         raise StageError(f"{target.parent}: no such directory; make it first")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_bytes(source.read_bytes())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(target, source.read_text(encoding="utf-8"))
     return target

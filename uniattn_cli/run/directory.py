@@ -16,7 +16,7 @@ from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.run.files import file_errors, now, versions
+from uniattn_cli.run.files import file_errors, now, read_json, versions, write_json
 
 STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
@@ -68,17 +68,12 @@ class RunDir:
         Raises:
             StageError: the stage has not been run here, or its record is damaged.
         """
-        path = self.output(stage) / STAGE_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not (isinstance(content, dict) and isinstance(content.get("inputs"), dict)):
-                raise ValueError("it is not the record of a stage")
-        except FileNotFoundError:
-            raise StageError(f"{self.output(stage)} is missing; run `uniattn {COMMANDS[stage]}` first") from None
-        except (OSError, ValueError) as error:
-            raise StageError(
-                f"{path} is damaged ({error}); run `uniattn {COMMANDS[stage]}` again with --force"
-            ) from None
+        if not self.is_complete(stage):
+            raise StageError(f"{self.output(stage)} is missing; run `uniattn {COMMANDS[stage]}` first")
+        path, next_step = self.output(stage) / STAGE_FILE, f"run `uniattn {COMMANDS[stage]}` again with --force"
+        content = read_json(path, next_step)
+        if not isinstance(content.get("inputs"), dict):
+            raise StageError(f"{path} is damaged (it is not the record of a stage); {next_step}")
         return content
 
     def check_free(self, stage: str, force: bool) -> None:
@@ -109,9 +104,9 @@ class RunDir:
             One `key: old -> new` for each difference; None if no such run is there, or its record is damaged.
         """
         try:
-            old = json.loads((self.partial(stage) / STARTED_FILE).read_text(encoding="utf-8"))
+            old = read_json(self.partial(stage) / STARTED_FILE, "the stage starts over")
             before = [dict(_flat(old[key] or {})) for key in ("settings", "inputs")]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (StageError, KeyError):
             return None
         after = [dict(_flat(json.loads(json.dumps(value)))) for value in (recipe.to_dict() if recipe else {}, inputs)]
         found = []
@@ -161,13 +156,14 @@ class RunDir:
                 if partial.exists() and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
                     _remove(partial)
                 partial.mkdir(parents=True, exist_ok=True)
-                (partial / STARTED_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                # Settings such as train.max_rise may be infinite.
+                write_json(partial / STARTED_FILE, record, finite=False)
             with file_errors(self.root):
                 yield partial
             with file_errors(self.root):
                 record["finished"] = now()
                 (partial / STARTED_FILE).unlink()
-                (partial / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                write_json(partial / STAGE_FILE, record, finite=False)
                 output = self.output(stage)
                 if output.exists() or output.is_symlink():
                     _remove(output)

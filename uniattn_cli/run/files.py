@@ -1,19 +1,22 @@
-"""Files of a run: errors of the disk, times and versions."""
+"""Files of a run: whole or not at all when written, checked when read; errors of the disk, times and versions."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import errno
+import json
 import platform
 import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from uniattn_cli.errors import StageError
+from uniattn_cli.errors import StageError, UniAttnError
+from uniattn_cli.recipe.files import write_whole
 
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 
@@ -49,6 +52,48 @@ def _errno(error: OSError | SafetensorError) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+def write_json(path: Path, content: Any, *, finite: bool = True) -> None:
+    """Writes a JSON file as a whole or not at all.
+
+    Args:
+        finite: refuse NaN and infinity, which JSON does not have; without, Python alone can read them.
+
+    Raises:
+        ValueError: there is such a number.
+    """
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=not finite) + "\n")
+
+
+def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        next_step: what the user can do where it cannot be read; ends the message.
+        error: class of the error.
+
+    Raises:
+        UniAttnError: of the class `error`; the file is missing, unreadable, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing; {next_step}") from None
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} is damaged ({reason}); {next_step}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path} is damaged (it holds a {type(content).__name__}, not an object); {next_step}")
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one in each line; a line that an interruption cut off is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def now() -> str:

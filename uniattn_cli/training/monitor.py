@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from uniattn_cli.recipe.files import write_whole
+from uniattn_cli.run.files import read_json, read_lines, write_json
 from uniattn_cli.training.trainer import diverged, save_weights
 
 if TYPE_CHECKING:
@@ -38,15 +40,7 @@ class Log:
 
     def lines(self) -> list[dict]:
         """All lines, oldest first; a line that an interruption cut off is left out."""
-        if not self.path.is_file():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        return read_lines(self.path) if self.path.is_file() else []
 
     def add(self, line: dict) -> None:
         """Appends a line."""
@@ -58,7 +52,7 @@ class Log:
         """Removes the lines of a stage after a step, because these steps are taken again."""
         kept = [line for line in self.lines() if line["stage"] != stage or line["step"] <= step]
         if self.writes:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def last_checkpoint(folder: Path, *, clean: bool) -> Path | None:
@@ -173,7 +167,7 @@ class Monitor(TrainerCallback):
 
     def resume(self, checkpoint: Path) -> None:
         """Takes up where a checkpoint was written."""
-        kept = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        kept = read_json(checkpoint / MARKER, f"remove {checkpoint} and run the same command again")
         self.seconds, self._losses, self._logged = kept["seconds"], kept["losses"], tuple(kept["logged"])
         self.watch.recent = kept["recent"]
         self.watch.lowest = math.inf if kept["lowest"] is None else kept["lowest"]
@@ -269,9 +263,7 @@ class Monitor(TrainerCallback):
                 "lowest": self.watch.lowest if math.isfinite(self.watch.lowest) else None,
                 "best": asdict(self.best) if self.best else None,
             }
-            partial = checkpoint / f".{MARKER}"
-            partial.write_text(json.dumps(kept), encoding="utf-8")
-            partial.replace(checkpoint / MARKER)
+            write_json(checkpoint / MARKER, kept)
             for other in folder.glob("checkpoint-*"):
                 if other != checkpoint:
                     shutil.rmtree(other)

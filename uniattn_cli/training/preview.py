@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.data.sequences import Tokenised, runs
-from uniattn_cli.errors import DataError
+from uniattn_cli.errors import CheckpointError, DataError
+from uniattn_cli.run.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,8 +85,8 @@ def endless(data: Tokenised, tokenizer: PreTrainedTokenizerBase, model: Path, ma
 
 
 def _generation_stops(model: Path) -> list[int]:
-    try:
-        found = json.loads((model / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except FileNotFoundError:
+    path = model / "generation_config.json"
+    if not path.is_file():
         return []
+    found = read_json(path, "copy it again from the base model", CheckpointError).get("eos_token_id")
     return found if isinstance(found, list) else [] if found is None else [found]

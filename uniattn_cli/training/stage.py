@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from uniattn_cli.models.hub import Source
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe, TrainStage
+from uniattn_cli.run.files import read_json, write_json
 from uniattn_cli.training.lora import merged_weights
 from uniattn_cli.training.monitor import Best, Log, Monitor, last_checkpoint
 from uniattn_cli.training.order import accumulation, batches, stage_steps
@@ -136,7 +136,9 @@ def worth_keeping(work: Path) -> bool:
 def finished(job: Job, index: int) -> StageResult | None:
     """The result of a stage that this run has finished already, perhaps before it was interrupted."""
     path = job.folder(index) / DONE_FILE
-    return StageResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return StageResult(**read_json(path, f"remove {path.parent} and run the same command again"))
 
 
 def load_after(job: Job, stages: int, *, training: bool = False, device: torch.device | None = None) -> PreTrainedModel:
@@ -335,9 +337,7 @@ def _finish(job: Job, index: int, result: StageResult) -> None:
     job.process.wait()
     if job.process.is_main:
         folder = job.folder(index)
-        partial = folder / f".{DONE_FILE}"
-        partial.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / DONE_FILE)
+        write_json(folder / DONE_FILE, asdict(result))
         for pattern in ("checkpoint-*", "best-*"):
             for other in folder.glob(pattern):
                 shutil.rmtree(other)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from uniattn_cli.models.hub import Source
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.files import write_json
 from uniattn_cli.training.distill import Distiller
 from uniattn_cli.training.process import Process
 from uniattn_cli.training.stored_teacher import FOLDER, META, StoredTeacher, pad_rows, positions, row_key, store_key
@@ -146,5 +146,5 @@ def write_teacher(
     for array in (ids, logprobs, rest):
         array.flush()
     np.save(partial / "rows.npy", np.stack([np.asarray(keys, dtype=np.int64), starts[:-1]], axis=1))
-    (partial / META).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(partial / META, settings)
     partial.rename(folder)

@@ -7,7 +7,6 @@ of another.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import STAGE_FILE, STARTED_FILE, RunDir
+from uniattn_cli.run.files import read_json, read_lines
 
 REPORT_FILE = "uniattn_report.json"
 LOG_FILE = "log.jsonl"
@@ -90,7 +90,7 @@ def collect(run: RunDir, results: dict[str, Any], evaluation: Path) -> Evidence:
         if not (path / LOG_FILE).is_file() or not _same(path, by_role.get(role), found.notes):
             continue
         report = _read(path / REPORT_FILE, found.notes) or {}
-        found.training[folder] = {"lines": _lines(path / LOG_FILE), "report": report}
+        found.training[folder] = {"lines": read_lines(path / LOG_FILE), "report": report}
     return found
 
 
@@ -98,24 +98,10 @@ def _read(path: Path, notes: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it does not hold an object")
-    except (OSError, ValueError) as error:
-        notes.append(f"{path.parent.name}/{path.name} is damaged ({error}) and left out.")
+        return read_json(path, "it is left out.")
+    except StageError as error:
+        notes.append(str(error))
         return None
-    return content
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log; one that an interruption cut off is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def _same(folder: Path, model: dict[str, Any] | None, notes: list[str]) -> bool:

@@ -1,0 +1,61 @@
+"""Files of a run: written as a whole, and checked when they are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from uniattn_cli.errors import CheckpointError
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import read_json, read_lines, write_json
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "known.json"
+    write_json(path, {"text": "ä"})
+    assert "ä" in path.read_text(encoding="utf-8") and read_json(path, "") == {"text": "ä"}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"value": math.nan})
+
+    def fail(self: Path, text: str, **options: str) -> None:
+        self.write_bytes(text.encode()[:3])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        write_json(path, {"text": "another"})
+    assert read_json(path, "") == {"text": "ä"} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"known\.json is missing; mend it"),
+        (b'{"cut', r"known\.json is damaged \(Unterminated.*\); mend it"),
+        (b'"\xff"', r"known\.json is damaged \(.*can't decode.*\); mend it"),
+        (b"[1]", r"known\.json is damaged \(it holds a list, not an object\); mend it"),
+    ],
+)
+def test_what_cannot_be_read_is_told_in_one_line(content, words, tmp_path):
+    path = tmp_path / "known.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        read_json(path, "mend it", CheckpointError)
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_an_infinite_setting_can_be_recorded(tmp_path):
+    recipe = Recipe.from_tree({"model": {"name": "m"}}, "recipe.yaml", ["train.max_rise=.inf"])
+    run = RunDir(tmp_path)
+    with run.write("convert", recipe, {}):
+        pass
+    assert run.record("convert")["settings"]["train"]["max_rise"] == math.inf
