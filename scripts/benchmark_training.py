@@ -189,8 +189,8 @@ class Bench:
         spec = recipe.train
         rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
         tokenised = sequences.tokenize(rows, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
-        count = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.used
-        return max(1, round(self.arguments.tokens / (tokenised.tokens / count) / spec.batch_size))
+        count = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.counts.used
+        return max(1, round(self.arguments.tokens / (tokenised.counts.tokens / count) / spec.batch_size))
 
     def analysis(self) -> Path:
         """A directory with `analysis/`, made once."""

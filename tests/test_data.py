@@ -145,7 +145,7 @@ def test_sources_are_mixed_counted_and_limited(tmp_path):
     assert sorted(t for t in found["text"] if t) == ["t0", "t1", "t2"]
     assert sum(m is not None for m in found["messages"]) == 5
     both = sequences.tokenize(found, make_tokenizer(), max_length=64, loss="responses")
-    assert (both.used, both.dropped) == (8, 0)
+    assert (both.counts.used, both.counts.dropped) == (8, 0)
 
 
 def test_a_named_format_wins_over_detection(tmp_path):
@@ -339,14 +339,14 @@ def test_a_template_that_changes_earlier_turns_gives_one_sequence_per_answer():
     assert pieces(tokenizer, single)[1] == ("<think>\n\n</think>\n\nx<|im_end|>", True)
     row = turns("One?", "x", "Two?", "y")
     result = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="responses")
-    assert (result.rows, result.split, result.used, result.dropped) == (1, 1, 2, 0)
+    assert (result.counts.rows, result.counts.split, result.counts.used, result.counts.dropped) == (1, 1, 2, 0)
     first, second = pieces(tokenizer, result), pieces(tokenizer, result, 1)
     assert first == pieces(tokenizer, single)
     # Each as the model sees it when it gives the answer: what it thought before is gone.
     asked = tokenizer.apply_chat_template(row[:3], tokenize=False, add_generation_prompt=True)
     assert second == [(asked, False), ("<think>\n\n</think>\n\ny<|im_end|>", True), ("\n", False)]
     whole = sequences.tokenize(chat_rows(row), tokenizer, max_length=500, loss="all")
-    assert (whole.used, whole.split, whole.share) == (1, 0, 1.0)
+    assert (whole.counts.used, whole.counts.split, whole.counts.share) == (1, 0, 1.0)
 
 
 def test_a_base_model_without_template_gets_the_plain_form():
@@ -368,7 +368,7 @@ def test_text_rows_are_learned_in_full_and_end_once(bos):
     result = sequences.tokenize(text, tokenizer, max_length=500, loss="responses")
     assert pieces(tokenizer, result) == [("<s>ab<|im_end|>" if bos else "ab<|im_end|>", True)]
     assert pieces(tokenizer, result, 1) == [("<s>ab<|im_end|>", True)]
-    assert result.share == 1.0
+    assert result.counts.share == 1.0
 
 
 @pytest.mark.parametrize("limit, lengths", [(4, [4, 4, 3]), (5, [5, 4, 2]), (11, [11]), (500, [11])])
@@ -379,14 +379,15 @@ def test_long_texts_are_divided_and_lose_nothing(limit, lengths):
     assert [len(row) for row in result.dataset["input_ids"]] == [*lengths, 3]
     whole = [token for row in result.dataset["input_ids"] for token in row]
     assert tokenizer.decode(whole) == "abcdefghij<|im_end|>ab<|im_end|>"
-    assert (result.rows, result.divided, result.split) == (2, len(lengths) - 1, 0)
-    assert (result.tokens, result.supervised, result.truncated, result.lost) == (14, 14, 0, 0)
+    assert (result.counts.rows, result.counts.divided, result.counts.split) == (2, len(lengths) - 1, 0)
+    counts = result.counts
+    assert (counts.tokens, counts.supervised, counts.truncated, counts.lost) == (14, 14, 0, 0)
 
 
 def test_all_tokens_can_be_learned():
     tokenizer = make_tokenizer()
     result = sequences.tokenize(chat_rows(QA), tokenizer, max_length=500, loss="all")
-    assert result.supervised == result.tokens == len(result.dataset[0]["input_ids"])
+    assert result.counts.supervised == result.counts.tokens == len(result.dataset[0]["input_ids"])
 
 
 def test_truncation_and_dropping_are_counted():
@@ -394,10 +395,10 @@ def test_truncation_and_dropping_are_counted():
     fits, cut, lost = turns("q", "12"), turns("q", "123456789"), turns("q" * 20, "12")
     rows = chat_rows(fits, cut, lost, turns("no answer"))
     result = sequences.tokenize(rows, tokenizer, max_length=6, loss="responses")
-    assert (result.rows, result.used, result.dropped, result.truncated) == (4, 2, 2, 3)
+    assert (result.counts.rows, result.counts.used, result.counts.dropped, result.counts.truncated) == (4, 2, 2, 3)
     assert pieces(tokenizer, result, 1) == [("q\n", False), ("1234", True)]
-    assert (result.tokens, result.supervised) == (5 + 6, 3 + 4)
-    assert result.share == 7 / 11
+    assert (result.counts.tokens, result.counts.supervised) == (5 + 6, 3 + 4)
+    assert result.counts.share == 7 / 11
     with pytest.raises(DataError, match="none of the 1 rows has a token to learn within 6 tokens"):
         sequences.tokenize(chat_rows(lost), tokenizer, max_length=6, loss="responses")
 

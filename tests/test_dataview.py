@@ -48,21 +48,22 @@ def test_counts_are_those_of_training(folder):
     rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
     tokenizer = load_tokenizer(locate(recipe.model.name))
     expected = sequences.tokenize(rows, tokenizer, max_length=32, loss="responses")
-    assert view.counts.dataset.to_dict() == expected.dataset.to_dict()
-    assert expected.truncated > 0 and expected.lost > 0
+    counts = expected.counts
+    assert view.tokenised.dataset.to_dict() == expected.dataset.to_dict()
+    assert counts.truncated > 0 and counts.lost > 0
     together = table(view, "rows").rows[-1]
     assert together[0] == "together" and together[1:5] == [
-        f"{len(rows):,}", f"{len(rows):,}", f"{expected.used:,}", f"{expected.tokens:,}"
+        f"{len(rows):,}", f"{len(rows):,}", f"{counts.used:,}", f"{counts.tokens:,}"
     ]  # fmt: skip
     assert together[6:] == [
-        f"{expected.share:.1%}", f"{expected.truncated:,}", f"{expected.lost_share:.1%}", f"{expected.dropped:,}"
+        f"{counts.share:.1%}", f"{counts.truncated:,}", f"{counts.lost_share:.1%}", f"{counts.dropped:,}"
     ]  # fmt: skip
     full = sequences.tokenize(rows, tokenizer, max_length=10**6, loss="responses")
-    lengths = [length for counts in view.counts.sources.values() for length in counts.lengths]
-    assert sum(lengths) == full.tokens == expected.tokens + expected.lost
+    lengths = [length for part in view.tokenised.sources.values() for length in part.lengths]
+    assert sum(lengths) == full.counts.tokens == counts.tokens + counts.lost
     steps = table(view, "one epoch")
-    assert steps.title.startswith(f"one epoch: {expected.used} sequences in {expected.used / 8:,.1f} steps of 8")
-    assert steps.rows[0][1] == str(round(2 * expected.used / 8))
+    assert steps.title.startswith(f"one epoch: {counts.used} sequences in {counts.used / 8:,.1f} steps of 8")
+    assert steps.rows[0][1] == str(round(2 * counts.used / 8))
 
 
 def test_samples_are_rows_as_they_are_trained_on(folder):
@@ -76,14 +77,15 @@ def test_samples_are_rows_as_they_are_trained_on(folder):
     again = view_data(recipe=folder / "recipe.yaml", samples=6)
     other = view_data(recipe=folder / "recipe.yaml", samples=6, seed=5)
     assert again.samples == view.samples != other.samples
-    assert other.counts.dataset.to_dict() == view.counts.dataset.to_dict(), "the seed chooses what is shown, no more"
+    same = other.tokenised.dataset.to_dict() == view.tokenised.dataset.to_dict()
+    assert same, "the seed chooses what is shown, no more"
 
 
 def test_the_heldout_part(folder):
     train = view_data(recipe=folder / "recipe.yaml", samples=0)
     heldout = view_data(recipe=folder / "recipe.yaml", part="heldout", samples=0)
     assert heldout.title.startswith("held-out") and not heldout.samples
-    assert heldout.counts.rows + train.counts.rows == 240 and heldout.counts.rows > 0
+    assert heldout.tokenised.counts.rows + train.tokenised.counts.rows == 240 and heldout.tokenised.counts.rows > 0
 
 
 def test_packed_sequences_are_what_a_step_counts(folder):
@@ -91,7 +93,7 @@ def test_packed_sequences_are_what_a_step_counts(folder):
         view_data(recipe=folder / "recipe.yaml", overrides=[f"train.packing={on}"]) for on in ("false", "true")
     )
     number = int(table(packed, "one epoch").title.split()[2])
-    assert number < plain.counts.used and number >= plain.counts.tokens / 32
+    assert number < plain.tokenised.counts.used and number >= plain.tokenised.counts.tokens / 32
     assert table(packed, "one epoch").rows[0][1] == str(round(2 * number / 8))
 
 
@@ -108,7 +110,8 @@ def test_a_model_without_template_says_so_and_what_will_be_refused_is_told(folde
     )
     assert "<|im_start|>user" in chatml.samples[0].pieces[0][0] and not any("no chat" in note for note in chatml.notes)
     short = view_data(recipe=folder / "recipe.yaml", overrides=[*named, "data.chat_template=chatml"])
-    assert short.counts.used == 0 and short.counts.dropped == short.counts.rows, "the counts show why"
+    counts = short.tokenised.counts
+    assert counts.used == 0 and counts.dropped == counts.rows, "the counts show why"
     assert "so it is left out" in short.samples[0].title
     assert any("`uniattn train` will refuse these rows" in note for note in short.notes)
     text = view_data(recipe=folder / "recipe.yaml", overrides=[f"data.train={folder / 'text.txt'}"])

@@ -65,7 +65,7 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(name):
     runs = pieces(tokenizer, result)
     assert [text.lstrip(" ") for text, learned in runs if learned] == [answer + end for answer in answers]
     rendered = tokenizer.apply_chat_template(row, tokenize=True, return_dict=True)["input_ids"]
-    assert result.dataset[0]["input_ids"] == rendered and (result.used, result.split) == (1, 0)
+    assert result.dataset[0]["input_ids"] == rendered and (result.counts.used, result.counts.split) == (1, 0)
     masked = "".join(text for text, learned in runs if not learned)
     for asked in ("One?", "Two, a?", "Three?", *(["Be brief."] if system else [])):
         assert asked in masked
@@ -90,14 +90,14 @@ def test_a_conversation_of_the_assistant_alone_is_left_out(name, tmp_path):
     alone = {"messages": [{"role": "assistant", "content": "Hello"}]}
     rows = load(write(tmp_path / "a.jsonl", alone, {"messages": turns("One?", "x")}))
     result = sequences.tokenize(rows, make_tokenizer(FAMILIES[name][0]), max_length=400, loss="responses")
-    assert (result.rows, result.used, result.dropped) == (2, 1, 1)
+    assert (result.counts.rows, result.counts.used, result.counts.dropped) == (2, 1, 1)
 
 
 def test_thoughts_that_are_dropped_later_are_learned_where_they_are_seen():
     first, second = "<think>hm</think>four", "<think>well</think>six"
     row = turns("2 + 2?", first, "3 + 3?", second)
     tokenizer, result = tokenised(DROPS_THOUGHTS, row)
-    assert (result.rows, result.split, result.used) == (1, 1, 2)
+    assert (result.counts.rows, result.counts.split, result.counts.used) == (1, 1, 2)
     learned = [[text for text, learned in pieces(tokenizer, result, index) if learned] for index in (0, 1)]
     assert learned == [[first + "<|im_end|>"], [second + "<|im_end|>"]]
     # The second answer's context is the very one in which the model will give it.
@@ -112,7 +112,7 @@ def test_a_template_whose_answers_cannot_be_told_is_refused_and_can_be_learned_w
     with pytest.raises(DataError, match=r"does not go on from its own prompt in turn 2 .* data\.chat_template"):
         tokenised(template, turns("One?", "x"))
     _, whole = tokenised(template, turns("One?", "x"), loss="all")
-    assert whole.share == 1.0
+    assert whole.counts.share == 1.0
 
 
 def test_the_date_in_a_template_is_always_the_same():

@@ -98,7 +98,7 @@ def test_tokenised_rows_are_counted_by_data_set(files):
     result = sequences.tokenize(rows, make_tokenizer(), max_length=500, loss="responses")
     assert {name: counts.rows for name, counts in result.sources.items()} == splits.source_counts(rows)
     for name in ("rows", "used", "tokens", "supervised", "lost"):
-        assert sum(getattr(counts, name) for counts in result.sources.values()) == getattr(result, name)
+        assert sum(getattr(counts, name) for counts in result.sources.values()) == getattr(result.counts, name)
 
 
 def test_one_source_with_other_splits_is_two_data_sets():

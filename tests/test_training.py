@@ -27,7 +27,7 @@ from training_run import (
 )
 
 from uniattn_cli.commands.train import Training, train
-from uniattn_cli.data.sequences import Tokenised
+from uniattn_cli.data.sequences import Counts
 from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.losses import IGNORED
@@ -378,9 +378,9 @@ def test_refuses_rows_without_prompts(tmp_path):
 
 @pytest.mark.parametrize("supervised", [0, 100])
 def test_share_of_learned_tokens(supervised):
-    data = Tokenised(dataset=None, rows=1, used=1, dropped=0, truncated=0, tokens=100, supervised=supervised)
+    counts = Counts(rows=1, used=1, tokens=100, supervised=supervised)
     with pytest.raises(DataError):
-        check_share(data, "responses")
+        check_share(counts, "responses")
 
 
 def test_refuses_what_was_converted_from_another_base(run, tmp_path):

@@ -95,7 +95,7 @@ def train(
     source = base if control else converted
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, heldout = _data(settings, tokenizer, progress)
-    warning = endless(rows, tokenizer, source.path, settings.train.max_length)
+    warning = endless(rows.dataset, tokenizer, source.path, settings.train.max_length)
     if warning:
         progress.warn(warning)
     inputs = {"model": base.fingerprint, "data": _digest(rows.dataset)}
@@ -214,8 +214,8 @@ def _step_size(recipe: Recipe, rows: Tokenised, lengths: Sequence[int], process:
     passes = accumulation(spec, process.world)
     processes = f" x {process.world} processes" if process.world > 1 else ""
     return (
-        f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {rows.share:.0%} of them "
-        f"learned ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
+        f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {rows.counts.share:.0%} of "
+        f"them learned ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
     )
 
 
@@ -252,9 +252,9 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Row
     if not tokenizer.chat_template and "messages" in raw.column_names:
         progress.note(templates.complete(tokenizer))
     rows = sequences.tokenize(raw, tokenizer, max_length=spec.max_length, loss=spec.loss)
-    check_share(rows, spec.loss)
+    check_share(rows.counts, spec.loss)
     first = rows.dataset[0]
-    progress.note(describe(rows, spec.max_length))
+    progress.note(describe(rows.counts, spec.max_length))
     progress.note(f"first row, what is learned in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
     try:
         heldout = response_rows(recipe, tokenizer)
@@ -377,13 +377,11 @@ def _kept_notes(results: Sequence[StageResult]) -> list[str]:
 
 def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses: dict[str, Loss]) -> None:
     """Writes `uniattn_report.json` (data, stages, held-out losses in nats) and `loss.png`."""
-    from uniattn_cli.data.sequences import COUNTED
     from uniattn_cli.training.plots import plot_training
 
-    counts = {name: getattr(rows, name) for name in COUNTED}
     content = {
         "schema": 1,
-        "data": counts,
+        "data": rows.counts.to_dict(),
         "stages": [asdict(result) for result in results],
         "heldout_responses": {
             name: {

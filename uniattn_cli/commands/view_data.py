@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from uniattn_cli.data.mixing import Share
-    from uniattn_cli.data.sequences import Tokenised
+    from uniattn_cli.data.sequences import Counts, Tokenised
 
 BARS = 12  # lines of the histogram
 WIDTH = 30  # characters of its longest bar
@@ -33,11 +33,11 @@ class DataView(Result):
     """Result of `view_data`.
 
     Attributes:
-        counts: what became of all rows.
+        tokenised: the rows, and what became of them.
         shares: what each data set gives.
     """
 
-    counts: Tokenised
+    tokenised: Tokenised
     shares: list[Share]
 
 
@@ -81,18 +81,18 @@ def view_data(
     # Held-out rows are scored on their responses, whatever is learned in training.
     loss = settings.train.loss if part == "train" else "responses"
     with options.progress.track("tokenising", len(rows)) as advance:
-        counts = sequences.tokenize(
+        tokenised = sequences.tokenize(
             rows, tokenizer, max_length=settings.train.max_length, loss=loss, advance=advance, needed=False
         )
-    lengths = sorted(itertools.chain(*(source.lengths for source in counts.sources.values())))
-    tables = [_counted(counts, shares), _lengths(counts, settings.train.max_length), histogram(lengths)]
+    counts, limit = tokenised.counts, settings.train.max_length
+    tables = [_counted(tokenised, shares), _lengths(tokenised.sources, limit), histogram(sorted(counts.lengths))]
     if part == "train":
-        tables += [_steps(settings, counts)] if counts.used else []
+        tables += [_steps(settings, tokenised)] if counts.used else []
         notes += _remarks(settings, counts)
-        warning = endless(counts, tokenizer, source.path, settings.train.max_length)
+        warning = endless(tokenised.dataset, tokenizer, source.path, limit)
         notes += [warning] if warning else []
     title = f"{'training' if part == 'train' else 'held-out'} rows of {settings.model.name}"
-    return DataView(counts, shares, title=title, samples=shown, tables=tables, notes=notes)
+    return DataView(tokenised, shares, title=title, samples=shown, tables=tables, notes=notes)
 
 
 def _samples(
@@ -123,13 +123,12 @@ def _samples(
     return shown
 
 
-def _counted(counts: Tokenised, shares: list[Share]) -> Table:
+def _counted(tokenised: Tokenised, shares: list[Share]) -> Table:
     given = {share.source: share.rows for share in shares}
-    names = [*counts.sources, *(["together"] if len(counts.sources) > 1 else [])]
-    whole = counts.tokens
+    parts = tokenised.sources | ({"together": tokenised.counts} if len(tokenised.sources) > 1 else {})
+    whole = tokenised.counts.tokens
     rows = []
-    for name in names:
-        part = counts.sources.get(name, counts)
+    for name, part in parts.items():
         rows.append(
             [
                 name,
@@ -138,9 +137,9 @@ def _counted(counts: Tokenised, shares: list[Share]) -> Table:
                 f"{part.used:,}",
                 f"{part.tokens:,}",
                 f"{part.tokens / whole:.1%}" if whole else "–",
-                f"{part.supervised / part.tokens:.1%}" if part.tokens else "–",
+                f"{part.share:.1%}" if part.tokens else "–",
                 f"{part.truncated:,}",
-                f"{part.lost / (part.tokens + part.lost):.1%}" if part.tokens + part.lost else "–",
+                f"{part.lost_share:.1%}" if part.tokens + part.lost else "–",
                 f"{part.dropped:,}",
             ]
         )
@@ -159,9 +158,9 @@ def _counted(counts: Tokenised, shares: list[Share]) -> Table:
     return Table("rows, what is drawn of them, and what becomes of it", columns, rows)
 
 
-def _lengths(counts: Tokenised, limit: int) -> Table:
+def _lengths(sources: dict[str, Counts], limit: int) -> Table:
     rows = []
-    for name, part in counts.sources.items():
+    for name, part in sources.items():
         ordered = sorted(part.lengths)
         cells = [f"{percentile(ordered, share):,}" for share in (0.1, 0.5, 0.9, 0.99, 1.0)]
         rows.append([name, f"{sum(ordered) / len(ordered):,.0f}", *cells])
@@ -206,14 +205,14 @@ def histogram(ordered: Sequence[int]) -> Table:
     return Table("sequences by length", ["tokens", "sequences", ""], rows)
 
 
-def _steps(recipe: Recipe, counts: Tokenised) -> Table:
+def _steps(recipe: Recipe, tokenised: Tokenised) -> Table:
     """Optimiser steps of an epoch and of each stage."""
-    spec = recipe.train
+    spec, counts = recipe.train, tokenised.counts
     sequences = counts.used
     if spec.packing:
         from uniattn_cli.training.trainer import pack
 
-        sequences = len(pack(counts.dataset, spec.max_length))
+        sequences = len(pack(tokenised.dataset, spec.max_length))
     epoch = sequences / spec.batch_size
     rows = []
     for stage in spec.stages:
@@ -229,7 +228,7 @@ def _steps(recipe: Recipe, counts: Tokenised) -> Table:
     return Table(title, ["stage", "steps", "epochs", "sequences", "tokens, about"], rows)
 
 
-def _remarks(recipe: Recipe, counts: Tokenised) -> list[str]:
+def _remarks(recipe: Recipe, counts: Counts) -> list[str]:
     """What the user should know or change before training."""
     notes = []
     if counts.split:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 from uniattn_cli.data.chat import ChatRenderer
@@ -19,19 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 256  # rows tokenised at once
-# What is counted of each data set and of all together.
-COUNTED = ("rows", "split", "divided", "used", "dropped", "truncated", "tokens", "lost", "supervised")
 
 Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learned
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
-    """What became of the rows of one data set.
+    """What became of rows.
 
     Attributes:
         rows: rows given.
-        split: sequences made beyond one per row, where a template cannot show all turns in one (`masks`).
+        split: sequences made beyond one per row, where a template cannot show all turns in one (`chat`).
         divided: sequences made beyond one per row, because texts were longer than the limit.
         used: sequences kept.
         dropped: sequences left out because no token to learn was left.
@@ -51,38 +49,7 @@ class Counts:
     tokens: int = 0
     lost: int = 0
     supervised: int = 0
-    lengths: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """Tokenised rows and what became of them.
-
-    Attributes:
-        dataset: columns `input_ids` and `labels` (-100 where a token is not learned), lists of equal length.
-        rows: rows given.
-        used: rows in `dataset`.
-        dropped: rows left out because no supervised token was left.
-        truncated: rows longer than the limit, those dropped included.
-        tokens: tokens of the rows used.
-        supervised: tokens of the rows used that are learned.
-        lost: tokens that were cut off, or of rows left out.
-        split: rows of `dataset` beyond one per row given, where a conversation became one sequence per answer.
-        divided: rows of `dataset` beyond one per row given, where a long text became several.
-        sources: the same by data set.
-    """
-
-    dataset: datasets.Dataset
-    rows: int
-    used: int
-    dropped: int
-    truncated: int
-    tokens: int
-    supervised: int
-    lost: int = 0
-    split: int = 0
-    divided: int = 0
-    sources: dict[str, Counts] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -94,33 +61,45 @@ class Tokenised:
         """Share of all tokens that were cut off or left out, 0 to 1."""
         return self.lost / (self.tokens + self.lost) if self.lost else 0.0
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
 
-class _Tally:
-    """Counts of one data set while they are made."""
+    def add_row(self, sequences: int, pieces: int) -> None:
+        """Counts a row that became so many sequences, and these so many pieces of at most the limit."""
+        self.rows += 1
+        self.split += sequences - 1
+        self.divided += pieces - sequences
 
-    def __init__(self) -> None:
-        self.numbers = dict.fromkeys(COUNTED[:-1], 0)
-        self.supervised = 0
-        self.lengths: list[int] = []
-
-    def row(self, sequences: int, pieces: int) -> None:
-        self.numbers["rows"] += 1
-        self.numbers["split"] += sequences - 1
-        self.numbers["divided"] += pieces - sequences
-
-    def sequence(self, length: int, mask: Sequence[bool]) -> bool:
+    def add_sequence(self, length: int, mask: Sequence[bool]) -> bool:
         """Counts a sequence of `length` tokens of which those of `mask` are left; whether it is kept."""
         kept = any(mask)
         self.lengths.append(length)
-        self.numbers["used" if kept else "dropped"] += 1
-        self.numbers["truncated"] += length > len(mask)
-        self.numbers["tokens"] += len(mask) if kept else 0
-        self.numbers["lost"] += length - len(mask) if kept else length
+        self.used += kept
+        self.dropped += not kept
+        self.truncated += length > len(mask)
+        self.tokens += len(mask) if kept else 0
+        self.lost += length - len(mask) if kept else length
         self.supervised += sum(mask)
         return kept
 
-    def counts(self) -> Counts:
-        return Counts(**self.numbers, supervised=self.supervised, lengths=tuple(self.lengths))
+    def to_dict(self) -> dict[str, int]:
+        """The numbers, without the lengths."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "lengths"}
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Tokenised rows.
+
+    Attributes:
+        dataset: columns `input_ids` and `labels` (-100 where a token is not learned), lists of equal length.
+        counts: what became of all rows.
+        sources: the same by data set.
+    """
+
+    dataset: datasets.Dataset
+    counts: Counts
+    sources: dict[str, Counts] = field(default_factory=dict)
 
 
 def tokenize(
@@ -152,7 +131,7 @@ def tokenize(
     import datasets
     import pyarrow
 
-    tallies: dict[str, _Tally] = {}
+    sources: dict[str, Counts] = {}
     integers = pyarrow.list_(pyarrow.int32())
     schema = pyarrow.schema([("input_ids", integers), ("labels", integers)])
     tables = [schema.empty_table()]
@@ -164,24 +143,23 @@ def tokenize(
             encoded = encoder.batch(_column(batch, "messages"), _column(batch, "text"))
         columns = _column(batch, "text"), _column(batch, "source")
         for sequences, text, source in zip(encoded, *columns, strict=True):
-            tally = tallies.setdefault(source or "", _Tally())
+            counts = sources.setdefault(source or "", Counts())
             parts = sequences if text is None else list(_divided(sequences, max_length))
-            tally.row(len(sequences), len(parts))
+            counts.add_row(len(sequences), len(parts))
             for ids, mask in parts:
-                if tally.sequence(len(ids), mask[:max_length]):
+                if counts.add_sequence(len(ids), mask[:max_length]):
                     ids = ids[:max_length]
                     inputs.append(ids)
                     labels.append([token if learned else IGNORED for token, learned in zip(ids, mask, strict=False)])
         tables.append(pyarrow.table([inputs, labels], schema=schema))
         advance(len(next(iter(batch.values()))))
-    sources = {source: tally.counts() for source, tally in sorted(tallies.items())}
-    total = {name: sum(getattr(counts, name) for counts in sources.values()) for name in COUNTED}
-    if needed and not total["used"]:
+    together = sum(sources.values(), Counts())
+    if needed and not together.used:
         raise DataError(
             f"none of the {len(rows)} rows has a token to learn within {max_length} tokens; "
             "raise train.max_length, or check that the rows have assistant turns"
         )
-    return Tokenised(dataset=datasets.Dataset(pyarrow.concat_tables(tables)), sources=sources, **total)
+    return Tokenised(datasets.Dataset(pyarrow.concat_tables(tables)), together, dict(sorted(sources.items())))
 
 
 class RowEncoder:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data.sequences import Tokenised, runs
+from uniattn_cli.data.sequences import Counts, runs
 from uniattn_cli.errors import CheckpointError, DataError
 from uniattn_cli.run.files import read_json
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -20,14 +21,14 @@ CHECKED = 200  # rows looked at for the end of an answer
 LONGEST = {True: 600, False: 400}  # characters shown of a learned piece and of one that is not
 
 
-def describe(data: Tokenised, max_length: int) -> str:
+def describe(counts: Counts, max_length: int) -> str:
     """One line: rows, tokens, the learned share, what was split, cut and left out."""
-    split = f"{data.split:,} more from conversations that became one row per answer; " if data.split else ""
-    split += f"{data.divided:,} more from long texts; " if data.divided else ""
+    split = f"{counts.split:,} more from conversations that became one row per answer; " if counts.split else ""
+    split += f"{counts.divided:,} more from long texts; " if counts.divided else ""
     return (
-        f"training rows: {data.used:,} with {data.tokens:,} tokens, {data.share:.1%} of them learned; {split}"
-        f"{data.truncated:,} rows cut at {max_length} tokens, {data.dropped:,} left out with nothing to learn"
-        + (f" ({data.lost_share:.1%} of all tokens lost)" if data.lost else "")
+        f"training rows: {counts.used:,} with {counts.tokens:,} tokens, {counts.share:.1%} of them learned; {split}"
+        f"{counts.truncated:,} rows cut at {max_length} tokens, {counts.dropped:,} left out with nothing to learn"
+        + (f" ({counts.lost_share:.1%} of all tokens lost)" if counts.lost else "")
     )
 
 
@@ -46,31 +47,32 @@ def _shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
 
-def check_share(data: Tokenised, loss: str) -> None:
+def check_share(counts: Counts, loss: str) -> None:
     """Refuses rows in which nothing is learned, or in which prompts are learned although only responses should be.
 
     Raises:
         DataError: with `loss` `responses`, none or all of the tokens are learned; with `all`, none.
     """
-    if data.supervised == 0:
+    if counts.supervised == 0:
         raise DataError("no token of the training rows would be learned; check that the rows have assistant turns")
-    if loss == "responses" and data.supervised == data.tokens:
+    if loss == "responses" and counts.supervised == counts.tokens:
         raise DataError(
             "every token of the training rows would be learned, so they hold no prompts; give rows with prompts and "
             "responses, or set train.loss to all to learn plain text"
         )
 
 
-def endless(data: Tokenised, tokenizer: PreTrainedTokenizerBase, model: Path, max_length: int) -> str | None:
+def endless(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, model: Path, max_length: int) -> str | None:
     """A warning if most answers end with a token at which generation does not stop, else None.
 
     Args:
+        rows: columns `input_ids` and `labels`.
         model: folder of the model, whose `generation_config.json` may name more such tokens than the tokenizer does.
         max_length: where rows are cut; how a row of this length would have ended is not known.
     """
     stops = {tokenizer.eos_token_id, *_generation_stops(model)}
     ends: Counter[int] = Counter()
-    for row in itertools.islice(data.dataset, CHECKED):
+    for row in itertools.islice(rows, CHECKED):
         if len(row["input_ids"]) < max_length:
             ends[next(label for label in reversed(row["labels"]) if label >= 0)] += 1
     wrong = Counter({token: count for token, count in ends.items() if token not in stops})
