@@ -15,14 +15,13 @@ from tiny_run import make_model, make_tokenizer
 
 import uniattn_cli
 from uniattn_cli.cli import talk
-from uniattn_cli.commands.generate import Chat, Conversation, Listener, generate
+from uniattn_cli.commands.generate import Chat, Conversation, Listener, Speaker, generate, load_speakers
 from uniattn_cli.errors import DataError, ModelError, StageError, UsageError
 from uniattn_cli.generation.decode import Decoding, Streamer, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models import building, hub, loading
 from uniattn_cli.models.costs import kv_bytes_per_token
-from uniattn_cli.models.of_run import Speaker, find, load_speakers, newest
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec
 from uniattn_cli.run.directory import RunDir
@@ -223,26 +222,6 @@ def test_load_opens_a_base_a_checkpoint_and_a_run(run, tmp_path):
         uniattn_cli.load(run.base, dtype="bfloat61")
     with pytest.raises(ModelError, match="no such directory"):
         uniattn_cli.load("./nowhere")
-
-
-def test_the_last_finished_stage_is_the_default(run, tmp_path):
-    assert newest(RunDir(run.folder)) == str(run.folder / "trained")
-    here = RunDir(tmp_path)
-    with pytest.raises(StageError, match="neither trained/ nor converted/ is in "):
-        newest(here)
-    for stage, hour in (("convert", 12), ("train", 11)):
-        here.output(stage).mkdir()
-        record = {"inputs": {}, "finished": f"2026-01-01T{hour}:00:00"}
-        (here.output(stage) / "stage.json").write_text(json.dumps(record), encoding="utf-8")
-    assert newest(here) == str(tmp_path / "converted")
-
-
-def test_models_that_are_not_there(run, tmp_path):
-    assert find(RunDir(run.folder), "base").path == run.base
-    with pytest.raises(StageError, match=r"'base' is the model of recipe\.yaml, but there is none here"):
-        find(RunDir(tmp_path), "base")
-    with pytest.raises(ModelError, match="no such directory"):
-        find(RunDir(tmp_path), "./nowhere")
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------

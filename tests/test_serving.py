@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from conftest import run_process
 from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
 from tiny_run import make_tokenizer
 
-from uniattn_cli.commands.serve import find_checkpoint, serve
+from uniattn_cli.commands.serve import serve
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
@@ -87,14 +88,10 @@ def test_an_engine_that_is_not_installed(uniattn, checkpoint, tmp_path):
         serve(checkpoint, program="nowhere")
 
 
-def test_the_newest_checkpoint_of_a_run_is_served(checkpoint, tmp_path):
-    for name, finished in (("trained", "2026-01-01T00:00:00+00:00"), ("converted", "2026-01-02T00:00:00+00:00")):
-        (tmp_path / name).mkdir()
-        record = {"inputs": {}, "finished": finished}
-        (tmp_path / name / "stage.json").write_text(json.dumps(record), encoding="utf-8")
-    assert find_checkpoint(tmp_path) == tmp_path / "converted"
-    (tmp_path / "converted" / "stage.json").unlink()
-    assert find_checkpoint(tmp_path) == tmp_path / "trained"
+def test_the_newest_checkpoint_of_a_run_is_served(checkpoint, engine, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "trained")
+    (tmp_path / "trained" / "stage.json").write_text('{"inputs": {}}', encoding="utf-8")
+    assert serve(tmp_path, program=engine).checkpoint == tmp_path / "trained"
 
 
 def test_transformers_serves_from_a_python_that_has_uniattn(checkpoint, engine, monkeypatch):
@@ -157,7 +154,7 @@ def test_what_an_engine_would_trip_over_is_told_at_once(change, message, checkpo
 def test_a_directory_without_a_checkpoint(uniattn, tmp_path, checkpoint, engine):
     done = uniattn("serve", tmp_path, "--program", engine)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "neither a checkpoint" in done.stderr
+    assert "neither trained/ nor converted/ is in" in done.stderr
     with pytest.raises(CheckpointError, match="no such directory"):
         serve(tmp_path / "nowhere", program=engine)
     (tmp_path / "bare").mkdir()

@@ -67,13 +67,13 @@ def analyze(
     """
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.windows import calibration_windows
-    from uniattn_cli.models.hub import locate
     from uniattn_cli.models.loading import check_lengths, load_config, load_model
+    from uniattn_cli.models.of_run import base_of
 
     run = RunDir(run_dir)
     recipe, new_tree = _recipe(run, model, recipe, overrides)
     run.check_free("analyze", options.force)
-    source = locate(recipe.model.name, recipe.model.revision)
+    source = base_of(recipe)
     config = load_config(source)
     spec = recipe.analysis
     check_lengths(config, {"analysis.length": spec.length})

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import ModelError, StageError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layout_of
+from uniattn_cli.models.hub import Source
+from uniattn_cli.models.of_run import CONTROL, find, own_models
 from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors, now, versions, write_json
 from uniattn_cli.tables import Result, to_markdown
 
@@ -147,7 +151,8 @@ def _models(
 ) -> dict[str, PreTrainedModel]:
     from uniattn_cli.inference.measurement import NoRoomError, room
     from uniattn_cli.layouts.shorthand import parse_groups
-    from uniattn_cli.models import of_run, random
+    from uniattn_cli.models import random
+    from uniattn_cli.models.loading import load_model
 
     try:
         with room("the weights of all models together"):
@@ -156,11 +161,21 @@ def _models(
                 config = random.known_config(shape, layers)
                 layouts = {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
                 return random.random_models(config, layouts, dtype, device)
-            return of_run.load_models(of_run.find_models(run_dir, checkpoints), spec.dtype, device)
+            sources, model_spec = _sources(RunDir(run_dir), checkpoints), ModelSpec(dtype=spec.dtype)
+            # They are measured in turn, so they have to fit together.
+            return {name: load_model(source, model_spec, device) for name, source in sources.items()}
     except NoRoomError as error:
         raise ModelError(
             f"{error} on {device}; name fewer checkpoints, or choose a larger device with --device"
         ) from None
+
+
+def _sources(run: RunDir, checkpoints: Sequence[str]) -> dict[str, Source]:
+    """The checkpoints named, or the models of the run; a control is as fast as the base."""
+    if checkpoints:
+        return {name.rstrip("/"): find(run, name) for name in checkpoints}
+    own = own_models(run, Recipe.load(run.recipe))
+    return {subject.name: subject.source for subject in own if subject.role != CONTROL}
 
 
 def _engines(models: dict[str, PreTrainedModel]) -> dict[str, Engine]:

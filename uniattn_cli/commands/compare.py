@@ -12,9 +12,7 @@ from uniattn_cli.commands.evaluate import evaluate_into, inputs_of, prepare
 from uniattn_cli.errors import ModelError, StageError
 from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, merge, table
 from uniattn_cli.evaluation.figures import RESULTS, read_results
-from uniattn_cli.evaluation.subjects import BASE
-from uniattn_cli.models.hub import locate
-from uniattn_cli.models.of_run import Subject
+from uniattn_cli.models.of_run import BASE, Subject, base_of, with_given
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.reporting.pareto import draw_panels
@@ -75,8 +73,9 @@ def compare(
             merged = write_comparison(folder, parts, command)
         return _comparison(run.output("compare"), merged)
     settings = Recipe.load(run.recipe if recipe is None else recipe, overrides)
-    subjects = _subjects(settings, checkpoints)
-    notes: list[str] = []
+    subjects, notes = with_given([Subject(BASE, BASE, base_of(settings))], checkpoints)
+    if len(subjects) == 1:
+        raise ModelError(f"{checkpoints[0]} is the base itself; name something to compare it with")
     material = prepare(settings, subjects, notes, options)
     record = {**inputs_of(subjects, material), "results": list(files)}
     with run.write("compare", settings, record, force=options.force, resume=True) as folder:
@@ -113,17 +112,6 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
         short[name] = (path.parent if path.name in OUTPUTS.values() else path).name
     found = list(short.values())
     return {name: label if found.count(label) == 1 else name for name, label in short.items()}
-
-
-def _subjects(recipe: Recipe, checkpoints: Sequence[str]) -> list[Subject]:
-    subjects = [Subject(BASE, BASE, locate(recipe.model.name, recipe.model.revision))]
-    for text in checkpoints:
-        source = locate(text)
-        if source.path.resolve() != subjects[0].source.path.resolve():
-            subjects.append(Subject(f"./{text}" if text == BASE else text, "given", source))
-    if len(subjects) == 1:
-        raise ModelError(f"{checkpoints[0]} is the base itself; name something to compare it with")
-    return subjects
 
 
 def write_comparison(folder: Path, parts: Sequence[Part], command: str) -> Merged:

@@ -88,8 +88,8 @@ def convert(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    from uniattn_cli.models.hub import locate
     from uniattn_cli.models.loading import check_lengths, load_config
+    from uniattn_cli.models.of_run import base_of
     from uniattn_cli.models.parity import prove_parity
 
     run = RunDir(run_dir)
@@ -97,7 +97,7 @@ def convert(
     recipe = Recipe.load(run.recipe, overrides)
     if not dry_run:
         run.check_free("convert", options.force)
-    source = locate(recipe.model.name, recipe.model.revision)
+    source = base_of(recipe)
     config = load_config(source)
     lengths = {"conversion.length": recipe.conversion.length, "evaluation.length": recipe.evaluation.length}
     check_lengths(config, lengths)

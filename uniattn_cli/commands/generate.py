@@ -10,12 +10,63 @@ from typing import TYPE_CHECKING
 
 from uniattn_cli.generation.decode import Answer, Decoding, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
-from uniattn_cli.models.of_run import Speaker, load_speakers
+from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.of_run import find, newest
 from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model that answers.
+
+    Attributes:
+        name: as the user knows it.
+        model, tokenizer: in evaluation mode, on the device.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_speakers(
+    run: RunDir, checkpoint: str | None, beside: str | None, overrides: Sequence[str], options: RunOptions
+) -> list[Speaker]:
+    """Loads the asked model, and the one beside it if there is one, which comes first.
+
+    Args:
+        run: the run directory.
+        checkpoint: see `of_run.find`; None is what the last finished of `train` and `convert` left.
+        beside: another of these, to compare with.
+        overrides: `model.dtype=…` and `model.attention=…` in place of the recipe's.
+        options: device and progress.
+
+    Raises:
+        StageError: there is no model in the run directory, or no recipe that names the base.
+        ModelError, CheckpointError, RecipeError: see `loading.load_model`.
+    """
+    names = ([] if beside is None else [beside]) + [str(newest(run)) if checkpoint is None else checkpoint]
+    # All faults of names are told before any weights are read.
+    sources = {name: find(run, name) for name in names}
+    spec = _model_spec(run, overrides)
+    device = options.torch_device()
+    speakers = []
+    for name, source in sources.items():
+        options.progress.note(f"loading {name} on {device}")
+        speakers.append(Speaker(name, load_model(source, spec, device), load_tokenizer(source)))
+    return speakers
+
+
+def _model_spec(run: RunDir, overrides: Sequence[str]) -> ModelSpec:
+    """Dtype and attention backend: the recipe's where there is one."""
+    if run.recipe.is_file():
+        return Recipe.load(run.recipe, overrides).model
+    return Recipe.from_tree({"model": {"name": "given on the command line"}}, "--set", overrides).model
 
 
 class Listener:
@@ -61,7 +112,7 @@ def generate(
 
     Args:
         prompt: what the user says, or with `raw` a text to continue.
-        checkpoint: see `speakers.load_speakers`.
+        checkpoint: see `load_speakers`.
         run_dir: where the models of a run and its recipe are.
         beside: another model that answers the same prompt first.
         raw: leave the chat template out.

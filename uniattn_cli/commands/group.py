@@ -13,8 +13,8 @@ from uniattn_cli.errors import UsageError
 from uniattn_cli.layouts.choose import Grouping, choose, compensation_of
 from uniattn_cli.layouts.plots import plot_frontier
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_config
+from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import read_tree, write_tree
 from uniattn_cli.recipe.schema import Recipe
@@ -46,7 +46,7 @@ def group(
     """
     run = RunDir(run_dir)
     recipe = Recipe.load(run.recipe, layout_overrides(groups, overrides))
-    config = load_config(locate(recipe.model.name, recipe.model.revision))
+    config = load_config(base_of(recipe))
     grouping = choose(run, recipe, config, options)
     write_considered(run, recipe, grouping)
     store_layout(run, grouping.layout, recipe)

@@ -15,7 +15,7 @@ from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
 from uniattn_cli.models.families import is_converted
 from uniattn_cli.models.loading import read_config
-from uniattn_cli.run.directory import OUTPUTS, RunDir
+from uniattn_cli.models.of_run import checkpoint_in
 
 # What `vllm serve` runs.
 VLLM_MODULE = "vllm.entrypoints.openai.api_server"
@@ -23,7 +23,6 @@ TRANSFORMERS_MODULE = "uniattn_cli.serving.transformers_server"
 # What `transformers serve` asks for before it starts.
 TRANSFORMERS_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
 ENGINES = ("vllm", "transformers")
-CHECKPOINT_STAGES = ("convert", "train")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 INSTALL = {
     "vllm": "vLLM wants an environment of its own: python3 -m venv vllm-env && vllm-env/bin/pip install vllm (on a "
@@ -71,12 +70,15 @@ def serve(
         arguments: passed to the engine as they are.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged or of a newer format.
+        StageError: there is no checkpoint.
+        CheckpointError: there is no such directory, or the checkpoint is damaged or of a newer format.
         UsageError: the engine is unknown or not installed.
     """
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: give {' or '.join(ENGINES)}")
-    checkpoint = find_checkpoint(Path(directory))
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give a checkpoint or a run directory")
+    checkpoint = checkpoint_in(Path(directory))
     check_checkpoint(checkpoint)
     found, fixed = find_program(engine, program), ["serve", str(checkpoint)]
     if engine == "transformers":
@@ -86,28 +88,6 @@ def serve(
     if not any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):
         fixed.append("--trust-remote-code")
     return ServeCommand(found, (*fixed, *arguments), checkpoint)
-
-
-def find_checkpoint(directory: Path) -> Path:
-    """The directory itself if it is a model, else the newest finished checkpoint of the run directory.
-
-    Raises:
-        CheckpointError: there is neither.
-    """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; give a checkpoint or a run directory")
-    if (directory / "config.json").is_file():
-        return directory
-    run = RunDir(directory)
-    finished = {run.output(stage): run.record(stage) for stage in CHECKPOINT_STAGES if run.is_complete(stage)}
-    if not finished:
-        names = " or ".join(f"{OUTPUTS[stage]}/" for stage in CHECKPOINT_STAGES)
-        raise CheckpointError(
-            f"{directory} is neither a checkpoint (no config.json) nor a run directory with {names}; run "
-            "`uniattn convert --groups auto` first"
-        )
-    # Times in ISO 8601 and UTC sort as text.
-    return max(finished, key=lambda path: finished[path].get("finished") or "")
 
 
 def check_checkpoint(checkpoint: Path) -> None:

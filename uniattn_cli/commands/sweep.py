@@ -22,7 +22,8 @@ from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, table
 from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.layouts.choose import check_analysis
-from uniattn_cli.models.hub import Source, locate
+from uniattn_cli.models.hub import Source
+from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
 from uniattn_cli.recipe.schema import Recipe, fast_search_takes
@@ -113,7 +114,7 @@ def sweep(
     run = RunDir(run_dir)
     recipe = Recipe.load(run.recipe, overrides)
     options.torch_device()  # a device that is not there is told before any work
-    source = locate(recipe.model.name, recipe.model.revision)
+    source = base_of(recipe)
     check_analysis(run, recipe, source.fingerprint)
     points = _points(recipe, kv, followers, kinds, solve)
     # All faults are told before the first point is begun.

@@ -9,17 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError
 from uniattn_cli.generation.writer import LEAST_ROOM, LEFT_OUT, Writer
+from uniattn_cli.models.of_run import find
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import DatasetSpec, Recipe, flow
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.tables import Result, Table
-
-if TYPE_CHECKING:
-    from uniattn_cli.models.hub import Source
 
 FILES = {"text": "text.jsonl", "messages": "chats.jsonl"}
 
@@ -66,7 +63,7 @@ def synthesize(
         raise DataError(
             f"synthesis.prefix is {spec.prefix} tokens, but rows have {length}; raise train.max_length or lower it"
         )
-    source = _writer(run, recipe)
+    source = find(run, spec.model, recipe)
     device = options.torch_device()
     tokenizer = load_chat_tokenizer(source, recipe.data.chat_template)
     # What a model wrote is not continued once more.
@@ -106,21 +103,6 @@ def _data_sets(recipe: Recipe, files: Sequence[Path]) -> str:
     # What an earlier run wrote was replaced.
     kept = [spec for spec in recipe.data.train if spec.source not in {each.source for each in added}]
     return flow((*kept, *added))
-
-
-def _writer(run: RunDir, recipe: Recipe) -> Source:
-    """The model that writes: the base, a finished stage's, or any other."""
-    from uniattn_cli.models.hub import locate
-    from uniattn_cli.run.directory import OUTPUTS
-
-    name = recipe.synthesis.model
-    if name == "base":
-        return locate(recipe.model.name, recipe.model.revision)
-    stage = {OUTPUTS[stage]: stage for stage in ("control", "convert", "train")}.get(name)
-    if stage is not None:
-        run.record(stage)  # says which command would make it
-        return locate(str(run.output(stage)))
-    return locate(name)
 
 
 def _table(name: str, rows: dict[str, int], tokens: int, seconds: float, left_out: Counter[str]) -> Table:

@@ -170,7 +170,7 @@ def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: So
     Raises:
         StageError: the control is the teacher, and is missing or of another base.
     """
-    from uniattn_cli.models.hub import locate
+    from uniattn_cli.models.of_run import CONTROL, find
 
     if not any(stage.loss == "distillation" for stage in stages):
         return None
@@ -182,7 +182,7 @@ def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: So
             f"{run.output('control')} was trained from another base ({made_from}, now {base.fingerprint}); run "
             f"`uniattn {COMMANDS['control']} --force` or mend model.name"
         )
-    return locate(str(run.output("control").absolute()))
+    return find(run, CONTROL)
 
 
 def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force: bool) -> None:
@@ -225,10 +225,10 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
     Raises:
         StageError: `converted/` is missing, incomplete, or of another base.
     """
-    from uniattn_cli.models.hub import locate
+    from uniattn_cli.models.of_run import CONVERTED, base_of, find
 
     record = run.record("convert")
-    base = locate(recipe.model.name, recipe.model.revision)
+    base = base_of(recipe)
     made_from = record.get("inputs", {}).get("model")
     if made_from != base.fingerprint:
         name = record.get("settings", {}).get("model", {}).get("name", "another model")
@@ -236,7 +236,7 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
             f"{run.output('convert')} was made from {name} ({made_from}), but the recipe names {recipe.model.name} "
             f"({base.fingerprint}); run `uniattn convert --force` or mend model.name"
         )
-    return base, locate(str(run.output("convert").absolute()))
+    return base, find(run, CONVERTED)
 
 
 def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Rows | None]:

@@ -67,11 +67,11 @@ def view_data(
     """
     from uniattn_cli.data import sequences, splits, templates
     from uniattn_cli.data.chat import load_chat_tokenizer
-    from uniattn_cli.models.hub import locate
+    from uniattn_cli.models.of_run import base_of
     from uniattn_cli.recipe import ready
 
     settings = Recipe.load(RunDir(run_dir).recipe if recipe is None else ready.resolve(recipe), overrides)
-    source = locate(settings.model.name, settings.model.revision)
+    source = base_of(settings)
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, shares = splits.load_mix(settings.data.train, part, holdout=settings.data.holdout, seed=settings.seed)
     notes = []

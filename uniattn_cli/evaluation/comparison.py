@@ -8,8 +8,8 @@ from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation.figures import SCHEMA
-from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.wording import as_difference, as_ratio, as_value
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.tables import Table
 
 QUALITY_LABELS = {

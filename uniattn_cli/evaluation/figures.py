@@ -73,9 +73,9 @@ from uniattn_cli.evaluation.intervals import (
     mean_difference,
     paired_difference,
 )
-from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.tasks import MetricScores
 from uniattn_cli.models.losses import RowLosses, summarise
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.run.files import read_json
 
 if TYPE_CHECKING:

@@ -11,12 +11,11 @@ from uniattn_cli.evaluation.capacity import FORMULA, Footprint, capacity_table
 from uniattn_cli.evaluation.retrieval import FACTS
 from uniattn_cli.evaluation.scores import Material, Measured
 from uniattn_cli.evaluation.speed import GridPoint, Runner, grid_entry
-from uniattn_cli.evaluation.subjects import BASE, CONTROL
 from uniattn_cli.evaluation.verdict import verdict
 from uniattn_cli.inference.timing import WARM_UP_TOKENS
 from uniattn_cli.models.device import describe_device
 from uniattn_cli.models.loading import load_config
-from uniattn_cli.models.of_run import Subject
+from uniattn_cli.models.of_run import BASE, CONTROL, Subject
 from uniattn_cli.models.pool import ModelPool
 from uniattn_cli.recipe.schema import Recipe
 

@@ -1,24 +1,20 @@
-"""The models that are compared: base, control, converted, trained and others; found, checked and loaded."""
+"""The models that are compared: those of the run and others, checked to belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import CheckpointError, StageError
-from uniattn_cli.models.hub import Source, locate
+from uniattn_cli.models.hub import Source
 from uniattn_cli.models.loading import load_tokenizer
-from uniattn_cli.models.of_run import Subject
+from uniattn_cli.models.of_run import BASE, CONTROL, CONVERTED, STAGES, Subject, own_models, with_given
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import COMMANDS, RunDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BASE = "base"
-CONTROL = "control"
-STAGES = {CONTROL: "control", "converted": "convert", "trained": "train"}
 # Settings in which `control/` and `trained/` must agree to be comparable.
 SHARED_SETTINGS = (
     "seed",
@@ -41,27 +37,18 @@ def find_subjects(run: RunDir, recipe: Recipe, checkpoints: Sequence[str]) -> tu
         ModelError: the base or a further checkpoint is not there.
         StageError: a stage's output was made from other models than the present ones.
     """
-    subjects = [Subject(BASE, BASE, locate(recipe.model.name, recipe.model.revision))]
+    own = own_models(run, recipe)
+    sources = {subject.name: subject.source for subject in own}
     notes = []
     for name, stage in STAGES.items():
-        folder = run.output(stage)
-        if run.is_complete(stage):
-            subject = Subject(name, name, locate(str(folder)))
-            _check_inputs(run, stage, {known.name: known.source for known in subjects})
-            subjects.append(subject)
-        elif folder.exists():
+        if name in sources:
+            _check_inputs(run, stage, sources)
+        elif run.output(stage).exists():
             notes.append(f"{name}/ was not written by uniattn and is left out; name it as a checkpoint to compare it.")
         elif name != CONTROL:
             notes.append(f"{name}/ is missing and left out; `uniattn {COMMANDS[stage]}` makes it.")
-    notes += _control_notes(run)
-    for text in checkpoints:
-        source = locate(text)
-        if any(_same_place(source.path, known.source.path) for known in subjects):
-            notes.append(f"{text} is compared already and counted once.")
-            continue
-        taken = any(text == known.name for known in subjects)
-        subjects.append(Subject(f"./{text}" if taken else text, "given", source))
-    return subjects, notes
+    subjects, repeated = with_given(own, checkpoints)
+    return subjects, [*notes, *_control_notes(run), *repeated]
 
 
 def _control_notes(run: RunDir) -> list[str]:
@@ -111,22 +98,18 @@ def _lookup(record: dict, key: str) -> object:
     return value
 
 
-def _check_inputs(run: RunDir, stage: str, known: dict[str, Source]) -> None:
+def _check_inputs(run: RunDir, stage: str, sources: dict[str, Source]) -> None:
     """Refuses a stage's output that was made from something else than what lies there now."""
-    inputs = run.record(stage).get("inputs") or {}
-    sources = {"model": known[BASE], **known}
-    for key in ("model", "converted"):
-        source = sources.get(key)
+    inputs = run.record(stage)["inputs"]
+    for key, name in (("model", BASE), ("converted", CONVERTED)):
+        source = sources.get(name)
         # A model trained elsewhere, or whose `converted/` was deleted, can still be compared with the base.
-        if source is not None and (key in inputs or stage == "convert") and inputs.get(key) != source.fingerprint:
+        recorded = key in inputs or (stage == "convert" and name == BASE)
+        if source is not None and recorded and inputs.get(key) != source.fingerprint:
             raise StageError(
                 f"{run.output(stage)} was made from another state of {source.name} ({inputs.get(key)}, now "
                 f"{source.fingerprint}); run `uniattn {COMMANDS[stage]} --force`, or undo the change"
             )
-
-
-def _same_place(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
 
 
 def check_tokenizers(subjects: Sequence[Subject], tokenizer: PreTrainedTokenizerBase) -> None:

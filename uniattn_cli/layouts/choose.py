@@ -20,7 +20,7 @@ from uniattn_cli.layouts.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
-from uniattn_cli.models.hub import locate
+from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
 from uniattn_cli.run.directory import RunDir
@@ -86,7 +86,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     check_protected(spec, shape, fixed)
     if fixed is not None and (spec.head_map == "identity" or not _plain_leaders(fixed)):
         return _fixed(fixed, f"layout '{spec.groups}', heads as given")
-    source = locate(recipe.model.name, recipe.model.revision)
+    source = base_of(recipe)
     check_analysis(run, recipe, source.fingerprint)
     measured = Measured.load(run.output("analyze"))
     bench = Workbench(recipe, source, measured, options)

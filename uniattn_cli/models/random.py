@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import UsageError, suggest
 from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.of_run import BASE
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from uniattn_cli.modeling.layout_uniattn import Layout
 
-BASE = "base"
 # Sizes of well-known models, for random weights; all of the Llama family.
 SHAPES = {
     "llama-3.1-8b": {

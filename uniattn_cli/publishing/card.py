@@ -14,7 +14,8 @@ from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_wi
 from uniattn_cli.modeling.layout_uniattn import KINDS, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.hub import context_window
-from uniattn_cli.publishing.facts import BASE, Facts
+from uniattn_cli.models.of_run import BASE
+from uniattn_cli.publishing.facts import Facts
 from uniattn_cli.reporting import markdown
 from uniattn_cli.tables import Table, to_markdown
 

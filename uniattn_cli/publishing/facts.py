@@ -13,12 +13,12 @@ from typing import Any
 from uniattn_cli.errors import CheckpointError
 from uniattn_cli.models.hub import Source, locate, transport_errors
 from uniattn_cli.models.loading import load_config
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.run.directory import OUTPUTS, STAGE_FILE, RunDir
 from uniattn_cli.run.files import read_json
 
 REPORT_FILE = "uniattn_report.json"
 RESULTS_FILE = "results.json"
-BASE = "base"
 CARD = "README.md"
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 

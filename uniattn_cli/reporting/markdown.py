@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_interval, as_range, as_ratio, as_value, number
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.tables import Table, to_markdown
 
 # Models beside the base in one table; more make further tables, each with the base again.

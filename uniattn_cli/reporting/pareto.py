@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.evaluation.comparison import QUALITY_LABELS, cost_of
-from uniattn_cli.evaluation.subjects import BASE
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.markdown import short
 
 # Distinct for people who cannot tell red from green (Okabe and Ito); shapes differ too.

@@ -62,6 +62,10 @@ class RunDir:
     def is_complete(self, stage: str) -> bool:
         return (self.output(stage) / STAGE_FILE).is_file()
 
+    def missing(self, stage: str) -> StageError:
+        """The error that says which command makes a stage's output."""
+        return StageError(f"{self.output(stage)} is missing; run `uniattn {COMMANDS[stage]}` first")
+
     def record(self, stage: str) -> dict:
         """The `stage.json` of a finished stage.
 
@@ -69,7 +73,7 @@ class RunDir:
             StageError: the stage has not been run here, or its record is damaged.
         """
         if not self.is_complete(stage):
-            raise StageError(f"{self.output(stage)} is missing; run `uniattn {COMMANDS[stage]}` first")
+            raise self.missing(stage)
         path, next_step = self.output(stage) / STAGE_FILE, f"run `uniattn {COMMANDS[stage]}` again with --force"
         content = read_json(path, next_step)
         if not isinstance(content.get("inputs"), dict):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.wording import as_value
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.markdown import short
 from uniattn_cli.reporting.page.evidence import Evidence
 from uniattn_cli.reporting.page.markup import Html, figure, join, tag

@@ -14,15 +14,14 @@ from typing import Any
 
 from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.models.fingerprint import fingerprint
+from uniattn_cli.models.of_run import CONTROL, CONVERTED, STAGES, TRAINED
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import STAGE_FILE, STARTED_FILE, RunDir
 from uniattn_cli.run.files import read_json, read_lines
 
 REPORT_FILE = "uniattn_report.json"
 LOG_FILE = "log.jsonl"
-STAGES = ("analyze", "group", "convert", "train", "eval")
-# Folders with a training log, and the model of the evaluation that came out of them.
-TRAINED = {"trained": "trained", "control": "control"}
+RECORDED = ("analyze", "group", "convert", "train", "eval")
 
 
 @dataclass
@@ -65,7 +64,7 @@ def collect(run: RunDir, results: dict[str, Any], evaluation: Path) -> Evidence:
     models = results["models"]
     base = next(iter(models.values()))
     found = Evidence(model=base["path"])
-    for stage in STAGES:
+    for stage in RECORDED:
         folder = evaluation if stage == "eval" else run.output(stage)
         name = STAGE_FILE if (folder / STAGE_FILE).is_file() else STARTED_FILE
         record = _read(folder / name, found.notes)
@@ -79,18 +78,18 @@ def collect(run: RunDir, results: dict[str, Any], evaluation: Path) -> Evidence:
             found.notes.append(f"recipe.yaml cannot be read any more ({error.faults[0]}).")
     _read_analysis(run, base["fingerprint"], found)
     by_role = {model["role"]: model for model in models.values()}
-    if _same(run.output("convert"), by_role.get("converted"), found.notes):
+    if _same(run.output("convert"), by_role.get(CONVERTED), found.notes):
         found.conversion = _read(run.output("convert") / REPORT_FILE, found.notes)
         grouping = _read(run.output("group") / "grouping.json", found.notes)
         # A layout that was given by hand later has nothing to do with the choice that lies there.
         if grouping and found.conversion and _plain(grouping.get("chosen") or []) == _plain(found.conversion["layout"]):
             found.grouping = grouping
-    for folder, role in TRAINED.items():
-        path = run.root / folder
+    for role in (TRAINED, CONTROL):
+        path = run.output(STAGES[role])
         if not (path / LOG_FILE).is_file() or not _same(path, by_role.get(role), found.notes):
             continue
         report = _read(path / REPORT_FILE, found.notes) or {}
-        found.training[folder] = {"lines": read_lines(path / LOG_FILE), "report": report}
+        found.training[role] = {"lines": read_lines(path / LOG_FILE), "report": report}
     return found
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from uniattn_cli.evaluation.subjects import BASE
 from uniattn_cli.evaluation.verdict import SUMMARIES, judge
 from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_range, as_ratio, as_value
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.page.markup import Html, join, table, tag
 
 SYMBOLS = {"better": "▲", "worse": "▼", "within noise": "≈", "same": "=", "mixed": "◆", "uncertain": "?"}
