@@ -28,7 +28,7 @@ class Engine(str, enum.Enum):
 
 BesideOption = Annotated[
     str | None,
-    typer.Option("--beside", metavar="MODEL", help="Let this model answer too: `base`, a directory or a hub id."),
+    typer.Option("--beside", metavar="MODEL", help="Let this model answer too; named like CHECKPOINT."),
 ]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Cut the answer there.")]
 TemperatureOption = Annotated[
@@ -236,8 +236,8 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT] [PROMPT]",
-            help="Model directory, hub id or `base`, by default what train or convert left; and the prompt, by default "
-            "from stdin.",
+            help="The run's `base`, `control`, `converted` or `trained`, a directory or a hub id, by default what "
+            "train or convert left; and the prompt, by default from stdin.",
         ),
     ] = None,
     beside: BesideOption = None,
@@ -287,7 +287,7 @@ def generate(
 def chat(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(metavar="[CHECKPOINT]", help="As in generate: directory, hub id or `base`."),
+        typer.Argument(metavar="[CHECKPOINT]", help="As in generate."),
     ] = None,
     beside: BesideOption = None,
     max_new_tokens: NewTokensOption = 256,
