@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from uniattn_cli.recipe.files import write_whole
 from uniattn_cli.reporting.page import context, curves, layers, plot, scores, style
 from uniattn_cli.reporting.page.evidence import Evidence, collect
 from uniattn_cli.reporting.page.markup import Html, join, tag
@@ -30,7 +31,7 @@ def write_page(run: RunDir, results: dict[str, Any], folder: Path) -> Path:
     path = folder / PAGE
     text = page(results, collect(run, results, folder))
     with file_errors(folder):
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     return path
 
 
