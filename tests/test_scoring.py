@@ -8,7 +8,8 @@ from tiny import FAMILIES, make_base, make_layout, randomise_compensation
 
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.losses import Rows, row_losses
-from uniattn_cli.training.validation import attach_objective, validation_loss
+from uniattn_cli.training.objective import attach_objective
+from uniattn_cli.training.validation import validation_loss
 
 TOKENS = (torch.arange(48).view(2, 24) * 7) % 90 + 5
 
