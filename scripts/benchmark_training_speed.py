@@ -30,10 +30,12 @@ from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import TrainSpec, TrainStage
-from uniattn_cli.training.process import Process
+from uniattn_cli.training.objective import CrossEntropy
+from uniattn_cli.training.process import join_processes
 from uniattn_cli.training.stage import quiet_training
 from uniattn_cli.training.trained import prepare
-from uniattn_cli.training.trainer import StageTrainer, compute_dtype, make_config
+from uniattn_cli.training.trainer import StageTrainer
+from uniattn_cli.training.trl_config import compute_dtype, make_config
 
 # Name of the case: what the converted model trains, gradient checkpointing.
 CASES = {
@@ -122,10 +124,15 @@ def measure(model, trains: str, checkpointing: bool, arguments: argparse.Namespa
     )
     with tempfile.TemporaryDirectory() as folder, quiet_training():
         config = make_config(spec, stage, folder=Path(folder), steps=steps, accumulation=1, device=device, seed=0)
-        trainer = StageTrainer(model, config, train_dataset=rows, processing_class=make_tokenizer())
-        trainer.remove_callback(transformers.PrinterCallback)
         clock = Clock(device, arguments.warm_up)
-        trainer.add_callback(clock)
+        trainer = StageTrainer(
+            model,
+            config,
+            CrossEntropy(),
+            train_dataset=rows,
+            processing_class=make_tokenizer(),
+            callbacks=[clock],
+        )
         trainer.args.save_strategy = "no"
         trainer.train()
         trainer.accelerator.free_memory()
@@ -200,7 +207,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    device, out = Process.current(RunOptions(device=arguments.device)).device, Path(arguments.out)
+    device, out = join_processes(RunOptions(device=arguments.device)).device, Path(arguments.out)
     content = json.loads(out.read_text()) if out.exists() else {"cases": {}}
     shown = ("layers", "hidden", "batch", "length", "rounds")
     content["setting"] = {name: getattr(arguments, name) for name in shown} | {

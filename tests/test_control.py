@@ -1,4 +1,4 @@
-"""`uniattn train --control`: the base on the same rows in the same order, and what evaluation makes of it."""
+"""`uniattn train --control`: the base on the same rows in the same order, as a teacher and in the evaluation."""
 
 from __future__ import annotations
 
@@ -8,31 +8,56 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_run import CPU, Interrupting, Recorder, log_of, make_run, stages, weights, without_times
+from training_run import CPU, Interrupting, fresh_run, log_of, stages, weights, without_times
 
 from uniattn_cli.commands.evaluate import evaluate
 from uniattn_cli.commands.train import train
 from uniattn_cli.errors import StageError
+from uniattn_cli.evaluation.subjects import find_subjects
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_config
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import LoraSpec, TrainStage
-from uniattn_cli.training.trained import control_stages
+from uniattn_cli.recipe.schema import LoraSpec, Recipe, TrainStage
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.training.trained import control_stages, planned_stages
+from uniattn_cli.training.trainer import StageTrainer
+
+DISTIL = [
+    *stages("trains: all, loss: distillation, steps: 2, learning_rate: 0.0005"),
+    "train.distillation={teacher: control}",
+]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def seen() -> dict[str, list[torch.Tensor]]:
+    """Tokens of each micro-batch, by the folder that was trained."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, seen) -> Path:
     """A run with `trained/` and `control/`. Tests only read it."""
-    run = make_run(tmp_path_factory.mktemp("control") / "run")
+    run = fresh_run(tmp_path_factory.mktemp("control") / "run")
     text = "\n\n".join(f"Paragraph {n} says that {n} times {n} is {n * n}." for n in range(100))
     (run / "text.txt").write_text(text + "\n", encoding="utf-8")
-    train(run_dir=run, options=CPU)
-    train(run_dir=run, control=True, options=CPU)
+    original = StageTrainer.compute_loss
+    with pytest.MonkeyPatch.context() as patch:
+        for control, name in ((False, "trained"), (True, "control")):
+            batches = seen[name] = []
+
+            def compute(self, model, inputs, *args, batches=batches, **kwargs):
+                batches.append(inputs["input_ids"].clone())
+                return original(self, model, inputs, *args, **kwargs)
+
+            patch.setattr(StageTrainer, "compute_loss", compute)
+            train(run_dir=run, control=control, options=CPU)
     return run
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def evaluated(run: Path, *more: str):
@@ -46,7 +71,7 @@ def evaluated(run: Path, *more: str):
     return evaluate(run_dir=run, overrides=[*settings, *more], options=RunOptions(device="cpu", force=True))
 
 
-def test_the_control_sees_what_the_model_sees(trained, monkeypatch):
+def test_the_control_sees_what_the_model_sees(trained, seen):
     records = [json.loads((trained / name / "stage.json").read_text()) for name in ("trained", "control")]
     assert records[0]["inputs"]["data"] == records[1]["inputs"]["data"]
     assert records[0]["seed"] == records[1]["seed"]
@@ -57,6 +82,8 @@ def test_the_control_sees_what_the_model_sees(trained, monkeypatch):
     assert [each["rows"] for each in reports[0]["stages"]] == [each["rows"] for each in reports[1]["stages"]]
     assert set(reports[1]["heldout_responses"]) == {"base", "control"}
     assert (trained / "control" / "loss.png").is_file()
+    assert len(seen["trained"]) == 24
+    assert all(torch.equal(*pair) for pair in zip(seen["trained"], seen["control"], strict=True))
 
 
 def test_the_control_is_a_stock_model_of_which_the_same_part_was_trained(trained):
@@ -68,26 +95,8 @@ def test_the_control_is_a_stock_model_of_which_the_same_part_was_trained(trained
     assert not list((trained / "control").glob("modeling_*"))
 
 
-def test_rows_come_in_the_same_order(trained, tmp_path, monkeypatch):
-    from uniattn_cli.training.trainer import StageTrainer
-
-    seen = []
-
-    def compute(self, model, inputs, *args, **kwargs):
-        seen[-1].append(inputs["input_ids"].clone())
-        return original(self, model, inputs, *args, **kwargs)
-
-    original = StageTrainer.compute_loss
-    monkeypatch.setattr(StageTrainer, "compute_loss", compute)
-    shutil.copytree(trained, tmp_path / "run")
-    for control in (False, True):
-        seen.append([])
-        train(run_dir=tmp_path / "run", control=control, options=RunOptions(device="cpu", force=True))
-    assert len(seen[0]) == 24 and all(torch.equal(*pair) for pair in zip(*seen, strict=True))
-
-
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("trains", "expected"),
     [
         (["compensation", "all"], ["all", "all"]),
         (["followers", "compensation", "lora"], ["lora", "lora", "lora"]),
@@ -96,15 +105,15 @@ def test_rows_come_in_the_same_order(trained, tmp_path, monkeypatch):
         (["everything"], ["everything"]),
     ],
 )
-def test_what_the_base_trains_where_it_has_nothing_of_that_name(given, expected):
-    rates = [10.0**-index for index in range(3, 3 + len(given))]
+def test_what_the_base_trains_where_it_has_nothing_of_that_name(trains, expected):
+    rates = [10.0**-index for index in range(3, 3 + len(trains))]
     spec = [
         TrainStage(trains=name, learning_rate=rate, epochs=0.5, loss="distillation")
-        for name, rate in zip(given, rates, strict=True)
+        for name, rate in zip(trains, rates, strict=True)
     ]
     found = control_stages(spec)
     assert [stage.trains for stage in found] == expected
-    assert [stage.label for stage in found] == given
+    assert [stage.label for stage in found] == trains
     assert {stage.loss for stage in found} == {"cross_entropy"} and {stage.epochs for stage in found} == {0.5}
     own = {stage.trains: stage.learning_rate for stage in spec}
     assert [stage.learning_rate for stage in found] == [own.get(name, TrainStage().learning_rate) for name in expected]
@@ -112,27 +121,39 @@ def test_what_the_base_trains_where_it_has_nothing_of_that_name(given, expected)
     assert targets[0].lora.targets == ("v_proj",)
 
 
-def test_a_stage_that_the_layout_has_nothing_for_is_skipped_by_both(tmp_path):
-    run = make_run(tmp_path / "run", layout=[{}, {"leader": 0, "compensation": "none"}, {}, {}])
-    results = [train(run_dir=run, control=control, options=CPU) for control in (False, True)]
-    assert [[stage.name for stage in result.stages] for result in results] == [["all"], ["all"]]
+def test_a_stage_that_the_layout_has_nothing_for_is_skipped_by_both(trained):
+    config = load_config(locate(str(trained / "converted")), converted=True)
+    config.set_layout(Layout.from_list([{}, {"leader": 0, "compensation": "none"}, {}, {}]))
+    planned, notes = planned_stages([TrainStage(trains="compensation"), TrainStage(trains="all")], config)
+    assert [stage.label for stage in planned] == [stage.label for stage in control_stages(planned)] == ["all"]
+    assert len(notes) == 1 and "'compensation' was skipped" in notes[0]
 
 
-def test_an_interrupted_control_ends_like_any_other(run, trained):
+def test_an_interrupted_control_ends_like_any_other(run, trained, uniattn):
     shutil.rmtree(run / "control")
     with pytest.raises(KeyboardInterrupt):
         train(run_dir=run, control=True, options=RunOptions(device="cpu", progress=Interrupting(9)))
     assert not (run / "control").exists()
     with pytest.raises(StageError, match=r"train\.batch_size: 8 -> 16.*--control --force"):
         train(run_dir=run, control=True, overrides=["train.batch_size=16"], options=CPU)
-    said = Recorder()
-    train(run_dir=run, control=True, options=RunOptions(device="cpu", progress=said))
-    assert any("goes on after step 3 of 8" in text for text in said.notes)
+    done = uniattn("train", "--control", "-C", run, "--device", "cpu", cwd=run)
+    assert done.returncode == 0, done.stderr
+    assert "resumes after step 3 of 8" in done.stderr and "control" in done.stdout
     one, other = weights(run / "control"), weights(trained / "control")
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert without_times(log_of(run / "control")) == without_times(log_of(trained / "control"))
     with pytest.raises(StageError, match=r"control is complete; use --force"):
         train(run_dir=run, control=True, options=CPU)
+
+
+def test_the_control_is_a_teacher_once_it_is_there(run):
+    shutil.rmtree(run / "trained")
+    train(run_dir=run, overrides=DISTIL, options=CPU)
+    teacher = json.loads((run / "trained" / "stage.json").read_text())["inputs"]["teacher"]
+    assert teacher == locate(str(run / "control")).fingerprint
+    shutil.rmtree(run / "control")
+    with pytest.raises(StageError, match=r"control is missing; run `uniattn train recipe\.yaml --control` first"):
+        train(run_dir=run, overrides=DISTIL, options=RunOptions(device="cpu", force=True))
 
 
 def test_evaluation_compares_with_the_control(run):
@@ -155,40 +176,41 @@ def test_evaluation_compares_with_the_control(run):
     assert "− control, paired" in (run / "evaluation" / "report.md").read_text()
 
 
+def change_record(path: Path, **settings) -> None:
+    record = json.loads(path.read_text())
+    for key, value in settings.items():
+        record["settings"]["train" if key == "stages" else "data"][key] = value
+    path.write_text(json.dumps(record))
+
+
 def test_evaluation_says_that_the_control_is_missing_or_unlike(run):
-    train(
-        run_dir=run,
-        control=True,
-        overrides=stages("trains: all, steps: 2"),
-        options=RunOptions(device="cpu", force=True),
-    )
-    notes = evaluated(run).notes
-    assert any("control/ is no fair comparison" in note and "train.stages" in note for note in notes)
-    # What the base wrote is for a model that has a teacher: that the control lacks it is told, and no fault.
+    settings = json.loads((run / "trained" / "stage.json").read_text())["settings"]
+    entries, rows = settings["train"]["stages"], settings["data"]["train"]
+
+    def notes() -> list[str]:
+        subjects = find_subjects(RunDir(run), Recipe.load(run / "recipe.yaml"), [])
+        return [note for note in subjects[1] if "control/" in note]
+
+    assert notes() == []
+    change_record(run / "control" / "stage.json", stages=entries[:1])
+    (fault,) = notes()
+    assert "control/ is no fair comparison" in fault and "train.stages" in fault
+    # What the base wrote is for a model that has a teacher: that the control lacks it is noted, and no fault.
+    written = rows[0] | {"source": "synthetic/text.jsonl", "heldout": False}
+    change_record(run / "trained" / "stage.json", train=[*rows, written])
     path = run / "trained" / "stage.json"
     record = json.loads(path.read_text())
-    rows = record["settings"]["data"]["train"]
-    rows.append(rows[0] | {"source": "synthetic/text.jsonl", "heldout": False})
     record["inputs"]["data"] = "another"
     path.write_text(json.dumps(record))
-    (fault,) = (note for note in evaluated(run).notes if "control/" in note)
+    (fault,) = notes()
     assert "differ in data.train, train.stages, the training rows)" in fault
-    for stage in record["settings"]["train"]["stages"]:
-        stage["loss"] = "distillation"
-    path.write_text(json.dumps(record))
-    (told, fault) = (note for note in evaluated(run).notes if "control/" in note)
-    assert "control/ did not see synthetic/text.jsonl (heldout: false)" in told
+    change_record(path, stages=[stage | {"loss": "distillation"} for stage in entries])
+    (note, fault) = notes()
+    assert "control/ did not see synthetic/text.jsonl (heldout: false)" in note
     assert "differ in train.stages)" in fault
     shutil.rmtree(run / "control")
-    notes = evaluated(run).notes
-    assert any("control/ is missing" in note and "uniattn train recipe.yaml --control" in note for note in notes)
+    (note,) = notes()
+    assert "control/ is missing" in note and "uniattn train recipe.yaml --control" in note
     shutil.rmtree(run / "trained")
     # Nothing has been trained, so there is nothing to be unfair about.
-    assert not any("control/" in note for note in evaluated(run).notes)
-
-
-def test_the_command_writes_control(run, uniattn):
-    shutil.rmtree(run / "control")
-    done = uniattn("train", "--control", "-C", run, "--device", "cpu", cwd=run)
-    assert done.returncode == 0, done.stderr
-    assert (run / "control" / "stage.json").is_file() and "control" in done.stdout
+    assert notes() == []

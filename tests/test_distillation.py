@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_run import make_tokenizer
 from training_run import (
     CPU,
     Interrupting,
     Recorder,
+    fresh_run,
     log_of,
     losses_of,
-    make_run,
-    make_tokenizer,
     stages,
     weights,
     without_times,
@@ -32,22 +32,15 @@ from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import DistillationSpec, ModelSpec, Recipe, TrainSpec, TrainStage
 from uniattn_cli.training import distill
-from uniattn_cli.training.distill import Distiller
+from uniattn_cli.training.distill import Distillation
 from uniattn_cli.training.divergence import TopK, dense_divergence, sparse_divergence, top_k
 
 CHANGED_LAYERS = (1, 3)
-FORCE = RunOptions(device="cpu", force=True)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("distillation") / "run")
 
 
 @pytest.fixture
-def run(template: Path, tmp_path: Path) -> Path:
-    shutil.copytree(template, tmp_path / "run")
-    return tmp_path / "run"
+def run(tmp_path: Path) -> Path:
+    return fresh_run(tmp_path / "run")
 
 
 def logits(*, scale: float = 3.0, seed: int = 0, rows: int = 7, vocabulary: int = 23) -> torch.Tensor:
@@ -113,7 +106,8 @@ def make_trainer(run: Path, spec: DistillationSpec, **changes):
     """A stage's trainer over the converted model with sharp attention, and the teacher."""
     import datasets
 
-    from uniattn_cli.training.trainer import StageTrainer, make_config
+    from uniattn_cli.training.trainer import StageTrainer
+    from uniattn_cli.training.trl_config import make_config
 
     student = load_model(locate(str(run / "converted")), ModelSpec(attention="eager"), torch.device("cpu"))
     teacher = load_model(locate(str(run / "base")), ModelSpec(attention="eager"), torch.device("cpu"))
@@ -134,8 +128,8 @@ def make_trainer(run: Path, spec: DistillationSpec, **changes):
         seed=0,
     )
     rows = datasets.Dataset.from_list([{"input_ids": [4, 5], "labels": [4, 5]}] * 4)
-    distiller = Distiller(spec, teacher, layers=CHANGED_LAYERS)
-    return StageTrainer(student, config, distiller, train_dataset=rows, processing_class=make_tokenizer()), teacher
+    objective = Distillation(spec, teacher, layers=CHANGED_LAYERS)
+    return StageTrainer(student, config, objective, train_dataset=rows, processing_class=make_tokenizer()), teacher
 
 
 def nearly(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -188,10 +182,10 @@ def test_loss_and_gradient_equal_a_computation_by_hand(run, name, packing):
     spec = SPECS[name]
     trainer, teacher = make_trainer(run, spec)
     student, batches = trainer.model.train(), make_batches(packing)
-    trainer.distiller.measure_energies(batches)
+    trainer.objective.prepare(batches)
     batches, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
     for batch in batches:
-        trainer.compute_loss(student, dict(batch), num_items_in_batch=count).backward()
+        trainer.compute_loss(student, dict(batch)).backward()
     parts = trainer.take_step_parts()
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
     student.zero_grad()
@@ -240,7 +234,7 @@ def test_logits_in_pieces_change_nothing(run, name, monkeypatch):
     for size in (1 << 26, 3 * 260):
         monkeypatch.setattr(distill, "LOGITS_AT_ONCE", size)
         trainer, _ = make_trainer(run, SPECS[name])
-        (batch, _) = make_batches(packing=False)
+        ((batch,), _) = trainer.get_batch_samples(iter(make_batches(packing=False)), 1, torch.device("cpu"))
         loss = trainer.compute_loss(trainer.model.train(), batch)
         loss.backward()
         gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
@@ -257,8 +251,11 @@ DISTIL = [
 ]
 
 
-def test_distillation_learns_and_is_logged_by_its_parts(run):
-    before, torn = weights(run / "base"), weights(run / "converted")
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory) -> Path:
+    """A run that distilled. Tests only read it."""
+    run = fresh_run(tmp_path_factory.mktemp("distilled") / "run")
+    torn = weights(run / "converted")
     torch.manual_seed(0)
     for name, tensor in torn.items():
         # Without this there would be nothing to win back.
@@ -266,50 +263,63 @@ def test_distillation_learns_and_is_logged_by_its_parts(run):
             tensor.add_(0.1 * torch.randn_like(tensor))
     save_file(torn, run / "converted" / "model.safetensors", metadata={"format": "pt"})
     train(run_dir=run, overrides=DISTIL, options=CPU)
-    lines = [line for line in log_of(run / "trained") if "loss" in line]
+    return run
+
+
+@pytest.fixture
+def again(distilled: Path, tmp_path: Path) -> Path:
+    """The same run before it was trained."""
+    return Path(shutil.copytree(distilled, tmp_path / "run", ignore=shutil.ignore_patterns("trained")))
+
+
+def test_distillation_learns_and_is_logged_by_its_parts(distilled):
+    lines = [line for line in log_of(distilled / "trained") if "loss" in line]
     for line in lines:
         parts = line["cross_entropy"], line["divergence"], line["attention"]
         assert line["loss"] == pytest.approx(0.5 * parts[0] + 0.5 * parts[1] + 0.5 * parts[2], rel=1e-5)
     for part in ("loss", "cross_entropy", "attention"):
         assert lines[-1][part] < lines[0][part]
-    after = weights(run / "base")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert json.loads((run / "trained" / "stage.json").read_text())["inputs"]["teacher"]
+    record = json.loads((distilled / "trained" / "stage.json").read_text())
+    # The teacher is as it was.
+    assert record["inputs"]["teacher"] == locate(str(distilled / "base")).fingerprint
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        ["train.micro_batch_size=8"],
-        ["train.micro_batch_size=1"],
-        ["train.gradient_checkpointing=true"],
+        ["train.micro_batch_size=1", "train.gradient_checkpointing=true"],
+        pytest.param(["train.micro_batch_size=8"], marks=pytest.mark.slow),
+        pytest.param(["train.gradient_checkpointing=true"], marks=pytest.mark.slow),
     ],
 )
-def test_how_a_step_is_computed_changes_no_loss(run, changes):
-    found = []
-    for extra in ([], changes):
-        train(run_dir=run, overrides=[*DISTIL, *extra], options=FORCE)
-        found.append(losses_of(run / "trained"))
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+def test_how_a_step_is_computed_changes_no_loss(distilled, again, changes):
+    train(run_dir=again, overrides=[*DISTIL, *changes], options=CPU)
+    # Forward passes of other sizes round differently in bfloat16.
+    assert losses_of(again / "trained") == pytest.approx(losses_of(distilled / "trained"), rel=1e-3)
 
 
-def test_interrupted_distillation_ends_like_any_other(run):
-    train(run_dir=run, overrides=DISTIL, options=CPU)
-    expected, reference = log_of(run / "trained"), weights(run / "trained")
-    shutil.rmtree(run / "trained")
+def test_interrupted_distillation_ends_like_any_other(distilled, again):
     with pytest.raises(KeyboardInterrupt):
-        train(run_dir=run, overrides=DISTIL, options=RunOptions(device="cpu", progress=Interrupting(5)))
+        train(run_dir=again, overrides=DISTIL, options=RunOptions(device="cpu", progress=Interrupting(5)))
     said = Recorder()
-    train(run_dir=run, overrides=DISTIL, options=RunOptions(device="cpu", progress=said))
-    assert any("goes on after step 4 of 6" in text for text in said.notes)
-    assert without_times(log_of(run / "trained")) == without_times(expected)
-    after = weights(run / "trained")
+    train(run_dir=again, overrides=DISTIL, options=RunOptions(device="cpu", progress=said))
+    assert any("resumes after step 4 of 6" in text for text in said.notes)
+    assert without_times(log_of(again / "trained")) == without_times(log_of(distilled / "trained"))
+    after, reference = weights(again / "trained"), weights(distilled / "trained")
     assert all(torch.equal(after[name], reference[name]) for name in reference)
 
 
-@pytest.mark.parametrize("tokens", ["learned", "all"])
-@pytest.mark.parametrize("packing", ["false", "true"])
-def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing, tokens):
+@pytest.mark.parametrize(
+    ("packing", "tokens"),
+    [
+        ("true", "all"),
+        *(
+            pytest.param(packing, tokens, marks=pytest.mark.slow)
+            for packing, tokens in (("true", "learned"), ("false", "all"), ("false", "learned"))
+        ),
+    ],
+)
+def test_a_teacher_on_disk_is_as_good_as_a_live_one(run, packing, tokens):
     setting = [
         *stages("trains: all, loss: distillation, steps: 4, learning_rate: 0.003"),
         "train.log_steps=1",
@@ -317,31 +327,48 @@ def test_a_teacher_on_disk_teaches_what_a_live_one_does(run, packing, tokens):
         "train.batch_size=4",
         "train.micro_batch_size=2",
     ]
-    train(run_dir=run, overrides=[*setting, f"train.distillation={{top_k: 6, tokens: {tokens}}}"], options=CPU)
-    live = losses_of(run / "trained")
+    live = [*setting, f"train.distillation={{top_k: 6, tokens: {tokens}}}"]
+    result = train(run_dir=run, overrides=live, options=CPU)
+    expected = losses_of(run / "trained")
+    assert expected[-1] < expected[0] and result.stages[0].rows == 16
     said = Recorder()
     stored = [*setting, f"train.distillation={{top_k: 6, tokens: {tokens}, precompute: true}}"]
-    for _ in range(2):
-        train(run_dir=run, overrides=stored, options=RunOptions(device="cpu", force=True, progress=said))
-        assert losses_of(run / "trained") == pytest.approx(live, rel=1e-5)
+    train(run_dir=run, overrides=stored, options=RunOptions(device="cpu", force=True, progress=said))
+    assert losses_of(run / "trained") == pytest.approx(expected, rel=1e-5)
+    assert len(said.bars["teacher"]) > 1
     (folder,) = (run / "teacher").iterdir()
-    assert len(said.bars["teacher"]) > 1 and sum("are read from" in text for text in said.notes) == 1
     assert json.loads((folder / "teacher.json").read_text())["top_k"] == 6
+
+
+def test_a_teacher_on_disk_is_written_once_for_the_same_settings(run):
+    import datasets
+    from accelerate import PartialState
+
+    from uniattn_cli.training.teaching import Teaching
+
+    rows = datasets.Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}])
+    said = Recorder()
+    for spec in ("top_k: 6", "top_k: 6", "top_k: 6, temperature: 2.0"):
+        setting = f"train.distillation={{{spec}, precompute: true}}"
+        recipe = Recipe.load(run / "recipe.yaml", [*stages("trains: all, loss: distillation"), setting])
+        process = PartialState(cpu=True)
+        teaching = Teaching(recipe, locate(str(run / "base")), rows, "data", run, process, said)
+        stored = teaching.distillation(None, torch.device("cpu")).stored
+        assert stored.ids.shape == (2, 6)
+    assert [("are read from" in note) for note in said.notes] == [False, True, False]
     # Another temperature is another teacher.
-    other = [*setting, "train.distillation={top_k: 6, precompute: true, temperature: 2.0}"]
-    train(run_dir=run, overrides=other, options=FORCE)
     assert len(list((run / "teacher").iterdir())) == 2
 
 
 def test_a_row_that_the_teacher_never_saw_is_refused(run):
+    import datasets
+
     from uniattn_cli.training.stored_teacher import StoredTeacher
     from uniattn_cli.training.teaching import write_teacher
 
     trainer, _ = make_trainer(run, DistillationSpec(top_k=3))
-    import datasets
-
     rows = datasets.Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}])
-    write_teacher(run / "teacher" / "x", trainer.distiller, rows, settings={}, batch_size=2, device=torch.device("cpu"))
+    write_teacher(run / "teacher" / "x", trainer.objective, rows, settings={}, batch_size=2, device=torch.device("cpu"))
     stored = StoredTeacher(run / "teacher" / "x")
     batch = {"input_ids": torch.tensor([[4, 5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
     found = stored.lookup(batch, torch.tensor([[IGNORED, 5, 6, IGNORED]]), "learned")
@@ -350,17 +377,6 @@ def test_a_row_that_the_teacher_never_saw_is_refused(run):
     assert total.tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
     with pytest.raises(StageError, match="lacks a row"):
         stored.lookup(batch, torch.tensor([[IGNORED, IGNORED, 6, IGNORED]]), "learned")
-
-
-def test_the_control_teaches_once_it_is_there(run):
-    setting = [*DISTIL, "train.distillation.teacher=control"]
-    with pytest.raises(StageError, match=r"control is missing; run `uniattn train recipe\.yaml --control` first"):
-        train(run_dir=run, overrides=setting, options=CPU)
-    train(run_dir=run, control=True, overrides=DISTIL, options=CPU)
-    assert all("divergence" not in line for line in log_of(run / "control"))
-    train(run_dir=run, overrides=setting, options=CPU)
-    teacher = json.loads((run / "trained" / "stage.json").read_text())["inputs"]["teacher"]
-    assert teacher == locate(str(run / "control")).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -390,14 +406,14 @@ def test_a_mixture_of_experts_keeps_its_balancing_loss(family):
     base = make_base(next(entry for entry in FAMILIES if entry[0] == family))
     student = build_converted(base, make_layout("mixed", base.config))
     layers = [layer for layer, plan in enumerate(student.config.layout) if plan.kind not in ("own", "none")]
-    distiller = Distiller(DistillationSpec(attention=1.0), base, layers=layers)
+    distillation = Distillation(DistillationSpec(attention=1.0), base, layers=layers)
     tokens = torch.arange(5, 45).view(2, 20)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    distiller.measure_energies([batch])
-    targets = distiller.targets(batch)
+    distillation.prepare([batch])
+    targets = distillation.targets(batch)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        sums = distiller.loss_sums(student, {**inputs, "output_router_logits": True, "use_cache": False}, targets)
+        sums = distillation.loss_sums(student, {**inputs, "output_router_logits": True, "use_cache": False}, targets)
         plain = student(**inputs, labels=tokens, output_router_logits=True, use_cache=False)
     assert sums["router"].item() == pytest.approx(plain.aux_loss.item(), rel=1e-6)
     assert sums["cross_entropy"].item() > 0 and sums["attention"].item() > 0

@@ -56,6 +56,15 @@ def synthesize(**changes):
     return uniattn_cli.synthesize(overrides=overrides(**changes), options=AGAIN)
 
 
+@pytest.fixture(scope="module")
+def usual(made) -> list[dict]:
+    """The texts that are written with the usual settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        synthesize()
+        return written("text.jsonl")
+
+
 def written(name: str) -> list[dict]:
     path = Path("synthetic") / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -98,10 +107,10 @@ def test_there_are_as_many_tokens_as_asked_for_in_rows_that_fit(run):
 
 
 def test_the_likeliest_text_is_that_of_generate(run):
-    model, tokenizer, writer = loaded(temperature=0.0, top_p=1.0, prefix=8, batch_size=16, tokens=4000)
-    found = [entry for batch in writer.batches(training_rows()) for entry in batch]
-    assert {kind for kind, *_ in found} == {"text", "messages"}
-    for kind, row, size in found:
+    model, tokenizer, writer = loaded(temperature=0.0, top_p=1.0, prefix=8, batch_size=8, tokens=700)
+    entries = [entry for batch in writer.batches(training_rows()) for entry in batch]
+    assert {kind for kind, *_ in entries} == {"text", "messages"}
+    for kind, row, size in entries:
         ids = chat_ids(tokenizer, row[:-1]) if kind == "messages" else plain_ids(tokenizer, row)[:8]
         new = 64 - len(ids) + (16 if kind == "messages" else -1)
         tokens = torch.tensor([ids])
@@ -131,16 +140,14 @@ def test_the_same_seed_writes_the_same_whatever_runs_the_model(run):
     ("key", "value"),
     [("temperature", 0.3), ("top_p", 0.2), ("prefix", 20), ("tokens", 400), ("batch_size", 3), ("model", "other")],
 )
-def test_settings_change_what_is_written(key, value, run):
-    synthesize()
-    before = written("text.jsonl")
+def test_settings_change_what_is_written(key, value, run, usual):
     if value == "other":
         make_model(run / "other", seed=1)
     synthesize(**{f"synthesis__{key}": value})
-    assert written("text.jsonl") != before
+    assert written("text.jsonl") != usual
 
 
-def test_rows_of_a_model_are_trained_on_and_never_held_out(run):
+def test_rows_of_a_model_are_trained_on_and_never_held_out(run, usual):
     synthesize()
     files = "{source: synthetic/text.jsonl, heldout: false}, {source: synthetic/chats.jsonl, heldout: false}"
     more = f"[rows.jsonl, {{source: text.txt, format: text}}, {files}]"
@@ -148,9 +155,8 @@ def test_rows_of_a_model_are_trained_on_and_never_held_out(run):
     count = len(written("text.jsonl")) + len(written("chats.jsonl"))
     assert len(training_rows("train", more)) == len(training_rows()) + count
     # And they are not continued once more.
-    before = written("text.jsonl")
     synthesize(data__train=more)
-    assert written("text.jsonl") == before
+    assert written("text.jsonl") == usual
 
 
 def asking(words: str) -> dict:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from training_run import CPU, Interrupting, Recorder, log_of, make_run, stages, weights, without_times
+from training_run import CPU, Interrupting, Recorder, fresh_run, log_of, stages, weights, without_times
 
 from uniattn_cli.commands.train import train
 from uniattn_cli.errors import RecipeError, StageError
@@ -16,35 +17,28 @@ from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LoraSpec, ModelSpec, Recipe, TrainSpec, TrainStage
-from uniattn_cli.training.monitor import WINDOW, Watch
-from uniattn_cli.training.trainer import make_config, warmup_steps
+from uniattn_cli.training.monitor import WINDOW, Log, Monitor, Watch
+from uniattn_cli.training.trl_config import SCHEDULES, make_config, warmup_steps
 
-FORCE = RunOptions(device="cpu", force=True)
 # Losses on validation rows as they would be measured: at the start, and after steps 2, 4, 6 and 8.
 MEASURED = {"middle": [3.0, 2.5, 2.0, 2.2, 2.4], "start": [3.0, 3.5, 3.4, 3.3, 3.2], "end": [3.0, 2.5, 2.4, 2.3, 2.2]}
 KEPT = {"middle": 4, "start": 0, "end": 8}
 SETTING = [*stages("trains: all, steps: 8, learning_rate: 0.003"), "train.eval_steps=2"]
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("validation") / "run")
-
-
 @pytest.fixture
-def run(template: Path, tmp_path: Path) -> Path:
-    shutil.copytree(template, tmp_path / "run")
-    return tmp_path / "run"
+def run(tmp_path: Path) -> Path:
+    return fresh_run(tmp_path / "run")
 
 
 def measure(monkeypatch, losses: list[float], states: dict[int, dict[str, torch.Tensor]] | None = None) -> None:
-    """Lets validation find these losses, one after the other, and keeps the weights that it saw."""
+    """Lets validation measure these losses, one after the other, and keeps the weights that it saw."""
     from uniattn_cli.training import stage
 
-    found = iter(range(len(losses)))
+    indices = iter(range(len(losses)))
 
     def validation_loss(model, rows, *, batch_size):
-        index = next(found)
+        index = next(indices)
         if states is not None:
             states[2 * index] = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
         return losses[index]
@@ -52,8 +46,17 @@ def measure(monkeypatch, losses: list[float], states: dict[int, dict[str, torch.
     monkeypatch.setattr(stage, "validation_loss", validation_loss)
 
 
-@pytest.mark.parametrize("trains", ["all", "lora"])
-@pytest.mark.parametrize("case", MEASURED)
+@pytest.mark.parametrize(
+    ("case", "trains"),
+    [
+        ("middle", "lora"),
+        ("start", "all"),
+        *(
+            pytest.param(case, trains, marks=pytest.mark.slow)
+            for case, trains in (("middle", "all"), ("start", "lora"), ("end", "all"), ("end", "lora"))
+        ),
+    ],
+)
 def test_the_state_of_lowest_validation_loss_is_kept(run, monkeypatch, case, trains):
     states: dict[int, dict[str, torch.Tensor]] = {}
     measure(monkeypatch, MEASURED[case], states)
@@ -88,20 +91,18 @@ def test_the_last_state_is_kept_where_the_recipe_wants_it(run, monkeypatch):
 
 
 def test_an_interruption_changes_nothing_about_the_state_that_is_kept(run, monkeypatch):
-    measure(monkeypatch, MEASURED["middle"])
-    train(run_dir=run, overrides=SETTING, options=CPU)
-    expected, lines = weights(run / "trained"), log_of(run / "trained")
-    shutil.rmtree(run / "trained")
+    states: dict[int, dict[str, torch.Tensor]] = {}
     # The best state, of step 4, comes after the checkpoint of step 3.
-    measure(monkeypatch, MEASURED["middle"])
+    measure(monkeypatch, MEASURED["middle"], states)
     with pytest.raises(KeyboardInterrupt):
         train(run_dir=run, overrides=SETTING, options=RunOptions(device="cpu", progress=Interrupting(5)))
     measure(monkeypatch, MEASURED["middle"][2:])
     result = train(run_dir=run, overrides=SETTING, options=CPU)
     after = weights(run / "trained")
     assert result.stages[0].kept_step == 4
-    assert all(torch.equal(after[name], expected[name]) for name in expected)
-    assert without_times(log_of(run / "trained")) == without_times(lines)
+    assert all(torch.equal(after[name], states[4][name]) for name in after)
+    lines = [(line["step"], line["validation_loss"]) for line in log_of(run / "trained") if "validation_loss" in line]
+    assert lines == list(zip((0, 2, 4, 6, 8), MEASURED["middle"], strict=True))
 
 
 def test_validation_rows_are_others_than_those_of_the_report(run):
@@ -125,7 +126,8 @@ def test_validation_rows_are_others_than_those_of_the_report(run):
 
 def test_validation_scores_as_the_report_does(run):
     from uniattn_cli.models.losses import Rows, row_losses
-    from uniattn_cli.training import validation
+    from uniattn_cli.training.objective import attach_objective
+    from uniattn_cli.training.validation import validation_loss
 
     model = load_model(locate(str(run / "converted")), ModelSpec(), torch.device("cpu"))
     torch.manual_seed(0)
@@ -133,13 +135,13 @@ def test_validation_scores_as_the_report_does(run):
     labels = [torch.where(torch.arange(len(row)) < 2, -100, row) for row in tokens]
     rows = Rows(tokens, labels)
     expected = row_losses(model, rows, batch_size=2).summary().mean
-    validation.attach_objective(model)
+    attach_objective(model)
     model.train()
-    assert validation.validation_loss(model, rows, batch_size=3) == pytest.approx(expected, rel=1e-6)
+    assert validation_loss(model, rows, batch_size=3) == pytest.approx(expected, rel=1e-6)
     assert model.training
 
 
-def test_a_loss_that_runs_off_stops_and_keeps_the_last_checkpoint(run):
+def test_training_that_diverges_stops_and_keeps_the_last_checkpoint(run):
     setting = [*stages("trains: everything, steps: 40, learning_rate: 1.0"), "train.schedule=constant"]
     with pytest.raises(StageError, match=r"diverged: the loss of stage 'everything' has risen to .* learning_rate"):
         train(run_dir=run, overrides=[*setting, "train.max_rise=1.5"], options=CPU)
@@ -147,10 +149,19 @@ def test_a_loss_that_runs_off_stops_and_keeps_the_last_checkpoint(run):
     assert (checkpoint / "trainer_state.json").is_file() and not (run / "trained").exists()
 
 
-def test_a_validation_loss_that_runs_off_stops(run, monkeypatch):
-    measure(monkeypatch, [3.0, 3.5, 5.5, 3.0])
-    with pytest.raises(StageError, match=r"validation rows has risen to 5\.50, from 3\.00 at step 4"):
-        train(run_dir=run, overrides=SETTING, options=CPU)
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [(5.5, r"validation rows has risen to 5\.50, from 3\.00 at step 4"), (float("nan"), "validation rows is nan at")],
+)
+def test_a_validation_loss_that_diverges_stops(tmp_path, loss, says):
+    measured = iter([3.0, 3.5, loss])
+    log = Log(tmp_path / "log.jsonl", writes=True)
+    monitor = Monitor("all", 8, [1] * 8, log, print, validate=lambda model: next(measured), max_rise=2.0)
+    trainer = SimpleNamespace(model=None, report=lambda **figures: None, args=SimpleNamespace(output_dir=str(tmp_path)))
+    monitor.on_train_begin(None, None, None, trainer=trainer)
+    monitor._validate(trainer, 2)
+    with pytest.raises(StageError, match=says):
+        monitor._validate(trainer, 4)
 
 
 def test_watching_ignores_single_steps_and_falls():
@@ -169,30 +180,23 @@ def test_warm_up_is_never_too_short_unless_it_is_off():
     assert warmup_steps(spec, TrainStage(warmup=0.3), 100) == 30
 
 
-def test_a_stage_has_its_own_schedule(run):
-    setting = stages(
-        "trains: all, steps: 4, name: flat, schedule: constant, learning_rate: 0.001",
-        "trains: all, steps: 4, name: falling, schedule: linear, learning_rate: 0.001",
-    )
-    train(run_dir=run, overrides=[*setting, "train.log_steps=1"], options=CPU)
-    rates = [line["learning_rate"] for line in log_of(run / "trained") if "loss" in line]
-    assert rates[:4] == [0.001] * 4 and rates[4:] == pytest.approx([0.001, 0.00075, 0.0005, 0.00025])
+def config_of(spec: TrainSpec, tmp_path: Path, stage: TrainStage | None = None):
+    cpu = torch.device("cpu")
+    return make_config(spec, stage or TrainStage(), folder=tmp_path, steps=3, accumulation=1, device=cpu, seed=0)
 
 
-def config_of(spec: TrainSpec, tmp_path: Path):
-    return make_config(spec, TrainStage(), folder=tmp_path, steps=3, accumulation=1, device=torch.device("cpu"), seed=0)
+def test_a_stage_has_its_own_schedule(tmp_path):
+    kinds = [config_of(TrainSpec(), tmp_path, TrainStage(schedule=each)).lr_scheduler_type for each in SCHEDULES]
+    assert [str(getattr(kind, "value", kind)) for kind in kinds] == list(SCHEDULES.values())
+    kind = config_of(TrainSpec(schedule="linear"), tmp_path).lr_scheduler_type
+    assert getattr(kind, "value", kind) == "linear"
 
 
 def test_optimizers_of_transformers_are_passed_through(run, tmp_path):
-    assert config_of(TrainSpec(optimizer="adafactor"), tmp_path).optim == "adafactor"
-    losses = []
     for name in ("sgd", "adafactor"):
-        setting = [*stages("trains: all, steps: 3, learning_rate: 0.01"), f"train.optimizer={name}", "train.keep=last"]
-        train(run_dir=run, overrides=setting, options=FORCE)
-        losses.append(weights(run / "trained")["model.layers.0.mlp.up_proj.weight"])
-    assert not torch.equal(*losses)
+        assert config_of(TrainSpec(optimizer=name), tmp_path).optim == name
     with pytest.raises(RecipeError, match=r"unknown 'adamw_8bits' \(did you mean 'adamw_8bit'\?\)"):
-        train(run_dir=run, overrides=["train.optimizer=adamw_8bits"], options=FORCE)
+        train(run_dir=run, overrides=["train.optimizer=adamw_8bits"], options=CPU)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_reporters_get_losses_and_write_into_the_output(run, monkeypatch):
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
 
-    from uniattn_cli.training import trainer
+    from uniattn_cli.training import trl_config
 
     seen = []
 
@@ -234,7 +238,7 @@ def test_reporters_get_losses_and_write_into_the_output(run, monkeypatch):
             seen.append((os.environ["TENSORBOARD_LOGGING_DIR"], args.run_name, logs))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Reporter)
-    monkeypatch.setattr(trainer, "check_reporters", lambda names: None)
+    monkeypatch.setattr(trl_config, "check_reporters", lambda names: None)
     setting = [*stages("trains: all, steps: 4"), "train.report_to=[tensorboard]"]
     train(run_dir=run, overrides=setting, options=CPU)
     assert {Path(folder).parent.name for folder, _, _ in seen} == {"tensorboard"}
@@ -258,6 +262,7 @@ def test_lora_names_only_what_exists_and_leaves_low_rank_compensation_to_itself(
     assert "model.layers.1.self_attn.compensation" not in adapted_names(model, full)
 
 
+@pytest.mark.slow
 def test_lora_dropout_resumes_exactly(run):
     setting = stages("trains: lora, steps: 8, learning_rate: 0.003, lora: {dropout: 0.3, rank: 4}")
     result = train(run_dir=run, overrides=setting, options=CPU)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_run import make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_converted, save_checkpoint
@@ -17,28 +21,7 @@ from uniattn_cli.options import RunOptions, Silent
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = [{}, {"leader": 0}, {}, {"leader": 2, "compensation": 4}]
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
-    "{% else %}<|assistant|>{{ m['content'] }}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 CPU = RunOptions(device="cpu")
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
-    vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def make_rows(count: int = 240) -> list[dict]:
@@ -55,6 +38,8 @@ def make_run(folder: Path, *, layout: list[dict] = LAYOUT, dtype: torch.dtype = 
     """A run directory with `base/`, `converted/`, `data.jsonl` and `recipe.yaml`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
+    # Training needs one of its own, which must not reach what is saved.
+    tokenizer.pad_token = None
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -95,6 +80,19 @@ def make_run(folder: Path, *, layout: list[dict] = LAYOUT, dtype: torch.dtype = 
     return folder
 
 
+@functools.cache
+def _template() -> tempfile.TemporaryDirectory:
+    """Holds a run directory, made once per process and removed at its end."""
+    folder = tempfile.TemporaryDirectory()
+    make_run(Path(folder.name) / "run")
+    return folder
+
+
+def fresh_run(folder: Path) -> Path:
+    """A copy of the usual run directory; its recipe names the base and the data of the original."""
+    return Path(shutil.copytree(Path(_template().name) / "run", folder))
+
+
 def stages(*entries: str) -> list[str]:
     return [f"train.stages=[{', '.join('{' + entry + '}' for entry in entries)}]"]
 
@@ -120,7 +118,7 @@ def without_times(lines: list[dict]) -> list[dict]:
 
 
 class Recorder(Silent):
-    """Keeps what a stage says."""
+    """Keeps the notes, warnings and progress of a stage."""
 
     def __init__(self):
         self.notes: list[str] = []

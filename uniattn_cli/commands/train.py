@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.models.losses import Loss
-from uniattn_cli.options import Progress, RunOptions
+from uniattn_cli.options import Progress, RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe, TrainStage
 from uniattn_cli.run.directory import COMMANDS, RunDir
 from uniattn_cli.run.files import write_json
@@ -21,11 +21,11 @@ from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     import datasets
+    from accelerate import PartialState
 
     from uniattn_cli.data.sequences import Tokenised
     from uniattn_cli.models.hub import Source
     from uniattn_cli.models.losses import Rows
-    from uniattn_cli.training.process import Process
     from uniattn_cli.training.stage import Job, StageResult
 
 REPORT_FILE = "uniattn_report.json"
@@ -62,7 +62,7 @@ def train(
 ) -> Training:
     """Trains the converted model and writes `trained/`, or trains its base in the same way and writes `control/`.
 
-    Goes on where an interrupted run with the same settings was.
+    Resumes an interrupted run that had the same settings.
 
     Args:
         run_dir: holds `recipe.yaml` and `converted/`.
@@ -77,7 +77,7 @@ def train(
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.models.loading import load_config
     from uniattn_cli.training.preview import endless
-    from uniattn_cli.training.process import Process
+    from uniattn_cli.training.process import join_processes, shared_output
     from uniattn_cli.training.trained import control_stages, planned_stages
 
     run = RunDir(run_dir)
@@ -89,9 +89,9 @@ def train(
     stages, notes = planned_stages(settings.train.stages, config)
     stages = control_stages(stages) if control else stages
     teacher = None if control else _teacher(run, settings, stages, base)
-    process = Process.current(options)
+    process = join_processes(options)
     _check(settings, stages, process)
-    progress = process.progress(options)
+    progress = options.progress if process.is_main_process else Silent()
     source = base if control else converted
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, heldout = _data(settings, tokenizer, progress)
@@ -105,6 +105,7 @@ def train(
         inputs["teacher"] = teacher.fingerprint
     _refuse_changes(run, verb, settings, inputs, options.force)
 
+    from uniattn_cli.training.monitor import Log
     from uniattn_cli.training.stage import Job
     from uniattn_cli.training.teaching import Teaching
     from uniattn_cli.training.trainer import pack
@@ -113,7 +114,7 @@ def train(
     lengths = [len(row) for row in sequences["input_ids"]]
     progress.note(_step_size(settings, rows, lengths, process))
     teaching = Teaching(settings, teacher, rows.dataset, inputs["data"], run.root, process, progress)
-    with process.output(run, verb, settings, inputs, force=options.force, decisive=DECISIVE) as partial:
+    with shared_output(process, run, verb, settings, inputs, force=options.force, decisive=DECISIVE) as partial:
         job = Job(
             recipe=settings,
             stages=stages,
@@ -127,14 +128,14 @@ def train(
             partial=partial,
             process=process,
             progress=progress,
-            log=_log(partial, process),
+            log=Log(partial / LOG_FILE, writes=process.is_main_process),
         )
         names = ("base", "control") if control else ("converted", "trained")
         result = _train(job, rows, heldout, run.output(verb), names, notes)
     return result
 
 
-def _check(recipe: Recipe, stages: Sequence[TrainStage], process: Process) -> None:
+def _check(recipe: Recipe, stages: Sequence[TrainStage], process: PartialState) -> None:
     """Finds out about what is missing or impossible here, before anything slow begins.
 
     Raises:
@@ -144,12 +145,12 @@ def _check(recipe: Recipe, stages: Sequence[TrainStage], process: Process) -> No
     from uniattn_cli.training import lora
     from uniattn_cli.training.order import accumulation
     from uniattn_cli.training.stage import quiet_training
-    from uniattn_cli.training.trainer import check_reporters, make_config
+    from uniattn_cli.training.trl_config import check_reporters, make_config
 
     spec = recipe.train
-    passes = accumulation(spec, process.world)
+    passes = accumulation(spec, process.num_processes)
     check_reporters(spec.report_to)
-    if spec.fsdp and process.world == 1:
+    if spec.fsdp and process.num_processes == 1:
         raise RecipeError(
             "train.fsdp needs several processes; start with `accelerate launch` or `torchrun`, or unset it"
         )
@@ -165,7 +166,7 @@ def _check(recipe: Recipe, stages: Sequence[TrainStage], process: Process) -> No
 
 
 def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: Source) -> Source | None:
-    """The model that teaches, None where no stage distils.
+    """The teacher, None where no stage distils.
 
     Raises:
         StageError: the control is the teacher, and is missing or of another base.
@@ -180,13 +181,13 @@ def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: So
     if made_from != base.fingerprint:
         raise StageError(
             f"{run.output('control')} was trained from another base ({made_from}, now {base.fingerprint}); run "
-            f"`uniattn {COMMANDS['control']} --force` or mend model.name"
+            f"`uniattn {COMMANDS['control']} --force` or correct model.name"
         )
     return find(run, CONTROL)
 
 
 def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force: bool) -> None:
-    """Never goes on with other settings than an interrupted run had, and never throws its work away unasked.
+    """Never resumes with other settings than an interrupted run had, and never throws its work away unasked.
 
     Raises:
         StageError: says what is different.
@@ -200,19 +201,19 @@ def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force:
         changes = [f"{run.partial(verb)} has no readable record"]
     if changes:
         raise StageError(
-            f"an interrupted run had other settings, data or weights ({'; '.join(changes)}); undo the change to go on "
-            f"where it was, or start over with `uniattn {COMMANDS[verb]} --force`"
+            f"an interrupted run had other settings, data or weights ({'; '.join(changes)}); undo the change to "
+            f"resume it, or start over with `uniattn {COMMANDS[verb]} --force`"
         )
 
 
-def _step_size(recipe: Recipe, rows: Tokenised, lengths: Sequence[int], process: Process) -> str:
+def _step_size(recipe: Recipe, rows: Tokenised, lengths: Sequence[int], process: PartialState) -> str:
     """How much an optimiser step sees, and how it is divided; the first does not depend on the second."""
     from uniattn_cli.training.order import accumulation
 
     spec = recipe.train
     tokens = spec.batch_size * sum(lengths) / len(lengths)
-    passes = accumulation(spec, process.world)
-    processes = f" x {process.world} processes" if process.world > 1 else ""
+    passes = accumulation(spec, process.num_processes)
+    processes = f" x {process.num_processes} processes" if process.num_processes > 1 else ""
     return (
         f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {rows.counts.share:.0%} of "
         f"them learned ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
@@ -234,7 +235,7 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
         name = record.get("settings", {}).get("model", {}).get("name", "another model")
         raise StageError(
             f"{run.output('convert')} was made from {name} ({made_from}), but the recipe names {recipe.model.name} "
-            f"({base.fingerprint}); run `uniattn convert --force` or mend model.name"
+            f"({base.fingerprint}); run `uniattn convert --force` or correct model.name"
         )
     return base, find(run, CONVERTED)
 
@@ -280,24 +281,18 @@ def _validation(recipe: Recipe, tokenizer, heldout: Rows | None, progress: Progr
     if rows is not None and len(rows) >= FEWEST_VALIDATION_ROWS:
         return rows
     progress.note(
-        "too few rows are held out for a validation set of its own: the state to keep is chosen on the rows that the "
-        "loss on held-out responses is reported for (a larger data.holdout mends that)"
+        "too few rows are held out for a separate validation set: the weights to keep are chosen on the rows for which "
+        "the loss on held-out responses is reported (a larger data.holdout avoids that)"
     )
     return heldout
 
 
 def _digest(rows: datasets.Dataset) -> str:
     """Identifies tokens and labels, so that a resumed run never goes on with other data."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for row in zip(rows["input_ids"], rows["labels"], strict=True):
-        found.update(json.dumps(row).encode())
-    return found.hexdigest()[:16]
-
-
-def _log(partial: Path, process):
-    from uniattn_cli.training.monitor import Log
-
-    return Log(partial / LOG_FILE, process.is_main)
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()[:16]
 
 
 def _train(
@@ -341,7 +336,7 @@ def _train(
     for words in trouble:
         progress.warn(words)
     notes = [*notes, *_kept_notes(results), *trouble]
-    if job.process.is_main:
+    if job.process.is_main_process:
         save_checkpoint(model, job.tokenizer, job.partial)
         _write_report(job, rows, results, losses)
         shutil.rmtree(job.work)
@@ -351,7 +346,7 @@ def _train(
 
 def _trouble(results: Sequence[StageResult], losses: dict[str, Loss], names: tuple[str, str]) -> list[str]:
     """What a user must not overlook: training that did not help, as a whole or in a stage."""
-    found = [
+    warnings = [
         f"STAGE '{result.name}' DID NOT IMPROVE THE MODEL: the loss on validation rows was lowest before it "
         f"({result.validation[0]:.4f}), so its weights were not kept; try a lower learning_rate (train.keep: last "
         "keeps them)"
@@ -359,11 +354,11 @@ def _trouble(results: Sequence[StageResult], losses: dict[str, Loss], names: tup
         if result.kept_step == 0
     ]
     if losses and losses[names[1]].mean > losses[names[0]].mean:
-        found.append(
+        warnings.append(
             f"TRAINING MADE HELD-OUT RESPONSES WORSE: {losses[names[0]].mean:.4f} before, {losses[names[1]].mean:.4f} "
             "after; try a lower learning_rate in train.stages"
         )
-    return found
+    return warnings
 
 
 def _kept_notes(results: Sequence[StageResult]) -> list[str]:

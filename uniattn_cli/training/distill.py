@@ -15,7 +15,7 @@ the attention output is that of the attention block, where a follower's compensa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from uniattn_cli.models.losses import IGNORED, LOGITS_AT_ONCE, head_logits
 from uniattn_cli.recipe.schema import DistillationSpec
 from uniattn_cli.training.divergence import TopK, dense_divergence, sparse_divergence, top_k
+from uniattn_cli.training.objective import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,25 +81,27 @@ def _pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def attention_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects what the attention blocks of these layers give in the forward pass inside, [batch, tokens, hidden]."""
-    found: dict[int, torch.Tensor] = {}
+    """Collects the outputs of these layers' attention in the forward pass inside, each [batch, tokens, hidden]."""
+    outputs: dict[int, torch.Tensor] = {}
 
     def keep(layer: int) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            found[layer] = output[0]
+            outputs[layer] = output[0]
 
         return hook
 
     handles = [model.model.layers[layer].self_attn.register_forward_hook(keep(layer)) for layer in layers]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-class Distiller:
-    """Compares a student with its teacher.
+class Distillation(Objective):
+    """Cross-entropy, the divergence from a teacher's distribution, and the distance from its attention outputs.
+
+    Neither this nor the teacher is a part of the trained model: they are not trained, saved, wrapped or moved.
 
     Args:
         spec: weights, temperature, top_k.
@@ -119,10 +122,15 @@ class Distiller:
         self.stored = stored
         self.layers = tuple(layers) if spec.attention else ()
         self.energies: dict[int, float] = {}
+        self.weights = {"cross_entropy": 1 - spec.weight}
+        if spec.weight:
+            self.weights["divergence"] = spec.weight
+        if self.layers:
+            self.weights["attention"] = spec.attention
 
     @torch.no_grad()
-    def measure_energies(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Sets E_layer from micro-batches with `labels`, those of the stage's first step."""
+    def prepare(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Sets E_layer from the stage's first step."""
         sums, count = dict.fromkeys(self.layers, 0.0), 0
         for batch in batches if self.layers else ():
             targets = self.targets(batch)
@@ -131,13 +139,18 @@ class Distiller:
                 sums[layer] += output.double().square().sum().item()
         self.energies = {layer: total / max(count, 1) for layer, total in sums.items()}
 
+    def counts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        learned = (inputs["labels"][:, 1:] != IGNORED).sum()
+        compared = compared_positions(inputs, inputs["labels"], self.spec.tokens).sum()
+        return {name: learned if name == "cross_entropy" else compared for name in self.weights}
+
     @torch.no_grad()
     def targets(self, inputs: dict[str, torch.Tensor]) -> Targets:
-        """What the teacher says about a micro-batch with `labels`; the rest of it is the teacher's input too."""
+        """The teacher's outputs at the compared positions."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         compared = compared_positions(inputs, labels, self.spec.tokens)
-        # Found once: the device has to be waited for, which a mask in place of indices would do again in each layer.
+        # Indices once: the device has to be waited for, which a mask in place of indices would do again in each layer.
         places = F.pad(compared, (0, 1)).flatten().nonzero().squeeze(1)
         if self.teacher is None:
             return Targets(labels, compared, places, top_k=self.stored.lookup(inputs, labels, self.spec.tokens))
@@ -156,29 +169,13 @@ class Distiller:
         pieces = [top_k(self.teacher_logits(part), spec.top_k, spec.temperature) for part in hidden.split(size)]
         return TopK(*(torch.cat([getattr(each, name) for each in pieces]) for name in ("ids", "logprobs", "rest")))
 
-    def count(self, batches: Sequence[dict[str, torch.Tensor]]) -> int:
-        """Compared tokens of micro-batches with `labels`."""
-        counts = (compared_positions(batch, batch["labels"], self.spec.tokens).sum() for batch in batches)
-        return sum(int(count) for count in counts)
-
-    def loss_sums(self, student: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> dict[str, torch.Tensor]:
-        """Runs the student and sums each part of the loss over its tokens.
-
-        Args:
-            student: may be inside DDP or FSDP; this is called in its forward (see `attach_objective`).
-            inputs: without labels.
-            targets: what `targets` gave for the same rows.
-
-        Returns:
-            Scalars, without their weights: `cross_entropy` over learned tokens, `divergence` and `attention` over
-            compared ones, where they have a weight; for a mixture of experts `router`, a mean.
-        """
+    def loss_sums(self, model: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> dict[str, torch.Tensor]:
         places = targets.places
-        with attention_outputs(student, self.layers) as outputs:
-            backbone = student.model(**inputs)
+        with attention_outputs(model, self.layers) as outputs:
+            backbone = model.model(**inputs)
         # The label of a position is the next token's; the last of a row is never compared.
         labels = targets.labels.roll(-1, dims=1).flatten()[places]
-        parts = self._token_parts(student, _pick(backbone.last_hidden_state, places), labels, targets)
+        parts = self._token_parts(model, _pick(backbone.last_hidden_state, places), labels, targets)
         if self.layers:
             errors = [
                 (_pick(outputs[layer], places).float() - targets.attention[layer].float()).square().sum()
@@ -187,36 +184,30 @@ class Distiller:
             ]
             parts["attention"] = torch.stack(errors).mean()
         if getattr(backbone, "router_logits", None) is not None:
-            parts["router"] = router_loss(student, backbone.router_logits, inputs.get("attention_mask"))
+            parts["router"] = router_loss(model, backbone.router_logits, inputs.get("attention_mask"))
         return parts
 
-    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss from the mean of each of its parts."""
-        spec = self.spec
-        weights = {"cross_entropy": 1 - spec.weight, "divergence": spec.weight, "attention": spec.attention}
-        return sum(weights[name] * value for name, value in parts.items())
-
     def _token_parts(
-        self, student: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets
+        self, model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets
     ) -> dict[str, torch.Tensor]:
         """Cross-entropy and divergence, in pieces of positions whose logits are computed again for the gradient."""
-        size = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
+        size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
         pieces = [slice(start, start + size) for start in range(0, max(len(labels), 1), size)]
         cross_entropy = divergence = hidden.new_zeros((), dtype=torch.float32)
         for piece in pieces:
-            arguments = (student, hidden[piece], labels[piece], targets, piece)
+            arguments = (model, hidden[piece], labels[piece], targets, piece)
             if len(pieces) > 1 and torch.is_grad_enabled():
-                found = checkpoint(self._piece, *arguments, use_reentrant=False)
+                sums = checkpoint(self._piece, *arguments, use_reentrant=False)
             else:
-                found = self._piece(*arguments)
-            cross_entropy, divergence = cross_entropy + found[0], divergence + found[1]
+                sums = self._piece(*arguments)
+            cross_entropy, divergence = cross_entropy + sums[0], divergence + sums[1]
         parts = {"cross_entropy": cross_entropy}
         return parts | {"divergence": divergence} if self.spec.weight else parts
 
     def _piece(
-        self, student: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets, piece: slice
+        self, model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, targets: Targets, piece: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head_logits(student, hidden).float()
+        logits = head_logits(model, hidden).float()
         cross_entropy = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         if not self.spec.weight:
             return cross_entropy, torch.zeros_like(cross_entropy)

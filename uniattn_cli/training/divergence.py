@@ -67,7 +67,7 @@ def sparse_divergence(logits: torch.Tensor, teacher: TopK, temperature: float) -
 
     Args:
         logits: the student's, [positions, vocabulary].
-        teacher: what `top_k` gave at the same temperature.
+        teacher: result of `top_k` at the same temperature.
 
     Returns:
         float32 [positions].
@@ -76,8 +76,8 @@ def sparse_divergence(logits: torch.Tensor, teacher: TopK, temperature: float) -
     total = scaled.logsumexp(-1)
     picked = scaled.gather(-1, teacher.ids) - total[:, None]
     rest = _rest(scaled, teacher.ids, total)
-    found = (teacher.logprobs.exp() * (teacher.logprobs - picked)).sum(-1) + teacher.rest.exp() * (teacher.rest - rest)
-    return temperature**2 * found
+    kept = (teacher.logprobs.exp() * (teacher.logprobs - picked)).sum(-1)
+    return temperature**2 * (kept + teacher.rest.exp() * (teacher.rest - rest))
 
 
 def dense_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:

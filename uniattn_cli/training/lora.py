@@ -41,13 +41,13 @@ def adapted_names(model: PreTrainedModel, spec: LoraSpec) -> list[str]:
     factors = {
         id(part) for module in model.modules() if isinstance(module, LowRankCompensation) for part in module.modules()
     }
-    found = []
+    names = []
     for name, module in _linear_layers(model):
         last = name.rpartition(".")[2]
         if id(module) in factors or (last == "compensation" and spec.compensation == "full"):
             continue
         if not spec.targets or last in spec.targets:
-            found.append(name)
+            names.append(name)
     known = sorted({name.rpartition(".")[2] for name, module in _linear_layers(model) if id(module) not in factors})
     for target in spec.targets:
         if target not in known:
@@ -55,7 +55,7 @@ def adapted_names(model: PreTrainedModel, spec: LoraSpec) -> list[str]:
                 f"lora.targets: no layer has a linear layer '{target}'{suggest(target, known)} "
                 f"(there are: {', '.join(known)})"
             )
-    return found
+    return names
 
 
 def _linear_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:

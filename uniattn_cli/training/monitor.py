@@ -18,6 +18,8 @@ from uniattn_cli.run.files import read_json, read_lines, write_json
 from uniattn_cli.training.trainer import diverged, save_weights
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from uniattn_cli.training.trainer import StageTrainer
 
 # Written into a checkpoint after everything else; a checkpoint without it was interrupted while it was written.
@@ -91,7 +93,7 @@ class Best:
 
 
 class Watch:
-    """Decides from the losses of the steps whether training has run off.
+    """Decides from the losses of the steps whether training diverged.
 
     Args:
         max_rise: nats by which the mean of the last steps may exceed the lowest such mean before.
@@ -117,7 +119,7 @@ class Watch:
 
 
 class Monitor(TrainerCallback):
-    """Watches one stage.
+    """Watches one stage; `StageTrainer` passes itself to each callback.
 
     Args:
         stage: its name, for the log.
@@ -125,7 +127,7 @@ class Monitor(TrainerCallback):
         tokens: tokens of each step, padding not counted.
         log: where lines go.
         advance: the progress bar.
-        validate: gives the loss on validation rows; None where there are none.
+        validate: measures a model's loss on validation rows; None where there are none.
         every: steps between two validations.
         max_rise: see `Watch`; also how far the loss on validation rows may exceed that of the start.
 
@@ -143,7 +145,7 @@ class Monitor(TrainerCallback):
         log: Log,
         advance: Callable[..., None],
         *,
-        validate: Callable[[], float] | None = None,
+        validate: Callable[[PreTrainedModel], float] | None = None,
         every: int = 1,
         max_rise: float = math.inf,
     ):
@@ -155,7 +157,6 @@ class Monitor(TrainerCallback):
         self.validate = validate
         self.every = every
         self.watch = Watch(max_rise)
-        self.trainer: StageTrainer | None = None
         self.seconds = 0.0
         self.best: Best | None = None
         self.last = math.nan
@@ -166,7 +167,7 @@ class Monitor(TrainerCallback):
         self._clock = 0.0
 
     def resume(self, checkpoint: Path) -> None:
-        """Takes up where a checkpoint was written."""
+        """Goes on where a checkpoint was written."""
         kept = read_json(checkpoint / MARKER, f"remove {checkpoint} and run the same command again")
         self.seconds, self._losses, self._logged = kept["seconds"], kept["losses"], tuple(kept["logged"])
         self.watch.recent = kept["recent"]
@@ -175,19 +176,21 @@ class Monitor(TrainerCallback):
         self._saved_best = self.best.folder if self.best else None
         self._resumed = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any) -> None:
         if self.validate is not None and not self._resumed:
-            self._validate(0)
+            self._validate(trainer, 0)
         self._clock = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = self.trainer.take_step_loss()
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any
+    ) -> None:
+        loss = trainer.take_step_loss()
         trouble = self.watch.trouble(loss)
         if trouble:
             raise diverged(f"the loss of stage '{self.stage}' {trouble}", state.global_step + 1, args.output_dir)
-        self._losses.append({"loss": loss, **self.trainer.take_step_parts()})
+        self._losses.append({"loss": loss, **trainer.take_step_parts()})
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any) -> None:
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         self.seconds += elapsed
@@ -198,16 +201,16 @@ class Monitor(TrainerCallback):
             control.should_log = True
             control.should_save = False  # the stage's result is written instead
         if self.validate is not None and (step % self.every == 0 or step == self.steps):
-            self._validate(step)
+            self._validate(trainer, step)
             # Measuring is not training; it must not count as time per token.
             self._clock = time.perf_counter()
 
-    def _validate(self, step: int) -> None:
-        self.last = loss = self.validate()
+    def _validate(self, trainer: StageTrainer, step: int) -> None:
+        self.last = loss = self.validate(trainer.model)
         first = loss if self.best is None else self.best.first
         self.log.add({"stage": self.stage, "step": step, "validation_loss": loss, "seconds": self.seconds})
-        self.trainer.report(validation_loss=loss)
-        folder = self.trainer.args.output_dir
+        trainer.report(validation_loss=loss)
+        folder = trainer.args.output_dir
         if not math.isfinite(loss):
             raise diverged(f"the loss of stage '{self.stage}' on validation rows is {loss}", step, folder)
         if loss > first + self.watch.max_rise:
@@ -216,11 +219,11 @@ class Monitor(TrainerCallback):
         if self.best is None or loss < self.best.loss:
             self.best = Best(step, loss, first)
             if step:
-                self._keep_best(Path(folder))
+                self._keep_best(trainer, Path(folder))
 
-    def _keep_best(self, folder: Path) -> None:
+    def _keep_best(self, trainer: StageTrainer, folder: Path) -> None:
         """Writes the present weights, and removes those that neither they nor the last checkpoint need."""
-        state = self.trainer.trained_state()
+        state = trainer.trained_state()
         if self.log.writes:
             save_weights(state, folder / self.best.folder)
             self._remove_others(folder, {self.best.folder, self._saved_best})
@@ -250,8 +253,8 @@ class Monitor(TrainerCallback):
         )
         self._losses, self._logged = [], (step, self.seconds)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()
+    def on_save(self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any) -> None:
+        trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             checkpoint = folder / f"checkpoint-{state.global_step}"

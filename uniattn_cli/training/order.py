@@ -36,18 +36,18 @@ def batches(
     Returns:
         `steps` lists of `batch_size` indices into `lengths`.
     """
-    rows = len(lengths)
+    count = len(lengths)
     passes: dict[int, list[int]] = {}
 
     def row(position: int) -> int:
-        number, offset = divmod(position, rows)
+        number, offset = divmod(position, count)
         if number not in passes:
-            passes[number] = random.Random(f"{seed}/{number}").sample(range(rows), rows)
+            passes[number] = random.Random(f"{seed}/{number}").sample(range(count), count)
         return passes[number][offset]
 
     def longest_first(begin: int, end: int) -> list[int]:
-        found = [row(position) for position in range(begin * batch_size, end * batch_size)]
-        return sorted(found, key=lambda index: -lengths[index])
+        rows = [row(position) for position in range(begin * batch_size, end * batch_size)]
+        return sorted(rows, key=lambda index: -lengths[index])
 
     if not grouped:
         return [longest_first(step, step + 1) for step in range(first, first + steps)]

@@ -90,5 +90,5 @@ def _generation_stops(model: Path) -> list[int]:
     path = model / "generation_config.json"
     if not path.is_file():
         return []
-    found = read_json(path, "copy it again from the base model", CheckpointError).get("eos_token_id")
-    return found if isinstance(found, list) else [] if found is None else [found]
+    stops = read_json(path, "copy it again from the base model", CheckpointError).get("eos_token_id")
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]

@@ -10,10 +10,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
@@ -24,25 +24,18 @@ from uniattn_cli.recipe.schema import Recipe, TrainStage
 from uniattn_cli.run.files import read_json, write_json
 from uniattn_cli.training.lora import merged_weights
 from uniattn_cli.training.monitor import Best, Log, Monitor, last_checkpoint
+from uniattn_cli.training.objective import CrossEntropy, Objective
 from uniattn_cli.training.order import accumulation, batches, stage_steps
-from uniattn_cli.training.process import Process
 from uniattn_cli.training.trained import prepare
-from uniattn_cli.training.trainer import (
-    WEIGHTS,
-    StageTrainer,
-    compute_dtype,
-    load_trained,
-    make_config,
-    save_weights,
-    tokens_per_step,
-    training_attention,
-)
+from uniattn_cli.training.trainer import WEIGHTS, StageTrainer, load_trained, save_weights, tokens_per_step
+from uniattn_cli.training.trl_config import compute_dtype, make_config, training_attention
 from uniattn_cli.training.validation import validation_loss
 
 if TYPE_CHECKING:
     import datasets
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from accelerate import PartialState
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from uniattn_cli.models.losses import Rows
     from uniattn_cli.training.teaching import Teaching
@@ -98,6 +91,7 @@ class Job:
         validation: rows on which states are compared; None where there are none.
         teaching: gives the teacher to the stages that have one.
         partial: folder that becomes the output.
+        process: one of those that a launcher started; the main one writes.
     """
 
     recipe: Recipe
@@ -110,7 +104,7 @@ class Job:
     validation: Rows | None
     teaching: Teaching
     partial: Path
-    process: Process
+    process: PartialState
     progress: Progress
     log: Log
 
@@ -122,6 +116,13 @@ class Job:
     def folder(self, index: int) -> Path:
         """Folder of a stage."""
         return self.work / f"{index + 1}-{_plain(self.stages[index].label)}"
+
+
+# What `loss` of a stage may be; each is made for a stage of a model with this configuration.
+OBJECTIVES: dict[str, Callable[[Job, PretrainedConfig], Objective]] = {
+    "cross_entropy": lambda job, config: CrossEntropy(),
+    "distillation": lambda job, config: job.teaching.distillation(config.layout, job.process.device),
+}
 
 
 def _plain(name: str) -> str:
@@ -218,14 +219,14 @@ def _kept(job: Job, best: Best | None, steps: int) -> int:
 def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]]) -> Monitor:
     """Runs TRL's loop over the rows in this order and writes the trained weights into the stage's folder."""
     stage, spec, folder = job.stages[index], job.recipe.train, job.folder(index)
-    checkpoint = last_checkpoint(folder, clean=job.process.is_main)
+    checkpoint = last_checkpoint(folder, clean=job.process.is_main_process)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    job.process.wait()
+    job.process.wait_for_everyone()
     job.log.rewind(stage.label, done if checkpoint else -1)
     if checkpoint:
-        job.progress.note(f"stage '{stage.label}' goes on after step {done} of {len(order)}, from {checkpoint}")
+        job.progress.note(f"stage '{stage.label}' resumes after step {done} of {len(order)}, from {checkpoint}")
     elif worth_keeping(folder.parent):
-        job.progress.note(f"stage '{stage.label}' begins at step 0 of {len(order)}")
+        job.progress.note(f"stage '{stage.label}' starts at step 0 of {len(order)}")
     with (
         job.progress.track(f"training {stage.label}", len(order)) as advance,
         quiet_training(),
@@ -237,6 +238,7 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
             tokens_per_step(job.lengths, order),
             job.log,
             advance,
+            validate=_validate(job),
             every=spec.eval_steps or max(FEWEST_STEPS, len(order) // VALIDATIONS),
             max_rise=spec.max_rise,
         )
@@ -247,49 +249,35 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
                 stage,
                 folder=folder,
                 steps=len(order),
-                accumulation=accumulation(spec, job.process.world),
+                accumulation=accumulation(spec, job.process.num_processes),
                 device=job.process.device,
                 seed=job.recipe.seed,
                 name=f"{job.partial.absolute().parent.name}-{stage.label}",
             ),
-            distiller=_distiller(job, stage, model),
+            OBJECTIVES[stage.loss](job, model.config),
             train_dataset=job.sequences.select([row for batch in order for row in batch]),
             # TRL gives it a padding token, which must not reach the saved tokenizer.
             processing_class=copy.deepcopy(job.tokenizer),
+            callbacks=[monitor],
         )
-        watch(trainer, monitor)
-        if job.validation is not None:
-            size = min(job.recipe.evaluation.batch_size, spec.micro_batch_size)
-            monitor.validate = lambda: validation_loss(trainer.model, job.validation, batch_size=size)
-        if trainer.distiller is not None:
-            _measure_energies(trainer, spec.batch_size, spec.micro_batch_size)
+        trainer.objective.prepare(trainer.first_step())
         if checkpoint:
             monitor.resume(checkpoint)
             advance(done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.trained_state()
         trainer.accelerator.free_memory()
-        monitor.trainer = monitor.validate = None
-    if job.process.is_main:
+    if job.process.is_main_process:
         _write_weights(job, index, state, monitor.best, len(order))
     return monitor
 
 
-def _distiller(job: Job, stage: TrainStage, model: PreTrainedModel) -> Any:
-    if stage.loss != "distillation":
+def _validate(job: Job) -> Callable[[PreTrainedModel], float] | None:
+    """Measures the loss on the job's validation rows; None where there are none."""
+    if job.validation is None:
         return None
-    return job.teaching.distiller(model.config.layout, job.process.device)
-
-
-def _measure_energies(trainer: StageTrainer, batch_size: int, micro_batch_size: int) -> None:
-    """Lets the distiller see the rows of the stage's first step, whatever step this session begins with."""
-    rows = trainer.train_dataset
-    starts = range(0, min(batch_size, len(rows)), micro_batch_size)
-    batches = [trainer.data_collator([rows[place] for place in range(s, s + micro_batch_size)]) for s in starts]
-    device = trainer.args.device
-    trainer.distiller.measure_energies(
-        [{name: value.to(device) for name, value in batch.items() if hasattr(value, "to")} for batch in batches]
-    )
+    size = min(job.recipe.evaluation.batch_size, job.recipe.train.micro_batch_size)
+    return lambda model: validation_loss(model, job.validation, batch_size=size)
 
 
 def _write_weights(job: Job, index: int, state: dict[str, torch.Tensor], best: Best | None, steps: int) -> None:
@@ -323,30 +311,21 @@ def _tensorboard_folder(path: Path) -> Iterator[None]:
             del os.environ["TENSORBOARD_LOGGING_DIR"]
 
 
-def watch(trainer: StageTrainer, monitor: Monitor) -> None:
-    """Lets a monitor see the steps of a trainer, and nothing else print them."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(monitor)
-    monitor.trainer = trainer
-
-
 def _finish(job: Job, index: int, result: StageResult) -> None:
     """Marks the stage as finished and removes its checkpoints."""
-    job.process.wait()
-    if job.process.is_main:
+    job.process.wait_for_everyone()
+    if job.process.is_main_process:
         folder = job.folder(index)
         write_json(folder / DONE_FILE, asdict(result))
         for pattern in ("checkpoint-*", "best-*"):
             for other in folder.glob(pattern):
                 shutil.rmtree(other)
-    job.process.wait()
+    job.process.wait_for_everyone()
 
 
 @contextlib.contextmanager
 def quiet_training() -> Iterator[None]:
-    """Keeps TRL and transformers from talking beside the progress bar; restores what was set before."""
+    """Silences TRL and transformers beside the progress bar; restores what was set before."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ import torch
 from uniattn_cli.errors import StageError
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.training.divergence import TopK
-
-if TYPE_CHECKING:
-    pass
 
 FOLDER = "teacher"
 META = "teacher.json"
@@ -28,7 +25,7 @@ def store_key(settings: dict[str, Any]) -> str:
 
 
 def row_key(tokens: Sequence[int], labels: Sequence[int]) -> int:
-    """Identifies a row by its content, so that it is found again in any batch, order or packed sequence.
+    """Identifies a row by its content, so that it is recognised in any batch, order or packed sequence.
 
     The first label is left out: nothing is before it that could predict it, and packing removes it.
     """
@@ -58,13 +55,13 @@ class StoredTeacher:
         Raises:
             StageError: a row was not among those written.
         """
-        found = []
+        ranges = []
         for row, targets in documents(inputs, labels):
             start = self.starts.get(row_key(row, targets))
             if start is None:
                 raise StageError(f"{self.folder} lacks a row of the training data; remove the folder and run again")
-            found.append(np.arange(start, start + positions(targets, tokens)))
-        places = np.concatenate(found)
+            ranges.append(np.arange(start, start + positions(targets, tokens)))
+        places = np.concatenate(ranges)
         device = labels.device
         return TopK(
             torch.from_numpy(self.ids[places].astype(np.int64)).to(device),
@@ -84,12 +81,12 @@ def documents(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[tup
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(1).tolist()
         return [(row[:length], target[:length]) for row, target, length in zip(ids, targets, lengths, strict=True)]
-    found = []
+    parts = []
     for row, target, positions in zip(ids, targets, inputs["position_ids"].tolist(), strict=True):
         starts = [index for index, position in enumerate(positions) if position == 0]
         for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
-            found.append((row[start:end], target[start:end]))
-    return found
+            parts.append((row[start:end], target[start:end]))
+    return parts
 
 
 def pad_rows(rows: Sequence[dict[str, list[int]]], device: torch.device) -> dict[str, torch.Tensor]:

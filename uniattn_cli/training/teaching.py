@@ -17,13 +17,12 @@ from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.files import write_json
-from uniattn_cli.training.distill import Distiller
-from uniattn_cli.training.process import Process
+from uniattn_cli.training.distill import Distillation
 from uniattn_cli.training.stored_teacher import FOLDER, META, StoredTeacher, pad_rows, positions, row_key, store_key
 
 if TYPE_CHECKING:
     import datasets
-    import torch
+    from accelerate import PartialState
     from transformers import PreTrainedModel
 
     from uniattn_cli.modeling.layout_uniattn import Layout
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Teaching:
-    """Gives each stage that distils its `Distiller`; the teacher is loaded when the first one asks.
+    """Makes the `Distillation` of each stage that distils; the teacher is loaded when the first one asks.
 
     Attributes:
         recipe: says who teaches and how.
@@ -46,18 +45,18 @@ class Teaching:
     rows: datasets.Dataset
     data: str
     root: Path
-    process: Process
+    process: PartialState
     progress: Progress
     _teacher: PreTrainedModel | None = field(default=None, init=False)
 
-    def distiller(self, layout: Layout, device: torch.device) -> Distiller:
+    def distillation(self, layout: Layout, device: torch.device) -> Distillation:
         """For a stage of a model with this layout."""
         spec = self.recipe.train.distillation
         if spec.precompute:
-            return Distiller(spec, None, StoredTeacher(self._stored(device)))
+            return Distillation(spec, None, StoredTeacher(self._stored(device)))
         # A layer without attention gives zeros, which nothing can train.
         layers = [i for i in layout.changed if layout[i].traits.attends or layout[i].compensation != "none"]
-        return Distiller(spec, self._load(device), layers=layers)
+        return Distillation(spec, self._load(device), layers=layers)
 
     def _load(self, device: torch.device) -> PreTrainedModel:
         if self._teacher is None:
@@ -68,20 +67,20 @@ class Teaching:
         """The folder of the teacher's distributions; written first if it is not there."""
         settings = self._settings()
         folder = self.root / FOLDER / store_key(settings)
-        if self.process.is_main and not folder.exists():
-            distiller = Distiller(self.recipe.train.distillation, self._load(device))
+        with self.process.main_process_first():
+            if folder.exists():
+                self.progress.note(f"teacher's distributions are read from {folder}")
+                return folder
+            distillation = Distillation(self.recipe.train.distillation, self._load(device))
             with self.progress.track("teacher", len(self.rows)) as advance:
                 size = self.recipe.train.micro_batch_size
                 write_teacher(
-                    folder, distiller, self.rows, settings=settings, batch_size=size, device=device, advance=advance
+                    folder, distillation, self.rows, settings=settings, batch_size=size, device=device, advance=advance
                 )
-            del distiller
+            del distillation
             self._teacher = None
             gc.collect()
             self.progress.note(f"teacher's distributions: {folder} ({_gigabytes(folder):.2f} GB)")
-        elif self.process.is_main:
-            self.progress.note(f"teacher's distributions are read from {folder}")
-        self.process.wait()
         return folder
 
     def _settings(self) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def _gigabytes(folder: Path) -> float:
 
 def write_teacher(
     folder: Path,
-    distiller: Distiller,
+    distillation: Distillation,
     rows: datasets.Dataset,
     *,
     settings: dict[str, Any],
@@ -116,19 +115,19 @@ def write_teacher(
 
     Args:
         folder: made; what an interruption left of an earlier try is replaced.
-        distiller: has the teacher.
+        distillation: has the teacher.
         rows: columns `input_ids` and `labels`.
-        settings: what `store_key` was given.
+        settings: those of `store_key`.
         batch_size: rows per forward pass.
-        advance: told the number of finished rows.
+        advance: called with the number of finished rows.
     """
-    counts = [positions(labels, distiller.spec.tokens) for labels in rows["labels"]]
+    counts = [positions(labels, distillation.spec.tokens) for labels in rows["labels"]]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     keys = [row_key(tokens, labels) for tokens, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    width = min(distiller.spec.top_k, distiller.teacher.config.vocab_size)
+    width = min(distillation.spec.top_k, distillation.teacher.config.vocab_size)
     total = int(starts[-1])
     make = lambda name, dtype, shape: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)  # noqa: E731
     ids, logprobs = make("ids", np.int32, (total, width)), make("logprobs", np.float32, (total, width))
@@ -138,10 +137,10 @@ def write_teacher(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         batch = pad_rows([rows[index] for index in chosen], device)
-        found = distiller.top_k_of(batch)
+        distributions = distillation.top_k_of(batch)
         places = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in chosen])
-        ids[places] = found.ids.cpu().numpy()
-        logprobs[places], rest[places] = found.logprobs.cpu().numpy(), found.rest.cpu().numpy()
+        ids[places] = distributions.ids.cpu().numpy()
+        logprobs[places], rest[places] = distributions.logprobs.cpu().numpy(), distributions.rest.cpu().numpy()
         advance(len(chosen))
     for array in (ids, logprobs, rest):
         array.flush()

@@ -33,15 +33,15 @@ def planned_stages(stages: Sequence[TrainStage], config: Any) -> tuple[tuple[Tra
 
     with torch.device("meta"):
         model = converted_classes(config.model_type).causal_lm(config)
-    found = [stage for stage in stages if trained_names(model, stage)]
-    if not found:
+    planned = tuple(stage for stage in stages if trained_names(model, stage))
+    if not planned:
         raise StageError("the layout has nothing that the stages of the recipe train; list a stage that trains `all`")
     notes = [
         f"stage '{stage.label}' was skipped: the layout has no {stage.trains} to train"
         for stage in stages
-        if stage not in found
+        if stage not in planned
     ]
-    return tuple(found), notes
+    return planned, notes
 
 
 def control_stages(stages: Sequence[TrainStage]) -> tuple[TrainStage, ...]:
@@ -53,13 +53,13 @@ def control_stages(stages: Sequence[TrainStage]) -> tuple[TrainStage, ...]:
     from a teacher become cross-entropy: the control is what post-training usually is.
     """
     able = [index for index, stage in enumerate(stages) if stage.trains not in ("compensation", "followers")]
-    found = []
+    replaced = []
     for index, stage in enumerate(stages):
         nearest = [other for other in able if other >= index] or able[::-1]
         model = stages[nearest[0]] if nearest else TrainStage()
         # The base has no W_c that an adapter could be for.
         targets = tuple(target for target in model.lora.targets if target != "compensation")
-        found.append(
+        replaced.append(
             replace(
                 stage,
                 name=stage.label,
@@ -69,7 +69,7 @@ def control_stages(stages: Sequence[TrainStage]) -> tuple[TrainStage, ...]:
                 loss="cross_entropy",
             )
         )
-    return tuple(found)
+    return tuple(replaced)
 
 
 def trained_names(model: PreTrainedModel, stage: TrainStage) -> list[str]:
@@ -95,21 +95,21 @@ def trained_names(model: PreTrainedModel, stage: TrainStage) -> list[str]:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         frozen = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}
     else:
-        wanted = {id(parameter) for parameter in _attention_parameters(model, stage.trains)}
-        frozen = {id(parameter) for _, parameter in named if id(parameter) not in wanted}
+        trained = {id(parameter) for parameter in _attention_parameters(model, stage.trains)}
+        frozen = {id(parameter) for _, parameter in named if id(parameter) not in trained}
     return [name for name, parameter in named if id(parameter) not in frozen]
 
 
 def _attention_parameters(model: PreTrainedModel, trains: str) -> list[torch.nn.Parameter]:
-    found: list[torch.nn.Parameter] = []
+    parameters: list[torch.nn.Parameter] = []
     for layer in model.model.layers:
         module = layer.self_attn
         if trains == "attention":
-            found.extend(module.parameters())
+            parameters.extend(module.parameters())
         elif getattr(module, "plan", None) is not None and module.plan.kind != "own":
             part = module if trains == "followers" else module.compensation
-            found.extend(part.parameters() if part is not None else ())
-    return found
+            parameters.extend(part.parameters() if part is not None else ())
+    return parameters
 
 
 def prepare(model: PreTrainedModel, stage: TrainStage, low: torch.dtype | None, seed: int) -> None:
@@ -148,9 +148,9 @@ def freeze_all_but(model: PreTrainedModel, names: list[str], low: torch.dtype | 
     """
     import torch
 
-    wanted = set(names)
+    trainable = set(names)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(name in trainable)
     if low is None:
         return
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,25 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def attach_objective(model: PreTrainedModel) -> None:
-    """Lets `model(**inputs, objective=f)` give `f(model, inputs)`.
-
-    So `f` runs inside the model's own forward, around which mixed precision, DDP and FSDP do their work: outside of
-    it, for example, a sharded head has no weights.
-    """
-    plain = model.forward
-
-    def forward(self: PreTrainedModel, *args: Any, objective: Callable[..., Any] | None = None, **inputs: Any) -> Any:
-        return plain(*args, **inputs) if objective is None else objective(self, inputs)
-
-    model.forward = types.MethodType(forward, model)
-
-
 def validation_loss(model: PreTrainedModel, rows: Rows, *, batch_size: int) -> float:
     """Mean cross-entropy per scored token, in nats; the model's mode is left as it was.
 
     Args:
-        model: what `attach_objective` was given.
+        model: prepared by `attach_objective`.
         rows: all processes score the same ones, because a sharded model needs all of them for each.
         batch_size: rows per forward pass.
     """
@@ -64,5 +48,5 @@ def _score(model: PreTrainedModel, inputs: dict[str, Any], *, labels: torch.Tens
     scored = labels[:, 1:] != IGNORED
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     pieces = zip(hidden[scored].split(size), labels[:, 1:][scored].split(size), strict=True)
-    losses = [F.cross_entropy(head_logits(model, part).float(), wanted, reduction="none") for part, wanted in pieces]
+    losses = [F.cross_entropy(head_logits(model, part).float(), target, reduction="none") for part, target in pieces]
     return torch.stack([loss.double().sum() for loss in losses]).sum()
