@@ -41,7 +41,7 @@ def make_rows() -> list[dict]:
 
 
 def packed_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """All rows as TRL gives them to the model: one long row with positions that begin anew, and no mask."""
+    """All rows as TRL gives them to the model: one long row whose positions restart at each document, and no mask."""
     sequences = pack(Dataset.from_list(rows), PACKED)
     assert len(sequences) < len(rows)
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(sequences.to_list())
