@@ -97,10 +97,10 @@ def test_what_is_nothing_to_compare_is_told(runs, tmp_path):
 
 
 def model(perplexity: float, kv: float, speed: float | None = None, **settings) -> dict:
-    cost = {"kv_bytes_per_token": figures.figure(kv, "bytes per token", "lower")}
+    cost = {"kv_bytes_per_token": figures.Figure(kv, "bytes per token", "lower")}
     if speed is not None:
-        cost["tokens_per_second"] = figures.figure(9.0, "tokens per second", "higher", ratio_to_base=speed)
-    quality = {"perplexity": figures.figure(perplexity, "perplexity", "lower")}
+        cost["tokens_per_second"] = figures.Figure(9.0, "tokens per second", "higher", ratio_to_base=speed)
+    quality = {"perplexity": figures.Figure(perplexity, "perplexity", "lower")}
     return {"role": "given", "quality": quality, "cost": cost, "verdict": None, **settings}
 
 

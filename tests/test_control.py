@@ -166,10 +166,10 @@ def test_evaluation_compares_with_the_control(run):
     models = result.results["models"]
     for key in ("response_loss", "text_loss"):
         scores = {name: models[name]["quality"][key] for name in models}
-        difference = scores["trained"]["difference_to_control"]["value"]
-        assert difference == pytest.approx(scores["trained"]["value"] - scores["control"]["value"])
-        assert scores["control"]["difference_to_control"] is None
-        assert scores["trained"]["difference_to_base"]["value"] != difference
+        difference = scores["trained"].difference_to_control.value
+        assert difference == pytest.approx(scores["trained"].value - scores["control"].value)
+        assert scores["control"].difference_to_control is None
+        assert scores["trained"].difference_to_base.value != difference
     assert "Against the control" in models["trained"]["verdict"]["sentence"]
     assert "Against the control" not in models["converted"]["verdict"]["sentence"]
     assert not any("control/" in note for note in result.notes)

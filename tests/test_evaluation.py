@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from uniattn_cli.commands import evaluate
 from uniattn_cli.data import heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
-from uniattn_cli.evaluation import capacity, cost, figures, results, speed, tasks, verdict, wording
+from uniattn_cli.evaluation import aggregate, capacity, cost, figures, results, speed, tasks, verdict, wording
+from uniattn_cli.evaluation.figures import Figure
+from uniattn_cli.evaluation.intervals import Difference
 from uniattn_cli.inference import engine, timing
 from uniattn_cli.inference.engine import engine_for
 from uniattn_cli.inference.program import UnsupportedError
@@ -143,7 +146,7 @@ def load(run: Path, name: str):
     return loading.load_model(hub.locate(str(run / name)), recipe.model, torch.device("cpu"))
 
 
-def all_figures(model: dict) -> dict[str, dict]:
+def all_figures(model: dict) -> dict[str, Any]:
     found = {**model["quality"], **model["cost"]}
     found.update({f"{task}.{metric}": one for task, each in model["tasks"].items() for metric, one in each.items()})
     return found
@@ -156,19 +159,19 @@ def test_identical_copy_differs_by_nothing(run, compared):
     copy = compared.results["models"][str(run / "copy")]
     base = compared.results["models"]["base"]
     for name in ("perplexity", "text_loss", "response_loss", "accuracy"):
-        assert copy["quality"][name]["value"] == base["quality"][name]["value"]
-        difference = copy["quality"][name]["difference_to_base"]
-        assert (difference["value"], difference["stderr"]) == (0.0, 0.0)
+        assert copy["quality"][name].value == base["quality"][name].value
+        difference = copy["quality"][name].difference_to_base
+        assert (difference.value, difference.stderr) == (0.0, 0.0)
     assert copy["verdict"]["quality"] == "same" and "within noise" in copy["verdict"]["sentence"]
-    assert copy["agreement"]["kl"]["value"] == 0 and copy["agreement"]["top1"]["value"] == 1
-    assert all(entry["difference"]["value"] == 0 for entry in (*copy["lengths"], *copy["retrieval"]))
+    assert copy["agreement"]["kl"].value == 0 and copy["agreement"]["top1"].value == 1
+    assert all(entry["difference"].value == 0 for entry in (*copy["lengths"], *copy["retrieval"]))
 
 
 def test_damaged_model_is_worse(run, compared):
     damaged = compared.results["models"][str(run / "damaged")]
     for name in ("perplexity", "response_loss"):
-        difference = damaged["quality"][name]["difference_to_base"]
-        assert difference["value"] > 2 * difference["stderr"] > 0
+        difference = damaged["quality"][name].difference_to_base
+        assert difference.value > 2 * difference.stderr > 0
     assert damaged["verdict"]["quality"] == "worse"
     assert "worse than the base" in damaged["verdict"]["sentence"]
 
@@ -178,9 +181,9 @@ def test_perplexity_is_that_of_the_windows(run, compared):
     rows = heldout.text_rows(recipe, make_tokenizer())
     loss = window_loss(load(run, "converted"), torch.stack(rows.tokens))
     entry = compared.results["models"]["converted"]["quality"]["perplexity"]
-    assert entry["value"] == pytest.approx(loss.perplexity, rel=1e-9)
-    assert entry["stderr"] == pytest.approx(loss.perplexity * loss.stderr, rel=1e-9)
-    assert entry["n"] == loss.windows == 16
+    assert entry.value == pytest.approx(loss.perplexity, rel=1e-9)
+    assert entry.stderr == pytest.approx(loss.perplexity * loss.stderr, rel=1e-9)
+    assert entry.n == loss.windows == 16
 
 
 def test_response_loss_counts_responses_only_and_ignores_padding(run):
@@ -216,8 +219,8 @@ def test_accuracy_is_that_of_the_likeliest_choice(run, compared):
             right["acc_norm"] += normed.index(max(normed)) == item["gold"]
         for metric, count in right.items():
             entry = compared.results["models"][name]["tasks"]["choose"][metric]
-            assert entry["value"] == pytest.approx(count / 10) and entry["n"] == 10
-            assert entry["stderr"] == pytest.approx(math.sqrt(count / 10 * (1 - count / 10) / 9))
+            assert entry.value == pytest.approx(count / 10) and entry.n == 10
+            assert entry.stderr == pytest.approx(math.sqrt(count / 10 * (1 - count / 10) / 9))
 
 
 def continuation_score(model, tokenizer, query: str, choice: str) -> float:
@@ -236,14 +239,14 @@ def test_paired_standard_errors_match_a_bootstrap():
     total = counts[picks].sum(1)
     drawn = [(each[picks].sum(1) / total).double() for each in (model, base)]
     rows = [losses.RowLosses(each.tolist(), counts.tolist()) for each in (model, base)]
-    loss = figures._loss_figure(rows[0], rows[1], "rows")["difference_to_base"]
-    perplexity = figures._perplexity_figure(rows[0], rows[1])["difference_to_base"]
-    assert loss["stderr"] == pytest.approx((drawn[0] - drawn[1]).std().item(), rel=0.08)
-    assert perplexity["stderr"] == pytest.approx((drawn[0].exp() - drawn[1].exp()).std().item(), rel=0.08)
+    loss = aggregate._loss_figure(rows[0], rows[1], "rows").difference_to_base
+    perplexity = aggregate._perplexity_figure(rows[0], rows[1]).difference_to_base
+    assert loss.stderr == pytest.approx((drawn[0] - drawn[1]).std().item(), rel=0.08)
+    assert perplexity.stderr == pytest.approx((drawn[0].exp() - drawn[1].exp()).std().item(), rel=0.08)
     scores = [tasks.MetricScores(0.5, [0.0, 1.0, 0.0, 1.0], True, 4), tasks.MetricScores(0.25, [0, 1, 0, 0], True, 4)]
-    paired = figures.task_figure("acc", *scores)["difference_to_base"]
-    assert (paired["value"], paired["stderr"]) == (0.25, pytest.approx(0.25))
-    low, high = paired["interval"]
+    paired = aggregate.task_figure("acc", *scores).difference_to_base
+    assert (paired.value, paired.stderr) == (0.25, pytest.approx(0.25))
+    low, high = paired.interval
     assert low < 0 < 0.25 < high
 
 
@@ -259,10 +262,9 @@ def test_paired_standard_errors_match_a_bootstrap():
     ],
 )
 def test_judgement(value, stderr, better, expected):
-    interval = None if stderr is None else [value - 2 * stderr, value + 2 * stderr]
-    difference = {"value": value, "stderr": stderr, "interval": interval, "method": None}
-    entry = figures.figure(1.0, "perplexity", better, difference_to_base=difference)
-    assert verdict.judge(entry) == expected
+    interval = None if stderr is None else (value - 2 * stderr, value + 2 * stderr)
+    difference = Difference(value, stderr, interval)
+    assert verdict.judge(Figure(1.0, "perplexity", better, difference_to_base=difference)) == expected
 
 
 def test_tasks_of_a_group_are_pooled_over_items():
@@ -317,10 +319,10 @@ def test_bytes_of_different_dtypes_are_not_compared(compared):
         cost.Size(9, 18, 4.0, 4, "bfloat16", "bfloat16", "sdpa", {}),
     ]
     base, model = (SimpleNamespace(size=size) for size in sizes)
-    found = figures.size_figures(model, base)
-    assert found["parameters"]["ratio_to_base"] == 0.9
+    found = aggregate.size_figures(model, base)
+    assert found["parameters"].ratio_to_base == 0.9
     for name in ("checkpoint_bytes", "kv_bytes_per_token"):
-        assert found[name]["ratio_to_base"] is None and wording.as_ratio(found[name]) == "other dtype"
+        assert found[name].ratio_to_base is None and wording.as_ratio(found[name]) == "other dtype"
     entry = compared.results["models"]["converted"]
     text = verdict.verdict("it", compared.results["models"]["base"], {**entry, "cost": found})["sentence"]
     assert "another dtype of the KV cache" in text
@@ -373,7 +375,7 @@ def test_one_engine_runs_all_models_or_none(tmp_path, monkeypatch):
         (timed["run_by"], timed["cache"]) == ("engine", "static") == (results["identity"]["speed"]["run by"], "static")
     )
     assert any("this package's decoding engine" in note for note in results["notes"])
-    assert results["models"]["converted"]["cost"]["tokens_per_second"]["ratio_to_base"] > 0
+    assert results["models"]["converted"]["cost"]["tokens_per_second"].ratio_to_base > 0
 
     def refuse(model):
         if hasattr(model.config, "uniattn"):
@@ -392,11 +394,11 @@ def test_one_engine_runs_all_models_or_none(tmp_path, monkeypatch):
 def test_ratios_are_those_of_rounds_side_by_side():
     base = [timing.Timing(1.0, 1.0), timing.Timing(4.0, 4.0), timing.Timing(2.0, 2.0)]
     own = [timing.Timing(0.5, 0.5), timing.Timing(2.0, 2.0), timing.Timing(1.0, 1.0)]
-    found = figures.speed_figures(own, base, batch=2, new=11)
-    assert found["time_to_first_token"]["value"] == 1.0 and found["time_to_first_token"]["range"] == [0.5, 2.0]
-    assert found["time_to_first_token"]["ratio_to_base"] == 0.5
-    assert found["tokens_per_second"]["value"] == 20.0 and found["tokens_per_second"]["ratio_to_base"] == 2.0
-    assert found["time_per_output_token"]["value"] == pytest.approx(0.1)
+    found = aggregate.speed_figures(own, base, batch=2, new=11)
+    assert found["time_to_first_token"].value == 1.0 and found["time_to_first_token"].range == (0.5, 2.0)
+    assert found["time_to_first_token"].ratio_to_base == 0.5
+    assert found["tokens_per_second"].value == 20.0 and found["tokens_per_second"].ratio_to_base == 2.0
+    assert found["time_per_output_token"].value == pytest.approx(0.1)
     # A base that grows slower from round to round: each round is divided by the mean of its neighbours.
     slowing = [timing.Timing(value, value) for value in (1.0, 3.0, 5.0)]
     assert timing.ratios([timing.Timing(1.0, 2.0), timing.Timing(1.0, 4.0)], slowing, lambda each: each.rest) == [1, 1]
@@ -407,7 +409,8 @@ def test_ratios_are_those_of_rounds_side_by_side():
 
 def test_every_figure_has_the_whole_schema(compared):
     results = json.loads((compared.directory / "results.json").read_text())
-    assert results == compared.results and results["schema"] == figures.SCHEMA
+    assert results["schema"] == figures.SCHEMA
+    assert figures.read_results(compared.directory / "results.json") == compared.results
     keys = {"value", "unit", "better", "n", "of", "stderr", "range", "difference_to_base", "ratio_to_base"}
     keys.add("difference_to_control")
     for name, model in results["models"].items():
@@ -435,25 +438,25 @@ def test_tables_and_report_say_what_the_results_say(compared):
             seen.add(key)
             for name, cell in zip(names, row[1:], strict=True):
                 entry = all_figures(results["models"][name])[key]
-                factor = scale.get(entry["unit"], 1)
+                factor = scale.get(entry.unit, 1)
                 if row[0] == markdown.RANGE:
-                    known = entry["range"]
+                    known = entry.range
                 elif row[0] == markdown.DIFFERENCE:
-                    known = [entry["difference_to_base"][part] for part in ("value", "stderr")] if cell else []
+                    difference = entry.difference_to_base
+                    known = [difference.value, difference.stderr] if cell else []
                     assert cell == "" or "−+0"[(known[0] >= 0) + (known[0] == 0)] == cell[0]
                 elif row[0] == markdown.INTERVAL:
-                    known = entry["difference_to_base"]["interval"] if cell else []
+                    known = entry.difference_to_base.interval if cell else []
                 elif row[0] == markdown.RATIO:
-                    known, factor = [entry["ratio_to_base"]] if cell else [], 1 if "×" in cell else 100
+                    known, factor = [entry.ratio_to_base] if cell else [], 1 if "×" in cell else 100
                 else:
-                    known = [entry[part] for part in ("value", "stderr") if entry[part] is not None]
+                    known = [value for value in (entry.value, entry.stderr) if value is not None]
                 said = [float(found.replace(",", "")) for found in re.findall(r"[\d,]+\.?\d*", cell)]
                 assert said == pytest.approx([abs(factor * value) for value in known], abs=0.051), (row, name)
                 assert cell in text and (cell or name == "base")
     assert seen == set(rows.values())
-    large = figures.figure(134_515_008, "parameters", "lower")
-    assert wording.as_value(large) == "134.5 M"
-    assert wording.as_value(figures.figure(4.185e8, "perplexity", "lower")) == "4.18e+08"
+    assert wording.as_value(Figure(134_515_008, "parameters", "lower")) == "134.5 M"
+    assert wording.as_value(Figure(4.185e8, "perplexity", "lower")) == "4.18e+08"
     for model in list(results["models"].values())[1:]:
         assert model["verdict"]["sentence"] in text and model["verdict"]["sentence"] in compared.notes
 
@@ -482,7 +485,7 @@ def test_capacity_follows_from_the_formula(run, compared):
     footprint = capacity.Footprint(model.config, weights, 4)
     memory = 1e9
     tokens, batch = footprint.longest_context(memory), footprint.largest_batch(memory, 300)
-    kv = compared.results["models"]["converted"]["cost"]["kv_bytes_per_token"]["value"]
+    kv = compared.results["models"]["converted"]["cost"]["kv_bytes_per_token"].value
     by_hand = memory - weights - 2**29 - 4 * 272 - 2048 * (2 * 64 + 6 * 48) * 4
     assert tokens == by_hand // kv
     assert footprint.bytes(batch, 300) <= memory < footprint.bytes(batch + 1, 300)
@@ -500,7 +503,7 @@ def test_the_grid_has_every_point_and_its_table(run, tmp_path):
         assert base["ratio_to_base"] is None and converted["ratio_to_base"] > 0
         assert base["low"] <= base["median"] <= base["high"] and point["models"]["base"]["peak_bytes"] is None
     cost = found.results["models"]["converted"]["cost"]
-    assert cost["time_to_first_token"]["value"] == grid[0]["models"]["converted"]["ttft"]["median"]
+    assert cost["time_to_first_token"].value == grid[0]["models"]["converted"]["ttft"]["median"]
     assert "1 × 8: each further token" in (found.directory / "report.md").read_text()
     with pytest.raises(RecipeError, match="contexts"):
         options = RunOptions(force=True)
@@ -513,7 +516,7 @@ def test_another_backend_is_never_divided_by_the_base(run):
     timings = {name: [timing.Timing(1.0, 1.0)] * 2 for name in ("base", "it")}
     entry = speed.grid_entry(speed.GridPoint(1, 8, timings), {"base": True, "it": False}, 5)
     assert entry["models"]["it"]["tpot"] == {"median": 0.25, "low": 0.25, "high": 0.25, "ratio_to_base": None}
-    found = figures.speed_figures(timings["it"], None, batch=1, new=5)["tokens_per_second"]
+    found = aggregate.speed_figures(timings["it"], None, batch=1, new=5)["tokens_per_second"]
     assert wording.as_ratio(found) == "other backend"
 
 
@@ -580,7 +583,7 @@ def test_stale_and_finished_outputs_are_refused(run, tmp_path):
     building.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
     with pytest.raises(StageError, match="converted was made from another state"):
         evaluate.evaluate(run_dir=run, overrides=overrides, options=options)
-    assert json.loads((run / "evaluation/results.json").read_text()) == found.results
+    assert figures.read_results(run / "evaluation/results.json") == found.results
 
 
 def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
@@ -610,7 +613,7 @@ def test_models_that_do_not_fit_together_are_timed_apart(run, compared, monkeypa
     found = evaluate.evaluate(run_dir=tmp_path / "run", overrides=["evaluation.tasks=[]", "evaluation.tokens=192"])
     assert found.results["settings"]["speed"]["interleaved"] is False
     assert any("do not fit into memory together" in note for note in found.notes)
-    assert found.results["models"]["converted"]["cost"]["tokens_per_second"]["n"] == 2
+    assert found.results["models"]["converted"]["cost"]["tokens_per_second"].n == 2
     agreement = [each["models"]["converted"]["agreement"] for each in (found.results, compared.results)]
     assert agreement[0] == agreement[1]
 
@@ -673,7 +676,7 @@ def test_the_command_in_a_fresh_process(run, tmp_path):
     settings = [word for override in QUICK for word in ("--set", override)]
     done = run_process("eval", "base", "-C", "run", "--device", "cpu", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run/evaluation/results.json").read_text())
+    results = figures.read_results(tmp_path / "run/evaluation/results.json")
     assert list(results["models"]) == ["base", "converted", "./base"]
     perplexity = results["models"]["converted"]["quality"]["perplexity"]
     assert wording.as_value(perplexity, error=True) in done.stdout

@@ -8,7 +8,8 @@ import numpy
 import pytest
 
 from uniattn_cli.evaluation import intervals, tasks
-from uniattn_cli.evaluation.figures import figure, task_figure
+from uniattn_cli.evaluation.aggregate import task_figure
+from uniattn_cli.evaluation.figures import Figure
 from uniattn_cli.evaluation.verdict import judge
 
 TRIALS = 500
@@ -98,8 +99,7 @@ def test_few_rows_get_students_t():
     assert few.interval[1] - few.value == pytest.approx(4.303 * 0.5 / math.sqrt(3), rel=1e-3)
     alone = intervals.paired_difference([1.0], [2.0])
     assert alone.stderr is None and alone.interval is None
-    entry = figure(1.0, "share", "higher", difference_to_base=alone.to_dict())
-    assert judge(entry) == "uncertain"
+    assert judge(Figure(1.0, "share", "higher", difference_to_base=alone)) == "uncertain"
 
 
 def test_the_bootstrap_is_the_same_each_time():

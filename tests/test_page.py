@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import re
@@ -25,6 +26,7 @@ from uniattn_cli.reporting.page import context, curves, layers, page, plot, styl
 from uniattn_cli.reporting.page.evidence import Evidence, collect
 from uniattn_cli.reporting.page.markup import Html, tag
 from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import write_json
 
 HOSTILE = "<script>alert('x')</script> & <b>"
 
@@ -81,7 +83,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def results(run) -> dict:
-    return json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    return figures.read_results(run / "evaluation" / "results.json")
 
 
 def with_lengths(results: dict) -> dict:
@@ -94,9 +96,10 @@ def with_lengths(results: dict) -> dict:
         model["retrieval"] = [{"length": length, "correct": 3, "items": 4} for length in (256, 1024)]
         if index:
             perplexity = model["quality"]["perplexity"]
-            perplexity["difference_to_control"] = {**perplexity["difference_to_base"], "value": -123.0}
-            kl = figures.figure(0.125, "nats per token", "lower", n=4, of="windows", stderr=0.01)
-            top1 = figures.figure(0.875, "share", "higher", n=4, of="windows", stderr=0.01)
+            control = dataclasses.replace(perplexity.difference_to_base, value=-123.0)
+            model["quality"]["perplexity"] = dataclasses.replace(perplexity, difference_to_control=control)
+            kl = figures.Figure(0.125, "nats per token", "lower", n=4, of="windows", stderr=0.01)
+            top1 = figures.Figure(0.875, "share", "higher", n=4, of="windows", stderr=0.01)
             by_position = {"edges": [0, 16, 64], "kl": [0.1, 0.2], "top1": [0.9, 0.8]}
             model["agreement"] = {"kl": kl, "top1": top1, "by_position": by_position}
     times = {"median": 0.0315, "low": 0.03, "high": 0.033}
@@ -248,7 +251,7 @@ def test_numbers_are_those_of_the_results(run, results):
         entry = results["models"][name]
         for key in place.removeprefix(f"models/{name}/").split("/"):
             entry = entry[key]
-        assert float(element.attributes["value"]) == entry["value"]
+        assert float(element.attributes["value"]) == entry.value
         assert element.words() == as_value(entry, error=True)
     for name, model in results["models"].items():
         wanted = [f"quality/{key}" for key in ("perplexity", "response_loss", "accuracy")]
@@ -388,7 +391,7 @@ def test_the_command_makes_the_page_again_without_torch(run, results, tmp_path):
     again = (root / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert Tree(again).root.all("table")[0].words() == Tree(before).root.all("table")[0].words()
     results["notes"].append("a new note")
-    (root / "evaluation" / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_json(root / "evaluation" / "results.json", results)
     report.report(run_dir=root)
     assert "a new note" in (root / "evaluation" / "report.html").read_text(encoding="utf-8")
 
@@ -414,7 +417,7 @@ def test_without_results_there_is_one_line(tmp_path):
 )
 def test_results_of_another_version_are_refused_in_one_line(changes, words, results, tmp_path):
     (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results | changes), encoding="utf-8")
+    write_json(tmp_path / "evaluation" / "results.json", results | changes)
     with pytest.raises(StageError, match=words):
         report.report(run_dir=tmp_path)
     assert not (tmp_path / "evaluation" / "report.html").exists()

@@ -22,6 +22,7 @@ from tiny_run import make_model, make_tokenizer, settings, write_data
 
 from uniattn_cli import analyze, convert, evaluate, push, train
 from uniattn_cli.errors import CheckpointError, HubError, ModelError, UsageError
+from uniattn_cli.evaluation.figures import read_results
 from uniattn_cli.evaluation.wording import as_difference, as_value
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.hub import transport_errors
@@ -133,7 +134,7 @@ def test_the_card_states_what_the_reports_hold(finished):
     card = push(finished / "trained", "me/small", dry_run=True).card
     conversion = json.loads((finished / "converted" / "uniattn_report.json").read_text())
     training = json.loads((finished / "trained" / "uniattn_report.json").read_text())
-    results = json.loads((finished / "evaluation" / "results.json").read_text())
+    results = read_results(finished / "evaluation" / "results.json")
     # Cost and layout.
     for pair in (conversion["costs"]["parameters"], conversion["costs"]["kv_bytes"]):
         assert f"{pair['base']:,} |" in card and f"{pair['converted']:,} |" in card

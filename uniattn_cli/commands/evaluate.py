@@ -49,7 +49,7 @@ class Evaluation(Result):
 
     Attributes:
         directory: what was written.
-        results: content of `results.json`; see `figures` for its schema.
+        results: content of `results.json`, with a `Figure` for each figure; see `evaluation.figures` for its schema.
     """
 
     directory: Path

@@ -13,7 +13,8 @@ from uniattn_cli.models.hub import Source, transport_errors
 from uniattn_cli.models.loading import TOKENIZER_FILES, read_config
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
-from uniattn_cli.publishing.facts import CARD, STAGE_FILE, Facts, gather
+from uniattn_cli.publishing.facts import CARD, Facts, gather
+from uniattn_cli.run.directory import STAGE_FILE
 from uniattn_cli.run.files import read_json
 from uniattn_cli.tables import Result, Table
 
@@ -73,6 +74,7 @@ def push(
     Raises:
         ModelError: there is no model in the directory.
         CheckpointError: it is not a converted checkpoint, or incomplete.
+        StageError: its evaluation is damaged, or of another version of this tool.
         HubError: no token, no network, or the hub refuses.
         UsageError: a name that the hub does not allow.
     """

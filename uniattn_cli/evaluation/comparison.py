@@ -144,7 +144,7 @@ def pareto(models: dict[str, Any], quality: str, cost: str) -> list[str]:
         if place is not None:
             # Both turned so that more is better.
             points[name] = (
-                entry["value"] * (1 if entry["better"] == "higher" else -1),
+                entry.value * (1 if entry.better == "higher" else -1),
                 place * (1 if cost == "speed" else -1),
             )
     return [
@@ -195,8 +195,8 @@ def _fronts_of(name: str, fronts: dict[str, list[str]]) -> str:
 def cost_of(model: dict[str, Any], cost: str) -> float | None:
     """A model's place on the axis of a cost: kB per token, or its speed divided by the base's; None if unknown."""
     if cost == "kv":
-        return model["cost"]["kv_bytes_per_token"]["value"] / 1000
+        return model["cost"]["kv_bytes_per_token"].value / 1000
     speed = model["cost"].get("tokens_per_second")
     if speed is None:
         return None
-    return 1.0 if model["role"] == BASE else speed["ratio_to_base"]
+    return 1.0 if model["role"] == BASE else speed.ratio_to_base

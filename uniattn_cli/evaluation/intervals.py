@@ -33,20 +33,20 @@ class Difference:
 
     Attributes:
         value: the model minus the base.
-        stderr: its standard error over rows or items; None for fewer than two.
-        interval: the 95 % interval, lowest and highest; None for fewer than two rows.
+        stderr: its standard error over rows or items; None for fewer than two, and where nothing was sampled.
+        interval: the 95 % interval, lowest and highest; None where there is no standard error.
         method: how the interval was made.
     """
 
     value: float
-    stderr: float | None
-    interval: tuple[float, float] | None
-    method: str | None
+    stderr: float | None = None
+    interval: tuple[float, float] | None = None
+    method: str | None = None
 
-    def to_dict(self) -> dict:
-        """As `results.json` has it."""
-        interval = None if self.interval is None else list(self.interval)
-        return {"value": self.value, "stderr": self.stderr, "interval": interval, "method": self.method}
+    @classmethod
+    def from_dict(cls, entry: dict) -> Difference:
+        """The difference that an entry of `results.json` states."""
+        return cls(**{**entry, "interval": entry["interval"] and tuple(entry["interval"])})
 
 
 def paired_difference(
@@ -74,7 +74,7 @@ def paired_difference(
     value, stderr = (part.item() for part in _estimate(rows[:, None, :], transform))
     count = len(base)
     if count < 2:
-        return Difference(value, None, None, None)
+        return Difference(value)
     if not stderr:
         return Difference(value, 0.0, (value, value), BOOTSTRAP)
     if count >= FEWEST_ROWS:
@@ -128,7 +128,7 @@ def mean_difference(parts: Sequence[Difference]) -> Difference:
     stderr = None if None in stderrs else math.hypot(*stderrs) / len(parts)
     intervals = [part.interval for part in parts]
     if None in intervals:
-        return Difference(value, stderr, None, None)
+        return Difference(value, stderr)
     below = math.hypot(*(part.value - part.interval[0] for part in parts)) / len(parts)
     above = math.hypot(*(part.interval[1] - part.value for part in parts)) / len(parts)
     methods = {part.method for part in parts}

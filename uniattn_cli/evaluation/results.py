@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from uniattn_cli.evaluation import figures
+from uniattn_cli.evaluation import aggregate
 from uniattn_cli.evaluation.batches import Batches
 from uniattn_cli.evaluation.capacity import FORMULA, Footprint, capacity_table
+from uniattn_cli.evaluation.figures import SCHEMA, Figure
 from uniattn_cli.evaluation.retrieval import FACTS
 from uniattn_cli.evaluation.scores import Material, Measured
 from uniattn_cli.evaluation.speed import GridPoint, Runner, grid_entry
@@ -42,7 +44,7 @@ def assemble(
         control = measured.get(CONTROL) if subject.name not in (BASE, CONTROL) else None
         entry = _model_entry(subject, measured[subject.name], base, control, shown)
         if timings:
-            entry["cost"] |= figures.speed_figures(
+            entry["cost"] |= aggregate.speed_figures(
                 timings[subject.name],
                 timings[BASE] if base is not None and comparable[subject.name] else None,
                 batch=recipe.evaluation.speed.batch,
@@ -51,7 +53,7 @@ def assemble(
         models[subject.name] = entry
         entry["verdict"] = None if base is None else verdict(subject.name, models[BASE], entry)
     return {
-        "schema": figures.SCHEMA,
+        "schema": SCHEMA,
         "models": models,
         "tasks": shown,
         "speed_grid": [grid_entry(point, comparable, recipe.evaluation.speed.new) for point in points],
@@ -68,11 +70,8 @@ def _model_entry(
     tasks, quality = _scores(own, base, shown)
     if control is not None:
         compared_tasks, compared = _scores(own, control, shown)
-        quality = {key: figures.against_control(entry, compared[key]) for key, entry in quality.items()}
-        tasks = {
-            task: {key: figures.against_control(entry, compared_tasks[task][key]) for key, entry in metrics.items()}
-            for task, metrics in tasks.items()
-        }
+        quality = _against_control(quality, compared)
+        tasks = {task: _against_control(metrics, compared_tasks[task]) for task, metrics in tasks.items()}
     return {
         "role": subject.role,
         "path": str(subject.source.name),
@@ -83,8 +82,20 @@ def _model_entry(
         "layers": own.size.kinds,
         "quality": quality,
         "tasks": tasks,
-        "cost": figures.size_figures(own, base),
-        **figures.length_figures(own, base),
+        "cost": aggregate.size_figures(own, base),
+        **aggregate.length_figures(own, base),
+    }
+
+
+def _against_control(scores: dict[str, Figure], compared: dict[str, Figure]) -> dict[str, Figure]:
+    """Scores with their differences to the control.
+
+    Args:
+        scores: compared with the base.
+        compared: the same scores, compared with the control in the base's place.
+    """
+    return {
+        name: replace(score, difference_to_control=compared[name].difference_to_base) for name, score in scores.items()
     }
 
 
@@ -92,13 +103,13 @@ def _scores(own: Measured, other: Measured | None, shown: Sequence[str]) -> tupl
     """Figures of tasks, and of quality with the mean accuracy, compared with another model where one is given."""
     tasks = {
         task: {
-            metric: figures.task_figure(metric, scores, other and other.tasks[task][metric])
+            metric: aggregate.task_figure(metric, scores, other and other.tasks[task][metric])
             for metric, scores in metrics.items()
         }
         for task, metrics in own.tasks.items()
     }
-    quality = figures.quality_figures(own, other)
-    accuracy = figures.mean_accuracy(tasks, shown)
+    quality = aggregate.quality_figures(own, other)
+    accuracy = aggregate.mean_accuracy(tasks, shown)
     return tasks, quality if accuracy is None else {**quality, "accuracy": accuracy}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from uniattn_cli.evaluation.figures import FigureDict
+from uniattn_cli.evaluation.figures import Figure
 from uniattn_cli.evaluation.wording import as_difference, as_value
 
 JUDGED = {"perplexity": "perplexity", "response_loss": "loss on responses", "accuracy": "accuracy"}
@@ -18,7 +18,7 @@ SUMMARIES = {
 }
 
 
-def judge(entry: FigureDict, other: str = "base") -> str:
+def judge(entry: Figure, other: str = "base") -> str:
     """`same`, `within noise`, `better`, `worse`, or `uncertain` where there is no interval.
 
     A difference is noise if its 95 % interval holds zero.
@@ -26,15 +26,15 @@ def judge(entry: FigureDict, other: str = "base") -> str:
     Args:
         other: what it is compared with, the base or the control.
     """
-    difference = entry[f"difference_to_{other}"]
-    if difference["value"] == 0 and not difference["stderr"]:
+    difference = entry.difference_to(other)
+    if difference.value == 0 and not difference.stderr:
         return "same"
-    if difference["interval"] is None:
+    if difference.interval is None:
         return "uncertain"
-    low, high = difference["interval"]
+    low, high = difference.interval
     if low <= 0 <= high:
         return "within noise"
-    return "better" if (difference["value"] > 0) == (entry["better"] == "higher") else "worse"
+    return "better" if (difference.value > 0) == (entry.better == "higher") else "worse"
 
 
 def overall(judgements: list[str]) -> str:
@@ -74,8 +74,9 @@ def verdict(name: str, base: dict[str, Any], model: dict[str, Any]) -> dict[str,
         _change(cost["kv_bytes_per_token"], "less", "KV cache per token"),
         _change(cost["parameters"], "fewer", "parameters"),
     ]
-    if cost.get("tokens_per_second", {}).get("ratio_to_base") is not None:
-        saved.append(f"{cost['tokens_per_second']['ratio_to_base']:.2f} times the tokens per second")
+    speed = cost.get("tokens_per_second")
+    if speed is not None and speed.ratio_to_base is not None:
+        saved.append(f"{speed.ratio_to_base:.2f} times the tokens per second")
     sentence = f"{name} is {SUMMARIES[quality]}: " if quality != "same" else f"{name}: {SUMMARIES[quality]}: "
     sentence = f"{sentence}{'; '.join(scores)}. It has {', '.join(saved)}.{_against_control(model)}"
     return {"quality": quality, "sentence": sentence}
@@ -89,15 +90,15 @@ def _against_control(model: dict[str, Any]) -> str:
     parts = [
         f"{words} {as_difference(entry, 'control')} ({judge(entry, 'control')})"
         for words, entry in entries.items()
-        if entry and entry.get("difference_to_control")
+        if entry and entry.difference_to_control
     ]
     return f" Against the control, the base after the same training: {'; '.join(parts)}." if parts else ""
 
 
-def _change(entry: FigureDict, less: str, what: str) -> str:
-    if entry["ratio_to_base"] is None:
+def _change(entry: Figure, less: str, what: str) -> str:
+    if entry.ratio_to_base is None:
         return f"another dtype of the {what}"
-    percent = 100 * (entry["ratio_to_base"] - 1)
+    percent = 100 * (entry.ratio_to_base - 1)
     if percent == 0:
         return f"as much {what}" if less == "less" else f"as many {what}"
     return f"{abs(percent):.1f} % {'more' if percent > 0 else less} {what}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-FigureDict = dict[str, Any]
+from uniattn_cli.evaluation.figures import Figure
 
 # Unit of a figure: factor, decimals, what stands behind the number, what stands behind a difference.
 _FORMATS = {
@@ -22,43 +20,43 @@ _OTHER = (1, 3, "", "")
 _SMALL = {"parameters": (1, 0, "", ""), "bytes": (1, 0, " B", " B")}
 
 
-def _format(entry: FigureDict) -> tuple[float, int, str, str]:
-    if entry["unit"] in _SMALL and entry["value"] < 1e6:
-        return _SMALL[entry["unit"]]
-    if entry["unit"] == "seconds" and entry["value"] >= 0.1:
+def _format(entry: Figure) -> tuple[float, int, str, str]:
+    if entry.unit in _SMALL and entry.value < 1e6:
+        return _SMALL[entry.unit]
+    if entry.unit == "seconds" and entry.value >= 0.1:
         return (1e3, 0, " ms", " ms")
-    return _FORMATS.get(entry["unit"], _OTHER)
+    return _FORMATS.get(entry.unit, _OTHER)
 
 
-def as_value(entry: FigureDict, *, error: bool = False) -> str:
+def as_value(entry: Figure, *, error: bool = False) -> str:
     """The value, with its standard error if asked for and known: `26.13 ± 0.41`, `46,080 B`."""
     factor, decimals, unit, _ = _format(entry)
-    text = number(entry["value"] * factor, decimals)
-    if error and entry["stderr"] is not None:
-        text += f" ± {number(entry['stderr'] * factor, decimals)}"
+    text = number(entry.value * factor, decimals)
+    if error and entry.stderr is not None:
+        text += f" ± {number(entry.stderr * factor, decimals)}"
     return text + unit
 
 
-def as_range(entry: FigureDict) -> str:
+def as_range(entry: Figure) -> str:
     """Smallest and largest round: `790–850 ms`."""
     factor, decimals, unit, _ = _format(entry)
-    low, high = (number(value * factor, decimals) for value in entry["range"])
+    low, high = (number(value * factor, decimals) for value in entry.range)
     return f"{low}–{high}{unit}"
 
 
-def as_difference(entry: FigureDict, other: str = "base") -> str:
+def as_difference(entry: Figure, other: str = "base") -> str:
     """The difference to the base, or the control, with its standard error: `+4.89 ± 0.31`, `−1.0 ± 2.1 points`."""
     factor, decimals, _, unit = _format(entry)
-    difference = entry[f"difference_to_{other}"]
-    text = _signed(difference["value"] * factor, decimals)
-    if difference["stderr"] is not None:
-        text += f" ± {number(difference['stderr'] * factor, decimals)}"
+    difference = entry.difference_to(other)
+    text = _signed(difference.value * factor, decimals)
+    if difference.stderr is not None:
+        text += f" ± {number(difference.stderr * factor, decimals)}"
     return text + unit
 
 
-def as_interval(entry: FigureDict) -> str:
+def as_interval(entry: Figure) -> str:
     """The 95 % interval of the difference to the base: `−3.6 to +0.0 points`; empty where there is none."""
-    interval = entry["difference_to_base"]["interval"]
+    interval = entry.difference_to_base.interval
     if interval is None:
         return ""
     factor, decimals, _, unit = _format(entry)
@@ -69,12 +67,12 @@ def _signed(value: float, decimals: int) -> str:
     return ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value), decimals)
 
 
-def as_ratio(entry: FigureDict) -> str:
+def as_ratio(entry: Figure) -> str:
     """The model divided by the base: `80.0 %`, `1.04×` for times and rates, and words where none may be formed."""
-    ratio = entry["ratio_to_base"]
+    ratio = entry.ratio_to_base
     if ratio is None:
-        return "other backend" if "second" in entry["unit"] else "other dtype"
-    if "second" in entry["unit"]:
+        return "other backend" if "second" in entry.unit else "other dtype"
+    if "second" in entry.unit:
         return f"{ratio:.2f}×"
     return f"{100 * ratio:.1f} %"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import CheckpointError
+from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.models.hub import Source, locate, transport_errors
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.models.of_run import BASE
@@ -18,7 +19,6 @@ from uniattn_cli.run.directory import OUTPUTS, STAGE_FILE, RunDir
 from uniattn_cli.run.files import read_json
 
 REPORT_FILE = "uniattn_report.json"
-RESULTS_FILE = "results.json"
 CARD = "README.md"
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
@@ -85,6 +85,7 @@ def gather(
     Raises:
         ModelError: there is no model in the directory.
         CheckpointError: it is not a converted checkpoint, or a record in it is damaged or belongs to another layout.
+        StageError: its evaluation is damaged, or of another version of this tool.
     """
     source = locate(str(directory.absolute()))
     config = load_config(source, converted=True)
@@ -129,10 +130,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
     """The figures of this checkpoint, if `evaluation/` beside it has any, under the names `base` and `this`."""
     folder = RunDir(source.path.parent).output("eval")
-    results = _read(folder / RESULTS_FILE)
-    if results is None:
+    if not (folder / RESULTS).exists():
         notes.append("the checkpoint was not evaluated; `uniattn eval` in its run directory measures it")
         return None
+    results = read_results(folder / RESULTS)
     models = results["models"]
     found = [name for name, entry in models.items() if name != BASE and entry["fingerprint"] == source.fingerprint]
     if not found:

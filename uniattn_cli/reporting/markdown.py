@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_interval, as_range, as_ratio, as_value, number
+from uniattn_cli.evaluation.figures import Figure
+from uniattn_cli.evaluation.wording import as_difference, as_interval, as_range, as_ratio, as_value, number
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.tables import Table, to_markdown
 
@@ -159,20 +160,20 @@ def _rows(
     results: dict[str, Any],
     names: Sequence[str],
     label: str,
-    pick: Callable[[dict[str, Any]], FigureDict],
-    compare: Callable[[FigureDict], str],
+    pick: Callable[[dict[str, Any]], Figure],
+    compare: Callable[[Figure], str],
 ) -> list[list[str]]:
     """A row of values, below it the range of rounds where there is one, and a row that compares with the base."""
     figures = [pick(results["models"][name]) for name in names]
     rows = [[label, *(as_value(entry, error=True) for entry in figures)]]
-    if figures[0]["range"] is not None:
+    if figures[0].range is not None:
         rows.append([RANGE, *map(as_range, figures)])
     if len(names) > 1:
         words = DIFFERENCE if compare is as_difference else RATIO
         rows.append([words, "", *map(compare, figures[1:])])
-        if compare is as_difference and any(entry["difference_to_base"]["interval"] for entry in figures[1:]):
+        if compare is as_difference and any(entry.difference_to_base.interval for entry in figures[1:]):
             rows.append([INTERVAL, "", *map(as_interval, figures[1:])])
-    against = [entry.get("difference_to_control") and as_difference(entry, "control") for entry in figures]
+    against = [entry.difference_to_control and as_difference(entry, "control") for entry in figures]
     if any(against):
         rows.append([AGAINST_CONTROL, *(cell or "" for cell in against)])
     return rows

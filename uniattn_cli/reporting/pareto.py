@@ -62,7 +62,7 @@ def draw_panels(
 
 
 def _front(axis: Any, models: dict[str, Any], names: Sequence[str], key: str, factor: float, cost: str) -> None:
-    points = sorted((cost_of(models[name], cost), models[name]["quality"][key]["value"] * factor) for name in names)
+    points = sorted((cost_of(models[name], cost), models[name]["quality"][key].value * factor) for name in names)
     if len(points) > 1:
         axis.plot(*zip(*points, strict=True), color="#888888", linewidth=1.2, zorder=0)
 
@@ -73,11 +73,11 @@ def _panel(axis: Any, models: dict[str, Any], key: str, factor: float, cost: str
         entry, x = model["quality"][key], cost_of(model, cost)
         if x is None:
             continue
-        y = entry["value"] * factor
+        y = entry.value * factor
         values.append(y)
         places.append(x)
         colour = COLOURS[index % len(COLOURS)]
-        error = (entry["difference_to_base"] or {}).get("stderr")
+        error = entry.difference_to_base and entry.difference_to_base.stderr
         error = None if error is None else error * factor
         axis.errorbar(
             x, y, yerr=error, fmt=MARKERS[index % len(MARKERS)], color=colour, capsize=4, markersize=7, alpha=0.85

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import json
@@ -58,12 +59,14 @@ def write_json(path: Path, content: Any, *, finite: bool = True) -> None:
     """Writes a JSON file as a whole or not at all.
 
     Args:
+        content: what JSON knows, and dataclasses, which become objects.
         finite: refuse NaN and infinity, which JSON does not have; without, Python alone can read them.
 
     Raises:
         ValueError: there is such a number.
     """
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=not finite) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=not finite, default=dataclasses.asdict)
+    write_whole(path, text + "\n")
 
 
 def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError) -> dict[str, Any]:

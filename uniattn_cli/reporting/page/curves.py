@@ -32,7 +32,7 @@ def pareto(results: dict[str, Any]) -> list[Html]:
         )
         values = [entry.points[0][1] for entry in series]
         y = Axis(unit, log=min(values) > 0 and max(values) > 4 * min(values))
-        base = results["models"][BASE]["quality"][key]["value"] * factor
+        base = results["models"][BASE]["quality"][key].value * factor
         longest = 7.2 * max(len(entry.name) for entry in series) + 14
         room = longest / (WIDTH - LEFT - RIGHT - longest)
         drawn = chart(
@@ -50,8 +50,8 @@ def _styled(results: dict[str, Any], models: dict[str, Any]) -> list[tuple[tuple
 
 def _dot(name: str, model: dict[str, Any], key: str, factor: float, style: int) -> Series:
     entry = model["quality"][key]
-    error = (entry["difference_to_base"] or {}).get("stderr")
-    point = (model["cost"]["kv_bytes_per_token"]["value"] / 1000, entry["value"] * factor)
+    error = entry.difference_to_base and entry.difference_to_base.stderr
+    point = (model["cost"]["kv_bytes_per_token"].value / 1000, entry.value * factor)
     return Series(
         short(name, 15), [point], [None if error is None else error * factor], style, line=False, label=True
     )  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from uniattn_cli.evaluation.figures import Figure
 from uniattn_cli.evaluation.verdict import SUMMARIES, judge
-from uniattn_cli.evaluation.wording import FigureDict, as_difference, as_range, as_ratio, as_value
+from uniattn_cli.evaluation.wording import as_difference, as_interval, as_range, as_ratio, as_value
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.page.markup import Html, join, table, tag
 
@@ -100,7 +101,7 @@ def _table(results: dict[str, Any], caption: str, rows: list[list[Any] | None]) 
 
 
 def _row(
-    results: dict[str, Any], label: str, keys: tuple[str, ...], compare: Callable[[FigureDict], Any]
+    results: dict[str, Any], label: str, keys: tuple[str, ...], compare: Callable[[Figure], Any]
 ) -> list[Any] | None:
     """A row of figures; None if no model has the figure."""
     cells = []
@@ -112,31 +113,29 @@ def _row(
     return None if set(cells) == {NOTHING} else [label, *cells]
 
 
-def _cell(place: str, entry: FigureDict, compare: Callable[[FigureDict], Any]) -> Html:
-    value = tag("data", as_value(entry, error=True), value=repr(entry["value"]), data_figure=place)
-    spread = tag("span", f"({as_range(entry)})", class_="sub") if entry.get("range") else None
-    beside = compare(entry) if entry.get("difference_to_base") else None
+def _cell(place: str, entry: Figure, compare: Callable[[Figure], Any]) -> Html:
+    value = tag("data", as_value(entry, error=True), value=repr(entry.value), data_figure=place)
+    spread = tag("span", f"({as_range(entry)})", class_="sub") if entry.range else None
+    beside = compare(entry) if entry.difference_to_base else None
     return join((value, spread, beside))
 
 
-def _difference(entry: FigureDict) -> Html:
-    interval = entry["difference_to_base"].get("interval")
+def _difference(entry: Figure) -> Html:
     parts = [tag("span", as_difference(entry), class_="sub")]
-    if interval is not None:
-        ends = [as_difference({**entry, "difference_to_base": {"value": end, "stderr": None}}) for end in interval]
-        parts.append(tag("span", f"95 %: {' to '.join(ends)}", class_="sub"))
+    if interval := as_interval(entry):
+        parts.append(tag("span", f"95 %: {interval}", class_="sub"))
     return join((parts, mark(judge(entry)), _to_control(entry)))
 
 
-def _to_control(entry: FigureDict) -> Html | None:
+def _to_control(entry: Figure) -> Html | None:
     """The difference to the base after the same training, where there is such a control."""
-    if not entry.get("difference_to_control"):
+    if entry.difference_to_control is None:
         return None
-    beside = {**entry, "difference_to_base": entry["difference_to_control"]}
-    return tag("span", f"to control: {as_difference(beside)}", tag("br"), mark(judge(beside)), class_="sub")
+    words = f"to control: {as_difference(entry, 'control')}"
+    return tag("span", words, tag("br"), mark(judge(entry, "control")), class_="sub")
 
 
-def _ratio(entry: FigureDict) -> Html | None:
+def _ratio(entry: Figure) -> Html | None:
     text = as_ratio(entry)
     return tag("span", text if text == "other dtype" else f"{text} of base", class_="sub")
 
