@@ -138,7 +138,7 @@ def test_all_packages_are_listed_for_installation():
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_recipe(tmp_path):
+def test_a_wheel_holds_every_recipe_and_the_template_of_the_card(tmp_path):
     """Needs setuptools in this environment, since nothing may be downloaded."""
     pytest.importorskip("setuptools", minversion="77")
     code = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
@@ -157,6 +157,7 @@ def test_a_wheel_holds_every_recipe(tmp_path):
     names = set(wheel.namelist())
     assert {f"uniattn_cli/recipes/{name}.yaml" for name in ready.names()} <= names
     assert not any(name.startswith("recipes/") for name in names)
+    assert "uniattn_cli/publishing/model_card.md" in names
     wheel.extractall(tmp_path / "installed")
     code = "import uniattn_cli.recipe.ready as r; print(r.folder(), len(r.names()))"
     done = subprocess.run(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.data.readers import EXTENSIONS
 from uniattn_cli.data.rows import BUILTIN
@@ -15,11 +15,15 @@ from uniattn_cli.modeling.layout_uniattn import KINDS, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.hub import context_window
 from uniattn_cli.models.of_run import BASE
-from uniattn_cli.publishing.facts import Facts
+from uniattn_cli.publishing.facts import THIS, Facts
 from uniattn_cli.reporting import markdown
 from uniattn_cli.tables import Table, to_markdown
 
-PAPER = "[UniAttn](https://arxiv.org/abs/2502.00439)"
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+MADE_WITH = ("uniattn", "torch", "transformers", "trl")
 
 
 def model_card(facts: Facts, repo_id: str) -> str:
@@ -29,28 +33,33 @@ def model_card(facts: Facts, repo_id: str) -> str:
         facts: result of `gather`.
         repo_id: OWNER/NAME, for title and example.
     """
-    parts = [
-        f"---\n{_metadata(facts)}\n---",
-        f"# {repo_id.split('/')[-1]}",
-        _summary(facts),
-        "## Use",
-        _usage(repo_id),
-        "## Layout",
-        *_layout(facts),
-        "## Cost",
-        *_cost(facts),
-        "## Quality",
-        *_quality(facts, repo_id),
-        "## Data and training",
-        *_data(facts),
-        "## Licence",
-        _licence(facts),
-        *_made_with(facts),
-    ]
-    return "\n\n".join(parts) + "\n"
+    from huggingface_hub import ModelCard
+
+    layout = facts.config.layout
+    card = ModelCard.from_template(
+        _metadata(facts),
+        template_path=str(TEMPLATE),
+        facts=facts,
+        this=THIS,
+        repo_id=repo_id,
+        base=_base_name(facts),
+        layout=layout,
+        layout_table=_layout_table(layout),
+        picture=draw_layout(layout),
+        cost_table=_cost_table(facts.config),
+        quality_tables=markdown.tables(facts.evaluation) if facts.evaluation else [],
+        explanation=markdown.EXPLANATION,
+        loss_table=_loss_table(facts),
+        stage_table=_stage_table,
+        to_markdown=to_markdown,
+        sources=_source_names,
+        licence=_licence(facts),
+        versions=", ".join(f"{name} {facts.versions[name]}" for name in MADE_WITH if name in facts.versions),
+    )
+    return f"{card}\n"
 
 
-def _metadata(facts: Facts) -> str:
+def _metadata(facts: Facts) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     kinds = sorted({plan.kind for plan in facts.config.layout} - {"own"})
@@ -66,20 +75,6 @@ def _metadata(facts: Facts) -> str:
         datasets=list(dict.fromkeys(data)) or None,
         **base,
         **facts.base.licence,
-    ).to_yaml()
-
-
-def _summary(facts: Facts) -> str:
-    layout = facts.config.layout
-    changed = f"{len(layout.changed)} of {len(layout)} layers"
-    steps = [
-        *(["fitted to the base's attention outputs"] if facts.conversion else []),
-        *(["post-trained"] if facts.training else ["not post-trained"] if facts.conversion else []),
-    ]
-    made = f" It was {', and '.join(steps)}." if steps else ""
-    return (
-        f"{_base_name(facts)} in which {changed} borrow from earlier layers or do without attention, as listed below "
-        f"({PAPER}).{made}"
     )
 
 
@@ -91,30 +86,14 @@ def _base_name(facts: Facts) -> str:
     return f"[{base.hub_id}](https://huggingface.co/{base.hub_id}){revision}"
 
 
-def _usage(repo_id: str) -> str:
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)\n'
-        "```\n\n"
-        "The model code lies beside the weights and needs torch and transformers only. Read it before you trust it: "
-        "without `trust_remote_code=True` the model does not load. A stock class of the base's family refuses these "
-        "files instead of inventing the weights that are missing."
-    )
-
-
-def _layout(facts: Facts) -> Iterator[str]:
-    layout: Layout = facts.config.layout
+def _layout_table(layout: Layout) -> Table:
     rows = []
     for kind in KINDS.values():
         layers = [index for index, plan in enumerate(layout) if plan.kind == kind.name]
         if layers:
             sources = sorted({source for index in layers for source in layout[index].source_layers})
             rows.append([kind.name, str(len(layers)), ranges(layers), kind.phrase, ranges(sources) or "–"])
-    yield to_markdown(Table("", ["kind", "layers", "which", "each", "borrowed from"], rows))
-    yield f"```\n{draw_layout(layout)}\n```"
-    yield "`config.json` holds the layout head by head, under `uniattn`."
+    return Table("", ["kind", "layers", "which", "each", "borrowed from"], rows)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -132,8 +111,8 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _cost(facts: Facts) -> Iterator[str]:
-    config, layout = facts.config, facts.config.layout
+def _cost_table(config: Any) -> Table:
+    layout = config.layout
     shape, stock = attention_shape(config), Layout.own(len(layout))
     size = config.dtype.itemsize if config.dtype is not None else 4
     rows = [
@@ -150,23 +129,11 @@ def _cost(facts: Facts) -> Iterator[str]:
             )
         )
     cells = [[name, f"{base:,}", f"{ours:,}", f"{ours / base - 1:+.1%}"] for name, base, ours in rows]
-    yield to_markdown(Table("", ["", BASE, "this model", "change"], cells))
-    yield (
-        "Bytes are those of transformers' own caches. Prompts and training recompute the borrowed maps; engines that "
-        "own their cache may store keys for every layer."
-    )
+    return Table("", ["", BASE, THIS, "change"], cells)
 
 
-def _quality(facts: Facts, repo_id: str) -> Iterator[str]:
-    if facts.evaluation is not None:
-        this = facts.evaluation["models"]["this"]
-        yield "This model" + this["verdict"]["sentence"].removeprefix(facts.evaluation["name"])
-        named = facts.evaluation | {"models": {BASE: facts.evaluation["models"][BASE], "this model": this}}
-        for table in markdown.tables(named):
-            yield to_markdown(table)
-        yield markdown.EXPLANATION
-        return
-    yield "Not evaluated beside the base."
+def _loss_table(facts: Facts) -> Table:
+    """Held-out losses as the stages measured them, as far as they did."""
     losses = {
         "text, base": _loss(facts.conversion, "losses", "base"),
         "text, before the fit": _loss(facts.conversion, "losses", "uncompensated"),
@@ -175,21 +142,22 @@ def _quality(facts: Facts, repo_id: str) -> Iterator[str]:
         "responses, after training": _loss(facts.training, "heldout_responses", "trained"),
     }
     rows = [
-        [name, f"{loss['mean']:.4f}", _error(loss["stderr"]), f"{math.exp(loss['mean']):.2f}", f"{loss['tokens']:,}"]
+        [
+            name,
+            f"{loss['mean']:.4f}",
+            "–" if loss["stderr"] is None else f"{loss['stderr']:.4f}",
+            f"{math.exp(loss['mean']):.2f}",
+            f"{loss['tokens']:,}",
+        ]
         for name, loss in losses.items()
         if loss
     ]
-    if rows:
-        title = "Loss on held-out tokens, nats per token, as the stages measured it"
-        yield to_markdown(Table(title, ["held-out", "loss", "stderr", "perplexity", "tokens"], rows))
+    title = "Loss on held-out tokens, nats per token, as the stages measured it"
+    return Table(title, ["held-out", "loss", "stderr", "perplexity", "tokens"], rows)
 
 
 def _loss(content: dict[str, Any] | None, key: str, name: str) -> dict[str, Any] | None:
     return (content or {}).get(key, {}).get(name)
-
-
-def _error(stderr: float | None) -> str:
-    return "–" if stderr is None else f"{stderr:.4f}"
 
 
 def _sources(facts: Facts) -> list[dict[str, Any]]:
@@ -206,6 +174,10 @@ def _is_on_hub(source: dict[str, Any]) -> bool:
     return name != BUILTIN and Path(name).suffix.lower() not in EXTENSIONS
 
 
+def _source_names(sources: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(map(_source_name, sources))
+
+
 def _source_name(source: dict[str, Any]) -> str:
     """A data set in words; of local files strangers learn the name only."""
     name = source["source"]
@@ -217,47 +189,21 @@ def _source_name(source: dict[str, Any]) -> str:
     return f"[{name}](https://huggingface.co/datasets/{name})" + (f" ({details})" if details else "")
 
 
-def _data(facts: Facts) -> Iterator[str]:
-    if facts.conversion_settings:
-        data, spec = facts.conversion_settings["data"], facts.conversion_settings["conversion"]
-        text = ", ".join(map(_source_name, data["calibration"] or data["train"]))
-        yield (
-            f"Fit: up to {spec['tokens']:,} tokens of {text}. Solved for: {spec['solve']}; rank of W_c: {spec['rank']}."
-        )
-    if facts.training and facts.training_settings:
-        yield from _training(facts.training, facts.training_settings)
-    if not (facts.conversion_settings or facts.training):
-        yield "Not recorded."
-
-
-def _training(content: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
-    counts, spec = content["data"], settings["train"]
-    text = ", ".join(map(_source_name, settings["data"]["train"]))
-    yield (
-        f"Training: {counts['used']:,} rows of {text}, {counts['tokens']:,} tokens, of which {counts['supervised']:,} "
-        f"are learned; batches of {spec['batch_size']} rows of at most {spec['max_length']:,} tokens."
-    )
-    rows, planned = [], iter(spec["stages"])
-    for stage in content["stages"]:
+def _stage_table(report: dict[str, Any], settings: dict[str, Any]) -> Table:
+    rows, planned = [], iter(settings["train"]["stages"])
+    for stage in report["stages"]:
         # Stages with nothing to train were skipped; the others come in the order of the recipe.
         plan = next((plan for plan in planned if (plan["name"] or plan["trains"]) == stage["name"]), {})
         rate = str(plan.get("learning_rate", "–"))
         rows.append([stage["name"], stage["trains"], rate, f"{stage['steps']:,}", f"{stage['tokens']:,}"])
-    yield to_markdown(Table("", ["stage", "trains", "learning rate", "steps", "tokens"], rows))
+    return Table("", ["stage", "trains", "learning rate", "steps", "tokens"], rows)
 
 
 def _licence(facts: Facts) -> str:
     licence = facts.base.licence
     if not licence:
         return f"The licence of {_base_name(facts)} applies; see there."
-    name = licence.get("license_name", licence["license"]) if "license" in licence else next(iter(licence.values()))
+    name = next(licence[key] for key in ("license_name", "license", "license_link") if key in licence)
     link = licence.get("license_link", "")
     text = f"[{name}]({link})" if link.startswith("http") else f"`{name}`"
     return f"{text}, as of the base. The model code is Apache-2.0."
-
-
-def _made_with(facts: Facts) -> Iterator[str]:
-    if facts.versions:
-        names = ("uniattn", "torch", "transformers", "trl")
-        listed = ", ".join(f"{name} {facts.versions[name]}" for name in names if name in facts.versions)
-        yield f"Made with {listed}."

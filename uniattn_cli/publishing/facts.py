@@ -20,6 +20,8 @@ from uniattn_cli.run.files import read_json
 
 REPORT_FILE = "uniattn_report.json"
 CARD = "README.md"
+# What a checkpoint calls itself in its card.
+THIS = "this model"
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -54,7 +56,7 @@ class Facts:
         conversion_settings: resolved recipe of the conversion, or None.
         training: report of the training, or None for a checkpoint that was not trained.
         training_settings: resolved recipe of the training, or None.
-        evaluation: `results.json` reduced to `base` and `this`, with the `name` that this had there; or None.
+        evaluation: `results.json` reduced to `base` and `THIS`, with the `name` that this had there; or None.
         versions: of the packages that made the checkpoint.
         notes: what was left out, and why.
     """
@@ -128,7 +130,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
-    """The figures of this checkpoint, if `evaluation/` beside it has any, under the names `base` and `this`."""
+    """The figures of this checkpoint, if `evaluation/` beside it has any, under the names `base` and `THIS`."""
     folder = RunDir(source.path.parent).output("eval")
     if not (folder / RESULTS).exists():
         notes.append("the checkpoint was not evaluated; `uniattn eval` in its run directory measures it")
@@ -141,7 +143,7 @@ def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
             f"{folder} holds no figures of these very weights; run `uniattn eval --force` for figures in the card"
         )
         return None
-    return results | {"models": {BASE: models[BASE], "this": models[found[0]]}, "name": found[0]}
+    return results | {"models": {BASE: models[BASE], THIS: models[found[0]]}, "name": found[0]}
 
 
 def _base(model: dict[str, Any], hub_id: str | None, licence: str | None, online: bool) -> Base:
