@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 from tiny import FAMILIES, make_base, make_layout
 from tiny_run import make_model, make_tokenizer, settings, write_data
 
@@ -97,15 +98,12 @@ class Hub:
             raise answered(404, RevisionNotFoundError)
         return sorted(self.repos[repo_id][revision or "main"])
 
-    def create_commit(self, repo_id, operations, commit_message, revision=None):
-        self._answer("create_commit")
+    def upload_folder(self, *, repo_id, folder_path, commit_message, revision=None, delete_patterns=()):
+        self._answer("upload_folder")
         files = self.repos[repo_id][revision or "main"]
-        for operation in operations:
-            if isinstance(operation, huggingface_hub.CommitOperationDelete):
-                del files[operation.path_in_repo]
-            else:
-                with operation.as_file() as stream:
-                    files[operation.path_in_repo] = stream.read()
+        for name in list(filter_repo_objects(files, allow_patterns=delete_patterns)):
+            del files[name]
+        files |= {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         self.commits.append(SimpleNamespace(message=commit_message, revision=revision))
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
@@ -275,7 +273,7 @@ def test_a_branch_is_made_and_the_main_one_left_alone(finished, hub):
 
 
 def test_an_empty_repository_left_by_a_failed_upload_is_used(finished, hub):
-    hub.failing["create_commit"] = TRANSPORT("gone")
+    hub.failing["upload_folder"] = TRANSPORT("gone")
     with pytest.raises(HubError, match=r"cannot be reached .*run the same command again"):
         push(finished / "trained", "me/small")
     hub.failing.clear()
@@ -295,8 +293,9 @@ def test_a_public_repository_does_not_become_private_in_silence(finished, hub):
     [
         ("repo_info", answered(401), "does not accept the token; run `hf auth login`"),
         ("create_repo", answered(403), "may not write to me"),
-        ("create_commit", answered(429), "slow down"),
-        ("create_commit", answered(500), "HTTP status 500"),
+        ("upload_folder", answered(429), "slow down"),
+        ("upload_folder", answered(500), "HTTP status 500"),
+        ("upload_folder", ValueError("Invalid metadata in README.md.\n- Error: no"), "README.md.* no; correct it"),
         ("repo_info", OfflineModeIsEnabled("off"), "HF_HUB_OFFLINE is set"),
         ("repo_info", TRANSPORT("no route"), "cannot be reached"),
     ],

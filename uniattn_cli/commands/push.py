@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import CheckpointError, HubError, UsageError
 from uniattn_cli.models.hub import Source, transport_errors
@@ -26,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 PRIVATE = (STAGE_FILE,)
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # What a new checkpoint replaces even where its own files have other names.
-REPLACED = (".safetensors", ".safetensors.index.json", ".py")
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -188,22 +189,28 @@ def _bytes(count: int) -> str:
 def _upload(
     repo_id: str, card: str, files: dict[str, Path], message: str, *, private: bool, revision: str | None, force: bool
 ) -> str:
-    """Makes repository and branch where they are missing, and one commit; returns its address."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    """Makes repository and branch where they are missing, and uploads; returns the address of the commit."""
+    from huggingface_hub import HfApi
 
     api = HfApi()
-    with _hub_errors(repo_id):
-        present = _prepare(api, repo_id, private=private, revision=revision, force=force)
-        stale = [name for name in present if name.endswith(REPLACED) and name not in files]
-        operations: list[Any] = [CommitOperationDelete(name) for name in stale]
-        operations.append(CommitOperationAdd(CARD, card.encode()))
-        operations += [CommitOperationAdd(name, path) for name, path in files.items()]
-        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    # One folder of links, because the card and the base's licence do not lie beside the weights.
+    with _hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
+        _prepare(api, repo_id, private=private, revision=revision, force=force)
+        (Path(folder) / CARD).write_text(card, encoding="utf-8")
+        for name, path in files.items():
+            (Path(folder) / name).symlink_to(path.absolute())
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            delete_patterns=REPLACED,
+        )
     return commit.commit_url
 
 
-def _prepare(api: HfApi, repo_id: str, *, private: bool, revision: str | None, force: bool) -> list[str]:
-    """The files that the branch holds already, after making what is missing.
+def _prepare(api: HfApi, repo_id: str, *, private: bool, revision: str | None, force: bool) -> None:
+    """Makes repository and branch where they are missing.
 
     Raises:
         HubError: the repository holds files and may not be changed, or is public and should not be.
@@ -222,10 +229,9 @@ def _prepare(api: HfApi, repo_id: str, *, private: bool, revision: str | None, f
     except RevisionNotFoundError:
         # A new branch begins with the files of the main one, which stay there.
         api.create_branch(repo_id, branch=revision)
-        return api.list_repo_files(repo_id, revision=revision)
+        return
     if not force and any(name != ".gitattributes" for name in present):
         raise HubError(f"{repo_id} holds files already; use --force to add a commit to it")
-    return present
 
 
 @contextlib.contextmanager
@@ -252,6 +258,12 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: {reason}") from None
     except transport_errors() as error:
         raise HubError(
-            f"{repo_id}: the hub cannot be reached ({type(error).__name__}); nothing was committed, check the network "
-            "and run the same command again"
+            f"{repo_id}: the hub cannot be reached ({type(error).__name__}); check the network and "
+            "run the same command again"
         ) from None
+    except ValueError as error:
+        # The hub reads a card of the user's own before anything is uploaded.
+        if CARD not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise HubError(f"{repo_id}: {reason}; correct it and run the same command again") from None
