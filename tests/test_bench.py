@@ -185,38 +185,39 @@ BARE = """
 import runpy, sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-missing = {"typer", "rich", "datasets", "trl", "ruamel", "matplotlib", "psutil", "accelerate"}
+missing = {"typer", "rich", "datasets", "trl", "ruamel", "matplotlib", "accelerate"}
 PathFinder.find_spec = staticmethod(
     lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest)
 )
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.mark.parametrize(
-    ("script", "options"),
+    ("name", "options"),
     [
-        ("benchmark_kernels.py", ["--shapes", "2x128", "--rounds", "1"]),
-        ("benchmark_kernels.py", ["--grid"]),
-        ("benchmark_decoding.py", ["--shape", "tiny", "--layers", "8", "--scale", "512"]),
+        ("kernels", ["--shapes", "2x128", "--rounds", "1"]),
+        ("kernels", ["--parts", "grid"]),
+        ("decoding", ["--shape", "tiny", "--layers", "8", "--scale", "512"]),
     ],
 )
 @pytest.mark.slow
-def test_scripts_for_the_gpu_run_with_torch_and_transformers_alone(script, options, tmp_path):
+def test_benchmarks_for_the_gpu_run_with_torch_and_transformers_alone(name, options, tmp_path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-c", BARE, f"scripts/{script}", "--out", str(out), "--device", "cpu", *options]
+    command = [sys.executable, "-c", BARE, f"benchmarks.{name}", "--out", str(out), "--device", "cpu", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     content = json.loads(out.read_text())
-    if options == ["--grid"]:
+    if "grid" in options:
         assert len(content["grid"]) > 5
-        assert all(error < 1e-2 for one in content["grid"] for error in one["errors"].values())
-    elif script == "benchmark_kernels.py":
+        assert all(error < 1e-2 for one in content["grid"].values() for error in one["errors"].values())
+    elif name == "kernels":
         found = content["shapes"]["2x128"]
         assert found["failures"] == {}
         assert max(found["errors"].values()) < 1e-2
-        assert set(found["best"]) == {"leader", "follower", "alone"}
+        lending = {f"{what} of {layers}" for what in ("pass", "newest") for layers in (2, 4)}
+        assert set(found["best"]) == {"leader", "follower", "alone", *lending}
     else:
         assert set(content["parts"]) == {"text", "steps", "stock", "prompts", "capacity", "sweep", "profile"}
         assert content["parts"]["text"]["summary"]["base, float32"]["equal_tokens"] == 256

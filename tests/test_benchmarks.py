@@ -1,10 +1,12 @@
-"""The benchmark scripts of training run, at a size at which their figures mean nothing."""
+"""The benchmarks run, at sizes at which their figures mean nothing; their files can be continued and merged."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +14,21 @@ from pathlib import Path
 import pytest
 from tiny_run import make_model, write_data
 
+from benchmarks.runner import Results, rows_on_lines
 from uniattn_cli.recipe.schema import SynthesisSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def squeezed(path: Path) -> str:
+    """A table without the spaces that align its columns."""
+    return re.sub(" +", " ", path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -32,10 +40,12 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     out = tmp_path / "out" / "training.json"
     common = [model, "--train", tmp_path / "rows.jsonl", "--text", tmp_path / "pages.jsonl"]
     common += ["--wikitext", tmp_path / "text.txt", "--out", out, "--work", tmp_path / "work", "--tokens", 2000]
-    common += ["--length", 64, "--fit-tokens", 1024, "--score-tokens", 512, "--text-tokens", 512, "--responses", 4]
-    common += ["--max-length", 64, "--batch-size", 8, "--micro-batch-size", 8, "--device", "cpu", "--seeds", 0]
-    common += ["--layouts", "softmax", "--search", "fast"]
-    done = run_script("benchmark_training.py", *common)
+    common += ["--text-tokens", 512, "--device", "cpu", "--seeds", 0, "--layouts", "softmax"]
+    settings = ["evaluation.length=64", "evaluation.responses=4", "layout.search=fast", "layout.score_tokens=512"]
+    settings += [f"{stage}.{key}" for stage in ("analysis", "conversion") for key in ("length=64", "tokens=1024")]
+    settings += ["train.max_length=64", "train.batch_size=8", "train.micro_batch_size=8"]
+    common += [f"--set={setting}" for setting in settings]
+    done = run_benchmark("training", *common)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     parts = ["converted", "one", "two", "distillation", "control teaches", "control converted", "lora", "equal time"]
@@ -48,15 +58,15 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     assert {*equal, tokens["base | control | seed 0"]} == {equal[0]} and 1500 < equal[0] < 2500
     for row in rows.values():
         assert row["score"] == pytest.approx(sum(row[name] for name in ("text", "wikitext", "responses")) / 3, abs=1e-4)
-    table = out.with_suffix(".md").read_text()
+    table = squeezed(out.with_suffix(".md"))
     gap = rows["softmax | one | seed 0"]["score"] - rows["base | control | seed 0"]["score"]
     assert f"| softmax | one | {rows['softmax | one | seed 0']['score']:.3f} | {gap:.3f} |" in table
     assert out.with_suffix(".png").is_file()
     # What is there is not measured again, and nothing of other settings is mixed in.
     before = out.read_text()
-    done = run_script("benchmark_training.py", *common)
+    done = run_benchmark("training", *common)
     assert done.returncode == 0 and done.stdout == "" and out.read_text() == before
-    done = run_script("benchmark_training.py", *common, "--tokens", 3000)
+    done = run_benchmark("training", *common, "--tokens", 3000)
     assert done.returncode == 1 and "rows of other settings" in done.stderr
     # A model's own text is trained on and not held out, and a control of these runs can teach with it.
     (tmp_path / "synthetic").mkdir()
@@ -66,25 +76,26 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     (tmp_path / "synthetic" / "stage.json").write_text(json.dumps(record))
     more = ["--synthetic", tmp_path / "synthetic" / "text.jsonl", "--out", tmp_path / "more.json"]
     more += ["--work", tmp_path / "more", "--parts", "control teaches+weight=1.0"]
-    done = run_script("benchmark_training.py", *common, *more, "--controls", tmp_path / "nowhere")
+    done = run_benchmark("training", *common, *more, "--controls", tmp_path / "nowhere")
     assert done.returncode == 1 and "run the part control of that seed" in done.stderr
-    done = run_script("benchmark_training.py", *common, *more, "--controls", tmp_path / "work")
+    done = run_benchmark("training", *common, *more, "--controls", tmp_path / "work")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "more.json").read_text())
     teacher = "base | control of other runs | seed 0"
     assert list(content["rows"]) == [teacher, "softmax | control teaches+weight=1.0 | seed 0"]
     assert content["rows"][teacher]["score"] == rows["base | control | seed 0"]["score"]
-    assert "| – |" not in (tmp_path / "more.md").read_text()
+    assert "| – |" not in squeezed(tmp_path / "more.md")
     wanted = {"model": "base", "tokens": 1000, "prefix": 32, "temperature": 1.0, "top_p": 1.0}
     assert content["setting"]["comparable"]["synthetic"] == [wanted]
     assert content["setting"]["comparable"]["train"] == ["rows.jsonl", "text.jsonl"]
 
 
+@pytest.mark.slow
 def test_speed_benchmark_alternates_base_and_converted(tmp_path):
     out = tmp_path / "speed.json"
-    size = ["--layers", 4, "--hidden", 32, "--intermediate", 48, "--heads", 4, "--kv-heads", 2, "--vocabulary", 97]
+    size = ["--shape", "tiny", "--layers", 4]
     run = ["--batch", 2, "--length", 16, "--steps", 2, "--warm-up", 1, "--rounds", 2, "--device", "cpu"]
-    done = run_script("benchmark_training_speed.py", "--out", out, *size, *run)
+    done = run_benchmark("training_speed", "--out", out, *size, *run)
     assert done.returncode == 0, done.stderr
     cases = json.loads(out.read_text())["cases"]
     assert list(cases) == ["all", "all, gradient checkpointing", "compensation"]
@@ -94,7 +105,11 @@ def test_speed_benchmark_alternates_base_and_converted(tmp_path):
     assert out.with_suffix(".md").read_text().count("×") == 3
 
 
-def test_layout_benchmark_puts_files_together(tmp_path):
+def test_files_of_several_processes_are_merged(tmp_path, monkeypatch):
+    def merge(*paths: Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["layouts", "--out", str(out), "--merge", *map(str, paths)])
+        runpy.run_module("benchmarks.layouts", run_name="__main__")
+
     row = {"changed": 2, "kv_share": 0.8, "parameter_share": 1.01, "fit_tokens": 1024}
     setting = {"model": "m", "dtype": "float32", "device": "CPU", "window": 64}
     files = []
@@ -108,17 +123,52 @@ def test_layout_benchmark_puts_files_together(tmp_path):
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(content))
     out = tmp_path / "all.json"
-    common = ["m", "--text", "x", "--wikitext", "x", "--out", out, "--merge"]
-    done = run_script("benchmark_layouts.py", *common, *files)
-    assert done.returncode == 0, done.stderr
+    merge(*files)
     assert list(json.loads(out.read_text())["layouts"]) == ["key", "kv"]
-    table = out.with_suffix(".md").read_text()
+    table = squeezed(out.with_suffix(".md"))
     assert "(c4 10.0, wt 30.0)" in table and "| kv alone | 2 | 80.0% | 101.0% | 1,024 | 1.500 | 2.000 | 1 |" in table
     # A search is kept before anything is converted; there is no table of it yet.
     files[0].write_text(json.dumps({"setting": setting, "layouts": {"key": {"steps": []}}, "rows": {}}))
     out.with_suffix(".md").unlink()
-    assert run_script("benchmark_layouts.py", *common, files[0]).returncode == 0
+    merge(files[0])
     assert not out.with_suffix(".md").exists()
     files[1].write_text(json.dumps({"setting": setting | {"window": 128}, "layouts": {}, "rows": {}}))
-    done = run_script("benchmark_layouts.py", *common, *files)
-    assert done.returncode == 1 and "different settings" in done.stderr
+    with pytest.raises(SystemExit, match="different settings"):
+        merge(*files)
+    files[1].write_text(json.dumps({"rows": []}))
+    with pytest.raises(SystemExit, match="not written by this version"):
+        merge(*files)
+
+
+def test_a_file_is_continued_has_one_row_on_each_line_and_mixes_no_settings(tmp_path):
+    out = tmp_path / "folder" / "results.json"
+    rows = {"a": {"seconds": [1.5, 2.0]}, "b": {"seconds": [], "layers": [{"kind": "own"}]}}
+
+    def results(**more) -> Results:
+        return Results(out, ("rows",), markdown=lambda content: ", ".join(content["rows"]), **more)
+
+    first = results()
+    first.begin({"device": "cpu", "window": 64})
+    for key in first.missing("rows", rows):
+        first.add("rows", key, rows[key])
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert all(
+        f"  {json.dumps(key)}: {json.dumps(row)}" in [line.rstrip(",") for line in lines] for key, row in rows.items()
+    )
+    assert json.loads(out.read_text())["rows"] == rows and out.with_suffix(".md").read_text() == "a, b"
+    assert [path.name for path in out.parent.iterdir() if path.suffix == ".partial"] == []
+    again = results()
+    again.begin({"device": "cpu", "window": 64})
+    assert again.missing("rows", ["b", "c"]) == ["c"]
+    # Times depend on the device, losses do not.
+    with pytest.raises(SystemExit, match="other settings"):
+        results().begin({"device": "cuda", "window": 64})
+    results(portable=True).begin({"device": "cuda", "window": 64})
+    with pytest.raises(SystemExit, match="other settings"):
+        results(portable=True).begin({"device": "cpu", "window": 128})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "benchmarks").rglob("*.json")), ids=lambda path: path.stem)
+def test_published_files_have_one_row_on_each_line(path):
+    text = path.read_text(encoding="utf-8")
+    assert rows_on_lines(json.loads(text)) == text

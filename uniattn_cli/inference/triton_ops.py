@@ -58,7 +58,7 @@ class Tuning:
 
 
 # By role (a layer that keeps its map, one that weighs its followers' values, one that lends nothing, one that borrows a
-# map) and size of a block of keys; found with scripts/benchmark_kernels.py.
+# map) and size of a block of keys; found with benchmarks/kernels.py.
 TUNINGS = {
     "lead": ("2,4,3,33", "1,4,4,33"),
     "lend": ("1,4,3", "1,4,3"),

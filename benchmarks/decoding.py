@@ -1,86 +1,68 @@
 """Whole decoding steps, prompts and capacity on a model shape with random weights, for the goals of fast inference.
 
-    python scripts/benchmark_decoding.py --out docs/benchmarks/decoding.json --parts steps
+    python -m benchmarks.decoding --out docs/benchmarks/decoding.json --parts steps
 
-Needs one GPU and torch, triton, transformers and this repository on PYTHONPATH; no downloads. Each part fits into ten
-minutes with everything it compiles; parts already in the output stay unless they are measured again.
+Needs one GPU and torch, triton and transformers; no downloads. Each part fits into ten minutes with everything that it
+compiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
-import json
-import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from benchmarks import runner
 from uniattn_cli.inference.engine import Engine, decode
 from uniattn_cli.inference.measurement import Measurement, largest_batch, measure_shape, measure_stock, random_prompt
 from uniattn_cli.inference.roofline import copy_bandwidth
 from uniattn_cli.layouts.shorthand import parse_groups
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.models.device import describe_device
+from uniattn_cli.models.device import clock, describe_device, release_memory
+from uniattn_cli.models.of_run import BASE
 from uniattn_cli.models.random import known_config, random_models
-from uniattn_cli.run.files import now, versions
+from uniattn_cli.run.files import now
 
 PAPER, FOURS = "paper", "every:4"
-LARGE = "llama-3.1-8b"
 # Steps under the profiler.
 PROFILED = 4
 
 
-def main() -> None:
-    """Reads the command line and measures the parts that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--shape", default=LARGE)
-    parser.add_argument("--layers", type=int, help="make the model shallower")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--scale", type=int, default=1, help="divide contexts, to try the script itself")
-    options = parser.parse_args()
-    options.device = torch.device(options.device)
-    content = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"parts": {}}
-    for part in options.parts:
-        # Models of the part before refer to themselves; the next one may want all of the memory.
-        gc.collect()
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
-        started = time.perf_counter()
-        bandwidth = copy_bandwidth(options.device)
-        entry = {"device": describe_device(options.device), "copy_bandwidth": bandwidth, "shape": options.shape}
-        entry |= PARTS[part](options, bandwidth) | {"versions": versions(), "finished": now()}
-        entry["seconds"] = time.perf_counter() - started
-        content["parts"][part] = entry
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"{part}: {entry['seconds']:.0f} s; {json.dumps(entry.get('summary'))}", flush=True)
-
-
-def make_models(
-    options: argparse.Namespace, shape: str, groups: list[str], compensation: str | int, dtype: str
-) -> dict:
+def build(
+    options: argparse.Namespace,
+    groups: Sequence[str] = (PAPER, FOURS),
+    compensation: str | int = "full",
+    shape: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, PreTrainedModel]:
     """A base with random weights and one model for each layout."""
-    config = known_config(shape, options.layers)
+    config = known_config(shape or options.shape, options.layers)
     layouts = {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
+    dtype = dtype or ("bfloat16" if options.device.type == "cuda" else "float32")
     return random_models(config, layouts, dtype, options.device)
 
 
-def build(options: argparse.Namespace, groups: list[str], compensation: str | int = "full") -> tuple[dict, dict]:
-    """Models and engines; checking an engine against transformers is part of making it."""
-    dtype = "bfloat16" if options.device.type == "cuda" else "float32"
-    models = make_models(options, options.shape, groups, compensation, dtype)
-    return models, {name: Engine(model) for name, model in models.items()}
+def engines_of(models: Mapping[str, PreTrainedModel]) -> dict[str, Engine]:
+    """Checking an engine against transformers is part of making it."""
+    return {name: Engine(model) for name, model in models.items()}
 
 
 def run_shapes(
-    options, engines: dict, shapes: list[tuple[int, int]], bandwidth: float, **settings
+    options: argparse.Namespace,
+    shapes: Sequence[tuple[int, int]],
+    bandwidth: float,
+    compensation: str | int | None = None,
+    **settings: Any,
 ) -> list[Measurement]:
-    """All shapes, with a line for each as soon as it is known."""
-    found = []
+    """Base and both layouts at all shapes, with a line for each as soon as it is known; names tell a compensation."""
+    models, found = build(options, compensation=compensation or "full"), []
+    suffix = f", {compensation}" if compensation else ""
+    engines = {name if name == BASE else name + suffix: engine for name, engine in engines_of(models).items()}
     for batch, context in shapes:
         measured = measure_shape(engines, batch, max(context // options.scale, 8), bandwidth=bandwidth, **settings)
         for one in measured:
@@ -100,7 +82,7 @@ def line(one: Measurement) -> str:
 
 def ratios(measured: list[Measurement]) -> dict:
     """For each shape: steps over the floor, and tokens per second over the base's."""
-    base = {(one.batch, one.context): one for one in measured if one.model == "base"}
+    base = {(one.batch, one.context): one for one in measured if one.model == BASE}
     result = {}
     for one in measured:
         key, first = f"{one.model} {one.batch}x{one.context}", base[one.batch, one.context]
@@ -113,74 +95,63 @@ def ratios(measured: list[Measurement]) -> dict:
     return result
 
 
-def packed(measured: list[Measurement]) -> list[dict]:
+def packed(measured: list[Measurement], summary: dict, **more: dict) -> dict:
     """For the file."""
-    return [dataclasses.asdict(one) for one in measured]
+    return {"measurements": [dataclasses.asdict(one) for one in measured], "summary": summary, **more}
 
 
 def steps(options: argparse.Namespace, bandwidth: float) -> dict:
     """Goals: at most 1.25 x the floor; 1.12 x and 1.30 x the base's tokens per second at 64 x 8k (wants 139 GiB)."""
-    _, engines = build(options, [PAPER, FOURS])
     shapes = [(1, 4096), (16, 4096), (64, 8192)]
-    measured = run_shapes(options, engines, shapes, bandwidth, new=16, repeats=5, prompts=False)
-    return {"measurements": packed(measured), "summary": ratios(measured)}
+    measured = run_shapes(options, shapes, bandwidth, new=16, repeats=5, prompts=False)
+    return packed(measured, ratios(measured))
 
 
 def sweep(options: argparse.Namespace, bandwidth: float) -> dict:
-    """Goal: the converted model is nowhere below 0.99 x the base; full, low-rank and no compensation."""
+    """Goal: the converted model is nowhere below 0.99 x the base; with a full and a low-rank compensation."""
     measured, found = [], {}
     shapes = [(batch, context) for batch in (1, 4, 16, 64) for context in (512, 2048, 8192) if batch * context < 300000]
     for compensation in ("full", 64):
-        _, engines = build(options, [PAPER, FOURS], compensation)
-        engines = {name if name == "base" else f"{name}, {compensation}": engines[name] for name in engines}
-        # Each with the base that had its turn beside it.
-        measured.append(run_shapes(options, engines, shapes, bandwidth, new=16, repeats=3, prompts=False))
-        found |= {name: value for name, value in ratios(measured[-1]).items() if not name.startswith("base")}
-        del engines
+        # Each with the base that took turns with it.
+        part = run_shapes(options, shapes, bandwidth, compensation, new=16, repeats=3, prompts=False)
+        found |= {name: value for name, value in ratios(part).items() if not name.startswith(BASE)}
+        measured += part
     lowest = min(value["over_base"] for value in found.values() if "over_base" in value)
-    flat = [one for group in measured for one in group]
-    return {"measurements": packed(flat), "summary": {"lowest_over_base": lowest}, "ratios": found}
+    return packed(measured, {"lowest_over_base": lowest}, ratios=found)
 
 
 def stock(options: argparse.Namespace, bandwidth: float) -> dict:
     """Goal: twice the tokens per second of `generate` with a static cache, compiled, at 16 x 4k."""
-    models, engines = build(options, [])
+    models = build(options, [])
+    engines = engines_of(models)
     batch, context = 16, max(4096 // options.scale, 8)
     measured = measure_shape(engines, batch, context, new=32, repeats=3, prompts=True, bandwidth=bandwidth)
-    prompt = random_prompt(engines["base"], batch, context)
+    prompt = random_prompt(engines[BASE], batch, context)
     for static in (False, True):
-        measured.append(measure_stock("base", models["base"], prompt, new=32, repeats=3, static=static))
+        measured.append(measure_stock(BASE, models[BASE], prompt, new=32, repeats=3, static=static))
         print(f"  {measured[-1].path}: {line(measured[-1])}", flush=True)
-    summary = {one.path: one.tokens_per_second for one in measured}
-    return {"measurements": packed(measured), "summary": summary}
+    return packed(measured, {one.path: one.tokens_per_second for one in measured})
 
 
 def prompts(options: argparse.Namespace, bandwidth: float) -> dict:
-    """Goal: time to the first token at most the base's, and below it with a rank of at most 128."""
+    """Goal: time to first token at most the base's, and below it with a rank of at most 128."""
     measured, summary = [], {}
     for compensation in ("full", 128, 64):
-        _, engines = build(options, [PAPER, FOURS], compensation)
-        engines = {name if name == "base" else f"{name}, {compensation}": engines[name] for name in engines}
-        shapes = [(1, 4096), (1, 16384)]
         # A step is timed with each prompt; one is enough.
-        found = run_shapes(options, engines, shapes, bandwidth, new=1, repeats=7, prompts=True)
-        base = {one.context: one.first.median for one in found if one.model == "base" and one.first}
-        summary |= {
-            f"{one.model} {one.context}": one.first.median / base[one.context]
-            for one in found
-            if one.first and one.model != "base"
-        }
-        measured += found
-        del engines
-    return {"measurements": packed(measured), "summary": summary}
+        shapes = [(1, 4096), (1, 16384)]
+        part = run_shapes(options, shapes, bandwidth, compensation, new=1, repeats=7, prompts=True)
+        seconds = {(one.model, one.context): one.first.median for one in part if one.first}
+        base = {context: value for (name, context), value in seconds.items() if name == BASE}
+        summary |= {f"{name} {at}": value / base[at] for (name, at), value in seconds.items() if name != BASE}
+        measured += part
+    return packed(measured, summary)
 
 
 def capacity(options: argparse.Namespace, bandwidth: float) -> dict:
     """Goal: the largest batch at 8k grows as the bytes of the cache shrink."""
-    _, engines = build(options, [PAPER, FOURS])
     context = max(8192 // options.scale, 8)
     found = {}
-    for name, engine in engines.items():
+    for name, engine in engines_of(build(options)).items():
         found[name] = largest_batch(engine, context, most=None if options.device.type == "cuda" else 8)
         print(f"  {name}: {found[name]} rows of {context}", flush=True)
     return {"context": context, "summary": found}
@@ -190,7 +161,7 @@ def text(options: argparse.Namespace, bandwidth: float) -> dict:
     """Goal: 256 greedy tokens equal to the plain path in float32; logits within the noise of bfloat16."""
     result = {}
     for dtype in ("float32", "bfloat16"):
-        models = make_models(options, "smollm2-135m", [PAPER, FOURS, f"kv@{PAPER}"], 64, dtype)
+        models = build(options, [PAPER, FOURS, f"kv@{PAPER}"], 64, "smollm2-135m", dtype)
         prompt = torch.randint(0, 49152, (4, 64), generator=torch.Generator().manual_seed(0)).to(options.device)
         mask = torch.ones_like(prompt)
         mask[1, :30] = 0
@@ -211,9 +182,8 @@ def profile(options: argparse.Namespace, bandwidth: float) -> dict:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    _, engines = build(options, [FOURS])
     summary, kernels = {}, {}
-    for name, engine in engines.items():
+    for name, engine in engines_of(build(options, [FOURS])).items():
         for batch, context in ((1, 4096 // options.scale), (16, 4096 // options.scale)):
             session = engine.session(batch, context + 2 * PROFILED, 2 * PROFILED)
             session.pretend(context)
@@ -223,8 +193,7 @@ def profile(options: argparse.Namespace, bandwidth: float) -> dict:
             with profiler(activities=[activity]) as record:
                 for _ in range(PROFILED):
                     session.advance()
-                if options.device.type == "cuda":
-                    torch.cuda.synchronize()
+                clock(options.device)
             events = [event for event in record.events() if event.time_range.elapsed_us()]
             found: dict[str, dict] = {}
             for event in events:
@@ -240,16 +209,30 @@ def profile(options: argparse.Namespace, bandwidth: float) -> dict:
     return {"summary": summary, "kernels": kernels}
 
 
-PARTS = {
-    "text": text,
-    "steps": steps,
-    "stock": stock,
-    "prompts": prompts,
-    "capacity": capacity,
-    "sweep": sweep,
-    "profile": profile,
-}
+PARTS = {call.__name__: call for call in (text, steps, stock, prompts, capacity, sweep, profile)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="make the model shallower")
+    parser.add_argument("--scale", type=int, default=1, help="divide contexts, to try the benchmark itself")
+
+
+def measure_parts(options: argparse.Namespace, results: runner.Results) -> None:
+    """All parts that were asked for."""
+    setting = {name: getattr(options, name) for name in ("shape", "layers", "scale")}
+    results.begin(setting | {"device": describe_device(options.device)})
+    for part in results.missing("parts", options.parts):
+        # Models of the part before refer to themselves; the next one may want all of the memory.
+        release_memory(options.device)
+        started = time.perf_counter()
+        bandwidth = copy_bandwidth(options.device)
+        entry = {"copy_bandwidth": bandwidth, **PARTS[part](options, bandwidth), "finished": now()}
+        entry["seconds"] = time.perf_counter() - started
+        results.add("parts", part, entry, entry["summary"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runner.run("decoding", __doc__, ("parts",), add_options, measure_parts)

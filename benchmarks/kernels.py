@@ -1,11 +1,11 @@
 """Attention kernels of one decoding step: leader, followers and PyTorch's own, at the shapes of a Llama-3.1-8B layer.
 
-    python scripts/benchmark_kernels.py --out docs/benchmarks/kernels.json
-    python scripts/benchmark_kernels.py --out docs/benchmarks/kernels_grid.json --grid
-    python scripts/benchmark_kernels.py --out docs/benchmarks/kernels_products.json --products
+    python -m benchmarks.kernels --out docs/benchmarks/kernels.json
+    python -m benchmarks.kernels --out docs/benchmarks/kernels_grid.json --parts grid
+    python -m benchmarks.kernels --out docs/benchmarks/kernels_products.json --parts products
 
-Needs one GPU and nothing but torch, triton and this repository on PYTHONPATH. Every candidate is captured in a graph;
-in each round all of them have their turn. Ratios are of medians. `--block` tries another size of the blocks of keys.
+Needs one GPU, torch, triton and transformers. Every candidate is captured in a graph, and all take turns in each round.
+Ratios are of medians. The part `grid` checks correctness over many shapes, `products` times products with one row.
 
 A leader that weighs its followers' values does the work of several layers in one pass, so its time is compared with
 that of cuDNN's full attention over as many keys and values. A follower costs what the pass takes longer than a layer
@@ -17,14 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import runner
+from uniattn_cli.inference.caches import Caches, whole_grains
+from uniattn_cli.inference.ops import TorchOps
+from uniattn_cli.inference.program import LayerProgram, Program
+from uniattn_cli.inference.roofline import copy_bandwidth
+from uniattn_cli.inference.trial import attention_program, decoding_step
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.device import captured, describe_device, take_turns, timed
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # batch x context, and what is asked of the follower and the leader there, as ratios to cuDNN's full attention.
@@ -46,6 +52,7 @@ LENDING_TUNINGS = [(1, 4, 4), (1, 4, 3), (1, 8, 4), (2, 4, 3)]
 LAYERS = [{}, {"leader": 0}, {}, *[{"leader": 2}] * 3, {}]
 PASSES = {"pass of 2": (0, 1), "pass of 4": (2, 3)}
 CALLS = 8
+PARTS = ("grid", "products", "shapes")
 # Rows and columns of the matrices that a step of one row is multiplied with, and the activation that follows.
 PRODUCTS = {
     "query, key, value": (6144, 4096, ""),
@@ -73,64 +80,10 @@ GRID_BATCH, GRID_CONTEXT = 5, 6144
 SHARE_OF_COPY = 0.9
 
 
-def main() -> None:
-    """Reads the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="BxT")
-    parser.add_argument("--block", type=int, help="keys that a kernel handles at once; default: as the engine chooses")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tunings", type=int, default=len(TUNINGS), help="how many of the launch settings to try")
-    parser.add_argument("--grid", action="store_true", help="check correctness over many shapes instead of speed")
-    parser.add_argument("--products", action="store_true", help="time products with one row instead of attention")
-    parser.add_argument("--device", default="cuda")
-    arguments = parser.parse_args()
-    from uniattn_cli.inference.roofline import copy_bandwidth
-    from uniattn_cli.models.device import describe_device
-
-    device = torch.device(arguments.device)
-    started = time.perf_counter()
-    content = {
-        "device": describe_device(device),
-        "torch": torch.__version__,
-        "heads": HEADS,
-        "kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "dtype": "bfloat16",
-        "copy_bandwidth": copy_bandwidth(device),
-        "shapes": {},
-    }
-    print(f"{content['device']}: copies at {content['copy_bandwidth'] / 1e9:.0f} GB/s")
-
-    def keep(line: str) -> None:
-        """Says what was just measured, and writes all that is known."""
-        print(line, flush=True)
-        content["seconds"] = time.perf_counter() - started
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    for shape in GRID if arguments.grid else ():
-        content.setdefault("grid", []).append(check_shape(device, *shape))
-        keep(json.dumps(content["grid"][-1]))
-    for name, (rows, columns, activation) in PRODUCTS.items() if arguments.products else ():
-        found = measure_product(rows, columns, activation, device)
-        content.setdefault("products", {})[name] = found
-        keep(f"{name}: {json.dumps(found)}")
-    for shape in () if arguments.grid or arguments.products else arguments.shapes:
-        batch, context = (int(part) for part in shape.split("x"))
-        found = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings], arguments.block)
-        found |= judge(shape, found, content["copy_bandwidth"])
-        content["shapes"][shape] = found
-        keep(f"{shape}: {json.dumps({key: found[key] for key in found if key != 'times'})}")
-
-
 def measure(
     batch: int, context: int, device: torch.device, rounds: int, tunings: list[tuple[int, ...]], block: int | None
 ) -> dict:
     """Milliseconds of every candidate, all rounds, and how far the kernels are from float64."""
-    from uniattn_cli.inference.caches import Caches
-    from uniattn_cli.inference.trial import attention_program, decoding_step
-    from uniattn_cli.modeling.layout_uniattn import Layout
-
     layout = Layout.from_list(LAYERS, compensation="none")
     program = attention_program(
         layout, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=torch.bfloat16, device=device
@@ -142,10 +95,17 @@ def measure(
     out = torch.empty(batch, HEADS * HEAD_DIM, device=device, dtype=torch.bfloat16)
     candidates, failures, errors = {}, {}, {}
 
-    def add(role: str, name: str, ops, index: int) -> None:
+    def attempt(name: str, call: Callable[[], None]) -> None:
+        """Captures a candidate, or notes why it cannot run here: backends and launch settings have their limits."""
+        try:
+            candidates[name] = milliseconds(call, device)
+        except Exception as problem:
+            failures[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+
+    def add(role: str, name: str, ops: TorchOps, index: int) -> None:
         layer = program.layers[index]
         call = lambda: ops.decode(layer, queries if layer.parts != "v" else None, step, out)  # noqa: E731
-        attempt(f"{role} {name}", call, candidates, failures, device)
+        attempt(f"{role} {name}", call)
         if f"{role} {name}" in candidates:
             errors[f"{role} {name}"] = error(layer, caches, queries, out, batch)
 
@@ -162,23 +122,21 @@ def measure(
         for way, shape in (("", (HEADS, 1)), (" grouped", (KV_HEADS, HEADS // KV_HEADS))):
             shaped = queries.view(batch, *shape, HEAD_DIM)
             call = lambda backend=backend, shaped=shaped: stock(backend, shaped, caches)  # noqa: E731
-            attempt(name + way, call, candidates, failures, device)
-    times = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            times[name].append(run())
+            attempt(name + way, call)
+    times = take_turns(candidates, rounds)
     return {"block": caches.block, "times": times, "errors": errors, "failures": failures}
 
 
 def measure_product(rows: int, columns: int, activation: str, device: torch.device) -> dict:
     """Milliseconds of the library and of our kernel with every launch setting, and the bytes per second of each."""
+    # Needs Triton, which the other parts can do without.
     from uniattn_cli.inference import tuning
 
     weights = [torch.randn(rows, columns, device=device, dtype=torch.bfloat16)]
     x = torch.randn(1, columns, device=device, dtype=torch.bfloat16)
     candidates = tuning.gate_candidates(x, activation) if activation else tuning.product_candidates(x)
-    milliseconds = tuning.measure(candidates, weights)
-    times = {"library" if key is None else ",".join(map(str, key)): value for key, value in milliseconds.items()}
+    measured = tuning.measure(candidates, weights)
+    times = {"library" if key is None else ",".join(map(str, key)): value for key, value in measured.items()}
     return {
         "bytes": weights[0].nbytes,
         "best": min(times, key=times.__getitem__),
@@ -191,11 +149,6 @@ def check_shape(
     device: torch.device, head_dim: int, heads: int, kv_heads: int, window: int | None, softcap: float | None
 ) -> dict:
     """Kernels over caches that are filled raggedly, every kind of layer, against the plain operations in float64."""
-    from uniattn_cli.inference.caches import Caches, whole_grains
-    from uniattn_cli.inference.ops import TorchOps
-    from uniattn_cli.inference.trial import attention_program, decoding_step
-    from uniattn_cli.modeling.layout_uniattn import Layout
-
     free = " ".join(f"{head % 2}:{(7 * head + 3) % heads}" for head in range(heads))
     crossed = " ".join(f"{head % 2}:{kv_heads - 1 - head}" for head in range(kv_heads))
     # Layers 0 and 1 keep their maps for others, layer 6 serves its followers.
@@ -223,29 +176,25 @@ def check_shape(
             caches = Caches(program, GRID_BATCH, whole_grains(context))
             kept = caches.flat.normal_() if kept is None else kept
             caches.flat.copy_(kept)
-            exact = kind == torch.float64
-            ops = (
-                TorchOps(program, caches)
-                if exact
-                else next(iter(operations(program, caches, TUNINGS[:1], device).values()))
-            )
+            ops = TorchOps(program, caches)
+            if kind != torch.float64:
+                ops = next(iter(operations(program, caches, TUNINGS[:1], device).values()))
             step = decoding_step(caches, starts, ends)
             out = torch.zeros(len(layout), GRID_BATCH, heads * head_dim, dtype=kind, device=device)
             for layer in program.layers:
                 own = queries[layer.index].to(kind) if "q" in layer.parts else None
                 ops.decode(layer, own, step, out[layer.index])
             outputs.append(out.double())
-        errors[str(dtype).removeprefix("torch.")] = (
-            (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
-        ).item()
+        difference = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
+        errors[str(dtype).removeprefix("torch.")] = difference.item()
     return {**sizes, "errors": errors}
 
 
-def operations(program, caches, tunings: list[tuple[int, ...]], device: torch.device, *, lending: bool = True) -> dict:
-    """The kernels with every launch setting; without a GPU the plain operations, to try the script itself."""
+def operations(
+    program: Program, caches: Caches, tunings: list[tuple[int, ...]], device: torch.device, *, lending: bool = True
+) -> dict[str, TorchOps]:
+    """The kernels with every launch setting; without a GPU the plain operations, to try the benchmark itself."""
     if device.type != "cuda":
-        from uniattn_cli.inference.ops import TorchOps
-
         return {"plain": TorchOps(program, caches)}
     from uniattn_cli.inference.triton_ops import TritonOps, Tuning
 
@@ -255,52 +204,29 @@ def operations(program, caches, tunings: list[tuple[int, ...]], device: torch.de
     }
 
 
-def stock(backend: SDPBackend, queries: torch.Tensor, caches) -> None:
+def stock(backend: SDPBackend, queries: torch.Tensor, caches: Caches) -> None:
     """Full attention by one of PyTorch's kernels, over the keys and values of the leader."""
     with sdpa_kernel([backend]):
         grouped = queries.shape[1] != KV_HEADS
         functional.scaled_dot_product_attention(queries, caches.keys[0], caches.values[0], enable_gqa=grouped)
 
 
-def attempt(name: str, call: Callable[[], None], candidates: dict, failures: dict, device: torch.device) -> None:
-    """Captures a candidate, or notes why it cannot run here: backends and launch settings have limits of their own."""
-    try:
-        candidates[name] = captured(call, device)
-    except Exception as problem:
-        failures[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+def milliseconds(call: Callable[[], None], device: torch.device) -> Callable[[], float]:
+    """A function that returns the milliseconds of one call, replayed from a graph on a GPU."""
+    if device.type == "cuda":
+        return captured([call] * CALLS)
+    call()
 
-
-def captured(call: Callable[[], None], device: torch.device) -> Callable[[], float]:
-    """A function that runs `CALLS` calls from a graph and returns milliseconds of one."""
-    for _ in range(3):
-        call()
-    if device.type != "cuda":
-
-        def timed() -> float:
-            started = time.perf_counter()
+    def once() -> float:
+        seconds: list[float] = []
+        with timed(seconds, device):
             call()
-            return (time.perf_counter() - started) * 1e3
+        return seconds[0] * 1e3
 
-        return timed
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replay(call=call) -> float:
-        # Holding on to `call` keeps the memory that the graph works on.
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / CALLS
-
-    return replay
+    return once
 
 
-def error(layer, caches, queries: torch.Tensor, out: torch.Tensor, batch: int) -> float:
+def error(layer: LayerProgram, caches: Caches, queries: torch.Tensor, out: torch.Tensor, batch: int) -> float:
     """Largest difference to float64 attention with whole maps, relative to the largest output, over two rows."""
     worst = 0.0
     for row in {0, batch - 1}:
@@ -358,5 +284,33 @@ def judge(shape: str, found: dict, bandwidth: float) -> dict:
     return result
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["shapes"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="BxT", help="batch x context")
+    parser.add_argument("--block", type=int, help="keys that a kernel handles at once; default: as the engine chooses")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tunings", type=int, default=len(TUNINGS), help="how many of the launch settings to try")
+
+
+def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> None:
+    """All parts that were asked for."""
+    device, parts = arguments.device, arguments.parts
+    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
+    results.begin({"device": describe_device(device), **sizes})
+    bandwidth = results.content["copy_bandwidth"] = copy_bandwidth(device)
+    print(f"{describe_device(device)}: copies at {bandwidth / 1e9:.0f} GB/s")
+    grid = {json.dumps(shape): shape for shape in GRID}
+    for name in results.missing("grid", grid) if "grid" in parts else ():
+        results.add("grid", name, check_shape(device, *grid[name]))
+    for name in results.missing("products", PRODUCTS) if "products" in parts else ():
+        results.add("products", name, measure_product(*PRODUCTS[name], device))
+    for shape in results.missing("shapes", arguments.shapes) if "shapes" in parts else ():
+        batch, context = (int(part) for part in shape.split("x"))
+        row = measure(batch, context, device, arguments.rounds, TUNINGS[: arguments.tunings], arguments.block)
+        row |= judge(shape, row, bandwidth)
+        results.add("shapes", shape, row, {key: row[key] for key in row if key != "times"})
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    runner.run("kernels", __doc__, PARTS, add_options, measure_parts)

@@ -1,19 +1,17 @@
 """What training wins back, layout by layout and recipe by recipe, against the base after the same training.
 
-    python scripts/benchmark_training.py MODEL --train chat.jsonl more.jsonl --text c4.jsonl --wikitext wiki.tokens \\
+    python -m benchmarks.training MODEL --train chat.jsonl more.jsonl --text c4.jsonl --wikitext wiki.tokens \\
         --tokens 2000000 --seeds 0 1 2 --out docs/benchmarks/training.json
 
 Every row is made by the tool's own commands in a run directory of its own, with the same number of training tokens in
 the same order for a seed. The score is the mean of log perplexity on `--text` (first 30,720 tokens; the other pages are
 calibration text), of log perplexity on `--wikitext` (first 65,536 tokens) and of the loss on held-out responses; lower
-is better. The gap is the score minus that of the control of the same seed. Rows already in the output are not measured
-again; `--parts` and `--layouts` pick some. `control converted` converts the control instead of the base and learns from
-it, so that it has seen the data twice. `--synthetic` adds rows of `uniattn synthesize`; with `--controls` controls of
-other runs, without these rows, teach. A part may name its own learning rates and settings of the recipe's
-`train.distillation`: `one@3e-4`, `two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`.
-Layouts are searched, or taken from `benchmark_layouts.py` with `--layouts-from`. Several processes, each with its own
-`--out`, share the work; `--merge` puts their files together. A table (`.md`) and a picture (`.png`) are written beside
-the JSON file.
+is better. The gap is the score minus that of the control of the same seed. `--parts` and `--layouts` pick rows.
+`control converted` converts the control instead of the base and learns from it, so that it has seen the data twice.
+`--synthetic` adds rows of `uniattn synthesize`; with `--controls`, controls of other runs, without these rows, are the
+teachers. A part may name its own learning rates and settings of the recipe's `train.distillation`: `one@3e-4`,
+`two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`. Layouts are searched, or taken from `benchmarks/layouts.py`
+with `--layouts-from`.
 """
 
 from __future__ import annotations
@@ -21,28 +19,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import transformers
-import trl
-
+from benchmarks import runner, texts
 from uniattn_cli import analyze, convert, train
 from uniattn_cli.data import sequences, splits
 from uniattn_cli.data.heldout import response_rows
+from uniattn_cli.models.device import describe_device
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.models.losses import row_losses, window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
+from uniattn_cli.run.files import read_json
+from uniattn_cli.tables import Table
 from uniattn_cli.training.trainer import pack
 
-TEXT_TOKENS, WIKITEXT_TOKENS = 30 * 1024, 64 * 1024
 # Twelve followers of SmolLM2-135M save 20 % of the KV bytes; the others save the same.
 LAYOUTS = {
     "softmax": "[softmax]",
@@ -54,91 +49,84 @@ LAYOUTS = {
     "key": "[key]",
     "any": "[softmax, key, kv, linear]",
 }
-# What these layouts are called in the file of benchmark_layouts.py.
+# What these layouts are called in the file of benchmarks/layouts.py.
 SEARCHED = {"softmax": "softmax, free", "mixed": "mixed", "linear": "linear", "none": "none"}
 SEARCHED |= {"key": "key, aligned", "kv": "kv, aligned", "any": "softmax + key + kv + linear, aligned"}
 PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "control converted", "lora")
 PARTS += ("equal time",)
+TABLES = ("layouts", "rows")
+LOSSES = ("text", "wikitext", "responses")
 # What teaches with `--controls`.
 TEACHER = "control of other runs"
 RATES = {"compensation": 1e-3, "all": 1e-4, "lora": 2e-4}
 # Share of the steps of the two-stage recipe that only train the compensation: 0.25 of 1.25 epochs.
 FIRST_SHARE = 0.2
+# Steps of the part `equal time` over the others': the time that a teacher costs.
+EQUAL_TIME = 1.5
+# What all rows have in common, before `--set`.
+SETTINGS = [
+    *("model.dtype=float32", "analysis.tokens=163840", "analysis.length=1024"),
+    *("conversion.tokens=163840", "conversion.length=1024"),
+    *("evaluation.length=1024", "evaluation.responses=200", "evaluation.batch_size=32"),
+    *("train.batch_size=16", "train.micro_batch_size=16", "train.max_length=512", "train.group_by_length=true"),
+    # Nobody resumes these runs, and writing takes longer than the steps of so small a model; so do measurements of the
+    # best state, which with this schedule is the last.
+    *("train.save_steps=1000000", "train.eval_steps=300"),
+    *("layout.kv=0.8", "layout.head_map=free", "layout.search=thorough", "layout.score_tokens=24576"),
+]
 
 
 class Bench:
     """Texts, settings and the results so far."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.out = Path(arguments.out)
-        self.options = RunOptions(device=arguments.device, force=True)
-        self.device = self.options.torch_device()
+    def __init__(self, arguments: argparse.Namespace, results: runner.Results):
+        self.arguments, self.results = arguments, results
+        self.device = arguments.device
+        self.options = RunOptions(device=str(self.device), force=True)
         self.work = Path(arguments.work or tempfile.mkdtemp(prefix="uniattn-training-"))
         self.work.mkdir(parents=True, exist_ok=True)
-        self.source = locate(
-            str(Path(arguments.model).absolute()) if Path(arguments.model).is_dir() else arguments.model
-        )
+        place = Path(arguments.model)
+        self.source = locate(str(place.absolute()) if place.is_dir() else arguments.model)
         self.tokenizer = load_tokenizer(self.source)
-        self.texts = {"text": self._text(Path(arguments.text)), "wikitext": self._wikitext(Path(arguments.wikitext))}
-        self.content = json.loads(self.out.read_text()) if self.out.exists() else {"layouts": {}, "rows": {}}
-        setting = self._setting()
-        if self.content.setdefault("setting", setting)["comparable"] != setting["comparable"]:
-            raise SystemExit(f"{self.out} holds rows of other settings ({self.content['setting']['comparable']})")
+        most, length = arguments.text_tokens, self._recipe().evaluation.length
+        rest = self.work / "calibration.jsonl"
+        tokens = [min(most, count) for count in (texts.TEXT_TOKENS, texts.WIKITEXT_TOKENS)]
+        self.texts = {
+            "text": texts.split_pages(self.tokenizer, arguments.text, rest, tokens=tokens[0], length=length),
+            "wikitext": texts.text_windows(self.tokenizer, arguments.wikitext, tokens=tokens[1], length=length),
+        }
+        results.begin(self._setting())
+        self.layouts = results.content["layouts"]
         self.steps = self._steps()
-        for name in arguments.layouts_from:
-            self._take_layouts(Path(name))
+        for path in arguments.layouts_from:
+            self._take_layouts(path)
 
     def _take_layouts(self, path: Path) -> None:
         """The layouts that a search chose before, unless this file has its own."""
-        found = json.loads(path.read_text(encoding="utf-8"))["layouts"]
+        found = runner.read(path)["layouts"]
         for name, stored in SEARCHED.items():
             if stored in found:
-                self.content["layouts"].setdefault(name, found[stored]["steps"][-1])
-
-    def _text(self, path: Path) -> torch.Tensor:
-        """Evaluation windows from the first pages; the other pages go into a file for calibration."""
-        pages = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-        wanted = min(TEXT_TOKENS, self.arguments.text_tokens)
-        ids: list[int] = []
-        used = 0
-        while len(ids) < wanted:
-            ids += [*splits.encode(self.tokenizer, pages[used]), self.tokenizer.eos_token_id]
-            used += 1
-        rest = "".join(json.dumps({"text": page}) + "\n" for page in pages[used:])
-        (self.work / "calibration.jsonl").write_text(rest, encoding="utf-8")
-        return self._windows(ids[:wanted])
-
-    def _wikitext(self, path: Path) -> torch.Tensor:
-        ids = splits.encode(self.tokenizer, path.read_text(encoding="utf-8"))
-        return self._windows(ids[: min(WIKITEXT_TOKENS, self.arguments.text_tokens)])
-
-    def _windows(self, ids: Sequence[int]) -> torch.Tensor:
-        length = self.arguments.length
-        return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+                self.layouts.setdefault(name, found[stored]["steps"][-1])
 
     def _setting(self) -> dict:
-        on_gpu = self.device.type == "cuda"
+        spec, recipe = self.arguments, self._recipe()
         return {
             "comparable": {
-                "model": Path(self.arguments.model).name,
-                "train": [Path(name).name for name in [*self.arguments.train, *self.arguments.synthetic]],
-                **({"synthetic": self._provenance()} if self.arguments.synthetic else {}),
-                "tokens": self.arguments.tokens,
-                "kv": self.arguments.kv,
-                "batch_size": self.arguments.batch_size,
-                "max_length": self.arguments.max_length,
-                "group_by_length": self._recipe().train.group_by_length,
-                **({"align": align} if (align := self._recipe().conversion.align) else {}),
-                **({"settings": self.arguments.set} if self.arguments.set else {}),
+                "model": Path(spec.model).name,
+                "train": [Path(name).name for name in [*spec.train, *spec.synthetic]],
+                **({"synthetic": self._provenance()} if spec.synthetic else {}),
+                "tokens": spec.tokens,
+                "kv": recipe.layout.kv,
+                "batch_size": recipe.train.batch_size,
+                "max_length": recipe.train.max_length,
+                "group_by_length": recipe.train.group_by_length,
+                **({"align": align} if (align := recipe.conversion.align) else {}),
+                **({"settings": spec.set} if spec.set else {}),
                 "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
                 "rates": RATES,
             },
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
-            "dtype": "float32 weights, bfloat16 arithmetic in training" if on_gpu else "float32",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
+            "device": describe_device(self.device),
+            "dtype": "float32 weights, bfloat16 arithmetic in training" if self.device.type == "cuda" else "float32",
         }
 
     def _provenance(self) -> list[dict]:
@@ -146,42 +134,25 @@ class Bench:
         found = []
         for name in self.arguments.synthetic:
             path = Path(name).with_name("stage.json")
-            if not path.is_file():
-                raise SystemExit(f"{path} is missing; leave what `uniattn synthesize` wrote in one folder")
-            record = json.loads(path.read_text(encoding="utf-8"))["settings"]["synthesis"]
+            record = read_json(path, "leave what `uniattn synthesize` wrote in one folder")["settings"]["synthesis"]
             found.append({key: record[key] for key in ("model", "tokens", "prefix", "temperature", "top_p")})
         return found
 
-    def settings(self, seed: int) -> list[str]:
-        """What all rows of a seed have in common."""
+    def settings(self, seed: int, *, search: bool = False) -> list[str]:
+        """What all rows of a seed have in common; those of the layout only where one is searched."""
         spec = self.arguments
         train_files = ", ".join(str(Path(name).absolute()) for name in spec.train)
         synthetic = [f"{{source: {Path(name).absolute()}, heldout: false}}" for name in spec.synthetic]
         return [
             f"seed={seed}",
-            "model.dtype=float32",
             f"data.train=[{', '.join([train_files, *synthetic])}]",
             f"data.calibration=[{self.work.absolute() / 'calibration.jsonl'}, {train_files}]",
-            f"analysis.tokens={spec.fit_tokens}",
-            f"analysis.length={spec.length}",
-            f"conversion.tokens={spec.fit_tokens}",
-            f"conversion.length={spec.length}",
-            f"evaluation.length={spec.length}",
-            f"evaluation.responses={spec.responses}",
-            f"train.batch_size={spec.batch_size}",
-            f"train.micro_batch_size={spec.micro_batch_size}",
-            f"train.max_length={spec.max_length}",
-            "train.group_by_length=true",
-            # Nobody resumes these runs, and writing takes longer than the steps of so small a model; so do measurements
-            # of the best state, which with this schedule is the last.
-            "train.save_steps=1000000",
-            "train.eval_steps=300",
-            "evaluation.batch_size=32",
-            *spec.set,
+            *(each for each in [*SETTINGS, *spec.set] if search or not each.startswith("layout.")),
         ]
 
     def _recipe(self, seed: int = 0) -> Recipe:
-        return Recipe.from_tree({"model": {"name": self.source.name}}, overrides=self.settings(seed))
+        overrides = self.settings(seed, search=True)
+        return Recipe.from_tree({"model": {"name": self.source.name}}, overrides=overrides)
 
     def _steps(self) -> int:
         """Optimiser steps that see about the wanted number of tokens."""
@@ -206,20 +177,14 @@ class Bench:
         if (folder / "converted" / "stage.json").is_file():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
-        stored = self.content["layouts"].get(layout)
-        settings = self.settings(seed)
-        if stored is None:
-            shutil.copytree(self.analysis(), folder)
-            search = self.arguments.search if layout == "softmax" else "thorough"
-            settings += [f"layout.kv={self.arguments.kv}", f"layout.search={search}"]
-            settings += [f"layout.kinds={LAYOUTS[layout]}", f"layout.head_map={self.arguments.head_map}"]
-            settings += [f"layout.score_tokens={self.arguments.score_tokens}"]
+        if layout in self.layouts:
+            write_recipe(folder, self.source.name, self.layouts[layout])
+            convert(run_dir=folder, overrides=self.settings(seed), options=self.options)
         else:
-            write_recipe(folder, self.source.name, stored)
-        result = convert(run_dir=folder, overrides=settings, options=self.options)
-        if stored is None:
-            self.content["layouts"][layout] = result.layout.to_list()
-            self.save()
+            shutil.copytree(self.analysis(), folder)
+            settings = [*self.settings(seed, search=True), f"layout.kinds={LAYOUTS[layout]}"]
+            result = convert(run_dir=folder, overrides=settings, options=self.options)
+            self.results.add("layouts", layout, result.layout.to_list())
         return folder
 
     def converted_control(self, layout: str, seed: int) -> Path:
@@ -228,7 +193,7 @@ class Bench:
         if not (folder / "converted" / "stage.json").is_file():
             self._fetch_control(self.run_dir(layout, seed), seed)
             shutil.rmtree(folder, ignore_errors=True)
-            write_recipe(folder, str(self._control(seed)), self.content["layouts"][layout])
+            write_recipe(folder, str(self._control(seed)), self.layouts[layout])
             convert(run_dir=folder, overrides=self.settings(seed), options=self.options)
         return folder
 
@@ -236,7 +201,7 @@ class Bench:
         """Makes one row, unless it is there already."""
         shared = name_of(part) in ("base", "control")
         key = f"{'base' if shared else layout} | {part} | seed {seed}"
-        if key in self.content["rows"]:
+        if not self.results.missing("rows", [key]):
             return
         start = self.converted_control if name_of(part) == "control converted" else self.run_dir
         folder = start(layout, seed)
@@ -251,19 +216,18 @@ class Bench:
     def _keep(self, key: str, directory: Path, seconds: float, tokens: int) -> None:
         """Scores a model and writes its row."""
         scores = self._score(directory, int(key.rpartition(" ")[2]))
-        self.content["rows"][key] = {
+        row = {
             "score": round(statistics.fmean(scores.values()), 5),
             "seconds": round(seconds, 1),
             "tokens": int(tokens),
             **{name: round(value, 5) for name, value in scores.items()},
         }
-        print(key, self.content["rows"][key], flush=True)
-        self.save()
+        self.results.add("rows", key, row)
 
     def teacher_row(self, seed: int) -> None:
         """The control of other runs that teaches here: what the gap is to where these runs have no control."""
         key = f"base | {TEACHER} | seed {seed}"
-        if key not in self.content["rows"]:
+        if self.results.missing("rows", [key]):
             self._keep(key, self._control(seed), 0.0, 0)
 
     def _train(self, folder: Path, layout: str, part: str, seed: int) -> tuple[Path, float, int]:
@@ -306,7 +270,7 @@ class Bench:
         elif part in ("distillation", "control teaches", "control converted"):
             stages = [("all", steps, ", loss: distillation")]
         elif part == "equal time":
-            stages = [("all", max(1, round(steps * self.arguments.equal_time)), "")]
+            stages = [("all", max(1, round(steps * EQUAL_TIME)), "")]
         else:
             stages = [("all", steps, "")]
         chosen = rates.split(",") if rates else [RATES[trains] for trains, *_ in stages]
@@ -325,12 +289,8 @@ class Bench:
         model = load_model(locate(str(directory)), ModelSpec(dtype="float32"), self.device)
         found = {name: window_loss(model, windows).mean for name, windows in self.texts.items()}
         rows = response_rows(self._recipe(seed), self.tokenizer)
-        found["responses"] = row_losses(model, rows, batch_size=self.arguments.micro_batch_size).summary().mean
+        found["responses"] = row_losses(model, rows, batch_size=16).summary().mean
         return found
-
-    def save(self) -> None:
-        """Writes JSON, table and picture."""
-        write(self.content, self.out)
 
 
 def write_recipe(folder: Path, model: str, layers: list[dict]) -> None:
@@ -345,37 +305,11 @@ def name_of(part: str) -> str:
     return part.partition("@")[0].partition("+")[0]
 
 
-def merged(contents: Sequence[dict]) -> dict:
-    """One file's content from those of several processes."""
-    together = contents[0]
-    for content in contents[1:]:
-        if content["setting"]["comparable"] != together["setting"]["comparable"]:
-            raise SystemExit("these files hold rows of different settings")
-        for name in ("layouts", "rows"):
-            together[name] |= content[name]
-    places = [list(LAYOUTS), [*PARTS, TEACHER]]
-
-    def place(key: str) -> list:
-        layout, part, seed = key.split(" | ")
-        return [
-            layout != "base",
-            *(places[0].index(layout) if layout in LAYOUTS else -1, places[1].index(name_of(part))),
-            part,
-            seed,
-        ]
-
-    together["rows"] = {key: together["rows"][key] for key in sorted(together["rows"], key=place)}
-    return together
-
-
-def write(content: dict, out: Path) -> None:
-    """Writes JSON, table and picture."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    entries = grouped(content["rows"])
-    out.with_suffix(".md").write_text(markdown(content["setting"], entries), encoding="utf-8")
-    if any(entry["gap"] for entry in entries):
-        draw(entries, out.with_suffix(".png"))
+def order(key: str) -> tuple:
+    """Where a row stands in the file: the base's first, then by layout, part and seed."""
+    layout, part, seed = key.split(" | ")
+    known = list(LAYOUTS).index(layout) if layout in LAYOUTS else -1
+    return layout != "base", known, [*PARTS, TEACHER].index(name_of(part)), part, seed
 
 
 def grouped(rows: dict[str, dict]) -> list[dict]:
@@ -391,30 +325,29 @@ def grouped(rows: dict[str, dict]) -> list[dict]:
     return list(found.values())
 
 
-def markdown(setting: dict, entries: Sequence[dict]) -> str:
+COLUMNS = ["layout", "trained", "score", "gap", *LOSSES, "tokens", "seconds", "seeds"]
+
+
+def markdown(content: runner.Content) -> str:
     """One line for each layout and part; means over seeds, with their standard deviation."""
-    comparable = setting["comparable"]
+    setting, comparable = content["setting"], content["setting"]["comparable"]
     rates = ", ".join(f"{name} {rate:g}" for name, rate in comparable["rates"].items())
-    lines = [
-        f"# {comparable['model']}: what training wins back",
-        "",
+    table = []
+    for entry in grouped(content["rows"]):
+        rows = entry["rows"]
+        score, *losses = (runner.spread([row[name] for row in rows]) for name in ("score", *LOSSES))
+        means = [f"{statistics.fmean(row[name] for row in rows):,.0f}" for name in ("tokens", "seconds")]
+        gap = runner.spread(entry["gap"]) if entry["gap"] else "–"
+        table.append([entry["layout"], words(entry["part"]), score, gap, *losses, *means, str(len(rows))])
+    return runner.page(
+        f"{comparable['model']}: what training wins back",
         f"{comparable['tokens']:,} training tokens, {comparable['kv']:.0%} of the KV bytes kept; {setting['device']}, "
         f"{setting['dtype']}. Score: mean of the three losses (nats per token, lower is better); gap: score minus that "
-        "of the control of the same seed: the base after the same training, or the control of other runs that teaches. "
-        "Learning rates, where none is named: "
-        f"{rates}. Made by `scripts/benchmark_training.py`; the JSON file beside has all numbers.",
-        "",
-        "| layout | trained | score | gap | text | wikitext | responses | tokens | seconds | seeds |",
-        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for entry in entries:
-        rows = entry["rows"]
-        cells = [entry["layout"], words(entry["part"]), spread([row["score"] for row in rows])]
-        cells.append(spread(entry["gap"]) if entry["gap"] else "–")
-        cells += [spread([row[name] for row in rows]) for name in ("text", "wikitext", "responses")]
-        cells += [f"{statistics.fmean(row[name] for row in rows):,.0f}" for name in ("tokens", "seconds")]
-        lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
-    return "\n".join(lines) + "\n"
+        "of the control of the same seed: the base after the same training, or the control of other runs that is the "
+        f"teacher. Learning rates, where none is named: {rates}. Made by `benchmarks/training.py`; all numbers are in "
+        "the JSON file beside.",
+        Table("", COLUMNS, table),
+    )
 
 
 def words(part: str) -> str:
@@ -425,17 +358,12 @@ def words(part: str) -> str:
     return ", ".join([*kept, *(rates.split(",") if rates else [])])
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation over seeds where there are several."""
-    mean = statistics.fmean(values)
-    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
-
-
-def draw(entries: Sequence[dict], path: Path) -> None:
+def draw(content: runner.Content, path: Path) -> None:
     """Gaps as bars, one group for each layout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    entries = grouped(content["rows"])
     shown = [entry for entry in entries if entry["gap"] and entry["part"] not in ("control", TEACHER)]
     if not shown:
         return
@@ -457,72 +385,42 @@ def draw(entries: Sequence[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    """Reads the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="directory or hub id")
-    parser.add_argument("--train", nargs="+", required=True, help="training rows, files or hub data sets")
-    parser.add_argument(
-        "--synthetic", nargs="*", default=[], help="further training rows, which `uniattn synthesize` wrote"
-    )
-    parser.add_argument("--text", required=True, help="JSONL with a column `text`")
-    parser.add_argument("--wikitext", required=True, help="plain text")
-    parser.add_argument("--out", default="docs/benchmarks/training.json")
-    parser.add_argument("--work", help="folder of the run directories, kept; a temporary one by default")
-    parser.add_argument(
-        "--controls", help="--work of other runs, whose controls teach here; by default those of these runs do"
-    )
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each row")
-    parser.add_argument(
-        "--parts",
-        nargs="*",
-        default=list(PARTS),
-        help=f"{', '.join(PARTS)}; +SETTING=VALUE and @RATE after any trained",
-    )
-    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--kv", type=float, default=0.8, help="share of the KV bytes that all layouts keep")
-    parser.add_argument("--search", choices=("fast", "thorough"), default="thorough", help="of the softmax layout")
-    parser.add_argument("--head-map", default="free")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--micro-batch-size", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of the recipe, for all rows"
-    )
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window of text")
-    parser.add_argument("--fit-tokens", type=int, default=163840)
-    parser.add_argument("--score-tokens", type=int, default=24576, help="that judge candidates of the search")
-    parser.add_argument("--text-tokens", type=int, default=WIKITEXT_TOKENS, help="at most this many of each text")
-    parser.add_argument("--responses", type=int, default=200, help="held-out rows of the score")
-    parser.add_argument(
-        "--equal-time",
-        type=float,
-        default=1.5,
-        help="steps of that part over the others': the time that a teacher costs",
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--layouts-from", nargs="*", default=[], help="JSON files of benchmark_layouts.py, for their layouts"
-    )
-    parser.add_argument("--merge", nargs="*", default=[], help="only put these JSON files of other processes together")
-    arguments = parser.parse_args()
-    unknown = [part for part in arguments.parts if name_of(part) not in PARTS]
-    if unknown:
-        parser.error(f"unknown parts: {', '.join(unknown)} (known: {', '.join(PARTS)})")
-    out = Path(arguments.out)
-    if arguments.merge:
-        write(merged([json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments.merge]), out)
-        return
-    bench = Bench(arguments)
+def part_named(text: str) -> str:
+    """A part with its settings, for argparse."""
+    if name_of(text) not in PARTS:
+        raise argparse.ArgumentTypeError(f"unknown part: {text} (known: {', '.join(PARTS)})")
+    return text
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    option = parser.add_argument
+    texts.add_options(parser, seeds=[0, 1, 2])
+    option("--train", nargs="+", required=True, help="training rows, files or hub data sets")
+    option("--synthetic", nargs="*", default=[], help="further training rows, which `uniattn synthesize` wrote")
+    option("--work", help="folder of the run directories, kept; a temporary one by default")
+    option("--controls", help="--work of other runs, whose controls are the teachers; by default those of these runs")
+    option("--tokens", type=int, default=2_000_000, help="training tokens of each row")
+    known = f"{', '.join(PARTS)}; +SETTING=VALUE and @RATE after any trained"
+    option("--parts", nargs="*", type=part_named, default=list(PARTS), help=known)
+    option("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    option("--layouts-from", nargs="*", type=Path, default=[], help="files of benchmarks/layouts.py, for their layouts")
+    option("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe, for all rows")
+    option("--text-tokens", type=int, default=texts.WIKITEXT_TOKENS, help="at most this many of each text")
+
+
+def measure(arguments: argparse.Namespace, results: runner.Results) -> None:
+    """All rows that were asked for."""
+    bench = Bench(arguments, results)
     for seed in arguments.seeds:
         if arguments.controls:
             bench.teacher_row(seed)
         for layout in arguments.layouts:
             for part in arguments.parts:
                 bench.row(layout, part, seed)
-    bench.save()
 
 
 if __name__ == "__main__":
-    main()
+    runner.run(
+        "training", __doc__, TABLES, add_options, measure, markdown=markdown, draw=draw, order=order, portable=True
+    )

@@ -1,0 +1,306 @@
+"""What layouts, head maps, compensations and kinds cost before any training, as ratios of perplexity to the base's.
+
+    python -m benchmarks.layouts MODEL --text c4.jsonl --wikitext wiki.tokens \\
+        --calibration wikipedia.jsonl chat.jsonl:120 --out docs/benchmarks/layouts.json
+
+`--parts` picks rows, `--mixes` those of the part `aligned`. Evaluation: the first 30,720 tokens of the pages of
+`--text` (`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`), in windows of
+1,024. Needs a GPU for the searches to end in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from benchmarks import runner, texts
+from uniattn_cli.analysis.measure import measure
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.data.windows import calibration_windows
+from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.fast import frontier
+from uniattn_cli.layouts.greedy import ThoroughSearch
+from uniattn_cli.layouts.shorthand import parse_groups
+from uniattn_cli.layouts.thorough import proposer
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
+from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
+from uniattn_cli.models.device import describe_device, timed
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.losses import window_loss
+from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
+from uniattn_cli.tables import Table
+
+LENGTH = 1024
+ANALYSIS_TOKENS, SEARCH_TOKENS, SCORE_TOKENS = 80 * LENGTH, 80 * LENGTH, 24 * LENGTH
+# Searched and converted with queries aligned to borrowed keys; those of the part `kinds` are without.
+ALIGNED = {"key": ("key",), "kv": ("kv",), "softmax + key + kv + linear": ("softmax", "key", "kv", "linear")}
+PARTS = ("layouts", "compensation", "heads", "kinds", "aligned")
+
+
+class Bench:
+    """The base, its texts and the results so far."""
+
+    def __init__(self, arguments: argparse.Namespace, results: runner.Results):
+        self.results = results
+        self.device = arguments.device
+        self.fit_tokens = arguments.fit_tokens
+        source = locate(arguments.model)
+        self.tokenizer = load_tokenizer(source)
+        self.base = load_model(source, ModelSpec(name=arguments.model, dtype="float32"), self.device)
+        self.shape = attention_shape(self.base.config)
+        self.folder = tempfile.TemporaryDirectory()
+        rest = Path(self.folder.name) / "rest.jsonl"
+        self.texts = {
+            "c4": texts.split_pages(self.tokenizer, arguments.text, rest, tokens=texts.TEXT_TOKENS, length=LENGTH),
+            "wt": texts.text_windows(self.tokenizer, arguments.wikitext, tokens=texts.WIKITEXT_TOKENS, length=LENGTH),
+        }
+        self.calibration = [arguments.text.name, *(Path(name).name for name in arguments.calibration)]
+        specs = [DatasetSpec(source=str(rest), format="text")]
+        for name in arguments.calibration:
+            path, _, limit = name.partition(":")
+            specs.append(DatasetSpec(source=path, limit=int(limit) if limit else None))
+        self.recipe = Recipe(
+            model=ModelSpec(name=arguments.model, dtype="float32"),
+            data=DataSpec(calibration=tuple(specs)),
+            analysis=AnalysisSpec(tokens=ANALYSIS_TOKENS, length=LENGTH),
+        )
+        results.begin(
+            {
+                "model": Path(arguments.model).name,
+                "dtype": "float32",
+                "device": describe_device(self.device),
+                "window": LENGTH,
+                "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
+                "tokens": {
+                    "analysis": ANALYSIS_TOKENS,
+                    "search fit": SEARCH_TOKENS,
+                    "search score": SCORE_TOKENS,
+                    "final fit": self.fit_tokens,
+                },
+            }
+        )
+        self.perplexities = {name: window_loss(self.base, windows).perplexity for name, windows in self.texts.items()}
+        results.content["base"] = self.perplexities
+        self.source = source
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The analysis, made when the first part needs it."""
+        with torch.no_grad():
+            measured, _ = measure(self.base, self.windows(ANALYSIS_TOKENS), self.recipe.analysis, self.source)
+        self.results.content["analysis"] = {
+            "seconds": round(measured.seconds, 1),
+            "times_a_plain_forward": round(measured.forward_ratio, 2),
+        }
+        return measured
+
+    def windows(self, tokens: int, skip: int = 0, seed: int = 0) -> torch.Tensor:
+        return calibration_windows(self.recipe.data, self.tokenizer, tokens=tokens, length=LENGTH, seed=seed, skip=skip)
+
+    def matcher(self, head_map: str = "grouped", sources: str = "several") -> Matcher:
+        return Matcher(self.measured.score, self.shape, head_map, sources)
+
+    def chooser(
+        self, head_map: str = "grouped", sources: str = "several", *, leaders: bool = False, match_keys: bool = True
+    ) -> SourceChooser:
+        matcher = self.matcher(head_map, sources)
+        lenders = (lambda layout, layer: list(layout[layer].source_layers)) if leaders else matcher.lenders
+        return SourceChooser(matcher, lenders, Limits.of(self.device), match_keys=match_keys)
+
+    def fast(self, followers: int) -> Layout:
+        return next(choice.layout for choice in frontier(self.matcher()) if choice.followers == followers)
+
+    def searched(
+        self, name: str, kinds: tuple[str, ...], budget: LayoutSpec, head_map: str, align: int = 0
+    ) -> list[Layout]:
+        """The layouts of all steps of a thorough search; from the file if it has been run before."""
+        if self.results.missing("layouts", [name]):
+            search = ThoroughSearch(
+                self.base,
+                self.windows(SEARCH_TOKENS),
+                self.windows(SCORE_TOKENS, SEARCH_TOKENS),
+                ConversionSpec(align=align),
+                proposer(self.matcher(head_map), kinds, "full"),
+                chooser=self.chooser(head_map, match_keys=align > 0),
+            )
+            limit = Budget.of(budget, self.shape, self.base.config)
+            seconds: list[float] = []
+            with timed(seconds, self.device):
+                steps = search.run(limit.met, saved=limit.saved)
+            entry = {
+                "seconds": round(seconds[0], 1),
+                "measured": sum(step.measured for step in steps),
+                "divergences": [round(step.divergence, 5) for step in steps],
+            }
+            self.results.add("layouts", name, entry | {"steps": [step.layout.to_list() for step in steps]}, entry)
+        return [Layout.from_list(step) for step in self.results.content["layouts"][name]["steps"]]
+
+    def row(
+        self,
+        name: str,
+        layout: Layout,
+        seeds: list[int],
+        *,
+        chooser: SourceChooser | None = None,
+        tokens: int | None = None,
+        **spec,
+    ) -> None:
+        """Converts, evaluates and stores one row for each seed, unless it is there already."""
+        for key in self.results.missing("rows", [f"{name} | seed {seed}" for seed in seeds]):
+            seed = int(key.rpartition(" ")[2])
+            torch.manual_seed(seed)
+            model = build_converted(self.base, with_compensation(layout, spec))
+            windows = self.windows(tokens or self.fit_tokens, seed=seed)
+            seconds: list[float] = []
+            with timed(seconds, self.device):
+                fit_layers(self.base, model, windows, ConversionSpec(**spec), chooser=chooser, batch_size=16)
+            perplexity = {text: window_loss(model, w, batch_size=16).perplexity for text, w in self.texts.items()}
+            final, own = model.config.layout, Layout.own(self.shape.layers)
+            ratio = {text: round(value / self.perplexities[text], 4) for text, value in perplexity.items()}
+            row = {
+                "changed": len(final.changed),
+                "kv_share": kv_bytes_per_token(final, self.shape, 1) / kv_bytes_per_token(own, self.shape, 1),
+                "parameter_share": count_parameters(self.base.config, final) / count_parameters(self.base.config, own),
+                "calibration": self.calibration,
+                "fit_tokens": windows.numel(),
+                "fit_seconds": round(seconds[0], 1),
+                "perplexity": {text: round(value, 3) for text, value in perplexity.items()},
+                "ratio": ratio,
+            }
+            self.results.add("rows", key, row, ratio)
+
+
+COLUMNS = ["layout", "changed", "KV bytes", "parameters", "tokens of the fit", "c4", "wt", "seeds"]
+
+
+def markdown(content: dict) -> str:
+    """One line per layout, seeds averaged."""
+    grouped: dict[str, list[dict]] = {}
+    for key, row in content["rows"].items():
+        grouped.setdefault(key.split(" | seed")[0], []).append(row)
+    setting = content["setting"]
+    bases = {text: _bases(content["rows"].values(), text) for text in ("c4", "wt")}
+    table = [
+        [
+            name,
+            str(rows[0]["changed"]),
+            f"{rows[0]['kv_share']:.1%}",
+            f"{rows[0]['parameter_share']:.1%}",
+            f"{rows[0]['fit_tokens']:,}",
+            *(runner.spread([row["ratio"][text] for row in rows]) for text in ("c4", "wt")),
+            str(len(rows)),
+        ]
+        for name, rows in grouped.items()
+    ]
+    return runner.page(
+        f"{setting['model']}: layouts, head maps, compensations and kinds before any training",
+        f"Ratios of perplexity to the base's on the same tokens (c4 {bases['c4']}, wt {bases['wt']}); "
+        f"{setting['dtype']}, {setting['device']}, windows of {setting['window']:,} tokens. Made by "
+        "`benchmarks/layouts.py`, which says what is measured; all numbers are in the JSON file beside.",
+        Table("", COLUMNS, table),
+    )
+
+
+def _bases(rows: Iterable[dict], text: str) -> str:
+    """The base's perplexity in all rows; runs may have had other pages."""
+    found = [row["perplexity"][text] / row["ratio"][text] for row in rows]
+    least, most = (f"{value:.1f}" for value in (min(found), max(found)))
+    return least if least == most else f"{least} to {most}"
+
+
+def with_compensation(layout: Layout, spec: dict) -> Layout:
+    """The layout with the W_c that a fit asks for."""
+    rank = spec.get("rank", "full") if spec.get("solve", "both") in ("both", "compensation", "reference") else "none"
+    return Layout(
+        tuple(replace(plan, compensation=rank) if plan.traits.compensation == "optional" else plan for plan in layout)
+    )
+
+
+def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> None:
+    """All rows of the parts."""
+    bench, parts, seeds = Bench(arguments, results), arguments.parts, arguments.seeds
+    if set(parts) - {"aligned"}:
+        run_unaligned(bench, parts, seeds)
+    if "aligned" in parts:
+        align = ConversionSpec().align
+        for name in arguments.mixes:
+            steps = bench.searched(f"{name}, aligned", ALIGNED[name], LayoutSpec(kv=0.8), "free", align)
+            bench.row(f"KV 80 %, {name}, aligned", steps[-1], seeds)
+
+
+def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:
+    """All parts but `aligned`; they compare with layouts of softmax followers."""
+    free = bench.searched("softmax, free", ("softmax",), LayoutSpec(followers=12), "free")
+    grouped = bench.searched("softmax, grouped", ("softmax",), LayoutSpec(followers=12), "grouped")
+    paper = {count: parse_groups(groups, bench.shape, "full") for count, groups in ((12, "paper"), (8, "14-29:2"))}
+    few = {"seeds": [0], "tokens": 80 * LENGTH}
+    for count in (12, 8):
+        searched = grouped[count - 1]
+        if "layouts" in parts:
+            own = {head_map: bench.chooser(head_map, "one", leaders=True) for head_map in ("free", "grouped")}
+            bench.row(f"{count} paper, free", paper[count], seeds, chooser=own["free"])
+            bench.row(f"{count} paper, grouped", paper[count], seeds, chooser=own["grouped"])
+            fast = bench.fast(count)
+            bench.row(f"{count} similarity alone", fast, seeds)
+            bench.row(f"{count} fast, grouped", fast, seeds, chooser=bench.chooser())
+            bench.row(f"{count} fast, free", fast, seeds, chooser=bench.chooser("free"))
+            bench.row(f"{count} thorough, grouped", searched, seeds)
+            bench.row(f"{count} thorough, free", free[count - 1], seeds)
+        if "compensation" in parts:
+            for solve in ("none", "reference", "compensation", "output", "both"):
+                bench.row(f"{count} thorough, solve {solve}", searched, **few, solve=solve)
+            for rank in (32, 64, 128):
+                bench.row(f"{count} thorough, rank {rank}", searched, **few, rank=rank)
+        if "heads" in parts:
+            bench.row(f"{count} thorough, heads identity", nearest(searched), **few)
+            for head_map, sources in itertools.product(("grouped", "free"), ("one", "several")):
+                name = f"{count} thorough, heads {head_map} from {sources}"
+                bench.row(name, searched, **few, chooser=bench.chooser(head_map, sources))
+    if "compensation" in parts:
+        for solve in ("none", "reference", "compensation", "both"):
+            bench.row(f"12 paper identity, solve {solve}", paper[12], **few, solve=solve)
+    if "kinds" in parts:
+        budget = LayoutSpec(kv=0.8)
+        for kind in ("kv", "linear", "none"):
+            bench.row(f"KV 80 %, {kind} alone", bench.searched(kind, (kind,), budget, "grouped")[-1], seeds, align=0)
+        bench.row("KV 80 %, softmax alone", free[11], seeds)
+        mixed = bench.searched("mixed", ("softmax", "kv", "linear"), budget, "free")[-1]
+        bench.row("KV 80 %, softmax + kv + linear", mixed, seeds, align=0)
+
+
+def nearest(layout: Layout) -> Layout:
+    """The same followers with all heads from the nearest layer before that computes its own map."""
+    own = [index for index, plan in enumerate(layout) if plan.kind == "own"]
+    return Layout(
+        tuple(
+            plan if plan.kind == "own" else LayerPlan("softmax", leader=max(o for o in own if o < index))
+            for index, plan in enumerate(layout)
+        )
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    texts.add_options(parser, seeds=[0])
+    parser.add_argument("--calibration", nargs="*", default=[], help="more calibration text, FILE or FILE:ROWS")
+    parser.add_argument("--fit-tokens", type=int, default=448 * LENGTH, help="tokens of the fits that are not compared")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--mixes", nargs="*", choices=ALIGNED, default=list(ALIGNED), help="of the part `aligned`")
+
+
+if __name__ == "__main__":
+    tables = ("layouts", "rows")
+    runner.run("layouts", __doc__, tables, add_options, measure_parts, markdown=markdown, portable=True)

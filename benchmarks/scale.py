@@ -1,0 +1,128 @@
+"""Time and peak memory of analysis, conversion and thorough search on a Llama-3.1-8B shape with random weights.
+
+    python -m benchmarks.scale --out docs/benchmarks/scale.json
+
+Needs one GPU of 80 GB; `--layers` makes the model shallower. Layouts of a random model mean nothing; time and memory do
+not depend on the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import runner
+from uniattn_cli.analysis.measure import measure
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.fitting.fit import fit_layers
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
+from uniattn_cli.layouts.fast import frontier
+from uniattn_cli.layouts.greedy import ThoroughSearch
+from uniattn_cli.layouts.thorough import proposer
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.device import describe_device, release_memory, timed
+from uniattn_cli.models.hub import Source
+from uniattn_cli.models.of_run import BASE
+from uniattn_cli.models.pool import weight_bytes
+from uniattn_cli.models.random import known_config, random_models
+from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec
+
+LENGTH = 1024
+TOKENS = 131072
+FOLLOWERS = 12
+PARTS = ("analysis", "conversion", "thorough", "offloaded")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--search-tokens", type=int, default=24576, help="tokens that candidates are fitted on")
+    parser.add_argument("--score-tokens", type=int, default=16384, help="tokens that candidates are compared on")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+
+
+def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> None:
+    """All parts that were asked for; `offloaded` is the last, because it limits the memory of the process."""
+    device, parts = arguments.device, arguments.parts
+    if device.type != "cuda":
+        raise SystemExit("error: this benchmark measures the memory of a GPU, and there is none")
+    config = known_config("llama-3.1-8b", arguments.layers)
+    windows = torch.randint(
+        0, config.vocab_size, (TOKENS // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
+    model = random_models(config, {}, "bfloat16", device)[BASE]
+    weights, shape, spec = weight_bytes(model), attention_shape(config), ConversionSpec()
+    results.begin(
+        {
+            "device": describe_device(device),
+            "layers": arguments.layers,
+            "dtype": "bfloat16",
+            "attention": config._attn_implementation,
+            "weights_gib": round(weights / 2**30, 2),
+            "sequence_length": LENGTH,
+        }
+    )
+
+    def row(name: str, call: Callable[[], dict[str, Any] | None], **facts: Any) -> None:
+        """Time and peak memory of a call, which may return further facts."""
+        if not results.missing("rows", [name]):
+            return
+        release_memory(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        seconds: list[float] = []
+        with timed(seconds, device):
+            facts |= call() or {}
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        results.add("rows", name, {"seconds": round(seconds[0], 1), "peak_gib": round(peak, 2), **facts})
+
+    def analyze(count: int) -> Measured:
+        analysis = AnalysisSpec(tokens=TOKENS, length=LENGTH)
+        with torch.no_grad():
+            return measure(model, windows[:count], analysis, Source("random", Path("."), "random"))[0]
+
+    if "analysis" in parts:
+        call = lambda: {"times_a_plain_forward": round(analyze(len(windows)).forward_ratio, 2)}  # noqa: E731
+        row("analysis", call, tokens=TOKENS)
+    # Which layers and heads match makes no difference to time and memory.
+    matcher = Matcher(analyze(4).score, shape, "grouped", "several")
+    chooser = SourceChooser(matcher, matcher.lenders, Limits.of(device))
+    followers = min(FOLLOWERS, shape.layers // 2)
+    layout = next(choice.layout for choice in frontier(matcher) if choice.followers == followers)
+
+    def convert(place: torch.device | None = None, matched: SourceChooser | None = None) -> None:
+        fit_layers(model, build_converted(model, layout), windows, spec, chooser=matched, device=place, batch_size=8)
+
+    if "conversion" in parts:
+        row("conversion", convert, tokens=TOKENS, followers=followers)
+        row("conversion with heads matched", lambda: convert(matched=chooser), tokens=TOKENS, followers=followers)
+    if "thorough" in parts:
+        fitted, compared = arguments.search_tokens // LENGTH, arguments.score_tokens // LENGTH
+
+        def search() -> dict[str, Any]:
+            candidates = proposer(matcher, ("softmax",), "full")
+            texts = windows[:fitted], windows[fitted : fitted + compared]
+            steps = ThoroughSearch(model, *texts, spec, candidates, chooser=chooser, batch_size=4).run(
+                lambda layout: len(layout.changed) >= followers,
+                report=lambda step: print("step", step.layer, step.measured, flush=True),
+            )
+            return {"candidates": sum(step.measured for step in steps)}
+
+        tokens = {"fit_tokens": fitted * LENGTH, "score_tokens": compared * LENGTH}
+        row("thorough", search, **tokens, followers=followers)
+    if "offloaded" in parts:
+        model.to("cpu")
+        release_memory(device)
+        allowed = 0.75 * weights
+        torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(device).total_memory)
+        facts = {"followers": followers, "memory_allowed_gib": round(allowed / 2**30, 2)}
+        row("conversion with the model larger than the memory", lambda: convert(device), tokens=TOKENS, **facts)
+
+
+if __name__ == "__main__":
+    runner.run("scale", __doc__, ("rows",), add_options, measure_parts)
