@@ -274,9 +274,9 @@ def test_a_device_that_is_not_here(device):
         RunOptions(device=device).torch_device()
 
 
-def test_flex_attention_can_be_analysed(template, tmp_path, monkeypatch):
-    monkeypatch.chdir(template / "run")
-    overrides = settings(model__attention="flex_attention", analysis__tokens=64)
+def test_flex_attention_can_be_analysed(template, tmp_path):
+    data = {"data__train": template / "run" / "rows.jsonl"}
+    overrides = settings(model__attention="flex_attention", analysis__tokens=64, **data)
     assert analyze(str(template / "model"), run_dir=tmp_path, overrides=overrides).measured.tokens == 64
 
 
@@ -539,13 +539,13 @@ def test_a_read_only_run_directory(mounted, template, refuses):
 
 
 @pytest.mark.parametrize("size", ["4k", "48k", "112k"])
-def test_a_full_disk_while_analysing(size, mounted, template, monkeypatch):
+def test_a_full_disk_while_analysing(size, mounted, template):
     folder = mounted(f"size={size}")
-    monkeypatch.chdir(template / "run")
+    overrides = settings(data__train=template / "run" / "rows.jsonl")
     with pytest.raises(
         StageError, match=r"cannot write .*: the disk is full; free some space and run the same command"
     ):
-        analyze(str(template / "model"), run_dir=folder, overrides=settings())
+        analyze(str(template / "model"), run_dir=folder, overrides=overrides)
     assert contents(folder) == {}
 
 

@@ -19,6 +19,8 @@ from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import ready
 from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
+from uniattn_cli.recipe.paths import located
+from uniattn_cli.recipe.reading import move_paths
 from uniattn_cli.recipe.schema import LayoutSpec, ModelSpec, Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors
@@ -57,8 +59,8 @@ def analyze(
     Args:
         model: hub id or directory; None takes the recipe's.
         run_dir: where to write.
-        recipe: file or ready recipe that a new `recipe.yaml` starts from, with `model` put in; None starts from the
-            defaults.
+        recipe: file or ready recipe that a new `recipe.yaml` starts from, with `model` put in and its paths rewritten
+            for the run directory; None starts from the defaults.
         overrides: `key.path=value` strings for the recipe.
         options: device, force, progress.
 
@@ -117,17 +119,18 @@ def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrid
     if template is not None:
         path = ready.resolve(template)
         tree, name = read_tree(path), path.name
+        move_paths(Recipe, tree, path.parent, run.root)
         named = [] if model is None else [f"model.name={json.dumps(model)}"]
-        return Recipe.from_tree(tree, name, [*named, *overrides]), tree
+        return Recipe.from_tree(tree, name, [*named, *overrides], run.root), tree
     if model is None:
         raise StageError(f"{run.recipe} does not exist; name the model: `uniattn analyze MODEL`")
     tree = commented_tree(Recipe(model=ModelSpec(name=model)))
-    return Recipe.from_tree(tree, "recipe.yaml", overrides), tree
+    return Recipe.from_tree(tree, "recipe.yaml", overrides, run.root), tree
 
 
 def _resolved(model: str) -> str:
     """The absolute path of a directory, so that other stages find it from anywhere; hub ids as they are."""
-    path = Path(model).expanduser()
+    path = located(model)
     return str(path.resolve()) if path.is_dir() else model
 
 

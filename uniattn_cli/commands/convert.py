@@ -93,7 +93,7 @@ def convert(
     from uniattn_cli.models.parity import prove_parity
 
     run = RunDir(run_dir)
-    overrides = layout_overrides(groups, overrides)
+    overrides = layout_overrides(run, groups, overrides)
     recipe = Recipe.load(run.recipe, overrides)
     if not dry_run:
         run.check_free("convert", options.force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def group(
         RecipeError, StageError, LayoutError, ModelError: see the messages.
     """
     run = RunDir(run_dir)
-    recipe = Recipe.load(run.recipe, layout_overrides(groups, overrides))
+    recipe = Recipe.load(run.recipe, layout_overrides(run, groups, overrides))
     config = load_config(base_of(recipe))
     grouping = choose(run, recipe, config, options)
     write_considered(run, recipe, grouping)
@@ -66,8 +67,8 @@ def write_considered(run: RunDir, recipe: Recipe, grouping: Grouping) -> None:
         plot_frontier(grouping.considered, shape, directory / PLOT_FILE)
 
 
-def layout_overrides(groups: str | None, overrides: Sequence[str]) -> list[str]:
-    """The overrides with `groups` among them.
+def layout_overrides(run: RunDir, groups: str | None, overrides: Sequence[str]) -> list[str]:
+    """The overrides with `groups` among them, as it is to stand in the recipe.
 
     Budgets and kinds ask for a choice: with one, `groups` is `auto` unless it is given too, whatever the recipe has.
 
@@ -82,6 +83,8 @@ def layout_overrides(groups: str | None, overrides: Sequence[str]) -> list[str]:
         raise UsageError(f"--groups {fixed} leaves nothing to choose; leave {asked[0]} out, or use {instead}")
     if asked and fixed is None:
         groups = "auto"
+    if groups is not None and Path(groups).is_file() and not Path(groups).is_absolute():
+        groups = os.path.relpath(groups, run.root)
     return [*overrides, *([] if groups is None else [f"layout.groups={json.dumps(groups)}"])]
 
 

@@ -26,6 +26,7 @@ from uniattn_cli.models.hub import Source
 from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
+from uniattn_cli.recipe.reading import move_paths
 from uniattn_cli.recipe.schema import Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import read_json, write_json
@@ -195,6 +196,7 @@ def _begin(run: RunDir, place: RunDir, recipe: Recipe, record: dict[str, Any]) -
         for key, value in values.items()
     ]
     apply_overrides(tree, [*settings, f"seed={recipe.seed}"])
+    move_paths(Recipe, tree, run.root, place.root)
     write_tree(tree, place.recipe)
     target = os.path.relpath(run.output("analyze").resolve(), place.root.resolve())
     place.output("analyze").symlink_to(target, target_is_directory=True)

@@ -90,16 +90,16 @@ def synthesize(
     notes = [f"written by {writer.path}" + (f", not the engine: {writer.reason}" if writer.reason else "")]
     if counts["tokens"] < spec.tokens:
         notes.append(f"only {counts['tokens']:,} of {spec.tokens:,} tokens: another pass gave nothing new")
-    notes.append(f"use it with data.train: {_data_sets(recipe, [output / FILES[kind] for kind in written])}")
+    notes.append(f"use it with data.train: {_data_sets(recipe, [f'{output.name}/{FILES[kind]}' for kind in written])}")
     notes.append("for stages with loss: distillation; cross-entropy gains nothing from it, so train a control before")
     left_out = dict(writer.left_out)
     return Synthesis(written, counts["tokens"], left_out, output, title="synthesis", tables=[table], notes=notes)
 
 
-def _data_sets(recipe: Recipe, files: Sequence[Path]) -> str:
+def _data_sets(recipe: Recipe, files: Sequence[str]) -> str:
     """The recipe's training data with these files, as YAML in one line."""
     weighted = any(spec.weight is not None for spec in recipe.data.train)
-    added = [DatasetSpec(str(file), heldout=False, weight=1.0 if weighted else None) for file in files]
+    added = [DatasetSpec(file, heldout=False, weight=1.0 if weighted else None) for file in files]
     # What an earlier run wrote was replaced.
     kept = [spec for spec in recipe.data.train if spec.source not in {each.source for each in added}]
     return flow((*kept, *added))

@@ -55,7 +55,7 @@ def view_data(
 
     Args:
         run_dir: holds `recipe.yaml`.
-        recipe: another file, or the name of a ready recipe.
+        recipe: another file, or the name of a ready recipe, with which paths of overrides start at the run directory.
         samples: rows to show.
         seed: which ones; None takes the recipe's. It changes nothing else.
         part: the rows that are trained on, or those that are held out.
@@ -70,7 +70,10 @@ def view_data(
     from uniattn_cli.models.of_run import base_of
     from uniattn_cli.recipe import ready
 
-    settings = Recipe.load(RunDir(run_dir).recipe if recipe is None else ready.resolve(recipe), overrides)
+    run = RunDir(run_dir)
+    path = run.recipe if recipe is None else ready.resolve(recipe)
+    # A ready recipe lies in the package, where no user's file is.
+    settings = Recipe.load(path, overrides, None if recipe is None or path == Path(recipe) else run.root)
     source = base_of(settings)
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, shares = splits.load_mix(settings.data.train, part, holdout=settings.data.holdout, seed=settings.seed)

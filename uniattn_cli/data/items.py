@@ -10,6 +10,7 @@ from uniattn_cli.data import builtin
 from uniattn_cli.data.readers import raw_rows, read_objects
 from uniattn_cli.data.rows import BUILTIN
 from uniattn_cli.errors import DataError
+from uniattn_cli.recipe.paths import located
 from uniattn_cli.recipe.schema import DatasetSpec, TaskSpec
 
 # Columns that an item of each shape must have, in the order in which they are looked for.
@@ -25,7 +26,7 @@ DOCUMENT = 2000
 
 def is_local(source: str) -> bool:
     """Whether a task of the recipe comes from the built-in corpus or from a file."""
-    return source.startswith(f"{BUILTIN}:") or source.endswith((".jsonl", ".json", ".txt")) or Path(source).is_file()
+    return source.startswith(f"{BUILTIN}:") or source.endswith((".jsonl", ".json", ".txt")) or located(source).is_file()
 
 
 def load_items(task: TaskSpec) -> tuple[str, list[dict[str, Any]]]:
@@ -42,7 +43,7 @@ def load_items(task: TaskSpec) -> tuple[str, list[dict[str, Any]]]:
         if task.shape not in ("auto", "choices"):
             raise DataError(f"{task.source} is multiple choice; leave `shape: {task.shape}` out")
         return "choices", load_choices(task.source)
-    path = Path(task.source).expanduser()
+    path = located(task.source)
     if path.suffix.lower() == ".txt":
         if task.shape not in ("auto", "perplexity"):
             raise DataError(f"{path} is plain text, which only has `shape: perplexity`, not {task.shape}")
@@ -119,7 +120,7 @@ def load_choices(name: str) -> list[dict[str, Any]]:
     """
     if name.startswith(f"{BUILTIN}:"):
         return builtin.multiple_choice(name.removeprefix(f"{BUILTIN}:"))
-    return read_choices(Path(name))
+    return read_choices(located(name))
 
 
 def read_choices(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import DataError
+from uniattn_cli.recipe.paths import located
 from uniattn_cli.recipe.schema import DatasetSpec
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
@@ -44,7 +45,7 @@ def raw_rows(spec: DatasetSpec, whole_text: bool) -> Iterator[Raw]:
     Raises:
         DataError: missing, unreadable or malformed.
     """
-    path = Path(spec.source).expanduser()
+    path = located(spec.source)
     extension = path.suffix.lower()
     if not path.exists():
         # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
@@ -157,8 +158,8 @@ def _read_hub(spec: DatasetSpec) -> Iterator[Raw]:
         raise DataError(f"{name}, split {split}: {_first_line(error)}") from None
     except (OSError, DatasetGenerationError) as error:
         raise DataError(
-            f"'{spec.source}' is no file here (looked for {Path(spec.source).absolute()}), and the {name} could not be "
-            f"loaded: {_first_line(error)}. Without network, name a local file ({' '.join(EXTENSIONS)}) in data.*"
+            f"'{spec.source}' is no file here (looked for {located(spec.source).absolute()}), and the {name} could not "
+            f"be loaded: {_first_line(error)}. Without network, name a local file ({' '.join(EXTENSIONS)}) in data.*"
         ) from None
     for number, row in enumerate(rows, 1):
         yield f"{name}, row {number}", row

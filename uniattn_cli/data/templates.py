@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from uniattn_cli.data.encoding import bos_of
 from uniattn_cli.errors import DataError, suggest
+from uniattn_cli.recipe.paths import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def apply(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> None:
     if setting in BUILTIN:
         tokenizer.chat_template = builtin(setting, bos=bos_of(tokenizer) is not None)
         return
-    path = Path(setting).expanduser()
+    path = located(setting)
     if not path.is_file():
         known = ", ".join(BUILTIN)
         raise DataError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from uniattn_cli.errors import LayoutError, RecipeError, suggest
 from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, KINDS, AttentionShape, LayerPlan, Layout
+from uniattn_cli.recipe.paths import located
 
 FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, one of these but auto after KIND@, or a file"
 
@@ -21,8 +22,8 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
     Raises:
         LayoutError: form or kind is unknown, or the layout is illegal (says which layer and why).
     """
-    text = text.strip()
-    if "@" in text and not Path(text).is_file():
+    path, text = located(text), text.strip()
+    if "@" in text and not path.is_file():
         return _of_kind(text, shape, compensation)
     if match := re.fullmatch(r"every:(\d+)", text):
         groups = _chunks(range(shape.layers), int(match[1]), shape, text)
@@ -34,8 +35,8 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
         groups = _chunks(_layers(match[1], match[2], shape, text), int(match[3]), shape, text)
     elif re.fullmatch(r"\d+-\d+(,\d+-\d+)*", text):
         groups = [list(_layers(*part.split("-"), shape, text)) for part in text.split(",")]
-    elif Path(text).is_file():
-        return _checked(_from_file(Path(text), compensation), shape, text)
+    elif path.is_file():
+        return _checked(_from_file(path, compensation), shape, text)
     else:
         raise LayoutError(f"--groups {text}: not one of {FORMS}")
     plans = [LayerPlan()] * shape.layers

@@ -9,6 +9,7 @@ from typing import Any
 
 from uniattn_cli.errors import ModelError
 from uniattn_cli.models.fingerprint import fingerprint
+from uniattn_cli.recipe.paths import located
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def locate(name: str, revision: str | None = None) -> Source:
     Raises:
         ModelError: nothing is there, it is gated, or there is no network and no copy in the cache.
     """
-    path = Path(name).expanduser()
+    path = located(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} is a directory without config.json; give a Hugging Face model directory")
@@ -42,7 +43,7 @@ def locate(name: str, revision: str | None = None) -> Source:
     if path.is_file():
         raise ModelError(f"{name} is a file; give the directory that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"{name}: no such directory")
+        raise ModelError(f"{name}: no such directory (looked for {path.absolute()})")
     return _locate_on_hub(name, revision)
 
 

@@ -15,6 +15,7 @@ from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.models.hub import Source, locate, transport_errors
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.models.of_run import BASE
+from uniattn_cli.recipe.paths import RecipePath, located
 from uniattn_cli.run.directory import OUTPUTS, STAGE_FILE, RunDir
 from uniattn_cli.run.files import read_json
 
@@ -104,7 +105,7 @@ def gather(
             raise CheckpointError(f"{made / REPORT_FILE} belongs to another layout than the checkpoint; convert again")
     found["evaluation"] = _evaluation(source, notes)
     settings = found.get("training_settings") or found.get("conversion_settings") or {}
-    base = _base(settings.get("model") or {}, base_model, licence, online)
+    base = _base(settings.get("model") or {}, directory.absolute().parent, base_model, licence, online)
     return Facts(source, config, base, notes=notes, **found)
 
 
@@ -146,11 +147,11 @@ def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
     return results | {"models": {BASE: models[BASE], THIS: models[found[0]]}, "name": found[0]}
 
 
-def _base(model: dict[str, Any], hub_id: str | None, licence: str | None, online: bool) -> Base:
+def _base(model: dict[str, Any], run_dir: Path, hub_id: str | None, licence: str | None, online: bool) -> Base:
     name, revision = model.get("name"), model.get("revision")
-    folder = Path(name).expanduser() if name else None
+    folder = located(RecipePath(name, run_dir)) if name else None
     # What is named by a path was local, whether or not it is still there; a path tells strangers nothing.
-    local = folder is not None and (folder.is_absolute() or folder.is_dir())
+    local = folder is not None and (Path(name).expanduser().is_absolute() or folder.is_dir())
     if hub_id is None and name and not local:
         hub_id = name
     if licence:

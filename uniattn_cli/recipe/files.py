@@ -167,4 +167,5 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [plain(item) for item in value]
-    return value
+    # Of texts that know more than their characters (`RecipePath`, those of the YAML parser), the characters.
+    return str(value) if isinstance(value, str) else value

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from uniattn_cli.errors import RecipeError, suggest
 from uniattn_cli.recipe.files import apply_overrides, plain
+from uniattn_cli.recipe.paths import RecipePath
 
 Section = TypeVar("Section")
 
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
-def read_section(cls: type[Section], tree: Any, name: str, overrides: Sequence[str] = ()) -> Section:
+def read_section(
+    cls: type[Section], tree: Any, name: str, overrides: Sequence[str] = (), folder: Path = Path()
+) -> Section:
     """A section of settings from a parsed YAML tree.
 
     Args:
@@ -25,11 +30,12 @@ def read_section(cls: type[Section], tree: Any, name: str, overrides: Sequence[s
         tree: what `files.read_tree` gave.
         name: of the file, for messages.
         overrides: `key.path=value` strings, the value in YAML, applied before checking.
+        folder: that relative paths start from.
 
     Raises:
         RecipeError: all faults at once.
     """
-    reader = _Reader(name)
+    reader = _Reader(name, folder)
     if isinstance(tree, dict):
         reader.overridden = apply_overrides(tree, overrides)
     section = reader.section(cls, tree, "")
@@ -40,11 +46,30 @@ def read_section(cls: type[Section], tree: Any, name: str, overrides: Sequence[s
     return section
 
 
-class _Reader:
-    """Checks a YAML tree against the dataclasses, collecting every fault."""
+def move_paths(cls: type, tree: Any, old: Path, new: Path) -> None:
+    """Rewrites the relative paths of a tree that was read in one folder and is to be written into another.
 
-    def __init__(self, name: str):
+    Args:
+        cls: the dataclass of settings that the tree is for.
+        tree: what `files.read_tree` gave; changed in place. What names nothing in the old folder stays as it is.
+        old: where its relative paths start now.
+        new: where they are to start.
+    """
+    reader = _Reader("", old)
+    reader.section(cls, tree, "")
+    for node, key in reader.paths:
+        path = Path(node[key]).expanduser()
+        if not path.is_absolute() and (old / path).exists():
+            node[key] = os.path.relpath((old / path).resolve(), new.resolve())
+
+
+class _Reader:
+    """Checks a YAML tree against the dataclasses, collecting every fault, and the places of all paths."""
+
+    def __init__(self, name: str, folder: Path):
         self.name = name
+        self.folder = folder
+        self.paths: list[tuple[Any, Any]] = []
         self.faults: list[str] = []
         self.overridden: dict[tuple[int, Any], str] = {}
 
@@ -108,7 +133,7 @@ class _Reader:
             if meta["choices"] and value not in meta["choices"]:
                 near = suggest(value, meta["choices"])
                 self.fault(node, key, f"{path} must be one of {', '.join(meta['choices'])}, not '{value}'{near}")
-            return str(value)
+            return self.text(value, node, key, meta)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             for name, broken, words in (
                 ("minimum", lambda bound: not value >= bound, "at least"),
@@ -120,10 +145,17 @@ class _Reader:
             return float(value) if isinstance(value, float) else int(value)
         return plain(value) if isinstance(value, dict) else value
 
+    def text(self, value: str, node: Any, key: Any, meta: typing.Mapping) -> str:
+        if not meta["path"]:
+            return str(value)
+        self.paths.append((node, key))
+        return RecipePath(value, self.folder)
+
     def sequence(self, item_hint: Any, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> tuple:
         # One item may be written without the list, and by its main setting alone.
         main = getattr(item_hint, "main", None)
-        if main and isinstance(value, (str, dict)):
+        alone = bool(main) and isinstance(value, (str, dict))
+        if alone:
             value = [value]
         if not isinstance(value, (list, tuple)):
             self.fault(node, key, f"{path} must be a list, not {_describe(value)}")
@@ -132,7 +164,10 @@ class _Reader:
         for index, item in enumerate(value):
             where = f"{path}[{index}]"
             if main and isinstance(item, str):
-                items.append(item_hint(**{main: str(item)}))
+                place = (node, key) if alone else (value, index)
+                items.append(
+                    item_hint(**{main: self.text(item, *place, item_hint.__dataclass_fields__[main].metadata)})
+                )
             elif item_hint is dict:
                 if isinstance(item, dict):
                     items.append(plain(dict(item)))

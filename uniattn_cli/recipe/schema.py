@@ -36,6 +36,7 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     common: bool = False,
+    path: bool = False,
 ) -> Any:
     """A documented, bounded dataclass field.
 
@@ -47,9 +48,10 @@ def setting(
         maximum: largest value allowed.
         above: the value must be greater than this.
         common: whether the recipe that `analyze` writes shows the field.
+        path: a path, or a name that may stand in its place; a relative one starts at the recipe's folder.
     """
     bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    metadata = {"help": help, "common": common, **bounds}
+    metadata = {"help": help, "common": common, "path": path, **bounds}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -59,7 +61,7 @@ def setting(
 class ModelSpec:
     """The base model."""
 
-    name: str = setting("", "hub id, or a directory that holds the model", common=True)
+    name: str = setting("", "hub id, or a directory that holds the model", common=True, path=True)
     revision: str | None = setting(None, "branch, tag or commit on the hub")
     dtype: str = setting(
         "auto",
@@ -84,6 +86,7 @@ class DatasetSpec:
         "builtin",
         "builtin, a local file (.json .jsonl .parquet .csv .txt) or a hub data set",
         common=True,
+        path=True,
     )
     config: str | None = setting(None, "configuration of a hub data set")
     split: str | None = setting(None, "split; the default is train")
@@ -118,6 +121,7 @@ class DataSpec:
     chat_template: str | None = setting(
         None,
         "how chats are written: a Jinja file, plain, chatml, zephyr, tulu or instruction; null: the model's own way",
+        path=True,
     )
     calibration: tuple[DatasetSpec, ...] | None = setting(
         None, "text for analysis and fit; null takes the training rows, or the built-in text for built-in rows"
@@ -186,6 +190,7 @@ class LayoutSpec:
         "auto",
         "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, key@every:4 for another kind, or a file",
         common=True,
+        path=True,
     )
     followers: int | None = setting(None, "budget: this many followers", minimum=0, common=True)
     kv: float | None = setting(
@@ -481,7 +486,9 @@ class TaskSpec:
 
     main: ClassVar[str] = "source"
 
-    source: str = setting("", "builtin:NAME, a local .jsonl or .txt file, or a task of lm-evaluation-harness")
+    source: str = setting(
+        "", "builtin:NAME, a local .jsonl or .txt file, or a task of lm-evaluation-harness", path=True
+    )
     name: str | None = setting(None, "name in tables; the default is the file's")
     shape: str = setting(
         "auto",
@@ -534,7 +541,7 @@ class EvaluationSpec:
 class SynthesisSpec:
     """Training rows that a model writes, as long as train.max_length allows."""
 
-    model: str = setting("base", "who writes: base, control, converted or trained, a directory or a hub id")
+    model: str = setting("base", "who writes: base, control, converted or trained, a directory or a hub id", path=True)
     tokens: int = setting(1_000_000, "tokens to write, their prompts included", minimum=1)
     prefix: int = setting(32, "tokens of a text that are given; conversations are given up to the answer", minimum=1)
     temperature: float = setting(1.0, "logits are divided by it; 0 takes the likeliest token", minimum=0)
@@ -563,23 +570,26 @@ class Recipe:
     synthesis: SynthesisSpec = setting(SynthesisSpec, "uniattn synthesize")
 
     @classmethod
-    def load(cls, path: Path | str, overrides: typing.Sequence[str] = ()) -> Recipe:
+    def load(cls, path: Path | str, overrides: typing.Sequence[str] = (), folder: Path | None = None) -> Recipe:
         """Reads and checks a recipe.
 
         Args:
             path: the YAML file.
             overrides: `key.path=value` strings, the value in YAML, applied before checking.
+            folder: that relative paths of file and overrides start from; None is the folder of the file.
 
         Raises:
             RecipeError: all faults of the file at once.
         """
         path = Path(path)
-        return cls.from_tree(read_tree(path), path.name, overrides)
+        return cls.from_tree(read_tree(path), path.name, overrides, path.parent if folder is None else folder)
 
     @classmethod
-    def from_tree(cls, tree: Any, name: str = "recipe", overrides: typing.Sequence[str] = ()) -> Recipe:
+    def from_tree(
+        cls, tree: Any, name: str = "recipe", overrides: typing.Sequence[str] = (), folder: Path = Path()
+    ) -> Recipe:
         """Checks a parsed YAML tree. Raises `RecipeError` with all faults."""
-        return read_section(cls, tree, name, overrides)
+        return read_section(cls, tree, name, overrides, folder)
 
     def contradictions(self) -> list[str]:
         """Settings that are valid alone but not together."""
