@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import uniattn_cli
 from uniattn_cli.cli import guard
 from uniattn_cli.cli.app import app
+from uniattn_cli.commands.sweep import _begin
 from uniattn_cli.errors import ModelError
 from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.models.hub import locate
@@ -157,3 +158,12 @@ def test_a_layout_file_is_an_argument_and_then_a_path_of_the_recipe(fresh, tmp_p
     Path("mine.yaml").write_text(LAYOUT, encoding="utf-8")
     uniattn_cli.group(run_dir="copy/run", groups="mine.yaml", overrides=["layout.head_map=identity"])
     assert Recipe.load("copy/run/recipe.yaml").layout.groups == "../../mine.yaml"
+
+
+def test_a_point_of_a_sweep_finds_the_files_of_the_run(fresh):
+    run, point = RunDir(fresh), RunDir(fresh / "sweep" / "point")
+    _begin(run, point, Recipe.load(run.recipe), {})
+    settings = Recipe.load(point.recipe)
+    assert located(settings.model.name).resolve() == fresh.parent / "model"
+    assert located(settings.data.train[0].source).resolve() == fresh / "rows.jsonl"
+    assert located(settings.evaluation.tasks[1].source).resolve() == fresh / "text.txt"
