@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import pickle
@@ -17,7 +18,6 @@ from uniattn_cli.cli import guard
 from uniattn_cli.cli.app import app
 from uniattn_cli.commands.sweep import _begin
 from uniattn_cli.errors import ModelError
-from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.models.hub import locate
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.paths import located
@@ -86,7 +86,7 @@ def outcome(run: Path) -> dict:
         "recipe": (run / "recipe.yaml").read_text(encoding="utf-8"),
         "settings": [record["settings"] for record in records],
         "inputs": [record["inputs"] for record in records],
-        "weights": fingerprint(run / "trained"),
+        "weights": hashlib.sha256((run / "trained" / "model.safetensors").read_bytes()).hexdigest(),
         "scores": {name: (model["quality"], model["tasks"]) for name, model in results["models"].items()},
         "data": results["settings"],
     }
