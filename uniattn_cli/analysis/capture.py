@@ -96,6 +96,11 @@ class _Call:
         self.output = result[0]
         return result
 
+    def answered(self) -> torch.Tensor:
+        """What the backend gave; only for a call that was run."""
+        assert self.output is not None
+        return self.output
+
     def sequence(self, index: int, keep: torch.Tensor | None) -> LayerStates:
         """The states of one sequence of the batch; `keep` are the positions of its real tokens, None for all."""
         mask = self.mask
@@ -117,7 +122,7 @@ class _Call:
             scaling=self.scaling,
             softcap=self.softcap,
             window=self.options.get("sliding_window") if mask is None else None,
-            output=real(self.output, 0),
+            output=real(self.answered(), 0),
             inputs=None if self.inputs is None else real(self.inputs, 0),
             materialises=self.materialises,
             call=self._attend,
@@ -166,7 +171,7 @@ class Captured:
 
     def attention(self, module, query, key, value, attention_mask, *, scaling=None, softcap=None, **options):
         """The registered attention function: keeps the call, then lets the original backend answer."""
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         # In float32 no fused kernel of CUDA takes grouped queries, so that SDPA computes them step by step.
@@ -186,7 +191,7 @@ class Captured:
                 yield module.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
                 yield projection.register_forward_pre_hook(self._compare_with(layer))
 
-    def _keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep_inputs(self, module: Any, args: tuple, kwargs: dict) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(args), None)
         if hidden is not None:
             self._inputs[module.layer_idx] = hidden
@@ -198,7 +203,7 @@ class Captured:
             if layer in self._checked or layer not in self._calls:
                 return
             self._checked.add(layer)
-            output = self._calls[layer].output.flatten(2)
+            output = self._calls[layer].answered().flatten(2)
             if output.shape != args[0].shape or not torch.equal(output, args[0]):
                 self.gated.add(layer)
 
@@ -220,7 +225,7 @@ def capture(model: PreTrainedModel) -> Iterator[Captured]:
     # Without a mask function of its own a registered backend gets no mask at all, and padding would be ignored.
     AttentionMaskInterface.register(BACKEND, ALL_MASK_ATTENTION_FUNCTIONS[original])
     model.config._attn_implementation = BACKEND
-    hooks = []
+    hooks: list[Any] = []
     try:
         hooks.extend(captured.hooks(model))
         yield captured

@@ -142,7 +142,7 @@ class _Survey:
             self.notes.append(f"the output error of borrowing is left out: {reason}")
             return
         distance, compensate = self.statistics.max_distance, self.sequences > 1
-        size = compensation_bytes(self.shape.layers, layers[0].inputs.shape[1], distance)
+        size = compensation_bytes(self.shape.layers, self.shape.hidden_size, distance)
         if not compensate:
             self.notes.append("one sequence: no confidence intervals, and no errors after compensation")
         elif size > MOMENT_BYTES:

@@ -68,12 +68,12 @@ class Measured:
     @property
     def score(self) -> np.ndarray:
         """Similarity that the search maximises, [layers, max_distance, heads, heads], in [0, 1]."""
-        return sum(weight * self.heads[name] for name, weight in SCORE_WEIGHTS.items())
+        return np.sum([weight * self.heads[name] for name, weight in SCORE_WEIGHTS.items()], axis=0)
 
     @property
     def score_stderr(self) -> np.ndarray:
         """Standard error of `score`; an upper bound, as if the errors of its parts were the same."""
-        return sum(weight * self.heads_stderr[name] for name, weight in SCORE_WEIGHTS.items())
+        return np.sum([weight * self.heads_stderr[name] for name, weight in SCORE_WEIGHTS.items()], axis=0)
 
     def resolution(self) -> tuple[float, float]:
         """(median 95 % half-width, standard deviation between pairs) of the scores of all measured head pairs."""

@@ -48,8 +48,8 @@ def plot_depth(measured: Measured, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[5, 3][:panels])[:, 0]
     _draw_similarities(measured, axes[0])
-    if panels == 2:
-        _draw_errors(measured, axes[1])
+    if measured.output_error is not None:
+        _draw_errors(measured.output_error, axes[1])
     axes[-1].set_xlabel("layer (compared with the layer before)")
     axes[0].set_title(f"{Path(measured.model).name}: attention over depth")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
@@ -75,10 +75,10 @@ def _draw_similarities(measured: Measured, axis) -> None:
     axis.grid(alpha=0.3)
 
 
-def _draw_errors(measured: Measured, axis) -> None:
+def _draw_errors(errors: dict[str, list], axis) -> None:
     """Relative squared error of the attention block's output when it borrows from the layer before."""
     for name, label in (("before", "as it is"), ("after", "with the best compensation, held-out tokens")):
-        _draw_line(axis, measured.output_error[name], measured.output_error[name + "_stderr"], label)
+        _draw_line(axis, errors[name], errors[name + "_stderr"], label)
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(ylabel="error of the output\nwith borrowed maps", ylim=(0, None))
     axis.grid(alpha=0.3)

@@ -22,6 +22,8 @@ from uniattn_cli.analysis.maps import SMALLEST, SequenceMaps, drop_sink
 # Rows of the first queries have so few keys that they are alike whatever the layers do.
 FIRST_ROW = 8
 TILE_BYTES = 96 << 20
+# What picks layers, and perhaps heads.
+Index = slice | int | tuple[slice, slice]
 
 
 class SequenceMean:
@@ -29,14 +31,16 @@ class SequenceMean:
 
     def __init__(self) -> None:
         self.count = 0
-        self.total: torch.Tensor | None = None
-        self.squares: torch.Tensor | None = None
+        self.total: torch.Tensor
+        self.squares: torch.Tensor
 
     def add(self, value: torch.Tensor) -> None:
         value = value.cpu().double()
+        if not self.count:
+            self.total, self.squares = torch.zeros_like(value), torch.zeros_like(value)
         self.count += 1
-        self.total = value.clone() if self.total is None else self.total.add_(value)
-        self.squares = value.square() if self.squares is None else self.squares.add_(value.square())
+        self.total += value
+        self.squares += value.square()
 
     @property
     def mean(self) -> torch.Tensor:
@@ -201,7 +205,7 @@ def js_similarities(maps: torch.Tensor, max_distance: int) -> tuple[torch.Tensor
     alone = torch.special.entr(maps).sum(-1) / (2 * math.log(2)) - maps.sum(-1) / 2
     pairs = max(1, TILE_BYTES // (4 * rows * keys))
 
-    def similarity(left: slice | int, right: slice | int, dim: int, other: int) -> torch.Tensor:
+    def similarity(left: Index, right: Index, dim: int, other: int) -> torch.Tensor:
         both = maps[left].unsqueeze(dim) + maps[right].unsqueeze(other)
         mixed = torch.special.entr(both, out=both).sum(-1) / (2 * math.log(2))
         return (alone[left].unsqueeze(dim) + alone[right].unsqueeze(other) - mixed).mean(-1) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,11 +16,20 @@ def _words(name: str, key: str) -> Any:
     return enum.Enum(name, {word: word for word in settings.choices(key)}, type=str)
 
 
-Dtype = _words("Dtype", "model.dtype")
-HeadMap = _words("HeadMap", "layout.head_map")
+if TYPE_CHECKING:
+    # Their words are those of the schema, which type checkers do not see.
+    class _Word(str, enum.Enum): ...
+
+    Dtype = _Word
+    HeadMap = _Word
+    Search = _Word
+    Sources = _Word
+else:
+    Dtype = _words("Dtype", "model.dtype")
+    HeadMap = _words("HeadMap", "layout.head_map")
+    Search = _words("Search", "layout.search")
+    Sources = _words("Sources", "layout.sources")
 Part = enum.Enum("Part", {"train": "train", "heldout": "heldout"}, type=str)
-Sources = _words("Sources", "layout.sources")
-Search = _words("Search", "layout.search")
 
 
 def setting(key: str, flag: str, metavar: str | None = None) -> Any:

@@ -83,7 +83,7 @@ def choices(key: str) -> tuple[str, ...]:
     return {entry.name: entry for entry in dataclasses.fields(spec)}[name].metadata["choices"]
 
 
-def _walk(spec: type, path: str, seen: set[type]) -> Iterator[Setting]:
+def _walk(spec: Any, path: str, seen: set[Any]) -> Iterator[Setting]:
     hints = typing.get_type_hints(spec)
     for entry in dataclasses.fields(spec):
         key = f"{path}.{entry.name}" if path else entry.name
@@ -134,7 +134,7 @@ def _allowed(hint: Any, meta: typing.Mapping) -> str:
 def _default(entry: dataclasses.Field) -> str:
     value = entry.default
     if value is dataclasses.MISSING:
-        value = entry.default_factory()  # type: ignore[misc]
+        value = entry.default_factory()  # type: ignore[operator]
     return flow(value, number="{:g}".format)
 
 

@@ -13,10 +13,14 @@ import typer
 from uniattn_cli.cli import settings, talk
 from uniattn_cli.cli.flags import DebugOption, DeviceOption, Dtype, ForceOption, RunDirOption, SetOption
 from uniattn_cli.cli.guard import Common, guard, run_stage
-from uniattn_cli.recipe.schema import ENGINES
 
-# What can run a model here.
-Runner = enum.Enum("Runner", {word: word for word in ENGINES}, type=str)
+
+class Runner(str, enum.Enum):
+    """What can run a model here."""
+
+    auto = "auto"
+    engine = "engine"
+    transformers = "transformers"
 
 
 class Engine(str, enum.Enum):
@@ -112,8 +116,17 @@ def push(
     def call(_: Sequence[str], options: Any) -> Any:
         from uniattn_cli.commands.push import push
 
-        details = {"private": private, "revision": revision, "message": message, "base_model": base_model}
-        return push(directory, repo_id, **details, licence=licence, dry_run=dry_run, options=options)
+        return push(
+            directory,
+            repo_id,
+            private=private,
+            revision=revision,
+            message=message,
+            base_model=base_model,
+            licence=licence,
+            dry_run=dry_run,
+            options=options,
+        )
 
     run_stage("push", Common(run_dir, (), "auto", force, debug), [], call)
 
@@ -198,7 +211,7 @@ def sweep(
     Example:
       uniattn sweep --kv 0.9,0.8,0.7 --solve both,output
     """
-    budgets = {
+    budgets: dict[str, Any] = {
         "kv": _list(kv, "--kv", float),
         "followers": _list(followers, "--followers", int),
         "kinds": [_list(each, "--kinds") for each in _list(kinds, "--kinds", separator=";")],

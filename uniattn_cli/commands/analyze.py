@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.errors import DataError, StageError
@@ -73,27 +73,27 @@ def analyze(
     from uniattn_cli.models.of_run import base_of
 
     run = RunDir(run_dir)
-    recipe, new_tree = _recipe(run, model, recipe, overrides)
+    settings, new_tree = _recipe(run, model, recipe, overrides)
     run.check_free("analyze", options.force)
-    source = base_of(recipe)
+    source = base_of(settings)
     config = load_config(source)
-    spec = recipe.analysis
+    spec = settings.analysis
     check_lengths(config, {"analysis.length": spec.length})
-    check_protected(recipe.layout, attention_shape(config))
+    check_protected(settings.layout, attention_shape(config))
     device = options.torch_device()
-    tokenizer = load_chat_tokenizer(source, recipe.data.chat_template)
-    windows = calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
+    tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
+    windows = calibration_windows(settings.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=settings.seed)
     notes = _check_text(windows, tokenizer, spec.tokens)
     from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
 
-    options.progress.note(f"loading {recipe.model.name} on {device}")
-    loaded = load_model(source, _readable(recipe.model), device)
+    options.progress.note(f"loading {settings.model.name} on {device}")
+    loaded = load_model(source, _readable(settings.model), device)
     inputs = {"model": source.fingerprint}
-    with run.write("analyze", recipe, inputs, force=options.force) as directory:
+    with run.write("analyze", settings, inputs, force=options.force) as directory:
         with options.progress.track("analyzing", len(windows)) as advance:
             measured, left_out = measure(loaded, windows, spec, source, advance)
-        matcher = Matcher(measured.score, measured.shape, recipe.layout.head_map, recipe.layout.sources)
-        tables = [neighbours_table(measured), _candidates(measured, config, matcher, recipe.layout)]
+        matcher = Matcher(measured.score, measured.shape, settings.layout.head_map, settings.layout.sources)
+        tables = [neighbours_table(measured), _candidates(measured, config, matcher, settings.layout)]
         _write(directory, measured, tables)
         if new_tree is not None:
             with file_errors(run.root):
@@ -104,7 +104,9 @@ def analyze(
     return Analysis(measured, run.output("analyze"), title="analysis", tables=tables, notes=notes)
 
 
-def _recipe(run: RunDir, model: str | None, template: Path | str | None, overrides: Sequence[str]):
+def _recipe(
+    run: RunDir, model: str | None, template: Path | str | None, overrides: Sequence[str]
+) -> tuple[Recipe, Any]:
     """The recipe, and the tree to write if there is none yet."""
     model = None if model is None else _resolved(model)
     if run.recipe.exists():
@@ -184,7 +186,7 @@ def neighbours_table(measured: Measured, most: int = 8) -> Table:
 
 
 def _candidates(measured: Measured, config, matcher: Matcher, spec: LayoutSpec) -> Table:
-    limits = {"protect": spec.protect, "max_group": spec.max_group}
+    limits: dict[str, Any] = {"protect": spec.protect, "max_group": spec.max_group}
     kind = spec.kinds[0] if fast_search_takes(spec.kinds) else "softmax"
     choices = frontier(matcher, kind=kind, **limits)
     table = candidates_table(choices, measured.shape, measured.element_size, parameter_counts(config, choices))

@@ -122,7 +122,8 @@ def write_comparison(folder: Path, parts: Sequence[Part], command: str) -> Merge
     """
     merged = merge(parts)
     write_json(folder / COMPARISON, merged.to_dict(parts))
-    draw_panels(merged.models, [tuple(key.split("/")) for key in merged.fronts], merged.fronts, folder / PLOT)
+    fronts = [(left, right) for left, _, right in (key.partition("/") for key in merged.fronts)]
+    draw_panels(merged.models, fronts, merged.fronts, folder / PLOT)
     lines = [
         "# Comparison",
         to_markdown(table(merged, "")),

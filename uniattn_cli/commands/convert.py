@@ -114,7 +114,7 @@ def convert(
     notes = [*grouping.notes, *_window_notes(config, layout, element_size)]
     if dry_run:
         notes.append("dry run: nothing was written")
-        shown = {"picture": grouping.picture, "tables": [_cost_table(costs, {})], "notes": notes}
+        shown: dict[str, Any] = {"picture": grouping.picture, "tables": [_cost_table(costs, {})], "notes": notes}
         return Conversion(layout, costs, [], {}, None, title="conversion", **shown)
     prove_parity(config)
     with run.write("convert", recipe, {"model": source.fingerprint}, force=options.force) as directory:
@@ -133,7 +133,7 @@ def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
     """The layout that the recipe holds, checked against the model."""
     shape = attention_shape(config)
     try:
-        layout = Layout.from_list(recipe.layout.layers, compensation_of(recipe))
+        layout = Layout.from_list(recipe.layout.layers or (), compensation_of(recipe))
         problems = layout.problems(shape)
         if problems:
             raise ValueError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
@@ -154,12 +154,9 @@ def _element_size(recipe: Recipe, config: Any) -> int:
 def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
     shape = attention_shape(config)
     pair = (Layout.own(shape.layers), layout)
-    parameters = tuple(count_parameters(config, entry) for entry in pair)
-    return Costs(
-        parameters=parameters,
-        weight_bytes=tuple(count * element_size for count in parameters),
-        kv_bytes=tuple(kv_bytes_per_token(entry, shape, element_size) for entry in pair),
-    )
+    before, after = (count_parameters(config, entry) for entry in pair)
+    kv_before, kv_after = (kv_bytes_per_token(entry, shape, element_size) for entry in pair)
+    return Costs((before, after), (before * element_size, after * element_size), (kv_before, kv_after))
 
 
 def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from uniattn_cli.generation.decode import Answer, Decoding, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
@@ -69,17 +69,33 @@ def _model_spec(run: RunDir, overrides: Sequence[str]) -> ModelSpec:
     return Recipe.from_tree({"model": {"name": "given on the command line"}}, "--set", overrides).model
 
 
-class Listener:
+class Listener(Protocol):
     """Where answers go as they come; the command line prints them, a notebook may ignore them."""
 
     def begin(self, name: str) -> None:
         """A model begins to speak."""
+        ...
 
     def text(self, piece: str) -> None:
         """A piece of its text."""
+        ...
 
     def finish(self, name: str, answer: Answer) -> None:
         """It has ended."""
+        ...
+
+
+class Deaf:
+    """A listener that hears nothing."""
+
+    def begin(self, name: str) -> None:
+        pass
+
+    def text(self, piece: str) -> None:
+        pass
+
+    def finish(self, name: str, answer: Answer) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,7 @@ def generate(
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    listener = listener or Listener()
+    listener = listener or Deaf()
     speakers = load_speakers(RunDir(run_dir), checkpoint, beside, overrides, options)
     notes = [] if raw else template_notes(speakers)
     for note in notes:

@@ -228,7 +228,7 @@ def _prepare(api: HfApi, repo_id: str, *, private: bool, revision: str | None, f
         present = api.list_repo_files(repo_id, revision=revision)
     except RevisionNotFoundError:
         # A new branch begins with the files of the main one, which stay there.
-        api.create_branch(repo_id, branch=revision)
+        api.create_branch(repo_id, branch=str(revision))
         return
     if not force and any(name != ".gitattributes" for name in present):
         raise HubError(f"{repo_id} holds files already; use --force to add a commit to it")

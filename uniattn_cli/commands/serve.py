@@ -142,13 +142,13 @@ def find_program(engine: str, program: Path | str | None = None) -> Path:
         UsageError: it is not there; says how to install it.
     """
     if program is not None:
-        found = shutil.which(str(program))
-        if found is None:
+        given = shutil.which(str(program))
+        if given is None:
             raise UsageError(f"--program {program}: no such program; {INSTALL[engine]}")
-        found = Path(found).absolute()
+        path = Path(given).absolute()
         if engine != "transformers":
-            return found
-        python = found.parent / "python"
+            return path
+        python = path.parent / "python"
         if not os.access(python, os.X_OK):
             raise UsageError(f"--program {program}: no python lies beside it; give the one in its environment's bin/")
         return python

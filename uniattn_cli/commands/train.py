@@ -322,7 +322,7 @@ def _train(
                 losses[name] = row_losses(model, heldout, batch_size=size, advance=advance).summary()
 
     score(load_after(job, 0), names[0])
-    results = []
+    results: list[StageResult] = []
     for index in range(len(job.stages)):
         result = finished(job, index)
         if result:
@@ -351,7 +351,7 @@ def _trouble(results: Sequence[StageResult], losses: dict[str, Loss], names: tup
         f"({result.validation[0]:.4f}), so its weights were not kept; try a lower learning_rate (train.keep: last "
         "keeps them)"
         for result in results
-        if result.kept_step == 0
+        if result.validation is not None and result.kept_step == 0
     ]
     if losses and losses[names[1]].mean > losses[names[0]].mean:
         warnings.append(
@@ -366,7 +366,7 @@ def _kept_notes(results: Sequence[StageResult]) -> list[str]:
         f"stage '{result.name}' ends with the weights of step {result.kept_step} of {result.steps}, where the loss on "
         f"validation rows was lowest ({result.validation[1]:.4f})"
         for result in results
-        if 0 < result.kept_step < result.steps
+        if result.validation is not None and 0 < result.kept_step < result.steps
     ]
 
 

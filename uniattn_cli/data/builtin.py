@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from uniattn_cli.data.stdlib_docs import Entry, digest, entries, number, part_of
 from uniattn_cli.errors import DataError, suggest
@@ -60,7 +61,7 @@ def _topic_pages() -> list[str]:
         ) from None
     # What a docstring says too (the debugger's manual does) stays with the docstring's part.
     seen = {" ".join(block.split()) for entry in entries() for block in re.split(r"\n\s*\n", entry.doc)}
-    pages = []
+    pages: list[Any] = []
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = re.split(r"\n\s*\n", topics[name].strip("\n"))
         keys = [" ".join(paragraph.split()) for paragraph in paragraphs]
@@ -152,10 +153,11 @@ def _questions(entry: Entry, once: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _describe_arguments(entry: Entry) -> str:
-    required = [f"`{name}`" for name, default in entry.arguments if default is None]
+    arguments = entry.arguments or ()
+    required = [f"`{name}`" for name, default in arguments if default is None]
     optional = [
         f"`{name}`" + (f" (default `{default}`)" if default else "")
-        for name, default in entry.arguments
+        for name, default in arguments
         if default is not None
     ]
     answer = f"`{entry.name}{entry.signature}`."
@@ -224,7 +226,7 @@ def multiple_choice(task: str) -> list[dict]:
     _check(task, TASKS, "task")
     make = _TASKS[task]
     pool = _choice_pool()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in pool:
         query, right = make(entry)
         choices = [make(other)[1] for other in _distractors(entry, pool)]

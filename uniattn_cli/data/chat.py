@@ -131,12 +131,13 @@ class ChatRenderer:
         if not messages:
             return ""  # nothing is left of a conversation in which only the assistant speaks
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
+            return str(text)
         except (TemplateError, TypeError) as error:  # the second from an expression in the template
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None

@@ -129,7 +129,7 @@ def read_choices(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: missing file, no items, or a row that is not an item.
     """
-    items = []
+    items: list[dict[str, Any]] = []
     for where, raw in read_objects(path):
         missing = [key for key in ("query", "choices", "gold") if key not in raw]
         if missing:

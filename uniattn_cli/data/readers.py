@@ -177,7 +177,7 @@ def _offline_at_once(name: str) -> Iterator[None]:
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(name, timeout=10)
-    except (*transport_errors(), OfflineModeIsEnabled):
+    except transport_errors(OfflineModeIsEnabled):
         datasets.config.HF_HUB_OFFLINE = True
     except (HfHubHTTPError, HFValidationError):
         pass  # unknown or gated: load_dataset says so

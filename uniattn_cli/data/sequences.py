@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
@@ -107,7 +107,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    loss: Literal["responses", "all"],
+    loss: str,
     advance: Callable[[int], None] = lambda rows: None,
     needed: bool = True,
 ) -> Tokenised:
@@ -193,8 +193,8 @@ class RowEncoder:
 
     def _whole(self, messages: list[dict[str, str]] | None, text: str | None) -> Encoded:
         """A row of which everything is learned."""
-        if messages is not None:
-            ids = self.renderer.ids(messages)
+        if text is None:
+            ids = self.renderer.ids(messages or [])
         else:
             ids = add_eos(encode(self.tokenizer, text), self.eos)
             ids = ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]

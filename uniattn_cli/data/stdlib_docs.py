@@ -140,18 +140,18 @@ def _read_body(node: ast.Module | ast.ClassDef, prefix: str, module: str, kind: 
         if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or child.name.startswith("_"):
             continue
         name = f"{prefix}.{child.name}"
-        is_class = isinstance(child, ast.ClassDef)
         doc = _docstring(child)
         if doc:
-            arguments, signature = (None, "") if is_class else _signature(child, method=kind == "method")
+            arguments, signature, own_kind = None, "", "class"
+            if not isinstance(child, ast.ClassDef):
+                (arguments, signature), own_kind = _signature(child, method=kind == "method"), kind
             part = part_of(doc, long=len(doc) >= LONG_DOCSTRING)
-            own_kind = "class" if is_class else kind
             yield Entry(name, module, own_kind, arguments, signature, doc, _answer(doc, child.name), part)
-        if is_class:
+        if isinstance(child, ast.ClassDef):
             yield from _read_body(child, name, module, "method")
 
 
-def _docstring(node: ast.AST) -> str:
+def _docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     doc = ast.get_docstring(node, clean=False) or ""
     return inspect.cleandoc(doc).strip()
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def quality_figures(model: Measured, base: Measured | None) -> dict[str, Figure]:
     """Perplexity, losses and mean accuracy of a model, against the base if one is given."""
     return {
-        "perplexity": _perplexity_figure(model.text, base and base.text),
-        "text_loss": _loss_figure(model.text, base and base.text, "windows"),
-        "response_loss": _loss_figure(model.responses, base and base.responses, "rows"),
+        "perplexity": _perplexity_figure(model.text, base.text if base else None),
+        "text_loss": _loss_figure(model.text, base.text if base else None, "windows"),
+        "response_loss": _loss_figure(model.responses, base.responses if base else None, "rows"),
     }
 
 
@@ -69,7 +69,7 @@ def _perplexity_figure(losses: RowLosses, base: RowLosses | None) -> Figure:
     )
 
 
-def _summary(sums: Sequence[float], counts: Sequence[int]) -> Any:
+def _summary(sums: Sequence[float], counts: Sequence[float]) -> Any:
     import torch
 
     return summarise(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
@@ -84,7 +84,7 @@ def length_figures(model: Measured, base: Measured | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     agreement = model.agreement
     if agreement is not None:
-        windows = {"n": len(agreement.kl), "of": "windows"}
+        windows: dict[str, Any] = {"n": len(agreement.kl), "of": "windows"}
         found["agreement"] = {
             "kl": Figure(
                 statistics.fmean(agreement.kl), "nats per token", "lower", stderr=mean_stderr(agreement.kl), **windows
@@ -100,7 +100,7 @@ def length_figures(model: Measured, base: Measured | None) -> dict[str, Any]:
         }
     found["lengths"] = []
     for length, losses in sorted(model.lengths.items()):
-        entry = _perplexity_figure(losses, base and base.lengths[length])
+        entry = _perplexity_figure(losses, base.lengths[length] if base else None)
         found["lengths"].append(
             {
                 "length": length,
@@ -159,13 +159,13 @@ def mean_accuracy(tasks: dict[str, dict[str, Figure]], names: Sequence[str]) -> 
     figures = [entry for entry in found if entry is not None]
     if not figures:
         return None
-    pairs = [entry.difference_to_base for entry in figures]
-    difference = None if None in pairs else mean_difference(pairs)
+    pairs = [entry.difference_to_base for entry in figures if entry.difference_to_base is not None]
+    difference = mean_difference(pairs) if len(pairs) == len(figures) else None
     return Figure(
         statistics.fmean(entry.value for entry in figures),
         "share",
         "higher",
-        n=sum(entry.n for entry in figures),
+        n=sum(entry.n or 0 for entry in figures),
         of="items",
         stderr=_stderr_of_mean([entry.stderr for entry in figures]),
         difference_to_base=difference,
@@ -173,9 +173,8 @@ def mean_accuracy(tasks: dict[str, dict[str, Figure]], names: Sequence[str]) -> 
 
 
 def _stderr_of_mean(stderrs: Sequence[float | None]) -> float | None:
-    if None in stderrs:
-        return None
-    return math.sqrt(sum(stderr**2 for stderr in stderrs)) / len(stderrs)
+    known = [stderr for stderr in stderrs if stderr is not None]
+    return math.sqrt(sum(stderr**2 for stderr in known)) / len(stderrs) if len(known) == len(stderrs) else None
 
 
 def size_figures(model: Measured, base: Measured | None) -> dict[str, Figure]:

@@ -124,12 +124,12 @@ def mean_difference(parts: Sequence[Difference]) -> Difference:
     The distances from value to the ends are combined as standard errors are (MOVER; Zou and Donner 2008).
     """
     value = statistics.fmean(part.value for part in parts)
-    stderrs = [part.stderr for part in parts]
-    stderr = None if None in stderrs else math.hypot(*stderrs) / len(parts)
-    intervals = [part.interval for part in parts]
-    if None in intervals:
+    stderrs = [part.stderr for part in parts if part.stderr is not None]
+    stderr = math.hypot(*stderrs) / len(parts) if len(stderrs) == len(parts) else None
+    bounded = [(part.value, *part.interval) for part in parts if part.interval is not None]
+    if len(bounded) < len(parts):
         return Difference(value, stderr)
-    below = math.hypot(*(part.value - part.interval[0] for part in parts)) / len(parts)
-    above = math.hypot(*(part.interval[1] - part.value for part in parts)) / len(parts)
+    below = math.hypot(*(middle - low for middle, low, _ in bounded)) / len(parts)
+    above = math.hypot(*(high - middle for middle, _, high in bounded)) / len(parts)
     methods = {part.method for part in parts}
     return Difference(value, stderr, (value - below, value + above), methods.pop() if len(methods) == 1 else "combined")

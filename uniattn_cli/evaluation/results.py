@@ -103,7 +103,7 @@ def _scores(own: Measured, other: Measured | None, shown: Sequence[str]) -> tupl
     """Figures of tasks, and of quality with the mean accuracy, compared with another model where one is given."""
     tasks = {
         task: {
-            metric: aggregate.task_figure(metric, scores, other and other.tasks[task][metric])
+            metric: aggregate.task_figure(metric, scores, other.tasks[task][metric] if other else None)
             for metric, scores in metrics.items()
         }
         for task, metrics in own.tasks.items()

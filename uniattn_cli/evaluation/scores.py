@@ -224,6 +224,7 @@ class _Work:
         """Losses on the longest windows, and agreement with the base there."""
         # A copy of the base is scored like any other model, so that the base's own entry has no part in the key.
         part, rows, reference = f"length {length}", self.bench.material.lengths[length], self.bench.reference
+        assert reference is not None, "there are lengths only where there is a base to agree with"
 
         def make() -> dict[str, Any]:
             with self.bench.progress.track(f"{self.name}: agreement with the base", len(rows)) as advance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import CheckpointError, StageError
 from uniattn_cli.models.hub import Source
@@ -91,7 +91,7 @@ def _rows(record: dict) -> tuple[list[dict], list[str]]:
     return [spec for spec in specs if spec["heldout"]], [spec["source"] for spec in specs if not spec["heldout"]]
 
 
-def _lookup(record: dict, key: str) -> object:
+def _lookup(record: dict, key: str) -> Any:
     value = record.get("settings", {})
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None

@@ -104,7 +104,8 @@ def load_tasks(
     local = {spec: load_items(spec) for spec in specs if is_local(spec.source)}
     foreign = [spec for spec in specs if spec not in local]
     labels = _labels(list(local))
-    loaded, members = {}, {}
+    loaded: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     with quiet_harness():
         check_mentioned([spec.source for spec in foreign])
         from lm_eval.tasks import TaskManager
@@ -166,7 +167,7 @@ def _short(source: str) -> str:
 def _load_task(manager: Any, spec: str | dict) -> dict[str, Any]:
     try:
         return manager.load([spec])
-    except (OSError, *transport_errors()) as error:
+    except transport_errors(OSError) as error:
         name = spec if isinstance(spec, str) else spec["task"]
         reason = str(error).strip().splitlines()
         raise DataError(
@@ -292,9 +293,10 @@ def _pooled(members: list[dict[str, MetricScores]]) -> dict[str, MetricScores]:
     for metric in members[0]:
         parts = [scores.get(metric) for scores in members]
         # Perplexities of different tasks are not of one text, and are not pooled.
-        if all(part is not None and part.values is not None and _is_plain_mean(part) for part in parts):
-            values = [value for part in parts for value in part.values]
-            found[metric] = MetricScores(sum(values) / len(values), values, parts[0].higher_is_better, len(values))
+        pooled = [part for part in parts if part is not None and part.values is not None and _is_plain_mean(part)]
+        if len(pooled) == len(parts):
+            values = [value for part in pooled for value in part.values or ()]
+            found[metric] = MetricScores(sum(values) / len(values), values, pooled[0].higher_is_better, len(values))
     return found
 
 

@@ -27,6 +27,7 @@ def judge(entry: Figure, other: str = "base") -> str:
         other: what it is compared with, the base or the control.
     """
     difference = entry.difference_to(other)
+    assert difference is not None, "there is a verdict only where there is a difference"
     if difference.value == 0 and not difference.stderr:
         return "same"
     if difference.interval is None:

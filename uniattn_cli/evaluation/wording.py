@@ -40,7 +40,7 @@ def as_value(entry: Figure, *, error: bool = False) -> str:
 def as_range(entry: Figure) -> str:
     """Smallest and largest round: `790–850 ms`."""
     factor, decimals, unit, _ = _format(entry)
-    low, high = (number(value * factor, decimals) for value in entry.range)
+    low, high = (number(value * factor, decimals) for value in entry.range or ())
     return f"{low}–{high}{unit}"
 
 
@@ -48,6 +48,7 @@ def as_difference(entry: Figure, other: str = "base") -> str:
     """The difference to the base, or the control, with its standard error: `+4.89 ± 0.31`, `−1.0 ± 2.1 points`."""
     factor, decimals, _, unit = _format(entry)
     difference = entry.difference_to(other)
+    assert difference is not None, "only what has a difference is asked for one"
     text = _signed(difference.value * factor, decimals)
     if difference.stderr is not None:
         text += f" ± {number(difference.stderr * factor, decimals)}"
@@ -56,9 +57,10 @@ def as_difference(entry: Figure, other: str = "base") -> str:
 
 def as_interval(entry: Figure) -> str:
     """The 95 % interval of the difference to the base: `−3.6 to +0.0 points`; empty where there is none."""
-    interval = entry.difference_to_base.interval
-    if interval is None:
+    difference = entry.difference_to_base
+    if difference is None or difference.interval is None:
         return ""
+    interval = difference.interval
     factor, decimals, _, unit = _format(entry)
     return " to ".join(_signed(value * factor, decimals) for value in interval) + unit
 

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from uniattn_cli.errors import DataError, ModelError, UsageError
 from uniattn_cli.models.costs import cache_bytes
@@ -105,7 +105,7 @@ class Streamer:
 
     def text(self) -> str:
         """All that was said."""
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _tell(self, text: str, *, whole: bool = False) -> None:
         # A character of several bytes may still lack some of them, and a tokenizer may change its last word.
@@ -173,7 +173,7 @@ def answer(
         streamer, started = Streamer(tokenizer, on_text), time.perf_counter()
         torch.manual_seed(decoding.seed)
         with torch.inference_mode(), _only(model, settings):
-            model.generate(
+            cast("Any", model).generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 past_key_values=cache,

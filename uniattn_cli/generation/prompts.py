@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Tokens of a conversation up to where the assistant begins to speak.
 
-    A tokenizer without chat template gets the plain form that training uses for it (see `masks.ChatRenderer`).
+    A tokenizer without chat template gets the plain form that training uses for it (see `data.chat.ChatRenderer`).
 
     Raises:
         DataError: the template refuses the conversation.
@@ -30,7 +30,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in messages)
         raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
-    return encode(tokenizer, text)
+    return encode(tokenizer, str(text))
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

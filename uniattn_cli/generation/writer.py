@@ -190,7 +190,7 @@ class Writer:
         return None if finished or len(encode(self.tokenizer, text)) > self.length else "unfinished"
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _decode(self, prompts: list[Prompt], seed: int) -> Decoded:
         import torch

@@ -250,7 +250,7 @@ def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layo
     for index, plan in enumerate(plans):
         if plan.leader is not None and index - plan.leader <= measured.max_distance:
             match = matcher.for_kind(plan.kind).match(index, [plan.leader])
-            plans[index] = plan_of(match, plan.compensation, plan.kind, size)
+            plans[index] = plan_of(match, plan.compensation, plan.kind, size) if match else plan
     return Layout(tuple(plans))
 
 

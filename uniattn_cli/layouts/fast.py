@@ -91,10 +91,12 @@ def _borrowing_moves(matcher: Matcher, layer: int, window: tuple[int, ...], limi
         return []
     if not limited:
         match = matcher.match(layer, lenders)
+        assert match is not None, "there are lenders"
         return [((0, *window)[: matcher.max_distance], 1 - match.score, match)]
     moves = []
     for lender in lenders:
         match = matcher.match(layer, [lender])
+        assert match is not None, "there is a lender"
         index = layer - 1 - lender
         after = (*window[:index], window[index] - 1, *window[index + 1 :])
         moves.append(((0, *after)[: matcher.max_distance], 1 - match.score, match))

@@ -241,8 +241,9 @@ class ThoroughSearch:
                 if age == len(steps):
                     break
                 fresh = self._refreshed(layer, plan)
-                layout = None if fresh is None else self.candidate_layout(layer, fresh)
-                gain = 0 if layout is None else saved(layout) - saved(self.layout)
+                if fresh is None or (layout := self.candidate_layout(layer, fresh)) is None:
+                    continue
+                gain = saved(layout) - saved(self.layout)
                 if gain <= 0:
                     continue
                 added, was_measured = self._added(layout, layer, fresh)
@@ -253,6 +254,7 @@ class ThoroughSearch:
             else:
                 break
             layout = self.candidate_layout(layer, plan)
+            assert layout is not None, "it was measured under the same layout"
             self.measure(layout, keep=True)
             steps.append(Step(layer, self.layout[layer], self.layout, self.divergence, measured))
             report(steps[-1])

@@ -23,7 +23,7 @@ def draw_layout(layout: Layout) -> str:
         if plan.kind == "own":
             cells.append(letters.get(index, plan.traits.symbol))
         elif plan.traits.borrows_maps:
-            layers = Counter(layer for layer, _ in plan.heads or ((plan.leader, 0),))
+            layers = Counter(layer for layer, _ in plan.heads or ((plan.leader or 0, 0),))
             cells.append(letters[layers.most_common(1)[0][0]].lower())
         else:
             cells.append(plan.traits.symbol)

@@ -34,7 +34,7 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
     elif match := re.fullmatch(r"(\d+)-(\d+):(\d+)", text):
         groups = _chunks(_layers(match[1], match[2], shape, text), int(match[3]), shape, text)
     elif re.fullmatch(r"\d+-\d+(,\d+-\d+)*", text):
-        groups = [list(_layers(*part.split("-"), shape, text)) for part in text.split(",")]
+        groups = [list(_layers(first, last, shape, text)) for first, last in re.findall(r"(\d+)-(\d+)", text)]
     elif path.is_file():
         return _checked(_from_file(path, compensation), shape, text)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,8 @@ def proposer(
                 plans += [plan_of(match, compensation, kind, shape.group_size)] if match else []
             elif not KINDS[kind].fewer_heads or shape.kv_heads > 1:
                 full = KINDS[kind].compensation == "required"
-                plans.append(plan_alone(kind, shape, "full" if full else compensation))
+                alone = plan_alone(kind, shape, "full" if full else compensation)
+                plans += [alone] if alone else []
         return plans
 
     return propose
@@ -86,17 +88,19 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
         )
         for name, kinds in names.items():
             runner.reset()
+            report, tried = functools.partial(_report, advance, name), functools.partial(_tried, advance, name)
             found[name] = runner.run(
-                budget.met,
-                saved=budget.saved,
-                kinds=kinds,
-                protect=spec.protect,
-                report=lambda step, name=name: advance(
-                    0, f"{name}: {len(step.layout.changed)} layers changed, KL {step.divergence:.4f}"
-                ),
-                tried=lambda layer, plan, name=name: advance(1, f"{name}: layer {layer} {plan.kind} tried"),
+                budget.met, saved=budget.saved, kinds=kinds, protect=spec.protect, report=report, tried=tried
             )
     return found
+
+
+def _report(advance: Callable[..., None], name: str, step: Step) -> None:
+    advance(0, f"{name}: {len(step.layout.changed)} layers changed, KL {step.divergence:.4f}")
+
+
+def _tried(advance: Callable[..., None], name: str, layer: int, plan: LayerPlan) -> None:
+    advance(1, f"{name}: layer {layer} {plan.kind} tried")
 
 
 def series_name(kinds: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.families import family_of, is_converted
@@ -25,9 +25,9 @@ UNPORTABLE_FIELDS = ("model_type", "architectures", "transformers_version", "_na
 class ConvertedClasses:
     """The classes of one family's converted models."""
 
-    config: type
-    model: type
-    causal_lm: type
+    config: Any
+    model: Any
+    causal_lm: Any
 
 
 def converted_classes(model_type: str) -> ConvertedClasses:
@@ -112,7 +112,7 @@ def _set_tensor(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     if last in module._buffers:
         module._buffers[last] = value
     else:
-        module._parameters[last] = value
+        module._parameters[last] = cast("torch.nn.Parameter", value)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

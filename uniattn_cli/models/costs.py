@@ -47,7 +47,7 @@ def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of memory that a cache keeps alive: whole storages, so that a view into something larger is not missed."""
     storages = {}
     for layer in cache.layers:
-        for states in (layer.keys, layer.values):
+        for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if states is not None and states.numel():
                 storage = states.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()

@@ -68,7 +68,7 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
             offline = False
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             raise
-        except (*transport_errors(), OfflineModeIsEnabled):
+        except transport_errors(OfflineModeIsEnabled):
             offline = True
         except HfHubHTTPError as error:
             offline, trouble = True, f"answers with HTTP status {error.response.status_code}"
@@ -96,10 +96,10 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
     return Source(name, config.parent, config.parent.name, on_hub=True)
 
 
-def transport_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises without a network; it has changed its HTTP client from httpx to httpx2."""
+def transport_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises without a network, with others; its HTTP client was httpx and is httpx2."""
     found = [name for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
-    return tuple(importlib.import_module(name).TransportError for name in found)
+    return (*others, *(importlib.import_module(name).TransportError for name in found))
 
 
 def _fetch(source: Source, *, weights: bool = True) -> Path:
@@ -112,7 +112,7 @@ def _fetch(source: Source, *, weights: bool = True) -> Path:
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(source.name, revision=source.fingerprint, allow_patterns=patterns))
-    except (*transport_errors(), LocalEntryNotFoundError):
+    except transport_errors(LocalEntryNotFoundError):
         raise ModelError(f"{source.name}: the download was interrupted; run the same command again") from None
 
 

@@ -147,7 +147,8 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
         )
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # With `output_loading_info` there are two results, which its annotation does not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             _fetch(source),
             config=config,
             dtype=dtype,
@@ -156,6 +157,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             # Reported below, in one line.
             ignore_mismatched_sizes=True,
         )
+        model, info = loaded
     except (OSError, ImportError, SafetensorError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {_last_line(error)}") from None
     except (RuntimeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import UsageError, suggest
 from uniattn_cli.models.building import build_converted
@@ -66,13 +66,13 @@ def known_config(shape: str, layers: int | None = None) -> LlamaConfig:
 
     if shape not in SHAPES:
         raise UsageError(f"--shape {shape}: not one of {', '.join(SHAPES)}{suggest(shape, SHAPES)}")
-    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    sizes: dict[str, Any] = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     return LlamaConfig(
         **sizes,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=shape != "llama-3.1-8b",
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
 
 

@@ -66,15 +66,16 @@ def _metadata(facts: Facts) -> ModelCardData:
     tags = ["uniattn", "custom_code", *(f"uniattn-{kind}" for kind in kinds)]
     if (facts.source.path / "chat_template.jinja").is_file():
         tags.append("conversational")
-    base = {"base_model": facts.base.hub_id, "base_model_relation": "finetune"} if facts.base.hub_id else {}
+    more: dict[str, Any] = {**facts.base.licence}
+    if facts.base.hub_id:
+        more |= {"base_model": facts.base.hub_id, "base_model_relation": "finetune"}
     data = [source["source"] for source in _sources(facts) if _is_on_hub(source)]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,
         datasets=list(dict.fromkeys(data)) or None,
-        **base,
-        **facts.base.licence,
+        **more,
     )
 
 
@@ -115,7 +116,7 @@ def _cost_table(config: Any) -> Table:
     layout = config.layout
     shape, stock = attention_shape(config), Layout.own(len(layout))
     size = config.dtype.itemsize if config.dtype is not None else 4
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         ("parameters", *(count_parameters(config, each) for each in (stock, layout))),
         ("KV cache, bytes per token", *(kv_bytes_per_token(each, shape, size) for each in (stock, layout))),
     ]
@@ -193,8 +194,8 @@ def _stage_table(report: dict[str, Any], settings: dict[str, Any]) -> Table:
     rows, planned = [], iter(settings["train"]["stages"])
     for stage in report["stages"]:
         # Stages with nothing to train were skipped; the others come in the order of the recipe.
-        plan = next((plan for plan in planned if (plan["name"] or plan["trains"]) == stage["name"]), {})
-        rate = str(plan.get("learning_rate", "–"))
+        plan = next((plan for plan in planned if (plan["name"] or plan["trains"]) == stage["name"]), None)
+        rate = str(plan.get("learning_rate", "–") if plan else "–")
         rows.append([stage["name"], stage["trains"], rate, f"{stage['steps']:,}", f"{stage['tokens']:,}"])
     return Table("", ["stage", "trains", "learning rate", "steps", "tokens"], rows)
 

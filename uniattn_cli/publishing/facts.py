@@ -148,20 +148,20 @@ def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _base(model: dict[str, Any], run_dir: Path, hub_id: str | None, licence: str | None, online: bool) -> Base:
-    name, revision = model.get("name"), model.get("revision")
+    name, revision = model.get("name") or "", model.get("revision")
     folder = located(RecipePath(name, run_dir)) if name else None
     # What is named by a path was local, whether or not it is still there; a path tells strangers nothing.
-    local = folder is not None and (Path(name).expanduser().is_absolute() or folder.is_dir())
+    local = folder if folder and (Path(name).expanduser().is_absolute() or folder.is_dir()) else None
     if hub_id is None and name and not local:
         hub_id = name
     if licence:
         stated = {"license": licence}
-    elif local and (folder / CARD).is_file():
-        stated = _licence(_metadata(folder / CARD))
+    elif local and (local / CARD).is_file():
+        stated = _licence(_metadata(local / CARD))
     else:
         stated = _licence(_hub_metadata(hub_id, revision, online)) if hub_id else {}
     shown = hub_id or (folder.name if folder is not None else None)
-    return Base(shown, hub_id, None if local else revision, stated, folder if local and folder.is_dir() else None)
+    return Base(shown, hub_id, None if local else revision, stated, local if local and local.is_dir() else None)
 
 
 def _licence(metadata: dict[str, Any]) -> dict[str, str]:
@@ -190,7 +190,7 @@ def _hub_metadata(name: str, revision: str | None, online: bool) -> dict[str, An
         if isinstance(cached, str):
             return _metadata(Path(cached))
         card = HfApi().model_info(name, revision=revision, timeout=10).card_data if online else None
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, *transport_errors()):
+    except transport_errors(HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
         # Whether the hub can be written to is told later; a base that cannot be asked has no known licence.
         return {}
     return card.to_dict() if card is not None else {}

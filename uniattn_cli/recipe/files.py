@@ -155,7 +155,7 @@ def _commented_item(item: Any, depth: int, indent: int, comments: bool) -> Any:
     if not dataclasses.is_dataclass(item):
         return item
     if not any(entry.metadata["common"] for entry in dataclasses.fields(item)):
-        return getattr(item, item.main)
+        return getattr(item, item.main)  # type: ignore[union-attr]
     return _commented(item, depth, indent, comments)
 
 

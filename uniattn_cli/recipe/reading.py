@@ -83,7 +83,7 @@ class _Reader:
         where = f"{self.name}, line {line}" if line else self.name
         self.faults.append(f"{where}: {message}")
 
-    def section(self, cls: type, node: Any, path: str, parent: Any = None, key: Any = None) -> Any:
+    def section(self, cls: Any, node: Any, path: str, parent: Any = None, key: Any = None) -> Any:
         """Reads a mapping into dataclass `cls`; returns None after a fault."""
         if not isinstance(node, dict):
             expected = "a mapping of settings"
@@ -164,10 +164,9 @@ class _Reader:
         for index, item in enumerate(value):
             where = f"{path}[{index}]"
             if main and isinstance(item, str):
-                place = (node, key) if alone else (value, index)
-                items.append(
-                    item_hint(**{main: self.text(item, *place, item_hint.__dataclass_fields__[main].metadata)})
-                )
+                holder, place = (node, key) if alone else (value, index)
+                text = self.text(item, holder, place, item_hint.__dataclass_fields__[main].metadata)
+                items.append(item_hint(**{main: text}))
             elif item_hint is dict:
                 if isinstance(item, dict):
                     items.append(plain(dict(item)))

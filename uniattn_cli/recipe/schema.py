@@ -657,10 +657,11 @@ def flow(value: Any, number: Callable[[float], str] = str) -> str:
         number: writes numbers that are not whole.
     """
     if dataclasses.is_dataclass(value):
-        main = getattr(value, "main", None)
-        if main and value == type(value)(**{main: getattr(value, main)}):
+        main: str | None = getattr(value, "main", None)
+        cls: Any = type(value)
+        if main and value == cls(**{main: getattr(value, main)}):
             return getattr(value, main)
-        default = type(value)()
+        default = cls()
         names = [entry.name for entry in dataclasses.fields(value)]
         shown = [name for name in names if getattr(value, name) != getattr(default, name) or name == main]
         return "{" + ", ".join(f"{name}: {flow(getattr(value, name), number)}" for name in shown or names[:1]) + "}"

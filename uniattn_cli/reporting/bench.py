@@ -53,9 +53,9 @@ def _step_row(one: Measurement, measurements: Sequence[Measurement]) -> list[str
 
 
 def _first_row(one: Measurement, measurements: Sequence[Measurement]) -> list[str]:
-    first = reference(one, measurements)
-    ratio = f"{one.first.median / first.first.median:.2f}" if first and first.first else NOTHING
-    return [one.model, one.path, str(one.batch), str(one.context), _milliseconds(one.first), ratio]
+    first, own = reference(one, measurements), one.first
+    ratio = f"{own.median / first.first.median:.2f}" if own and first and first.first else NOTHING
+    return [one.model, one.path, str(one.batch), str(one.context), _milliseconds(own) if own else NOTHING, ratio]
 
 
 def _milliseconds(series: Series) -> str:

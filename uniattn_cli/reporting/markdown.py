@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,14 +69,14 @@ def _quality_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[st
     quality = {"perplexity": "perplexity of text", "response_loss": "loss on responses"}
     rows = []
     for key, label in quality.items():
-        rows += _rows(results, names, label, lambda model, key=key: model["quality"][key], as_difference)
+        rows += _rows(results, names, label, ("quality", key), as_difference)
     for task in results["tasks"]:
         for metric in results["models"][BASE]["tasks"][task]:
             rows += _rows(
                 results,
                 names,
                 f"{task}, {metric}",
-                lambda model, task=task, metric=metric: model["tasks"][task][metric],
+                ("tasks", task, metric),
                 as_difference,
             )
     return rows
@@ -84,7 +86,7 @@ def _cost_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str]]
     rows = []
     for key, label in COSTS.items():
         if key in results["models"][BASE]["cost"]:
-            rows += _rows(results, names, label, lambda model, key=key: model["cost"][key], as_ratio)
+            rows += _rows(results, names, label, ("cost", key), as_ratio)
     return rows
 
 
@@ -160,18 +162,18 @@ def _rows(
     results: dict[str, Any],
     names: Sequence[str],
     label: str,
-    pick: Callable[[dict[str, Any]], Figure],
+    place: Sequence[str],
     compare: Callable[[Figure], str],
 ) -> list[list[str]]:
-    """A row of values, below it the range of rounds where there is one, and a row that compares with the base."""
-    figures = [pick(results["models"][name]) for name in names]
+    """A row of the values at a place in a model's results, and rows of its range and of what compares it."""
+    figures = [functools.reduce(operator.getitem, place, results["models"][name]) for name in names]
     rows = [[label, *(as_value(entry, error=True) for entry in figures)]]
     if figures[0].range is not None:
         rows.append([RANGE, *map(as_range, figures)])
     if len(names) > 1:
         words = DIFFERENCE if compare is as_difference else RATIO
         rows.append([words, "", *map(compare, figures[1:])])
-        if compare is as_difference and any(entry.difference_to_base.interval for entry in figures[1:]):
+        if compare is as_difference and any(map(as_interval, figures[1:])):
             rows.append([INTERVAL, "", *map(as_interval, figures[1:])])
     against = [entry.difference_to_control and as_difference(entry, "control") for entry in figures]
     if any(against):

@@ -155,7 +155,7 @@ def _errors(entry: Series) -> list[float]:
     return [error or 0.0 for error in entry.errors] or [0.0] * len(entry.points)
 
 
-def _draw_series(entry: Series, across: Callable[[float], float], up: Callable[[float], float]) -> Html:
+def _draw_series(entry: Series, across: _Scale, up: _Scale) -> Html:
     style = entry.style % SERIES
     places = [(across(x), up(y)) for x, y in entry.points]
     parts = []
@@ -173,7 +173,7 @@ def _draw_series(entry: Series, across: Callable[[float], float], up: Callable[[
     return tag("g", parts, class_=f"s{style}")
 
 
-def _labels(series: Sequence[Series], across: Callable[[float], float], up: Callable[[float], float]) -> Html:
+def _labels(series: Sequence[Series], across: _Scale, up: _Scale) -> Html:
     """Names beside the last points, moved up until none covers another."""
     placed: list[tuple[float, float]] = []
     parts = []
@@ -189,9 +189,25 @@ def _labels(series: Sequence[Series], across: Callable[[float], float], up: Call
     return tag("g", parts)
 
 
-def _scale(values: Sequence[float], axis: Axis, start: float, end: float, room: float) -> Callable[[float], float]:
+@dataclass(frozen=True)
+class _Scale:
+    """From data units to places.
+
+    Attributes:
+        place: of a value.
+        range: the values at the ends.
+    """
+
+    place: Callable[[float], float]
+    range: tuple[float, float]
+
+    def __call__(self, value: float) -> float:
+        return self.place(value)
+
+
+def _scale(values: Sequence[float], axis: Axis, start: float, end: float, room: float) -> _Scale:
     """From data units to places; the range has some room at its ends."""
-    change = (lambda value: math.log10(value)) if axis.log else (lambda value: value)
+    change: Callable[[float], float] = math.log10 if axis.log else float
     low, high = change(min(values)), change(max(values))
     if axis.zero and not axis.log:
         low = min(low, 0.0)
@@ -205,11 +221,10 @@ def _scale(values: Sequence[float], axis: Axis, start: float, end: float, room: 
         value = change(max(value, floor) if axis.log else value)
         return start + (end - start) * (value - low) / (high - low)
 
-    place.range = (floor, 10**high if axis.log else high)  # type: ignore[attr-defined]
-    return place
+    return _Scale(place, (floor, 10**high if axis.log else high))
 
 
-def _frame(x: Axis, y: Axis, across: Callable[[float], float], up: Callable[[float], float]) -> list[Html]:
+def _frame(x: Axis, y: Axis, across: _Scale, up: _Scale) -> list[Html]:
     parts = []
     for value in _ticks(y, *up.range):
         height = up(value)
