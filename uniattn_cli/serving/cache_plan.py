@@ -106,7 +106,7 @@ def writes(layout: Layout, shape: AttentionShape, index: int) -> tuple[Write, ..
     runs = read_runs(layout, shape, index)
     if passed_kv_heads(layout, shape, index) == kv_heads_of(layout, shape, index):
         return tuple(Write(run.key_layer, run.key_head, run.value_head, run.value_head, run.kv_heads) for run in runs)
-    first = {}
+    first: dict[int, Write] = {}
     for run in runs:
         group = run.query_heads // run.kv_heads
         for head in range(run.kv_heads):

@@ -6,6 +6,8 @@ says. Imported by vLLM's processes only.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
@@ -15,9 +17,15 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.serving.cache_plan import shard_layout
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
+
+if TYPE_CHECKING:
+    # The mixin below stands before this class among the bases of a class.
+    from vllm.model_executor.models.transformers import TransformersForCausalLM as _Model
+else:
+    _Model = object
 
 logger = init_logger("vllm.uniattn")
 # To be raised when the layers of `vllm_layers` are called in another way.
@@ -44,8 +52,11 @@ def obstacles(vllm_config) -> list[str]:
     return found
 
 
-class SharedCacheMixin:
+class SharedCacheMixin(_Model):
     """Gives each attention module of the model its layer of `vllm_layers`."""
+
+    _shared_layout: Layout | None
+    _shared_shape: AttentionShape | None
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         self._shared_layout = self._shared_shape = None
@@ -65,24 +76,26 @@ class SharedCacheMixin:
 
     def _localise_heads(self) -> None:
         """Gives the model code the head maps of this rank."""
-        shape = self._shared_shape
+        layout, shape = self._shared_layout, self._shared_shape
+        assert layout is not None
         for module in self.model.modules():
             plan = getattr(module, "plan", None)
             if plan is None or not hasattr(module, "layer_idx"):
                 continue
-            module.borrow_from(self._shared_layout[module.layer_idx], shape)
+            module.borrow_from(layout[module.layer_idx], shape)
 
     def _get_attn_cls(self):
         stock = super()._get_attn_cls()
         return self._make_attention if stock is Attention and self._shared_layout is not None else stock
 
     def _make_attention(self, prefix: str, **arguments) -> nn.Module:
-        index = extract_layer_index(prefix)
-        if not self._shared_layout[index].traits.attends:
+        index, layout, shape = extract_layer_index(prefix), self._shared_layout, self._shared_shape
+        assert layout is not None and shape is not None
+        if not layout[index].traits.attends:
             return nn.Identity()  # never called, and caches nothing
         return SharedCacheAttention(
-            layout=self._shared_layout,
-            shape=self._shared_shape,
+            layout=layout,
+            shape=shape,
             index=index,
             peers=self._shared_peers,
             vllm_config=self.vllm_config,
