@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
+
+if TYPE_CHECKING:
+    # The mixin stands before a family's own configuration.
+    from transformers import PreTrainedConfig as _Config
+else:
+    _Config = object
 
 # Layer types of changed layers start with this on disk; a stock configuration class refuses such names.
 LAYER_TYPE_PREFIX = "uniattn_"
@@ -42,13 +50,18 @@ def layout_of(config) -> Layout:
     return getattr(config, "layout", None) or Layout.own(config.num_hidden_layers)
 
 
-class UniAttnConfigMixin:
+class UniAttnConfigMixin(_Config):
     """Adds the field `uniattn` to a family's configuration class.
 
     `uniattn` holds `format_version`, `layers` (one mapping per layer, see `layout_uniattn.LayerPlan`) and
     `stock_layer_types`. On disk the types of changed layers are replaced by names such as `uniattn_softmax`: a stock
     class that is asked to load the directory then stops with an error instead of inventing the missing projections.
     """
+
+    if TYPE_CHECKING:
+        # Declared by each family, so that it is a field of the dataclass.
+        uniattn: dict | None
+        layer_types: Any
 
     def __post_init__(self, **kwargs):
         stored = kwargs.get("layer_types", getattr(self, "layer_types", None))

@@ -286,8 +286,8 @@ class Layout:
             yield f"unknown kind '{plan.kind}' (known: {', '.join(KINDS)})"
             return
         rank = plan.compensation
-        is_rank = isinstance(rank, int) and not isinstance(rank, bool)
-        if rank not in ("full", "none") and not (is_rank and 1 <= rank <= shape.hidden_size):
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= shape.hidden_size
+        if rank not in ("full", "none") and not is_rank:
             yield f"compensation must be full, none or a rank from 1 to {shape.hidden_size}, not {rank!r}"
         if plan.kind == "own":
             if plan.source_layers:

@@ -25,7 +25,7 @@ class UniAttnGemma2Config(UniAttnConfigMixin, Gemma2Config):
     uniattn: dict | None = None
 
 
-class UniAttnGemma2Attention(SharedAttentionMixin, Gemma2Attention):
+class UniAttnGemma2Attention(SharedAttentionMixin, Gemma2Attention):  # type: ignore[misc]  # stock forward gives two, not three
     """Gemma 2's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)

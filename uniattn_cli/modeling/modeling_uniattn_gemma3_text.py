@@ -25,7 +25,7 @@ class UniAttnGemma3TextConfig(UniAttnConfigMixin, Gemma3TextConfig):
     uniattn: dict | None = None
 
 
-class UniAttnGemma3TextAttention(SharedAttentionMixin, Gemma3Attention):
+class UniAttnGemma3TextAttention(SharedAttentionMixin, Gemma3Attention):  # type: ignore[misc]  # stock forward gives two, not three
     """Gemma 3's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)

@@ -6,6 +6,8 @@ values. Changed layers keep the rows that they need, in the same order and under
 Annotations are evaluated here: transformers reads the class of `config` from them.
 """
 
+from typing import Any
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -30,12 +32,14 @@ class UniAttnPhi3Config(UniAttnConfigMixin, Phi3Config):
     uniattn: dict | None = None
 
 
-class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):
+class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):  # type: ignore[misc]  # stock forward gives two, not three
     """Phi-3's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
     eager_attention = staticmethod(eager_attention_forward)
     pooled_names = ()
+    config: Any
+    num_key_value_heads: int
 
     def drop_projections(self, removed: tuple[str, ...]) -> None:
         self.kept = "".join(part for part in "qkv" if f"{part}_proj" not in removed)
@@ -66,7 +70,7 @@ class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):
         if self.plan.kind == "own" or not self.kept:
             return
         heads = (self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2)
-        for name, fused in stock.qkv_proj.named_parameters():
+        for name, fused in stock.get_submodule("qkv_proj").named_parameters():
             rows = dict(zip("qkv", fused.detach().split([count * self.head_dim for count in heads]), strict=True))
             if self.plan.traits.fewer_heads:
                 rows |= {part: self.pool_heads(rows[part]) for part in "kv"}

@@ -7,7 +7,7 @@ attention backend from borrowed Q and K, so memory stays linear in the length. C
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,6 +16,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_uniattn import attention_shape
 from .layout_uniattn import AttentionShape, LayerPlan, Layout
+
+if TYPE_CHECKING:
+    # Mixins stand before a family's own classes, which have what they ask for.
+    from transformers import PreTrainedModel as _Model
+
+    class _Attention(Any): ...
+else:
+    _Attention = _Model = object
 
 
 class SharedStates:
@@ -122,7 +130,7 @@ def make_compensation(plan: LayerPlan, hidden_size: int) -> nn.Module | None:
     return LowRankCompensation(hidden_size, int(plan.compensation))
 
 
-class SharedAttentionMixin:
+class SharedAttentionMixin(_Attention):
     """Turns a family's own attention class into one that follows a `LayerPlan`; put before it in the bases.
 
     A family gives `rotate` and `eager_attention` (its own functions), names in `attention_arguments` what its attention
@@ -257,7 +265,7 @@ class SharedAttentionMixin:
         past_key_values=None,
         uniattn_shared: SharedStates | None = None,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Any]:
         """Attention as planned, with the signature of the family's class.
 
         Args:
@@ -360,6 +368,7 @@ class WideNormAttentionMixin(SharedAttentionMixin):
     """For families that norm queries and keys before the split into heads: statistics are those of all heads."""
 
     pooled_names: ClassVar[tuple] = ("k_proj", "v_proj", "k_norm")
+    k_norm: Any
 
     def shrink_kv_heads(self, kept: int) -> None:
         super().shrink_kv_heads(kept)
@@ -375,7 +384,7 @@ class WideNormAttentionMixin(SharedAttentionMixin):
         return states
 
 
-class SharedPreTrainedMixin:
+class SharedPreTrainedMixin(_Model):
     """What the base model and the causal LM of a family have in common."""
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -395,7 +404,9 @@ class SharedPreTrainedMixin:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"missing weight {missing[0]}{more}: loading would leave random values")
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
+    def _set_gradient_checkpointing(  # type: ignore[override]  # what follows differs between releases
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs
+    ) -> None:
         options = getattr(gradient_checkpointing_func, "keywords", None) or {}
         if enable and options.get("use_reentrant"):
             raise ValueError(
@@ -413,6 +424,7 @@ class SharedModelMixin(SharedPreTrainedMixin):
     # Makes save_pretrained copy the model code, also where a trainer calls it.
     _auto_class = "AutoModel"
     attention_class: type
+    layers: Any
 
     def __init__(self, config):
         super().__init__(config)
