@@ -36,14 +36,14 @@ def fitted(base, layout, windows, steps, **options):
 
 
 @families
-@pytest.mark.parametrize("name", ["key", "kv"])
+@pytest.mark.parametrize("name", ["key", "kv", "early"])
 def test_maps_come_closer_to_the_base_and_only_their_queries_are_trained(entry, name, windows):
     base = make_base(entry)
     before = {key: weight.clone() for key, weight in base.named_parameters()}
     layout = make_layout(name, base.config)
     model, fits = fitted(base, layout, windows, STEPS)
     plain, without = fitted(base, layout, windows, 0)
-    borrowing = [index for index, plan in enumerate(layout) if plan.kind == name]
+    borrowing = [index for index, plan in enumerate(layout) if plan.traits.aligns_queries]
     assert [fit.layer for fit in fits if fit.divergence is not None] == borrowing
     assert all(fit.divergence is None for fit in without)
     for fit in fits:
@@ -138,7 +138,7 @@ def test_little_memory_takes_fewer_rows_at_once_and_gains_the_same(windows, monk
         monkeypatch.setattr(
             align_queries,
             "_gradients",
-            lambda *arguments, seen=seen: seen.append(len(arguments[-1].converted)) or plain(*arguments),
+            lambda *arguments, seen=seen: seen.append(len(arguments[-1].queries)) or plain(*arguments),
         )
         _, found[most] = fitted(base, layout, windows, STEPS)
         assert seen == pieces * (STEPS * len(found[most]))

@@ -9,7 +9,7 @@ from tiny import FAMILIES, make_base
 
 from uniattn_cli.fitting.align_queries import _Queries
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.match_keys import KeyMatches, matched, unrotated
+from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, matched, unrotated
 from uniattn_cli.fitting.match_outputs import Block, Borrowing, SourceChooser, candidate_blocks
 from uniattn_cli.fitting.stream import attention_inputs, start_batches
 from uniattn_cli.layouts.greedy import ThoroughSearch
@@ -98,7 +98,7 @@ def test_weights_give_the_matched_queries(entry):
     maps = torch.randn(shape.kv_heads, shape.head_dim, shape.head_dim, generator=torch.Generator().manual_seed(0))
     wanted = matched(states["q"], maps)
     weights = _Queries(attention)
-    weights.match(maps)
+    weights.match(maps, None)
     weights.round()
     found = attention.project(given["hidden_states"], "q")["q"]
     if weights.norm is not None:
@@ -107,7 +107,7 @@ def test_weights_give_the_matched_queries(entry):
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["key", "kv"])
+@pytest.mark.parametrize("kind", ["key", "kv", "early", "early-kv"])
 def test_features_are_those_of_a_layer_with_matched_queries(kind):
     base = make_base(FAMILIES[0])
     shape, index = attention_shape(base.config), 5
@@ -120,15 +120,43 @@ def test_features_are_those_of_a_layer_with_matched_queries(kind):
     own = build_attention(base, Layout.own(6), index)
     matches = KeyMatches.of(base.model.layers[index], own, index, [batch], [2, 3])
     given = attention_inputs(layer, batch.converted, batch.kwargs[index], batch.shared)
-    found = Borrowing(base.model.layers[index], layer, own, index, kind, shape, matches).features(
-        given, batch.shared, blocks
-    )
+    inputs = None
+    if layer.self_attn.plan.traits.early:
+        inputs = InputMatches.of(base.model.layers[index], own, index, [batch], [2, 3], 1)
+    problem = Borrowing(base.model.layers[index], layer, own, index, kind, shape, matches, inputs)
+    found = problem.features(given, batch.shared, blocks)
     weights = _Queries(layer.self_attn)
-    weights.match(matches.maps(pairs))
+    weights.match(matches.maps(pairs), inputs)
     seen = []
     layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(tokens, use_cache=False)
     torch.testing.assert_close(found, seen[0].flatten(0, 1), atol=1e-5, rtol=1e-4)
+
+
+@families
+def test_an_input_that_follows_from_the_lenders_is_met(entry):
+    """Queries from the lender's input are those from the own one, where that is a linear function of it."""
+    base = make_base(entry)
+    index = len(base.model.layers) - 1
+    shape = attention_shape(base.config)
+    lender = next(i for i in range(shape.layers) if shape.mask_types[i] == shape.mask_types[index])
+    batch, own, given, states = own_states(base, index)
+    turn = torch.linalg.qr(torch.randn(shape.hidden_size, shape.hidden_size)).Q
+    lent = given["hidden_states"] @ turn
+    shift = 0.3 if own.project(torch.zeros_like(lent), "q")["q"].any() else 0.0  # what only a bias can undo
+    batch.shared.inputs[lender] = lent + shift
+    inputs = InputMatches.of(base.model.layers[index], own, index, [batch], [lender], 1)
+    torch.testing.assert_close(inputs.estimate(lender, lent + shift), given["hidden_states"], atol=2e-2, rtol=2e-2)
+    layout = Layout.own(shape.layers).with_plan(index, LayerPlan("early", leader=lender))
+    attention = build_converted(base, layout).model.layers[index].self_attn
+    weights = _Queries(attention)
+    weights.match(torch.eye(shape.head_dim).expand(shape.kv_heads, -1, -1), inputs)
+    weights.round()
+    found, wanted = attention.early_queries(batch.shared.inputs, lent.device), states["q"]
+    if weights.norm is not None:
+        whole = (1, 3) if weights.norm.weight.numel() > shape.head_dim else 3
+        wanted, found = (each / each.norm(dim=whole, keepdim=True) for each in (wanted, found))
+    torch.testing.assert_close(found, wanted, atol=3e-2, rtol=3e-2)
 
 
 def test_the_head_with_the_most_telling_keys_is_borrowed():

@@ -13,7 +13,7 @@ from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.greedy import ThoroughSearch
 from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.recipe.schema import ConversionSpec, LayoutSpec
 
@@ -109,7 +109,7 @@ def make_proposer(kinds, types=None):
 
 
 def test_every_kind_is_proposed_legally():
-    kinds = ("softmax", "key", "kv", "pooled", "linear", "none")
+    kinds = CHANGED_KINDS
     propose, shape = make_proposer(kinds)
     layout = Layout.from_list([{}, {}, {"kind": "linear"}, {}, {}, {}])
     plans = propose(layout, 4)
@@ -118,7 +118,10 @@ def test_every_kind_is_proposed_legally():
         changed = Layout((*layout.plans[:4], plan, *layout.plans[5:]))
         assert changed.problems(shape) == []
         assert 2 not in plan.source_layers
-    assert plans[0].compensation == 4 and plans[4].compensation == "full"
+    assert {plan.kind: plan.compensation for plan in plans} == dict.fromkeys(kinds, 4) | {
+        "linear": "full",
+        "none": "none",
+    }
 
 
 def test_the_first_layer_of_a_mask_type_is_never_changed():

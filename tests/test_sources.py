@@ -24,7 +24,7 @@ from uniattn_cli.fitting.match_outputs import (
 from uniattn_cli.fitting.moments import Moments
 from uniattn_cli.fitting.stream import attention_inputs, run_layer, start_batches
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, LayerPlan, Layout
 from uniattn_cli.models.building import build_attention, build_converted
 from uniattn_cli.recipe.schema import ConversionSpec
 
@@ -242,7 +242,7 @@ def test_planted_redundancy_is_found_where_similarity_misleads(places):
 
 @pytest.mark.parametrize("head_map", ["grouped", "free"])
 @pytest.mark.parametrize("sources", ["one", "several"])
-@pytest.mark.parametrize("kind", ["softmax", "key", "kv"])
+@pytest.mark.parametrize("kind", BORROWING_KINDS)
 def test_choices_are_legal_whatever_the_limits(head_map, sources, kind):
     base = make_base(FAMILIES[0])
     shape = attention_shape(base.config)

@@ -118,6 +118,14 @@ LAYOUTS = {
     "free_several": [{}, {}, {"heads": "0:3 1:2 1:0 0:1 0:0 1:1"}, {}, {}, {"heads": "3:5 3:4 3:3 3:2 3:1 3:0"}],
     "key": [{}, {}, {"kind": "key", "leader": 1}, {"kind": "key", "heads": "0:2 1:1 0:0"}, {}, {}],
     "kv": [{}, {}, {"kind": "kv", "leader": 1}, {}, {"kind": "kv", "heads": "3:1 1:1 3:0"}, {}],
+    "early": [
+        {},
+        {},
+        {"kind": "early", "leader": 1},
+        {"kind": "early", "heads": "0:2 1:1 0:0", "compensation": "none"},
+        {"kind": "early-kv", "leader": 1, "compensation": 4},
+        {"kind": "early-kv", "heads": "0:1 1:1 1:0"},
+    ],
     "pooled": [{}, {"kind": "pooled", "kv_heads": 1}, {}, {"kind": "pooled", "kv_heads": 1}, {}, {}],
     "linear_none": [{}, {"kind": "linear"}, {}, {"kind": "linear", "compensation": 8}, {"kind": "none"}, {}],
     "others": [
@@ -140,7 +148,7 @@ LAYOUTS = {
 
 
 # Together they have every kind; `LAYOUTS` in full is for one family.
-REDUCED = ("mixed", "others")
+REDUCED = ("mixed", "others", "early")
 CASES = [(entry, name) for entry in FAMILIES for name in (LAYOUTS if entry[0] == "llama" else REDUCED)]
 CASE_IDS = [f"{entry[0]}-{name}" for entry, name in CASES]
 

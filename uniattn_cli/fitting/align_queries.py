@@ -1,9 +1,10 @@
-"""Queries of a layer that borrows keys, taught the maps that the base has there.
+"""Queries of a layer that borrows keys, fitted to the maps that the base has there.
 
-A layer of kind `key` or `kv` keeps its own W_q, which was made for other keys: with borrowed ones its map has nothing
-to do with the base's, and what it attends to is noise to W_o. So W_q is matched to the borrowed keys in closed form
-(`fitting.keys`) and then trained, alone and layer by layer, on the divergence KL(base's map || map with borrowed keys),
-the mean over heads and positions. Training it on the error of the attention output instead hardly moves it.
+A layer that borrows keys but no maps keeps its own W_q, which was made for other keys, and where it asks early for
+another input: so used, its map has nothing to do with the base's, and what it attends to is noise to W_o. So W_q is
+matched in closed form (`fitting.match_keys`) and then trained, alone and layer by layer, on the divergence
+KL(base's map || map with borrowed keys), the mean over heads and positions. Training it on the error of the attention
+output instead hardly moves it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from uniattn_cli.fitting.match_keys import KeyMatches
+from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, query_projection
 from uniattn_cli.fitting.stream import Batch, attention_inputs
 from uniattn_cli.modeling.sharing_uniattn import gather_heads
 from uniattn_cli.recipe.schema import ConversionSpec
@@ -49,12 +50,13 @@ def for_trials(spec: ConversionSpec) -> ConversionSpec:
 
 @dataclass(frozen=True)
 class _Material:
-    """What rows give: the converted stream's inputs, the base's queries and keys, the keys that are borrowed.
+    """What rows give: what queries are projected from, the base's queries and keys, the keys that are borrowed.
 
-    Rows have no padding and equal length, so that positions and mask are those of one row.
+    Rows have no padding and equal length, so that positions and mask are those of one row. Inputs are the converted
+    stream's own, or for a layer that asks early those of its sources, in the order of `_asked`.
     """
 
-    converted: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
     queries: torch.Tensor
     base_keys: torch.Tensor
     keys: torch.Tensor
@@ -63,22 +65,26 @@ class _Material:
 
     @property
     def states(self) -> tuple[torch.Tensor, ...]:
-        return self.converted, self.queries, self.base_keys, self.keys
+        return (*self.inputs, self.queries, self.base_keys, self.keys)
+
+    @classmethod
+    def of(cls, states: Sequence[torch.Tensor], like: _Material) -> _Material:
+        """From tensors in the order of `states`."""
+        *inputs, queries, base_keys, keys = states
+        return cls(tuple(inputs), queries, base_keys, keys, like.positions, like.mask)
 
     def rows(self) -> list[_Material]:
         """Each row by itself."""
-        return [
-            _Material(*each, self.positions, self.mask) for each in zip(*(s.split(1) for s in self.states), strict=True)
-        ]
+        return [_Material.of(each, self) for each in zip(*(s.split(1) for s in self.states), strict=True)]
 
     @classmethod
     def together(cls, rows: Sequence[_Material]) -> list[_Material]:
         """As many rows in one piece as memory allows."""
-        heads, length = rows[0].queries.shape[1], rows[0].converted.shape[1]
+        heads, length = rows[0].queries.shape[1], rows[0].queries.shape[2]
         count = max(1, MOST_SCORES // (heads * length * length))
         pieces = [rows[start : start + count] for start in range(0, len(rows), count)]
         return [
-            cls(*map(torch.cat, zip(*(row.states for row in piece), strict=True)), rows[0].positions, rows[0].mask)
+            cls.of([torch.cat(each) for each in zip(*(row.states for row in piece), strict=True)], rows[0])
             for piece in pieces
         ]
 
@@ -91,7 +97,7 @@ def align_queries(
 
     Args:
         base_layer: the base's layer.
-        layer: the converted model's, of kind `key` or `kv`.
+        layer: the converted model's, of a kind that borrows keys and has queries of its own.
         own: the layer's attention module as a layer of kind `own` has it, with the base's weights.
         batches: both streams where they enter the layer, and the states that earlier layers lend.
         steps: of Adam, each on the next rows that are not held out.
@@ -109,9 +115,12 @@ def align_queries(
     sources = sorted({source for source, _ in attention.key_sources})
     matches = KeyMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
     weights = _Queries(attention)
+    inputs = None
+    if attention.plan.traits.early:
+        inputs = InputMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
     before = best = _mean(attention, own, judged)
     for change in (
-        lambda: weights.match(matches.maps(attention.key_sources)),
+        lambda: weights.match(matches.maps(attention.key_sources), inputs),
         lambda: _train(weights, attention, own, learned, steps, min(count, len(learned))),
     ):
         kept = weights.copy()
@@ -134,7 +143,7 @@ class _Queries:
 
     def __init__(self, attention: nn.Module):
         self.attention = attention
-        projection = getattr(attention, "q_proj", None) or attention.qkv_proj
+        projection = query_projection(attention)
         self.norm = getattr(attention, "q_norm", None)
         modules = [projection] if self.norm is None else [projection, self.norm]
         self.kept = [(module, *item) for module in modules for item in module.named_parameters(recurse=False)]
@@ -151,11 +160,12 @@ class _Queries:
         width = self.norm.weight.shape[-1]
         return self.norm(self.norm.weight.new_ones(width)).detach().view(-1, self.attention.head_dim)
 
-    def match(self, maps: torch.Tensor) -> None:
+    def match(self, maps: torch.Tensor, inputs: InputMatches | None) -> None:
         """Puts `B q` in the place of each query q, up to its length where queries are normed.
 
         Args:
             maps: [units, dim, dim] of `KeyMatches`.
+            inputs: of a layer that asks early: what its input is in terms of its sources'.
         """
         dim = self.attention.head_dim
         heads = self.attention.config.num_attention_heads
@@ -164,11 +174,16 @@ class _Queries:
             gain = self.gain()
             inverse = gain / (gain.square() + 1e-4 * gain.square().mean())
             turn = inverse.unsqueeze(-1) * turn * gain.unsqueeze(-2)
-        for (module, _, _), parameter in zip(self.kept, self.trained, strict=True):
-            if module is not self.norm:
-                # Where queries, keys and values are one matrix, queries come first.
-                rows = parameter[: heads * dim].view(heads, dim, -1)
-                parameter[: heads * dim] = (turn @ rows).view_as(parameter[: heads * dim])
+        # Where queries, keys and values are one matrix, queries come first.
+        parts = [p for (module, _, _), p in zip(self.kept, self.trained, strict=True) if module is not self.norm]
+        rows = turn @ torch.cat([part[: heads * dim].view(heads, dim, -1) for part in parts], dim=-1)
+        if inputs is not None:
+            units = rows.unflatten(0, (len(maps), -1))
+            sources = [source for source, _ in self.attention.key_sources]
+            asked = [unit @ inputs.map(source).to(unit).mT for unit, source in zip(units, sources, strict=True)]
+            rows = torch.cat(asked)
+        for part, found in zip(parts, rows.split([part[0].numel() for part in parts], dim=-1), strict=True):
+            part[: heads * dim] = found.reshape(part[: heads * dim].shape)
 
     def copy(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.trained]
@@ -199,7 +214,7 @@ def _train(
         for piece in _Material.together(rows):
             found = _gradients(weights.trained, attention, own, piece)
             for parameter, gradient in zip(weights.trained, found, strict=True):
-                gradient = gradient * (len(piece.converted) / count)
+                gradient = gradient * (len(piece.queries) / count)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         optimizer.step()
         scheduler.step()
@@ -251,7 +266,15 @@ def _prepare(base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int
     # No mask, or one that only a backend can read: without padding it says nothing that is not known.
     mask = mask[:1] if isinstance(mask, torch.Tensor) else None
     positions = tuple(each[:1] for each in given["position_embeddings"])
-    return _Material(given["hidden_states"], states["q"], states["k"], keys, positions, mask)
+    inputs = [given["hidden_states"]]
+    if attention.plan.traits.early:
+        inputs = [batch.shared.inputs[source].to(batch.converted.device) for source in _asked(attention)]
+    return _Material(tuple(inputs), states["q"], states["k"], keys, positions, mask)
+
+
+def _asked(attention: nn.Module) -> list[int]:
+    """The layers that an early layer asks, each once."""
+    return list(dict.fromkeys(source for source, _ in attention.key_sources))
 
 
 def _divergence(attention: nn.Module, own: nn.Module, material: _Material) -> torch.Tensor:
@@ -268,7 +291,11 @@ def _mean(attention: nn.Module, own: nn.Module, rows: Sequence[_Material]) -> fl
 
 def _positioned_queries(attention: nn.Module, material: _Material) -> torch.Tensor:
     """The layer's queries with positions, float32."""
-    states = attention.project(material.converted.float(), "q")
+    inputs = [states.float() for states in material.inputs]
+    if attention.plan.traits.early:
+        states = {"q": attention.early_queries(dict(zip(_asked(attention), inputs, strict=True)), inputs[0].device)}
+    else:
+        states = attention.project(inputs[0], "q")
     attention.embed_positions(states, tuple(each.float() for each in material.positions))
     return states["q"]
 

@@ -1,9 +1,12 @@
-"""What turns queries made for a layer's own keys into queries for borrowed ones, in closed form.
+"""What turns queries made for a layer's own keys and input into queries for borrowed ones, in closed form.
 
 Keys of neighbouring layers are nearly linear functions of one another. With own keys k, borrowed keys s (rows, both
 before rotary embedding) and the regression k ~ s B + c, scores are q k^T ~ (q B^T) s^T, but for q c^T, which is the
 same for all keys of a query and does not change its map. Rotary embedding stands between, so that this is exact only
-for nearby tokens: `fitting.align` starts from it and trains the rest.
+for nearby tokens: `fitting.align_queries` starts from it and trains the rest.
+
+A layer that asks early has the lender's input z in place of its own x. Neighbouring residual streams are nearly linear
+functions of one another, too: with x ~ z P, queries W_q x become W_q Pᵀ z.
 """
 
 from __future__ import annotations
@@ -121,6 +124,66 @@ class KeyMatches:
             self._solve()
         found = [self._maps[self.sources.index(source), head, unit] for unit, (source, head) in enumerate(pairs)]
         return torch.stack(found)
+
+
+class InputMatches:
+    """Regressions of a layer's input on the inputs of layers that it asks early.
+
+    Args:
+        attention: the layer's. With a bias of its query projection, regressions have a constant, which goes there.
+    """
+
+    def __init__(self, attention: nn.Module):
+        self.affine = query_projection(attention).bias is not None
+        self._maps: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        base_layer: nn.Module,
+        attention: nn.Module,
+        index: int,
+        batches: Sequence[Batch],
+        sources: Sequence[int],
+        tokens: int,
+    ) -> InputMatches:
+        """Regressions over calibration tokens; arguments as `KeyMatches.of`."""
+        found = cls(attention)
+        sums: dict[int, list[torch.Tensor]] = {}
+        seen = 0
+        for batch in [batch for batch in batches if not batch.held] or batches:
+            own = attention_inputs(base_layer, batch.base, batch.kwargs[index])["hidden_states"]
+            own = found._with_constant(own.flatten(0, 1).float())
+            for source in sources:
+                lent = found._with_constant(batch.shared.inputs[source].to(own.device).flatten(0, 1).float())
+                products = [(lent.mT @ lent).double(), (lent.mT @ own).double()]
+                sums[source] = [old + new for old, new in zip(sums.get(source, (0, 0)), products, strict=True)]
+            seen += len(own)
+            if seen >= tokens:
+                break
+        for source, (within, across) in sums.items():
+            ridge = RIDGE * within.diagonal().mean()
+            within.diagonal().add_(torch.where(ridge > 0, ridge, 1.0))
+            found._maps[source] = torch.linalg.solve(within, across).float()
+        return found
+
+    def _with_constant(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(states, (0, 1), value=1.0) if self.affine else states
+
+    def map(self, source: int) -> torch.Tensor:
+        """P, [hidden, hidden]; with a constant one more of both, the last."""
+        return self._maps[source]
+
+    def estimate(self, source: int, lent: torch.Tensor) -> torch.Tensor:
+        """The layer's input as it follows from a source's, [..., hidden]."""
+        found = self._with_constant(lent.float()) @ self._maps[source]
+        return (found[..., :-1] if self.affine else found).to(lent.dtype)
+
+
+def query_projection(attention: nn.Module) -> nn.Linear:
+    """What queries come out of; where queries, keys and values are one matrix, that one."""
+    return getattr(attention, "q_proj", None) or attention.qkv_proj
 
 
 def matched(queries: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from uniattn_cli.fitting.match_keys import KeyMatches, matched
+from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, matched
 from uniattn_cli.fitting.moments import Moments
 from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step
 from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, LayerPlan, Layout
@@ -140,6 +140,7 @@ class Borrowing:
         kind: what the layer becomes.
         shape: of the model.
         matches: matches queries to borrowed keys; None leaves them as they are.
+        inputs: what the layer's input is in terms of those of layers that it asks early; None asks with theirs.
     """
 
     base_layer: nn.Module
@@ -149,6 +150,7 @@ class Borrowing:
     kind: str
     shape: AttentionShape
     matches: KeyMatches | None = None
+    inputs: InputMatches | None = None
 
     @torch.no_grad()
     def choose(
@@ -209,7 +211,8 @@ class Borrowing:
             shared: queries, keys and values of the lenders.
         """
         own, group = self.own, self.shape.group_size
-        states = own.project(given["hidden_states"], KINDS[self.kind].projects)
+        kind = KINDS[self.kind]
+        states = own.project(given["hidden_states"], kind.caches if kind.early else kind.projects)
         outputs: dict[tuple[int, int], torch.Tensor] = {}
         features = []
         for block in blocks:
@@ -239,13 +242,19 @@ class Borrowing:
         if KINDS[self.kind].borrows_maps:
             values = values[:, turn : turn + 1].expand(-1, self.shape.kv_heads, -1, -1)
         else:
-            queries = self._queries(states["q"], source, turn, given["position_embeddings"])
+            late = states.get("q")
+            queries = self._early_queries(shared, source) if late is None else late
+            queries = self._queries(queries, source, turn, given["position_embeddings"])
             values = shared.values[source] if KINDS[self.kind].borrows_values else values.roll(turn, 1)
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
         mask = given.get("attention_mask")
         return backend(own, queries, keys, values, mask, **arguments)[0].flatten(0, 1)
+
+    def _early_queries(self, shared: SharedStates, source: int) -> torch.Tensor:
+        lent = shared.inputs[source]
+        return self.own.project(lent if self.inputs is None else self.inputs.estimate(source, lent), "q")["q"]
 
     def _queries(self, queries: torch.Tensor, source: int, turn: int, position_embeddings: Any) -> torch.Tensor:
         """Own queries with positions, so turned that each group meets the head of the source `turn` places on."""
@@ -300,9 +309,11 @@ class SourceChooser:
         one_source = not self.matcher.several
         own = build_attention(base, Layout.own(self.matcher.shape.layers), index)
         layers = base.model.layers[index], converted.model.layers[index]
-        matches = None
+        matches = inputs = None
         if self.match_keys and not plan.traits.borrows_maps:
             matches = KeyMatches.of(layers[0], own, index, batches, lenders, self.limits.tokens)
+            if plan.traits.early:
+                inputs = InputMatches.of(layers[0], own, index, batches, lenders, self.limits.tokens)
         blocks = candidate_blocks(
             self.matcher,
             index,
@@ -312,7 +323,7 @@ class SourceChooser:
             one_source=one_source,
             matches=matches,
         )
-        problem = Borrowing(*layers, own, index, plan.kind, self.matcher.shape, matches)
+        problem = Borrowing(*layers, own, index, plan.kind, self.matcher.shape, matches, inputs)
         found = problem.choose(batches, blocks, self.limits.tokens, one_source=one_source)
         return replace(plan, leader=None, heads=self._heads(index, found, plan.kind))
 

@@ -254,8 +254,7 @@ def release(shared: SharedStates, layout: Layout, index: int, max_distance: int 
     for source in list(shared.queries):
         last = max(last_use.get(source, -1), -1 if max_distance is None else source + max_distance)
         if last <= index:
-            for states in (shared.queries, shared.keys, shared.values):
-                states.pop(source, None)
+            shared.forget(source)
     if not any(plan.traits.borrows_values for plan in layout):
         shared.values.clear()
 

@@ -157,7 +157,7 @@ class ThoroughSearch:
                         self._advance(batch, index)
                 for states, batch in zip(arriving, batches, strict=True):
                     states.append(batch.converted)
-            shared = [batch.shared if keep else copy_of(batch.shared) for batch in self.score_batches]
+            shared = [batch.shared if keep else batch.shared.copy() for batch in self.score_batches]
             finals = [
                 self._rest(batch, states, first, holder)
                 for batch, states, holder in zip(self.score_batches, self.score_states, shared, strict=True)
@@ -198,7 +198,7 @@ class ThoroughSearch:
     def _at(self, batch: Batch, position: int, layer: int) -> Batch:
         """A fit batch as it arrives at a layer; its holder is a copy, so that trying a candidate leaves no trace."""
         hidden = self.states[position][layer]
-        return replace(batch, base=self.base_states[position][layer], converted=hidden, shared=copy_of(batch.shared))
+        return replace(batch, base=self.base_states[position][layer], converted=hidden, shared=batch.shared.copy())
 
     def heads_saved(self, layout: Layout) -> int:
         """Cached heads per token that a layout does without."""
@@ -301,10 +301,3 @@ class ThoroughSearch:
         if self.layout[layer].kind == plan.kind:
             return None
         return next((entry for entry in self.propose(self.layout, layer) if entry.kind == plan.kind), None)
-
-
-def copy_of(shared: SharedStates) -> SharedStates:
-    """A holder of the same tensors, so that what is added to it is not seen elsewhere."""
-    copy = SharedStates()
-    copy.queries, copy.keys, copy.values = dict(shared.queries), dict(shared.keys), dict(shared.values)
-    return copy

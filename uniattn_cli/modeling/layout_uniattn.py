@@ -24,6 +24,8 @@ class Kind:
         borrows: which of them it takes from earlier layers.
         symbol: one character, for drawings.
         phrase: what is done to such a layer, as in "layer 7 borrows keys".
+        early: queries are projected from the input of the layer whose keys are borrowed, so that its pass over them can
+            answer them too.
         fewer_heads: it has fewer key/value heads than the base, and its plan says how many.
         compensation: whether W_c is `optional`, `required` or `forbidden`.
     """
@@ -33,6 +35,7 @@ class Kind:
     borrows: str
     symbol: str
     phrase: str
+    early: bool = False
     fewer_heads: bool = False
     compensation: str = "optional"
 
@@ -81,6 +84,8 @@ KINDS = {
         Kind("softmax", "v", "qk", "s", "borrows its attention map"),
         Kind("key", "qv", "k", "k", "borrows keys"),
         Kind("kv", "q", "kv", "v", "borrows keys and values"),
+        Kind("early", "qv", "k", "e", "borrows keys, queried with the lender's input", early=True),
+        Kind("early-kv", "q", "kv", "w", "borrows keys and values, queried with the lender's input", early=True),
         Kind("pooled", "qkv", "", "p", "has fewer key/value heads", fewer_heads=True),
         Kind("linear", "", "", "l", "has a linear map in place of attention", compensation="required"),
         Kind("none", "", "", "×", "has no attention", compensation="forbidden"),
@@ -265,6 +270,11 @@ class Layout:
             for source in plan.source_layers:
                 uses[source] = index
         return uses
+
+    @property
+    def input_lenders(self) -> set[int]:
+        """Layers from whose input others project their queries."""
+        return {source for plan in self.plans if plan.traits.early for source in plan.source_layers}
 
     def problems(self, shape: AttentionShape) -> list[str]:
         """Every invariant that the layout breaks for a model of this shape, one line each; empty when it is legal."""

@@ -27,28 +27,50 @@ else:
 
 
 class SharedStates:
-    """Queries, keys and values that source layers hand to their borrowers during one forward call.
+    """Queries, keys, values and inputs that source layers hand to their borrowers during one forward call.
 
     An object and not a dict, because tree utilities copy dicts in keyword arguments and each layer would see its own.
     Tensors have shape [batch, heads, tokens, head_dim]; keys and values cover the whole cache, queries the new tokens.
+    Inputs are what a source's attention was given, [batch, new tokens, hidden], where somebody asks early.
     """
 
     def __init__(self):
         self.queries: dict[int, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self.inputs: dict[int, torch.Tensor] = {}
 
-    def lend(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hands over what a layer computed.
+    def lend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+    ) -> None:
+        """Hands over what a layer computed, and was given.
 
         Gradient checkpointing computes a layer again in the backward pass, when all that borrow from it are done. What
         it lent is then let go, and what it computes now is not kept: each would hold memory to the end of the pass.
         """
         if layer in self.keys and torch.is_grad_enabled():
-            for states in (self.queries, self.keys, self.values):
-                states.pop(layer, None)
+            self.forget(layer)
             return
         self.queries[layer], self.keys[layer], self.values[layer] = queries, keys, values
+        if inputs is not None:
+            self.inputs[layer] = inputs
+
+    def forget(self, layer: int) -> None:
+        """Lets go what a layer lent."""
+        for states in (self.queries, self.keys, self.values, self.inputs):
+            states.pop(layer, None)
+
+    def copy(self) -> SharedStates:
+        """A holder of the same tensors, so that what is added to it is not seen elsewhere."""
+        other = SharedStates()
+        for name, states in vars(self).items():
+            setattr(other, name, dict(states))
+        return other
 
     def to(self, *args, **kwargs) -> SharedStates:
         """Stays where it is: accelerate moves arguments between devices, the tensors follow when they are read."""
@@ -73,11 +95,7 @@ def gather_heads(
         RuntimeError: a layer's states have been let go (`SharedStates.lend`).
     """
     layers = {layer for layer, _ in sources}
-    if not layers <= states.keys():
-        raise RuntimeError(
-            f"what layer {min(layers - states.keys())} lent is not there any more; with gradient checkpointing, each "
-            "backward pass needs a forward pass of its own"
-        )
+    _check_lent(layers, states)
     if len(layers) == 1:
         source = states[sources[0][0]].to(device)
         heads = [head for _, head in sources]
@@ -88,6 +106,15 @@ def gather_heads(
     for layer, head in sources:
         _check_heads([head], states[layer])
     return torch.stack([states[layer][:, head].to(device) for layer, head in sources], dim=1)
+
+
+def _check_lent(layers: set[int], states: dict[int, torch.Tensor]) -> None:
+    missing = sorted(layer for layer in layers if layer not in states)
+    if missing:
+        raise RuntimeError(
+            f"what layer {missing[0]} lent is not there any more; with gradient checkpointing, each backward pass "
+            "needs a forward pass of its own"
+        )
 
 
 def _check_heads(heads: list[int], source: torch.Tensor) -> None:
@@ -159,7 +186,9 @@ class SharedAttentionMixin(_Attention):
 
     def lend_to(self, layout: Layout | None) -> None:
         """Lends to this layer's borrowers in a layout; None lends always, for borrowers that are not chosen yet."""
-        self.is_source = self.plan.kind == "own" if layout is None else self.layer_idx in layout.last_use
+        always = layout is None and self.plan.kind == "own"
+        self.is_source = always or (layout is not None and self.layer_idx in layout.last_use)
+        self.lends_input = always or (layout is not None and self.layer_idx in layout.input_lenders)
 
     def borrow_from(self, plan: LayerPlan, shape: AttentionShape) -> None:
         """Sets the heads to borrow; of borrowed maps, decides whether keys keep their grouped-query shape.
@@ -238,6 +267,25 @@ class SharedAttentionMixin(_Attention):
             norm = getattr(self, f"{part}_norm", None)
             states[part] = projected if norm is None else norm(projected)
         return states
+
+    def early_queries(self, inputs: dict[int, torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Queries of a layer that asks early, before rotary embedding.
+
+        Args:
+            inputs: what the source layers' attention was given, [batch, tokens, hidden] each.
+            device: where they are needed.
+
+        Returns:
+            [batch, heads, tokens, head_dim]; the heads of a key/value group come from the input of its source.
+        """
+        layers = [layer for layer, _ in self.key_sources]
+        _check_lent(set(layers), inputs)
+        queries = {layer: self.project(inputs[layer].to(device), "q")["q"] for layer in dict.fromkeys(layers)}
+        if len(queries) == 1:
+            return queries[layers[0]]
+        group = queries[layers[0]].shape[1] // len(layers)
+        parts = [queries[layer][:, unit * group : (unit + 1) * group] for unit, layer in enumerate(layers)]
+        return torch.cat(parts, dim=1)
 
     def embed_positions(self, states: dict[str, torch.Tensor], position_embeddings) -> None:
         """Rotates queries and keys in place of the mapping."""
@@ -336,7 +384,10 @@ class SharedAttentionMixin(_Attention):
     def _states(self, hidden_states, position_embeddings, past_key_values, shared):
         """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder."""
         kind, device = self.plan.traits, hidden_states.device
-        states = self.project(hidden_states, kind.projects)
+        if kind.early:
+            states = self.project(hidden_states, kind.caches) | {"q": self.early_queries(shared.inputs, device)}
+        else:
+            states = self.project(hidden_states, kind.projects)
         self.embed_positions(states, position_embeddings)
         if not kind.borrows:
             queries, keys, values = states["q"], states["k"], states["v"]
@@ -345,7 +396,7 @@ class SharedAttentionMixin(_Attention):
             if self.is_source:
                 # Under autocast rotary embedding gives float32, which the attention of every borrower would round.
                 queries, keys = queries.to(values.dtype), keys.to(values.dtype)
-                shared.lend(self.layer_idx, queries, keys, values)
+                shared.lend(self.layer_idx, queries, keys, values, hidden_states if self.lends_input else None)
             return queries, keys, values
         keys = gather_heads(shared.keys, self.key_sources, device)
         if kind.borrows_maps:
