@@ -62,6 +62,7 @@ class LayerProgram:
         extra: columns of `output` beside those of the heads.
         takes_input: the extra columns multiply the layer's input (full W_c), not rows of `project` (low rank).
         wide_norm: norms of queries and keys run over all heads.
+        early_norm: norm of all query heads from one lender's input, before heads of several are put together.
         map_slot: where its map is kept for followers, None where nobody borrows it.
         query_sources: (layer, head) of each borrowed query head.
         key_sources: (layer, head) of each borrowed key/value head; one per query head where a map is free.
@@ -93,6 +94,7 @@ class LayerProgram:
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
     wide_norm: bool = False
+    early_norm: nn.Module | None = None
     is_source: bool = False
     map_slot: int | None = None
     query_sources: tuple[tuple[int, int], ...] = ()
@@ -106,7 +108,7 @@ class LayerProgram:
 
     @property
     def width(self) -> int:
-        """Columns of the output projection that belong to the heads."""
+        """Columns of the output projection that belong to the heads; as many rows of `project` give the queries."""
         return self.heads * self.head_dim
 
 
@@ -264,6 +266,8 @@ def _read_layer(
     )
     norm = layer.q_norm or layer.k_norm
     layer.wide_norm = norm is not None and norm.weight.shape[0] != shape.head_dim
+    if layer.wide_norm and layer.kind.early:
+        layer.early_norm, layer.q_norm = layer.q_norm, None
     if layer.parts:
         _read_projections(layer, attention)
         read_sources(layer, shape)

@@ -77,7 +77,9 @@ def _heads_read(layer: LayerProgram) -> int:
     """Heads of keys and of values that a layer looks at, whoever owns them."""
     if not layer.parts:
         return 0
-    return layer.kv_heads if layer.kind.borrows_maps else 2 * layer.kv_heads
+    # Borrowed maps, and keys that are asked early, are read with the lender's.
+    once = layer.kind.borrows_maps or layer.kind.early
+    return layer.kv_heads * (len(layer.kind.caches) if once else 2)
 
 
 def cache_bytes(device: torch.device) -> int:

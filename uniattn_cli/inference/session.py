@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ class Session:
             finished=torch.zeros(batch, dtype=torch.bool, device=device),
             noise=torch.zeros(new, batch, device=device),
         )
+        self.input_lenders = program.layout.input_lenders
         self._table_length = 0
         self.length = 0
         self.padded = False
@@ -232,15 +234,20 @@ class Session:
         residual = _scaled(program.embed(tokens).flatten(0, 1), program.embed_scale)
         update, post = None, None
         lent: dict[int, torch.Tensor] = {}
+        inputs: dict[int, torch.Tensor] = {}
         for layer in program.layers:
             if layer.parts or layer.compensation is not None:
                 joined = self.joined[layer.output.shape[1]] if decoding and layer.parts else None
                 wanted = joined[:, layer.width :] if joined is not None and layer.takes_input else None
                 residual, normed = ops.residual_norm(residual, update, post, layer.pre_attention, wanted)
-                update = _scaled(self._attention(layer, normed, step, lent, joined), program.update_scale)
+                if layer.index in self.input_lenders:
+                    inputs[layer.index] = normed
+                update = _scaled(self._attention(layer, normed, step, lent, inputs, joined), program.update_scale)
                 post = layer.post_attention
             for source in [source for source in lent if program.layout.last_use[source] <= layer.index]:
                 del lent[source]
+            for source in [source for source in inputs if program.layout.last_use[source] <= layer.index]:
+                del inputs[source]
             residual, normed = ops.residual_norm(residual, update, post, layer.pre_mlp)
             update, post = _scaled(ops.feed_forward(layer.feed, normed, step), program.update_scale), layer.post_mlp
         if step.tokens > 1:
@@ -257,12 +264,13 @@ class Session:
         normed: torch.Tensor,
         step: Step,
         lent: dict[int, torch.Tensor],
+        inputs: dict[int, torch.Tensor],
         joined: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output of the attention part, compensation included, [tokens, hidden]."""
         if not layer.parts:
             return layer.compensation(normed)
-        projected = self.ops.linear(normed, layer.project, layer.project_bias)
+        projected = self._project(layer, normed, inputs)
         low_rank = layer.extra > 0 and not layer.takes_input
         if joined is not None:
             queries = self.ops.place(layer, projected, step, joined[:, layer.width :] if low_rank else None)
@@ -277,6 +285,29 @@ class Session:
             other = normed if layer.takes_input else extra
             result = torch.addmm(result, other, layer.output[:, layer.width :].T)
         return result
+
+    def _project(self, layer: LayerProgram, normed: torch.Tensor, inputs: dict[int, torch.Tensor]) -> torch.Tensor:
+        """What a layer projects, [tokens, rows]; of one that asks early, queries from its lenders' inputs."""
+        if not layer.kind.early:
+            return self.ops.linear(normed, layer.project, layer.project_bias)
+        bias = layer.project_bias
+
+        def product(states: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            return self.ops.linear(states, layer.project[first:last], None if bias is None else bias[first:last])
+
+        unit = layer.width // len(layer.key_sources)
+        parts = []
+        used = 0
+        for source, heads in itertools.groupby(source for source, _ in layer.key_sources):
+            start, end = used, used + unit * len(list(heads))
+            used = end
+            if layer.early_norm is None:
+                parts.append(product(inputs[source], start, end))
+            else:
+                parts.append(layer.early_norm(product(inputs[source], 0, layer.width))[:, start:end])
+        if len(layer.project) > layer.width:
+            parts.append(product(normed, layer.width, len(layer.project)))
+        return torch.cat(parts, dim=1)
 
 
 def _scaled(states: torch.Tensor, factor: float) -> torch.Tensor:
