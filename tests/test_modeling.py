@@ -223,6 +223,46 @@ def _from_maps(attention, maps, sources):
     return forward
 
 
+@pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
+def test_early_queries_come_from_the_lenders_input(entry):
+    """Maps of layers that ask early, from nothing but the inputs of their lenders' attention."""
+    model = converted_model(entry, "early", "eager")
+    given, maps = {}, {}
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, index=index: given.__setitem__(index, {"args": args, **kwargs}),
+            with_kwargs=True,
+        )
+        layer.self_attn.register_forward_hook(
+            lambda module, args, output, index=index: maps.__setitem__(index, output[1])
+        )
+    model(random_tokens(), use_cache=False)
+    inputs = {
+        index: each["hidden_states"] if "hidden_states" in each else each["args"][0] for index, each in given.items()
+    }
+    checked = 0
+    for index, plan in enumerate(model.config.layout):
+        if not plan.traits.early:
+            continue
+        shape, attention = attention_shape(model.config), model.model.layers[index].self_attn
+        for unit, (source, head) in enumerate(plan.sources(shape)):
+            lender = model.model.layers[source].self_attn
+            states = attention.project(inputs[source], "q") | lender.project(inputs[source], "k")
+            attention.embed_positions(states, given[index]["position_embeddings"])
+            group = slice(unit * shape.group_size, (unit + 1) * shape.group_size)
+            scores = states["q"][:, group] @ states["k"][:, head : head + 1].mT * attention.scaling
+            cap = attention.attention_arguments().get("softcap")
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
+            found = (scores + given[index]["attention_mask"]).softmax(-1)
+            assert_close(maps[index][:, group], found)
+            checked += 1
+    assert checked
+
+
+def test_only_checkpoints_with_new_kinds_need_new_code():
+    assert make_layout("others").format_version == 1 and make_layout("early").format_version == 2
+
+
 @cases_and_backends
 def test_cached_modes_equal_uncached(entry, layout, backend):
     model = converted_model(entry, layout, backend)

@@ -89,7 +89,7 @@ class UniAttnConfigMixin(_Config):
         """
         stock_types = getattr(self, "layer_types", None)
         self.uniattn = {
-            "format_version": FORMAT_VERSION,
+            "format_version": layout.format_version,
             "layers": layout.to_list(),
             "stock_layer_types": list(stock_types) if stock_types else None,
         }

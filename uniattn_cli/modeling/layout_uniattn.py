@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-FORMAT_VERSION = 1
+# The newest format of checkpoints that this code reads; each is written in the oldest that has all its kinds.
+FORMAT_VERSION = 2
 
 PLAN_KEYS = ("kind", "leader", "heads", "kv_heads", "compensation")
 
@@ -28,6 +29,7 @@ class Kind:
             answer them too.
         fewer_heads: it has fewer key/value heads than the base, and its plan says how many.
         compensation: whether W_c is `optional`, `required` or `forbidden`.
+        since: first format of checkpoints that knows the kind.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Kind:
     early: bool = False
     fewer_heads: bool = False
     compensation: str = "optional"
+    since: int = 1
 
     @property
     def attends(self) -> bool:
@@ -84,8 +87,10 @@ KINDS = {
         Kind("softmax", "v", "qk", "s", "borrows its attention map"),
         Kind("key", "qv", "k", "k", "borrows keys"),
         Kind("kv", "q", "kv", "v", "borrows keys and values"),
-        Kind("early", "qv", "k", "e", "borrows keys, queried with the lender's input", early=True),
-        Kind("early-kv", "q", "kv", "w", "borrows keys and values, queried with the lender's input", early=True),
+        Kind("early", "qv", "k", "e", "borrows keys, queries from the lender's input", early=True, since=2),
+        Kind(
+            "early-kv", "q", "kv", "w", "borrows keys and values, queries from the lender's input", early=True, since=2
+        ),
         Kind("pooled", "qkv", "", "p", "has fewer key/value heads", fewer_heads=True),
         Kind("linear", "", "", "l", "has a linear map in place of attention", compensation="required"),
         Kind("none", "", "", "×", "has no attention", compensation="forbidden"),
@@ -256,6 +261,11 @@ class Layout:
     def changed(self) -> list[int]:
         """Layers that are not `own`."""
         return [index for index, plan in enumerate(self.plans) if plan.kind != "own"]
+
+    @property
+    def format_version(self) -> int:
+        """The oldest format of checkpoints that has all its kinds."""
+        return max((plan.traits.since for plan in self.plans), default=1)
 
     @property
     def followers(self) -> list[int]:
