@@ -46,7 +46,16 @@ from uniattn_cli.tables import Table
 LENGTH = 1024
 ANALYSIS_TOKENS, SEARCH_TOKENS, SCORE_TOKENS = 80 * LENGTH, 80 * LENGTH, 24 * LENGTH
 # Searched and converted with queries aligned to borrowed keys; those of the part `kinds` are without.
-ALIGNED = {"key": ("key",), "kv": ("kv",), "softmax + key + kv + linear": ("softmax", "key", "kv", "linear")}
+ALIGNED = {
+    "key": ("key",),
+    "kv": ("kv",),
+    "softmax + key + kv + linear": ("softmax", "key", "kv", "linear"),
+    "early": ("early",),
+    "early-kv": ("early-kv",),
+    "early + early-kv + linear": ("early", "early-kv", "linear"),
+}
+# Of these, a row without W_c too: their queries already are as many weights as W_c is for softmax followers.
+WITHOUT_COMPENSATION = ("early", "early-kv")
 PARTS = ("layouts", "compensation", "heads", "kinds", "aligned")
 
 
@@ -239,6 +248,8 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
         for name in arguments.mixes:
             steps = bench.searched(f"{name}, aligned", ALIGNED[name], LayoutSpec(kv=0.8), "free", align)
             bench.row(f"KV 80 %, {name}, aligned", steps[-1], seeds)
+            if name in WITHOUT_COMPENSATION:
+                bench.row(f"KV 80 %, {name}, aligned, no W_c", steps[-1], seeds, solve="output")
 
 
 def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:

@@ -47,11 +47,19 @@ LAYOUTS = {
     "none": "[none]",
     "pooled": "[pooled]",
     "key": "[key]",
+    "early": "[early]",
+    "early-kv": "[early-kv]",
     "any": "[softmax, key, kv, linear]",
 }
 # What these layouts are called in the file of benchmarks/layouts.py.
 SEARCHED = {"softmax": "softmax, free", "mixed": "mixed", "linear": "linear", "none": "none"}
-SEARCHED |= {"key": "key, aligned", "kv": "kv, aligned", "any": "softmax + key + kv + linear, aligned"}
+SEARCHED |= {
+    "early": "early, aligned",
+    "early-kv": "early-kv, aligned",
+    "key": "key, aligned",
+    "kv": "kv, aligned",
+    "any": "softmax + key + kv + linear, aligned",
+}
 PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "control converted", "lora")
 PARTS += ("equal time",)
 TABLES = ("layouts", "rows")
