@@ -157,7 +157,7 @@ def test_a_validation_loss_that_diverges_stops(tmp_path, loss, says):
     measured = iter([3.0, 3.5, loss])
     log = Log(tmp_path / "log.jsonl", writes=True)
     monitor = Monitor("all", 8, [1] * 8, log, print, validate=lambda model: next(measured), max_rise=2.0)
-    trainer = SimpleNamespace(model=None, report=lambda **figures: None, args=SimpleNamespace(output_dir=str(tmp_path)))
+    trainer = SimpleNamespace(model=None, report=lambda **figures: None, folder=tmp_path)
     monitor.on_train_begin(None, None, None, trainer=trainer)
     monitor._validate(trainer, 2)
     with pytest.raises(StageError, match=says):

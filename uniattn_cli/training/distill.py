@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +52,7 @@ class Targets:
     places: torch.Tensor
     hidden: torch.Tensor | None = None
     top_k: TopK | None = None
-    attention: dict[int, torch.Tensor] | None = None
+    attention: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def compared_positions(inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: str) -> torch.Tensor:
@@ -139,6 +139,11 @@ class Distillation(Objective):
                 sums[layer] += output.double().square().sum().item()
         self.energies = {layer: total / max(count, 1) for layer, total in sums.items()}
 
+    def loaded(self) -> PreTrainedModel:
+        """The teacher, where nothing is stored."""
+        assert self.teacher is not None
+        return self.teacher
+
     def counts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         learned = (inputs["labels"][:, 1:] != IGNORED).sum()
         compared = compared_positions(inputs, inputs["labels"], self.spec.tokens).sum()
@@ -152,20 +157,21 @@ class Distillation(Objective):
         compared = compared_positions(inputs, labels, self.spec.tokens)
         # Indices once: the device has to be waited for, which a mask in place of indices would do again in each layer.
         places = F.pad(compared, (0, 1)).flatten().nonzero().squeeze(1)
-        if self.teacher is None:
+        if self.stored is not None:
             return Targets(labels, compared, places, top_k=self.stored.lookup(inputs, labels, self.spec.tokens))
+        teacher = self.loaded()
         # The trainer's automatic mixed precision is the student's, not the teacher's.
-        with torch.autocast(labels.device.type, enabled=False), attention_outputs(self.teacher, self.layers) as outputs:
-            hidden = _pick(self.teacher.model(**inputs, use_cache=False).last_hidden_state, places)
+        with torch.autocast(labels.device.type, enabled=False), attention_outputs(teacher, self.layers) as outputs:
+            hidden = _pick(teacher.model(**inputs, use_cache=False).last_hidden_state, places)
         attention = {layer: _pick(output, places) for layer, output in outputs.items()}
         return Targets(labels, compared, places, hidden=hidden if self.spec.weight else None, attention=attention)
 
     @torch.no_grad()
     def top_k_of(self, inputs: dict[str, torch.Tensor]) -> TopK:
         """The teacher's coarsened distributions at the compared positions of a micro-batch with `labels`."""
-        hidden = self.targets(inputs).hidden
-        size = max(1, LOGITS_AT_ONCE // self.teacher.config.vocab_size)
-        spec = self.spec
+        hidden, spec = self.targets(inputs).hidden, self.spec
+        assert hidden is not None and spec.top_k is not None, "the recipe stores no attention, but top_k"
+        size = max(1, LOGITS_AT_ONCE // self.loaded().config.vocab_size)
         pieces = [top_k(self.teacher_logits(part), spec.top_k, spec.temperature) for part in hidden.split(size)]
         return TopK(*(torch.cat([getattr(each, name) for each in pieces]) for name in ("ids", "logprobs", "rest")))
 
@@ -214,6 +220,7 @@ class Distillation(Objective):
         temperature = self.spec.temperature
         if targets.top_k is not None:
             return cross_entropy, sparse_divergence(logits, targets.top_k[piece], temperature).sum()
+        assert targets.hidden is not None
         theirs = self.teacher_logits(targets.hidden[piece])
         if self.spec.top_k is not None:
             return cross_entropy, sparse_divergence(
@@ -225,11 +232,12 @@ class Distillation(Objective):
     def teacher_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [positions, vocabulary] of the teacher's last hidden states."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return head_logits(self.teacher, hidden)
+            return head_logits(self.loaded(), hidden)
 
 
-def router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def router_loss(model: Any, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """The load-balancing loss of a mixture of experts, as TRL and transformers add it."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    return load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+    loss = load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+    return torch.as_tensor(loss)

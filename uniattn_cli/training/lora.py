@@ -92,7 +92,7 @@ def inject(model: PreTrainedModel, names: list[str], spec: LoraSpec, seed: int) 
 
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha or 2 * spec.rank,
+        lora_alpha=spec.alpha or 2 * spec.rank,  # type: ignore[arg-type]  # peft divides it, whole or not
         lora_dropout=spec.dropout,
         target_modules=names,
         bias="none",

@@ -176,21 +176,20 @@ class Monitor(TrainerCallback):
         self._saved_best = self.best.folder if self.best else None
         self._resumed = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any) -> None:
-        if self.validate is not None and not self._resumed:
-            self._validate(trainer, 0)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._resumed:
+            self._validate(kwargs["trainer"], 0)
         self._clock = time.perf_counter()
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer: StageTrainer = kwargs["trainer"]
         loss = trainer.take_step_loss()
         trouble = self.watch.trouble(loss)
         if trouble:
-            raise diverged(f"the loss of stage '{self.stage}' {trouble}", state.global_step + 1, args.output_dir)
+            raise diverged(f"the loss of stage '{self.stage}' {trouble}", state.global_step + 1, trainer.folder)
         self._losses.append({"loss": loss, **trainer.take_step_parts()})
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         self.seconds += elapsed
@@ -200,17 +199,17 @@ class Monitor(TrainerCallback):
         if step == self.steps:
             control.should_log = True
             control.should_save = False  # the stage's result is written instead
-        if self.validate is not None and (step % self.every == 0 or step == self.steps):
-            self._validate(trainer, step)
-            # Measuring is not training; it must not count as time per token.
-            self._clock = time.perf_counter()
+        if step % self.every == 0 or step == self.steps:
+            self._validate(kwargs["trainer"], step)
 
     def _validate(self, trainer: StageTrainer, step: int) -> None:
+        if self.validate is None:
+            return
         self.last = loss = self.validate(trainer.model)
         first = loss if self.best is None else self.best.first
         self.log.add({"stage": self.stage, "step": step, "validation_loss": loss, "seconds": self.seconds})
         trainer.report(validation_loss=loss)
-        folder = trainer.args.output_dir
+        folder = trainer.folder
         if not math.isfinite(loss):
             raise diverged(f"the loss of stage '{self.stage}' on validation rows is {loss}", step, folder)
         if loss > first + self.watch.max_rise:
@@ -219,14 +218,16 @@ class Monitor(TrainerCallback):
         if self.best is None or loss < self.best.loss:
             self.best = Best(step, loss, first)
             if step:
-                self._keep_best(trainer, Path(folder))
+                self._keep_weights(trainer, self.best.folder)
+        # Measuring is not training; it must not count as time per token.
+        self._clock = time.perf_counter()
 
-    def _keep_best(self, trainer: StageTrainer, folder: Path) -> None:
+    def _keep_weights(self, trainer: StageTrainer, name: str) -> None:
         """Writes the present weights, and removes those that neither they nor the last checkpoint need."""
         state = trainer.trained_state()
         if self.log.writes:
-            save_weights(state, folder / self.best.folder)
-            self._remove_others(folder, {self.best.folder, self._saved_best})
+            save_weights(state, trainer.folder / name)
+            self._remove_others(trainer.folder, {name, self._saved_best})
 
     def _remove_others(self, folder: Path, needed: set[str | None]) -> None:
         for other in folder.glob("best-*"):
@@ -253,10 +254,11 @@ class Monitor(TrainerCallback):
         )
         self._losses, self._logged = [], (step, self.seconds)
 
-    def on_save(self, args: Any, state: Any, control: Any, *, trainer: StageTrainer, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer: StageTrainer = kwargs["trainer"]
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir)
+            folder = trainer.folder
             checkpoint = folder / f"checkpoint-{state.global_step}"
             kept = {
                 "seconds": self.seconds,

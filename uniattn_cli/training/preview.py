@@ -34,7 +34,7 @@ def describe(counts: Counts, max_length: int) -> str:
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
     """The decoded row in pieces that are learned or not; long ones are shortened in their middle."""
-    return [(_shorten(tokenizer.decode(run), LONGEST[learned]), learned) for run, learned in runs(ids, labels)]
+    return [(_shorten(str(tokenizer.decode(run)), LONGEST[learned]), learned) for run, learned in runs(ids, labels)]
 
 
 def mark(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:

@@ -274,10 +274,11 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
 
 def _validate(job: Job) -> Callable[[PreTrainedModel], float] | None:
     """Measures the loss on the job's validation rows; None where there are none."""
-    if job.validation is None:
+    rows = job.validation
+    if rows is None:
         return None
     size = min(job.recipe.evaluation.batch_size, job.recipe.train.micro_batch_size)
-    return lambda model: validation_loss(model, job.validation, batch_size=size)
+    return lambda model: validation_loss(model, rows, batch_size=size)
 
 
 def _write_weights(job: Job, index: int, state: dict[str, torch.Tensor], best: Best | None, steps: int) -> None:
@@ -285,7 +286,7 @@ def _write_weights(job: Job, index: int, state: dict[str, torch.Tensor], best: B
     stage, folder, kept = job.stages[index], job.folder(index), _kept(job, best, steps)
     if kept == 0:
         state = {}
-    elif kept != steps:
+    elif best is not None and kept != steps:
         state = load_file(folder / best.folder / WEIGHTS)
     if stage.trains == "lora" and state:
         start = load_after(job, index, training=True, device=_cpu())

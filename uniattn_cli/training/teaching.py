@@ -58,9 +58,13 @@ class Teaching:
         layers = [i for i in layout.changed if layout[i].traits.attends or layout[i].compensation != "none"]
         return Distillation(spec, self._load(device), layers=layers)
 
+    def _source(self) -> Source:
+        assert self.source is not None, "what distils has a teacher"
+        return self.source
+
     def _load(self, device: torch.device) -> PreTrainedModel:
         if self._teacher is None:
-            self._teacher = load_model(self.source, self.recipe.model, device).requires_grad_(False)
+            self._teacher = load_model(self._source(), self.recipe.model, device).requires_grad_(False)
         return self._teacher
 
     def _stored(self, device: torch.device) -> Path:
@@ -88,7 +92,7 @@ class Teaching:
         spec, model = self.recipe.train.distillation, self.recipe.model
         return {
             "data": self.data,
-            "teacher": self.source.fingerprint,
+            "teacher": self._source().fingerprint,
             "dtype": model.dtype,
             "attention": model.attention,
             "top_k": spec.top_k,
@@ -127,7 +131,7 @@ def write_teacher(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    width = min(distillation.spec.top_k, distillation.teacher.config.vocab_size)
+    width = min(distillation.spec.top_k, distillation.loaded().config.vocab_size)
     total = int(starts[-1])
     make = lambda name, dtype, shape: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)  # noqa: E731
     ids, logprobs = make("ids", np.int32, (total, width)), make("logprobs", np.float32, (total, width))

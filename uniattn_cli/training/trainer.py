@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,9 @@ from trl import SFTConfig, SFTTrainer
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.training.objective import Objective, attach_objective
+
+if TYPE_CHECKING:
+    import datasets
 
 WEIGHTS = "model.safetensors"
 
@@ -34,16 +37,26 @@ class StageTrainer(SFTTrainer):
         objective: the loss.
     """
 
+    model: PreTrainedModel
+    train_dataset: datasets.Dataset
+
     def __init__(self, model: PreTrainedModel, args: SFTConfig, objective: Objective, **kwargs: Any):
         super().__init__(model, args, **kwargs)
         attach_objective(self.model)
         self.remove_callback(PrinterCallback)
-        self.callback_handler.call_event = partial(self.callback_handler.call_event, trainer=self)
-        self.objective = objective
+        call = partial(self.callback_handler.call_event, trainer=self)
+        self.callback_handler.call_event = call  # type: ignore[method-assign]
+        self.objective: Objective = objective
         self.trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self._divisors: dict[str, torch.Tensor] = {}  # of each part's sum in the step at hand
         self._step_loss: torch.Tensor | float = 0.0
         self._step_parts: dict[str, torch.Tensor] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints go."""
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -87,7 +100,7 @@ class StageTrainer(SFTTrainer):
         means = {name: total / self._divisors[name] for name, total in sums.items()}
         for name, mean in means.items():
             self._step_parts[name] = self._step_parts.get(name, 0.0) + mean.detach()
-        loss = sum(self.objective.weights[name] * mean for name, mean in means.items())
+        loss = torch.as_tensor(sum(self.objective.weights[name] * mean for name, mean in means.items()))
         if router is None:
             return loss
         # A mean over each forward pass, where the others are sums; as TRL weighs it.
@@ -127,14 +140,14 @@ class StageTrainer(SFTTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(_local(parameter)).all():
-                raise diverged(f"{name} is not finite", self.state.global_step, self.args.output_dir)
-        with full_disk(self.args.output_dir):
+                raise diverged(f"{name} is not finite", self.state.global_step, self.folder)
+        with full_disk(self.folder):
             # Skips TRL's own step, which writes a model card into the folder of every stage.
             super(SFTTrainer, self)._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_weights(self._only_trained(state_dict), Path(output_dir or self.args.output_dir))
+            save_weights(self._only_trained(state_dict), Path(output_dir or self.folder))
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
@@ -151,7 +164,7 @@ def save_weights(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk(folder: Path | str) -> Iterator[None]:
+def full_disk(folder: Path) -> Iterator[None]:
     """Makes one ordinary `OSError` of what safetensors and torch.save each raise on a full disk."""
     try:
         yield
@@ -161,7 +174,7 @@ def full_disk(folder: Path | str) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
-def diverged(what: str, step: int, folder: str) -> StageError:
+def diverged(what: str, step: int, folder: Path) -> StageError:
     """The error for training that diverged."""
     return StageError(
         f"training diverged: {what} at step {step}; lower the stage's learning_rate in train.stages and run again "

@@ -111,7 +111,7 @@ def make_config(
         log_level="error",
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
-        fsdp=spec.fsdp or None,
+        fsdp=spec.fsdp or None,  # type: ignore[arg-type]  # True is what its help asks for
         fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if spec.fsdp else None,
     )
     if spec.fsdp and config.bf16:
@@ -150,7 +150,8 @@ def _check_optimizer(config: SFTConfig) -> None:
     try:
         SFTTrainer.get_optimizer_cls_and_kwargs(config)
     except (ImportError, ValueError) as error:
-        raise RecipeError(f"train.optimizer: {config.optim.value} cannot be used here: {error}") from None
+        name = getattr(config.optim, "value", config.optim)
+        raise RecipeError(f"train.optimizer: {name} cannot be used here: {error}") from None
 
 
 def check_reporters(names: Sequence[str]) -> None:
