@@ -259,7 +259,7 @@ def test_a_budget_that_another_kind_cannot_meet_says_why(run):
 
 @pytest.mark.parametrize("kinds", ["linear", "softmax, key"])
 def test_a_fast_choice_is_of_one_kind_that_borrows(kinds):
-    with pytest.raises(RecipeError, match=r"a fast search takes one of softmax, key, .*; or set layout"):
+    with pytest.raises(RecipeError, match=r"the fast search takes one of softmax, key, .*; set layout"):
         Recipe.from_tree({"model": {"name": "x"}}, overrides=[f"layout.kinds=[{kinds}]"])
 
 
@@ -445,5 +445,5 @@ def test_the_settings_of_a_choice_are_stored_with_it(run):
 
 
 def test_kinds_named_twice_are_a_fault():
-    with pytest.raises(RecipeError, match=r"layout\.kinds names a kind twice"):
+    with pytest.raises(RecipeError, match=r"layout\.kinds has a kind twice"):
         Recipe.from_tree({"model": {"name": "m"}, "layout": {"search": "thorough", "kinds": ["kv", "kv"]}})

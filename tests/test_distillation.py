@@ -383,8 +383,8 @@ def test_a_row_that_the_teacher_never_saw_is_refused(run):
     ("spec", "says"),
     [
         ("{precompute: true}", "set train.distillation.top_k"),
-        ("{precompute: true, top_k: 4, attention: 1.0}", "keeps no attention outputs"),
-        ("{weight: 0}", "nothing would be distilled"),
+        ("{precompute: true, top_k: 4, attention: 1.0}", "does not store attention outputs"),
+        ("{weight: 0}", "set one of them to distil anything"),
     ],
 )
 def test_settings_that_cannot_be_had_together(spec, says):

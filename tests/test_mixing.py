@@ -120,7 +120,7 @@ def faults(text: str) -> list[str]:
         ("data: {train: [{source: a, weight: 0}]}", "weight must be greater than 0"),
         ("data: {text: [{source: a, weight: 1}]}", "only the data sets of data.train are mixed by weight"),
         ("data: {text: [{source: a, heldout: false}]}", "data.text[0].heldout: only rows of data.train are held out"),
-        ("data: {train: [{source: a, heldout: false}]}", "heldout is false everywhere"),
+        ("data: {train: [{source: a, heldout: false}]}", "heldout is false for every data set"),
         ("data: {train: [{source: a, columns: {promt: q}}]}", "unknown name 'promt' (did you mean 'prompt'?)"),
         ("data: {train: [{source: a, columns: {prompt: 3}}]}", "columns.prompt must be the name of a column, not 3"),
         ("data: {train: [{source: a, columns: [q]}]}", "columns must be a mapping, not a list"),

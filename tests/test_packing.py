@@ -162,7 +162,7 @@ def test_flash_is_checked_in_most_families():
 
 def test_flex_attention_is_refused_with_packing():
     tree = {"model": {"name": "m", "attention": "flex_attention"}, "train": {"packing": True}}
-    with pytest.raises(RecipeError, match=r"train\.packing does not keep rows apart"):
+    with pytest.raises(RecipeError, match=r"train\.packing cannot separate rows"):
         Recipe.from_tree(tree)
     for change in ({"model": {"name": "m"}}, {"train": {"packing": False}}):
         assert Recipe.from_tree(tree | change).model.name == "m"
