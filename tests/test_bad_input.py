@@ -151,7 +151,7 @@ ANSWERS = {
         200,
         {},
         b"<html>please sign in</html>",
-        ["the hub does not answer like a hub", "not in the cache"],
+        ["the hub gives no valid answer", "not in the cache"],
     ),
 }
 
@@ -217,7 +217,11 @@ def test_no_network_is_told_at_once(at, refuses, tmp_path):
         folder = tmp_path / "empty"
         folder.mkdir()
         started = time.monotonic()
-        says = ["owner/model is not a directory here", str(tmp_path / "cache"), "the hub cannot be reached"]
+        says = [
+            "owner/model is neither a directory nor in the cache",
+            str(tmp_path / "cache"),
+            "the hub cannot be reached",
+        ]
         refuses(folder, "analyze", "owner/model", says=says)
         assert time.monotonic() - started < 20
 
@@ -242,8 +246,8 @@ def test_a_name_that_is_no_model(name, says, refuses, tmp_path):
     [
         (lambda c: c | {"architectures": ["LlamaForSequenceClassification"]}, ["is not a causal language model but"]),
         (lambda c: c | {"model_type": "bert"}, ["models of type 'bert' are not supported; supported:", "llama"]),
-        (lambda c: c | {"model_type": "uniattn_llama"}, ["already converted", "give the base model"]),
-        (lambda c: [c], ["config.json is damaged (it holds a list, not an object); copy the model again"]),
+        (lambda c: c | {"model_type": "uniattn_llama"}, ["already converted", "give its base model"]),
+        (lambda c: [c], ["config.json is damaged (a list, not an object); copy the model again"]),
     ],
 )
 def test_a_model_that_cannot_be_converted(change, says, template, refuses, tmp_path):
@@ -318,9 +322,9 @@ def test_an_illegal_layout_in_the_recipe(run, refuses):
     ("overrides", "message"),
     [
         (["layout.followers=6"], "budget followers 6 cannot be met: at most 5 layers can change"),
-        (["conversion.rank=500", "layout.groups=auto"], "conversion.rank is 500, but the model is only 48 wide"),
+        (["conversion.rank=500", "layout.groups=auto"], "conversion.rank is 500, but the hidden size is only 48"),
         (["layout.protect=[99]"], "layout.protect: layer 99 does not exist; the model has 0 to 5"),
-        (["layout.protect=[2]"], "layer 2 is in layout.protect, but the layout makes it 'softmax'"),
+        (["layout.protect=[2]"], "layer 2 is in layout.protect, but is 'softmax' in the layout"),
     ],
 )
 def test_a_layout_that_the_model_cannot_have(overrides, message, run):

@@ -127,7 +127,7 @@ def test_the_reason_says_by_how_much_and_how_surely(stderr, words):
     best = Validated("mix", layout_of(*"osvooo"), 0.1, 0.02)
     second = Validated("one kind", layout_of(*"ossooo"), 0.2, 0.02, 0.1, stderr)
     reason = considered_of(best, second, replace(second, name="third")).reason()
-    assert reason.startswith("'mix' taken: of 3 layouts converted and compared on 4,096 tokens")
+    assert reason.startswith("'mix' chosen: closest to the base of 3 layouts converted and compared on 4,096 tokens")
     assert "KL 0.1000; 'one kind' 0.2000" in reason and words in reason
     assert considered_of().reason() == "" and considered_of().table(SHAPE, 2) is None
 
@@ -174,10 +174,10 @@ def test_a_short_text_is_shared_in_proportion(run, monkeypatch):
     assert [len(part) for part in (texts.fit, texts.score, texts.check)] == [5, 2, 2]
     assert torch.equal(torch.cat([texts.fit, texts.score, texts.check]), held[:9])
     assert told.warnings == [
-        "the calibration text holds 576 tokens only: 320, 128, 128 of them for fit, search, comparison"
+        "the calibration text has only 576 tokens: 320, 128, 128 of them for fit, search, comparison"
     ]
     monkeypatch.setattr(Workbench, "windows", lambda self, tokens: held[:3])
-    with pytest.raises(DataError, match=r"holds 3 windows of 64 tokens.*at least 4; name more text"):
+    with pytest.raises(DataError, match=r"has 3 windows of 64 tokens.*at least 4; add more text"):
         _ = bench_of(run).texts
 
 
@@ -206,7 +206,10 @@ def test_heads_matched_by_maps_are_those_of_the_search(run, monkeypatch):
     grouping = chosen(run, "layout.followers=2", "layout.match=maps")
     choice = frontier(bench_of(run).matcher)[2]
     assert grouping.layout == choice.layout
-    assert f"matched by similar maps, mean similarity of the borrowed maps {choice.mean_score:.3f}" in grouping.notes[0]
+    assert (
+        f"matched by similarity of maps, mean similarity of the borrowed maps {choice.mean_score:.3f}"
+        in grouping.notes[0]
+    )
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("key", 2), ("kv", 1)])
@@ -331,7 +334,10 @@ def test_the_best_comes_first_and_is_what_is_written(thorough):
     assert [entry["divergence"] for entry in content["shortlist"]] == pytest.approx(values, rel=1e-5)
     assert content["shortlist"][0]["layers"] == content["chosen"] == best.layout.to_list()
     assert content["shortlist_tokens"] == 256
-    assert any(note.startswith(f"'{best.name}' taken: of {len(values)}") for note in thorough.grouping.notes)
+    assert any(
+        note.startswith(f"'{best.name}' chosen: closest to the base of {len(values)}")
+        for note in thorough.grouping.notes
+    )
     budget = Budget.of(LayoutSpec(kv=0.7), SHAPE, load_config(locate(recipe.model.name)))
     assert all(budget.met(entry.layout) for entry in thorough.considered.shortlist)
 
@@ -406,7 +412,7 @@ def test_without_a_comparison_only_the_mix_is_searched(run):
 
 
 def test_a_budget_that_no_search_meets(run):
-    with pytest.raises(LayoutError, match=r"budget kv 0.1 cannot be met: nothing is left to change with kinds softmax"):
+    with pytest.raises(LayoutError, match=r"budget kv 0.1 cannot be met: no layer left to change with kinds softmax"):
         chosen(run, "layout.search=thorough", "layout.kv=0.1", *QUICK)
 
 
@@ -419,7 +425,7 @@ def test_predictions_that_overflow_are_no_choice(run, monkeypatch):
     found = bench.validate({"broken": layout_of(*"oooool"), "fine": layout_of(*"ooooon")})
     assert [entry.name for entry in found] == ["fine", "broken"]
     answers += [broken, broken]
-    with pytest.raises(ModelError, match="no layout of the shortlist gives finite predictions in float32"):
+    with pytest.raises(ModelError, match="no layout in the shortlist gives finite logits in float32"):
         bench.validate({"broken": layout_of(*"oooool"), "too": layout_of(*"ooooon")})
 
 

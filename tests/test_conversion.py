@@ -308,7 +308,7 @@ def test_hidden_states_that_overflow_are_told(windows):
         for projection in (base.model.layers[1].mlp.gate_proj, base.model.layers[1].mlp.up_proj):
             projection.weight.mul_(1000)
         base.model.layers[1].mlp.down_proj.weight.mul_(1000)
-    with pytest.raises(ModelError, match=r"layer 2 cannot be fitted: .* overflow in float16; set model\.dtype"):
+    with pytest.raises(ModelError, match=r"cannot fit layer 2: .* overflow in float16; set model\.dtype"):
         fit_layers(base, build_converted(base, make_layout("leader")), windows[:8], ConversionSpec())
 
 
@@ -321,7 +321,7 @@ def test_nothing_is_converted_where_the_code_does_not_equal_stock(tmp_path, monk
     before = {path.name for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(SharedAttentionMixin, "embed_positions", lambda self, states, position: None)
-        with pytest.raises(ModelError, match=r"'llama' differs from stock by .*; nothing was converted"):
+        with pytest.raises(ModelError, match=r"'llama' differs from transformers .*; nothing was converted"):
             convert(run_dir=tmp_path, groups="every:3", overrides=overrides)
     assert {path.name for path in tmp_path.iterdir()} == before
     assert convert(run_dir=tmp_path, groups="every:3", overrides=overrides).directory.is_dir()

@@ -108,7 +108,7 @@ def test_answers_are_the_leading_prose(stdlib, doc, answer):
 
 
 def test_missing_sources_name_the_next_step(stdlib):
-    with pytest.raises(DataError, match=r"holds none; name a local file in the recipe's data\.train"):
+    with pytest.raises(DataError, match=r"has none; set data\.train"):
         builtin.instructions("train")
 
 

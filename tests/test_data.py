@@ -215,7 +215,7 @@ BROKEN = [
     ("a.txt", "\n \n", "a.txt has no rows"),
     ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl, line 2 is not JSON"),
     ("a.jsonl", '{"text": "x"}\n[1]\n', "a.jsonl, line 2 must be an object"),
-    ("a.json", '{"text": "x"}', "must hold a list of objects, not one dict"),
+    ("a.json", '{"text": "x"}', "must contain a list of objects, not a dict"),
     ("a.json", '[{"text": "x"}, 3]', "a.json, row 2 must be an object"),
     ("a.json", "[{]", "a.json is not JSON"),
     ("a.csv", "instruction,output\na,b\nc\n", "a.csv, row 2 does not have exactly the columns instruction, output"),
@@ -282,7 +282,7 @@ def test_a_wrong_split_of_the_hub_lists_the_known_ones(monkeypatch):
 
 def test_a_part_without_rows_names_the_setting(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "only one"})
-    with pytest.raises(DataError, match=r"no held-out row at data.holdout 1e-09; raise data.holdout"):
+    with pytest.raises(DataError, match=r"no held-out rows at data.holdout 1e-09; raise data.holdout"):
         load(path, "heldout")
 
 
@@ -399,7 +399,7 @@ def test_truncation_and_dropping_are_counted():
     assert pieces(tokenizer, result, 1) == [("q\n", False), ("1234", True)]
     assert (result.counts.tokens, result.counts.supervised) == (5 + 6, 3 + 4)
     assert result.counts.share == 7 / 11
-    with pytest.raises(DataError, match="none of the 1 rows has a token to learn within 6 tokens"):
+    with pytest.raises(DataError, match="none of the 1 rows has a token that counts in the loss within 6 tokens"):
         sequences.tokenize(chat_rows(lost), tokenizer, max_length=6, loss="responses")
 
 
@@ -434,7 +434,7 @@ def test_windows_run_out_and_skip():
     later = windows.windows(text, tokenizer, tokens=8, length=8, skip=16)
     assert torch.equal(later, whole[2:3])
     assert windows.windows(text, tokenizer, tokens=4, length=8).shape == (1, 8)
-    with pytest.raises(DataError, match="41 tokens, which is less than one window of 64"):
+    with pytest.raises(DataError, match="41 tokens, fewer than one window of 64"):
         windows.windows(text, tokenizer, tokens=64, length=64)
     with pytest.raises(DataError, match="after the first 36"):
         windows.windows(text, tokenizer, tokens=8, length=8, skip=36)
@@ -508,8 +508,8 @@ def test_choices_of_a_local_file(tmp_path):
     [
         ({"query": "q", "choices": ["a", "b"]}, r"line 1 lacks gold \(it has: choices, query\)"),
         ({"query": " ", "choices": ["a", "b"], "gold": 0}, "query must be text"),
-        ({"query": "q", "choices": ["a"], "gold": 0}, "choices must be a list of at least two texts"),
-        ({"query": "q", "choices": ["a", 2], "gold": 0}, "choices must be a list of at least two texts"),
+        ({"query": "q", "choices": ["a"], "gold": 0}, "choices must be a list of at least two strings"),
+        ({"query": "q", "choices": ["a", 2], "gold": 0}, "choices must be a list of at least two strings"),
         ({"query": "q", "choices": ["a", "b"], "gold": 2}, "gold must be a whole number from 0 to 1, not 2"),
         ({"query": "q", "choices": ["a", "b"], "gold": True}, "gold must be a whole number"),
     ],

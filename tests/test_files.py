@@ -36,7 +36,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
         (None, r"known\.json is missing; mend it"),
         (b'{"cut', r"known\.json is damaged \(Unterminated.*\); mend it"),
         (b'"\xff"', r"known\.json is damaged \(.*can't decode.*\); mend it"),
-        (b"[1]", r"known\.json is damaged \(it holds a list, not an object\); mend it"),
+        (b"[1]", r"known\.json is damaged \(a list, not an object\); mend it"),
     ],
 )
 def test_what_cannot_be_read_is_told_in_one_line(content, words, tmp_path):

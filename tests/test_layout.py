@@ -122,7 +122,7 @@ def test_shorthands_group_each_mask_type_by_itself():
         ("keys@paper", r"'keys' is not one of softmax, key, .* \(did you mean 'key'"),
         ("key@auto", "use --groups auto --kinds key$"),
         ("linear@auto", "use --groups auto --kinds linear --search thorough"),
-        ("key@kv@paper", "what stands after the @ must be paper, every:N"),
+        ("key@kv@paper", "the part after @ must be paper, every:N"),
         ("key@papr", "--groups papr: not one of"),
     ],
 )

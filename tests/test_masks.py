@@ -109,7 +109,7 @@ def test_thoughts_that_are_dropped_later_are_learned_where_they_are_seen():
 
 @pytest.mark.parametrize("template", [OPENS_THOUGHT, SHOUTS])
 def test_a_template_whose_answers_cannot_be_told_is_refused_and_can_be_learned_whole(template):
-    with pytest.raises(DataError, match=r"does not go on from its own prompt in turn 2 .* data\.chat_template"):
+    with pytest.raises(DataError, match=r"does not continue its own prompt in turn 2 .* data\.chat_template"):
         tokenised(template, turns("One?", "x"))
     _, whole = tokenised(template, turns("One?", "x"), loss="all")
     assert whole.counts.share == 1.0
@@ -161,9 +161,9 @@ def test_a_template_may_be_a_file(tmp_path):
     ("content", "message"),
     [
         ("{% for m in messages %}", "line 1: Unexpected end of template"),
-        ("hello", "it never mentions `messages`"),
+        ("hello", "it does not use `messages`"),
         (b"\xff\xfe", "cannot be read"),
-        (None, r"'.*t\.jinja' is neither a file here .* nor one of plain, chatml"),
+        (None, r"'.*t\.jinja' is neither a file .* nor one of plain, chatml"),
     ],
 )
 def test_wrong_template_files_are_told(tmp_path, content, message):
@@ -213,7 +213,7 @@ def test_columns_may_have_other_names(tmp_path, raw, columns):
         ({"question": "q", "answer": "a"}, r"add `columns: \{prompt: question, completion: answer\}`"),
         ({"instructions": "q", "outputs": "a"}, r"format alpaca: add `columns: \{instruction: instructions, output: "),
         ({"dialogue": []}, r"format messages: add `columns: \{messages: dialogue\}`"),
-        ({"prompt": "q", "x": "a"}, "format prompt_completion, which still needs completion"),
+        ({"prompt": "q", "x": "a"}, "format is prompt_completion, which also needs completion"),
         ({"Content": "q"}, r"format text: add `columns: \{text: Content\}`"),
         ({"a": 1}, r"It has: a$"),
     ],
@@ -231,5 +231,5 @@ def test_a_named_column_that_is_missing_is_told(tmp_path):
 
 def test_tool_calls_are_refused_not_lost(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
-    with pytest.raises(DataError, match="message 2 of 'messages' holds tool calls"):
+    with pytest.raises(DataError, match="message 2 of 'messages' contains tool calls"):
         load(write(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "q"}, call]}))

@@ -134,5 +134,5 @@ def test_a_weighted_data_set_without_rows_is_told(tmp_path, files):
     only = write(tmp_path / "one.jsonl", {"prompt": "q", "completion": "a"})
     assert len(load(only, holdout=1e-9)) == 1
     specs = (DatasetSpec(source=files[0], weight=1.0), DatasetSpec(source=only, weight=1.0))
-    with pytest.raises(DataError, match=r"one\.jsonl: no training row at data\.holdout 1\.0"):
+    with pytest.raises(DataError, match=r"one\.jsonl: no training rows at data\.holdout 1\.0"):
         splits.load_mix(specs, "train", holdout=1.0, seed=0)

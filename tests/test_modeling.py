@@ -94,7 +94,7 @@ def test_parity_proof_accepts_the_real_code_and_notices_a_wrong_one(entry, monke
     prove_parity(config)
     right = SharedAttentionMixin.embed_positions
     monkeypatch.setattr(SharedAttentionMixin, "embed_positions", lambda self, states, position: None)
-    with pytest.raises(ModelError, match="differs from stock"):
+    with pytest.raises(ModelError, match="differs from transformers"):
         prove_parity(config)
     monkeypatch.setattr(SharedAttentionMixin, "embed_positions", right)
 

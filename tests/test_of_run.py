@@ -44,7 +44,7 @@ def test_names_of_a_run_mean_its_models_wherever_one_stands(run, tmp_path, monke
 def test_what_is_not_there_is_told(run, tmp_path):
     with pytest.raises(StageError, match=r"control is missing; run `uniattn train recipe\.yaml --control` first"):
         find(run, "control")
-    with pytest.raises(StageError, match=r"'base' is the model of recipe\.yaml, but there is none here"):
+    with pytest.raises(StageError, match=r"'base' is the model of recipe\.yaml, which does not exist here"):
         find(RunDir(tmp_path), "base")
     with pytest.raises(ModelError, match="no such directory"):
         find(run, "./nowhere")
@@ -56,7 +56,7 @@ def test_the_newest_model_is_that_of_the_stage_that_finished_last(run, tmp_path)
     assert newest(run) == run.output("convert"), "a control is no result"
     (run.output("convert") / "stage.json").unlink()
     assert newest(run) == run.output("train")
-    with pytest.raises(StageError, match=r"neither trained/ nor converted/ is in .*; name a checkpoint, or run"):
+    with pytest.raises(StageError, match=r"has neither trained/ nor converted/; give a checkpoint, or run"):
         newest(RunDir(tmp_path))
 
 
@@ -67,4 +67,4 @@ def test_models_have_one_name_and_one_role_each(run, tmp_path, monkeypatch):
     make(tmp_path / "base")
     models, notes = with_given(own, ["base", "run/converted", "model"])
     assert [(model.name, model.role) for model in models[3:]] == [("./base", "given")]
-    assert notes == [f"{name} is compared already and counted once." for name in ("run/converted", "model")]
+    assert notes == [f"{name} is already included and counted once." for name in ("run/converted", "model")]

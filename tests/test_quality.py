@@ -128,7 +128,7 @@ def test_files_of_other_shapes_are_refused(data, tmp_path):
     write_rows(tmp_path / "odd.jsonl", [{"prompt": "a", "result": "b"}])
     write_rows(tmp_path / "gap.jsonl", [{"query": "a", "target": "b"}, {"query": "a"}])
     for spec, words in (
-        (TaskSpec(str(tmp_path / "odd.jsonl")), "no item of a known shape"),
+        (TaskSpec(str(tmp_path / "odd.jsonl")), "fits no known shape"),
         (TaskSpec(str(tmp_path / "gap.jsonl")), "line 2 lacks target"),
         (TaskSpec(str(tmp_path / "gap.jsonl"), shape="choices"), "lacks choices, gold"),
         (TaskSpec("builtin:name_the_function", shape="last_word"), "multiple choice"),

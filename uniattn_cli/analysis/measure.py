@@ -134,8 +134,8 @@ class _Survey:
         """Looks at the first sequence: what can be measured of this model?"""
         if len(layers) != self.shape.layers:
             raise ModelError(
-                f"only {len(layers)} of {self.shape.layers} layers have an attention that can be captured; "
-                "models of other layers cannot be analysed"
+                f"attention can be captured in only {len(layers)} of {self.shape.layers} layers; "
+                "this model cannot be analysed"
             )
         reason = _unknown_output(captured, layers)
         if reason is not None:

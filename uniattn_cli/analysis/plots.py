@@ -33,7 +33,7 @@ def plot_heatmap(measured: Measured, path: Path) -> None:
         axis.set_yticks(range(0, layers, step))
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, shrink=0.9, label="cosine similarity of attention rows")
-    figure.suptitle(f"{Path(measured.model).name}: how alike are the attention maps? ({measured.tokens:,} tokens)")
+    figure.suptitle(f"{Path(measured.model).name}: similarity of the attention maps ({measured.tokens:,} tokens)")
     figure.savefig(path, dpi=110)
 
 
@@ -68,7 +68,7 @@ def _draw_similarities(measured: Measured, axis) -> None:
         _draw_line(axis, measured.layers[name]["mean"], measured.layers[name]["stderr"], label)
     best = measured.heads["cosine_no_sink"][1:].max(axis=(1, 3)).mean(axis=1)
     axis.plot(
-        np.arange(1, layers), best, "k--", linewidth=1, label="cosine without the first key, best earlier head in reach"
+        np.arange(1, layers), best, "k--", linewidth=1, label="cosine without the first key, best head within distance"
     )
     axis.plot(np.arange(layers), measured.sink, ":", color="grey", label="weight of the first key")
     axis.set(ylabel="similarity", ylim=(0, 1.02), xlim=(0, layers - 1))
@@ -77,10 +77,10 @@ def _draw_similarities(measured: Measured, axis) -> None:
 
 def _draw_errors(errors: dict[str, list], axis) -> None:
     """Relative squared error of the attention block's output when it borrows from the layer before."""
-    for name, label in (("before", "as it is"), ("after", "with the best compensation, held-out tokens")):
+    for name, label in (("before", "uncompensated"), ("after", "with the best compensation, held-out tokens")):
         _draw_line(axis, errors[name], errors[name + "_stderr"], label)
     axis.axhline(1, color="grey", linewidth=0.8)
-    axis.set(ylabel="error of the output\nwith borrowed maps", ylim=(0, None))
+    axis.set(ylabel="output error\nwith borrowed maps", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 

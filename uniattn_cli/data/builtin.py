@@ -57,7 +57,7 @@ def _topic_pages() -> list[str]:
     except ImportError:
         raise DataError(
             "the built-in corpus needs the module pydoc_data, which this Python lacks (some systems package it "
-            "separately); name a local file in the recipe's data.train, data.calibration and data.text"
+            "separately); set data.train, data.calibration and data.text to local files"
         ) from None
     # What a docstring says too (the debugger's manual does) stays with the docstring's part.
     seen = {" ".join(block.split()) for entry in entries() for block in re.split(r"\n\s*\n", entry.doc)}

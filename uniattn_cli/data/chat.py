@@ -140,7 +140,7 @@ class ChatRenderer:
             return str(text)
         except (TemplateError, TypeError) as error:  # the second from an expression in the template
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
+            raise DataError(f"the chat template rejects a conversation with the roles {roles}: {error}") from None
 
     def _turn(self, messages: Messages, index: int) -> tuple[str, Span]:
         """The conversation up to assistant turn `index`, and the characters of it that this turn wrote.
@@ -156,8 +156,8 @@ class ChatRenderer:
             start = start + skipped if skipped >= 0 else -1
         if start < 0:
             raise DataError(
-                f"the chat template does not go on from its own prompt in turn {index + 1} of a conversation, so what "
-                "the assistant wrote cannot be told; set data.chat_template to another one, or train.loss to all"
+                f"the chat template does not continue its own prompt in turn {index + 1} of a conversation, so the "
+                "assistant's text cannot be located; set another data.chat_template, or train.loss: all"
             )
         return upto, (start, len(before) + len(turn.rstrip()))
 
@@ -169,7 +169,7 @@ class ChatRenderer:
             for border in (start, end):
                 prefix = encode(self.tokenizer, text[:border])
                 if ids[: len(prefix)] != prefix:
-                    raise DataError("this tokenizer merges tokens across turns; use its fast version (tokenizer.json)")
+                    raise DataError("this tokenizer merges tokens across turns; use a fast tokenizer (tokenizer.json)")
                 borders.append(len(prefix))
             mask[borders[0] : borders[1]] = [True] * (borders[1] - borders[0])
         return ids, mask

@@ -71,7 +71,7 @@ def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, skip: i
 
     rows = load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed)
     if len(rows) <= skip:
-        raise DataError(f"only {len(rows)} rows are held out")
+        raise DataError(f"only {len(rows)} rows are held out; raise data.holdout or add more rows")
     rows = rows.select(range(skip, min(skip + recipe.evaluation.responses, len(rows))))
     dataset = tokenize(rows, tokenizer, max_length=recipe.train.max_length, loss="responses").dataset
     return Rows(

@@ -41,12 +41,12 @@ def load_items(task: TaskSpec) -> tuple[str, list[dict[str, Any]]]:
     """
     if task.source.startswith(f"{BUILTIN}:"):
         if task.shape not in ("auto", "choices"):
-            raise DataError(f"{task.source} is multiple choice; leave `shape: {task.shape}` out")
+            raise DataError(f"{task.source} is multiple choice; remove `shape: {task.shape}`")
         return "choices", load_choices(task.source)
     path = located(task.source)
     if path.suffix.lower() == ".txt":
         if task.shape not in ("auto", "perplexity"):
-            raise DataError(f"{path} is plain text, which only has `shape: perplexity`, not {task.shape}")
+            raise DataError(f"{path} is plain text, which supports only `shape: perplexity`, not {task.shape}")
         return "perplexity", _documents(path)
     shape = _shape_of(path) if task.shape == "auto" else task.shape
     if shape == "choices":
@@ -66,7 +66,7 @@ def _shape_of(path: Path) -> str:
         if "query" in raw and {"choices", "gold"} & set(raw):
             return "choices"
         forms = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SHAPES.items())
-        raise DataError(f"{where} is no item of a known shape (it has: {', '.join(sorted(raw))}). Known are {forms}")
+        raise DataError(f"{where} fits no known shape (it has: {', '.join(sorted(raw))}). Known shapes: {forms}")
     raise DataError(f"{path} has no items")
 
 
@@ -104,7 +104,7 @@ def _joined(paragraphs: Iterator[str]) -> list[str]:
     if open_:
         documents.append(open_)
     if not documents:
-        raise DataError("a text file of evaluation.tasks is empty")
+        raise DataError("a text file in evaluation.tasks is empty")
     return documents
 
 
@@ -138,7 +138,7 @@ def read_choices(path: Path) -> list[dict[str, Any]]:
         if not isinstance(query, str) or not query.strip():
             raise DataError(f"{where}: query must be text")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-            raise DataError(f"{where}: choices must be a list of at least two texts")
+            raise DataError(f"{where}: choices must be a list of at least two strings")
         if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
             raise DataError(f"{where}: gold must be a whole number from 0 to {len(choices) - 1}, not {gold!r}")
         items.append({"id": str(raw.get("id", len(items))), "query": query, "choices": choices, "gold": gold})

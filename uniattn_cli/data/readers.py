@@ -54,11 +54,11 @@ def raw_rows(spec: DatasetSpec, whole_text: bool) -> Iterator[Raw]:
             return
         raise DataError(f"data file {spec.source} not found (looked for {path.absolute()}); check data.* in the recipe")
     if not path.is_file():
-        raise DataError(f"{path.absolute()} is not a file; name a file ({' '.join(EXTENSIONS)}) or a hub data set")
+        raise DataError(f"{path.absolute()} is not a file; give a file ({' '.join(EXTENSIONS)}) or a hub data set")
     if extension not in EXTENSIONS:
         raise DataError(f"{path} has the unsupported extension '{extension}'; supported are {' '.join(EXTENSIONS)}")
     if spec.split or spec.config:
-        raise DataError(f"{path} is a local file: `split` and `config` are for hub data sets, remove them")
+        raise DataError(f"{path} is a local file; `split` and `config` are for hub data sets, remove them")
     with _file_errors(path):
         yield from _read_txt(path, whole_text) if extension == ".txt" else _READERS[extension](path)
 
@@ -104,7 +104,7 @@ def _read_json(path: Path) -> Iterator[Raw]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); one object per line belongs in a .jsonl file") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path} must hold a list of objects, not one {type(rows).__name__}")
+        raise DataError(f"{path} must contain a list of objects, not a {type(rows).__name__}")
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
         yield where, _mapping(row, where)
@@ -158,8 +158,8 @@ def _read_hub(spec: DatasetSpec) -> Iterator[Raw]:
         raise DataError(f"{name}, split {split}: {_first_line(error)}") from None
     except (OSError, DatasetGenerationError) as error:
         raise DataError(
-            f"'{spec.source}' is no file here (looked for {located(spec.source).absolute()}), and the {name} could not "
-            f"be loaded: {_first_line(error)}. Without network, name a local file ({' '.join(EXTENSIONS)}) in data.*"
+            f"'{spec.source}' is not a file (looked for {located(spec.source).absolute()}), and the {name} could not "
+            f"be loaded: {_first_line(error)}. Without a network, use a local file ({' '.join(EXTENSIONS)}) in data.*"
         ) from None
     for number, row in enumerate(rows, 1):
         yield f"{name}, row {number}", row

@@ -71,7 +71,7 @@ def read_rows(spec: DatasetSpec, *, whole_text: bool = False) -> Iterator[dict[s
         if count == spec.limit:
             return
     if not count:
-        raise DataError(f"{spec.source} has no rows; name a data set with at least one")
+        raise DataError(f"{spec.source} has no rows; use a data set with at least one")
 
 
 def _renamed(raw: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _layout(spec: DatasetSpec, columns: set[str]) -> str:
 
 
 def _nearest(columns: set[str], layouts: list[str]) -> str:
-    """A sentence with the format that the columns come nearest to, and the setting that would make them fit."""
+    """A sentence with the closest format, and the setting that would make the columns fit."""
     best: tuple[float, str] = (0.0, "")
     for layout in layouts:
         found = {name: column for name in _NEEDED[layout] if (column := _like(name, columns)) is not None}
@@ -116,10 +116,10 @@ def _nearest(columns: set[str], layouts: list[str]) -> str:
         if share <= best[0]:
             continue
         if lacking:
-            best = share, f". Nearest is the format {layout}, which still needs {' and '.join(lacking)}"
+            best = share, f". The closest format is {layout}, which also needs {' and '.join(lacking)}"
         else:
             mapping = ", ".join(f"{name}: {column}" for name, column in found.items() if name != column)
-            best = share, f". Nearest is the format {layout}: add `columns: {{{mapping}}}` to the data set"
+            best = share, f". The closest format is {layout}: add `columns: {{{mapping}}}` to the data set"
     return best[1]
 
 
@@ -204,11 +204,8 @@ def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
         if role not in _ROLES:
             raise DataError(f"{here}: unknown role {role!r}; known: {', '.join(_ROLES)}")
         if message.get("tool_calls"):
-            raise DataError(f"{here} holds tool calls, which are not supported; leave such rows out")
+            raise DataError(f"{here} contains tool calls, which are not supported; remove such rows")
         if not isinstance(content, str):
-            raise DataError(f"{here} has no text content (only text can be trained on)")
+            raise DataError(f"{here} has no text content; only text is supported")
         messages.append({"role": _ROLES[role], "content": content})
     return messages
-
-
-# Multiple choice

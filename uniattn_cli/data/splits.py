@@ -64,9 +64,9 @@ def load_mix(
     weights = [None if heldout else spec.weight for spec in specs]
     empty = [name for name, rows, weight in zip(names, read, weights, strict=True) if weight and not rows]
     if empty or not any(read):
-        hint = "raise data.holdout or name more rows" if heldout else "name more rows"
+        hint = "raise data.holdout or add more rows" if heldout else "add more rows"
         raise DataError(
-            f"{', '.join(empty or names)}: no {'held-out' if heldout else 'training'} row at data.holdout {holdout}; "
+            f"{', '.join(empty or names)}: no {'held-out' if heldout else 'training'} rows at data.holdout {holdout}; "
             f"{hint}"
         )
     drawn = shares([len(rows) for rows in read], weights)
@@ -134,16 +134,10 @@ def _part_rows(
 def _builtin_rows(spec: DatasetSpec, part: str) -> Iterator[dict[str, Any]]:
     """Rows of the built-in corpus: instructions, or its text where the format says so."""
     if spec.split or spec.config or spec.columns or spec.format not in ("auto", "messages", "text"):
-        raise DataError("the built-in data has no split, config or columns, and only the formats messages and text")
+        raise DataError("the built-in data has only the formats messages and text, and no split, config or columns")
     if spec.format == "text":
         rows = [{"messages": None, "text": text} for text in builtin.text(part)]
     else:
         rows = [{"messages": row["messages"], "text": None} for row in builtin.instructions(part)]
     for row in rows[: spec.limit]:
         yield {**row, "source": BUILTIN}
-
-
-# Windows of text
-
-
-# Multiple choice

@@ -85,8 +85,8 @@ def entries() -> tuple[Entry, ...]:
             found[entry.name] = dataclasses.replace(entry, part=part)
     if not found:
         raise DataError(
-            f"the built-in corpus needs the standard library's sources, but {root} holds none; "
-            "name a local file in the recipe's data.train and data.text"
+            f"the built-in corpus needs the standard library's sources, but {root} has none; "
+            "set data.train and data.text to local files"
         )
     return tuple(found[name] for name in sorted(found))
 

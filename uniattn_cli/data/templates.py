@@ -62,8 +62,8 @@ def complete(tokenizer: PreTrainedTokenizerBase) -> str:
     """Gives a tokenizer without a chat template the default one, and says so in a line for the user."""
     tokenizer.chat_template = default(tokenizer)
     return (
-        "the model has no chat template: conversations are written plainly, one turn after the other, answers end with "
-        f"{tokenizer.eos_token}, and this template is saved with the trained model; data.chat_template names another"
+        "the model has no chat template: turns are concatenated without markers, answers end with "
+        f"{tokenizer.eos_token}, and this template is saved with the trained model; data.chat_template sets another"
     )
 
 
@@ -82,7 +82,7 @@ def apply(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> None:
     if not path.is_file():
         known = ", ".join(BUILTIN)
         raise DataError(
-            f"data.chat_template: '{setting}' is neither a file here (looked for {path.absolute()}) nor one of {known}"
+            f"data.chat_template: '{setting}' is neither a file (looked for {path.absolute()}) nor one of {known}"
             f"{suggest(setting, BUILTIN)}"
         )
     tokenizer.chat_template = _read(path)
@@ -103,5 +103,5 @@ def _read(path: Path) -> str:
     except TemplateSyntaxError as error:
         raise DataError(f"data.chat_template: {path}, line {error.lineno}: {error.message}") from None
     if "messages" not in text:
-        raise DataError(f"data.chat_template: {path} is no chat template, it never mentions `messages`")
+        raise DataError(f"data.chat_template: {path} is not a chat template: it does not use `messages`")
     return text

@@ -61,9 +61,9 @@ def windows(
     count = len(stream) // payload
     if not count:
         raise DataError(
-            f"the text has {total} tokens, which is less than one window of {length}"
+            f"the text has only {total} tokens, fewer than one window of {length}"
             + (f" after the first {skip}" if skip else "")
-            + "; name more text in data.*, or ask for shorter windows"
+            + "; add more text in data.*, or use shorter windows"
         )
     packed = torch.tensor(stream[: count * payload], dtype=torch.long).view(count, payload)
     if bos is None:
@@ -118,7 +118,7 @@ def heldout_windows(data: DataSpec, tokenizer: PreTrainedTokenizerBase, *, token
     used = {(spec.source, spec.config, spec.split) for spec in (*data.train, *(data.calibration or ()))}
     for spec in data.text:
         if spec.source != BUILTIN and (spec.source, spec.config, spec.split) in used:
-            raise DataError(f"data.text: {spec.source} is also used for training or calibration; name other text")
+            raise DataError(f"data.text: {spec.source} is also used for training or calibration; use other text")
     return windows(_documents(data.text, tokenizer, "heldout"), tokenizer, tokens=tokens, length=length)
 
 

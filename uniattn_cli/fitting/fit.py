@@ -218,7 +218,7 @@ def _solve(attention: nn.Module, index: int, problem: _Problem, solved: tuple[bo
     judge = problem.judge
     if not (problem.fit.ff.isfinite().all() and problem.fit.fy.isfinite().all() and judge.yy.isfinite()):
         raise ModelError(
-            f"layer {index} cannot be fitted: hidden states overflow in {_dtype(attention)}; set model.dtype to "
+            f"cannot fit layer {index}: hidden states overflow in {_dtype(attention)}; set model.dtype to "
             "bfloat16 or float32"
         )
     if problem.positions is not None:

@@ -62,7 +62,7 @@ def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> None:
     if measured != fingerprint:
         name = record.get("settings", {}).get("model", {}).get("name", "another model")
         raise StageError(
-            f"{run.output('analyze')} is of {name} ({measured}), the recipe's model is {recipe.model.name} "
+            f"{run.output('analyze')} analyses {name} ({measured}), but the recipe's model is {recipe.model.name} "
             f"({fingerprint}); use another run directory or run `uniattn analyze --force`"
         )
 
@@ -81,7 +81,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     shape = attention_shape(config)
     rank = compensation_of(recipe)
     if isinstance(rank, int) and rank > shape.hidden_size:
-        raise LayoutError(f"conversion.rank is {rank}, but the model is only {shape.hidden_size} wide; use full")
+        raise LayoutError(f"conversion.rank is {rank}, but the hidden size is only {shape.hidden_size}; use full")
     fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
     check_protected(spec, shape, fixed)
     if fixed is not None and (spec.head_map == "identity" or not _plain_leaders(fixed)):
@@ -99,7 +99,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     if spec.search == "thorough":
         if not load:
             raise LayoutError(
-                "a dry run cannot search thoroughly; run `uniattn group` first, or use --search fast, with one of "
+                "a dry run cannot use the thorough search; run `uniattn group` first, or use --search fast with one of "
                 "--kinds softmax, key, kv"
             )
         return _thorough(bench, budget, rank)
@@ -118,10 +118,10 @@ def _borrows(layout: Layout) -> bool:
 def _matched(recipe: Recipe, load: bool) -> str:
     """How heads were matched, in words."""
     if recipe.layout.head_map == "identity":
-        return "as they are"
+        return "as given"
     if not matches_by_output(recipe):
-        return "matched by similar maps"
-    return "matched by attention output" if load else "matched by similar maps (a dry run converts nothing)"
+        return "matched by similarity of maps"
+    return "matched by attention output" if load else "matched by similarity of maps (a dry run converts nothing)"
 
 
 def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: bool) -> Grouping:
@@ -179,7 +179,7 @@ def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
     proposals = _proposals(bench, budget, rank, runs)
     if not proposals:
         raise LayoutError(
-            f"{budget.words} cannot be met: nothing is left to change with kinds {', '.join(spec.kinds)}; loosen the "
+            f"{budget.words} cannot be met: no layer left to change with kinds {', '.join(spec.kinds)}; relax the "
             "budget, layout.protect, layout.kinds or analysis.max_distance"
         )
     shortlist = bench.validate(proposals) if len(proposals) > 1 else []
@@ -231,7 +231,7 @@ def check_protected(spec: LayoutSpec, shape: AttentionShape, layout: Layout | No
         if not 0 <= layer < shape.layers:
             raise LayoutError(f"layout.protect: layer {layer} does not exist; the model has 0 to {shape.layers - 1}")
         if layout is not None and layout[layer].kind != "own":
-            raise LayoutError(f"layer {layer} is in layout.protect, but the layout makes it '{layout[layer].kind}'")
+            raise LayoutError(f"layer {layer} is in layout.protect, but is '{layout[layer].kind}' in the layout")
 
 
 def _fixed(layout: Layout, note: str) -> Grouping:
@@ -272,10 +272,10 @@ def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape,
         least_parameters = min(counts.values()) / counts[0]
         more = ", layout.protect or analysis.max_distance"
         if budget.unit == "params" and least_parameters == 1:
-            more = "; a full W_c is as large as what these layers lose: set conversion.rank or conversion.solve: output"
+            more = "; a full W_c is as large as the weights saved: set conversion.rank or conversion.solve: output"
         raise LayoutError(
-            f"{budget.words} cannot be met: at most {most.followers} layers can change (KV bytes {least_kv:.3f}, "
-            f"parameters {least_parameters:.3f} of the base's at least); loosen the budget{more}"
+            f"{budget.words} cannot be met: at most {most.followers} layers can change (at least {least_kv:.3f} of the "
+            f"base's KV bytes and {least_parameters:.3f} of its parameters remain); relax the budget{more}"
         )
     return meets[0]
 
@@ -283,7 +283,7 @@ def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape,
 def candidates_table(
     choices: list[Choice], shape: Any, element_size: int, counts: dict[int, int], chosen: Choice | None = None
 ) -> Table:
-    """The frontier at a handful of budgets."""
+    """The candidate layouts at a handful of budgets."""
     steps = max(1, math.ceil((len(choices) - 1) / 8))
     shown = [choice for choice in choices if choice.followers % steps == 0 or choice is chosen]
     own_kv = kv_bytes_per_token(choices[0].layout, shape, element_size)

@@ -103,14 +103,14 @@ class Considered:
         write_json(directory / JSON_FILE, content)
 
     def reason(self) -> str:
-        """Why the first of the shortlist was taken, in one sentence; empty if nothing was compared."""
+        """Why the first of the shortlist was chosen, in one sentence; empty if nothing was compared."""
         if len(self.shortlist) < 2:
             return ""
         best, second = self.shortlist[:2]
         sure = second.behind > 1.96 * second.behind_stderr
         return (
-            f"'{best.name}' taken: of {len(self.shortlist)} layouts converted and compared on {self.tokens:,} tokens "
-            f"it stays closest to the base (KL {best.divergence:.4f}; '{second.name}' {second.divergence:.4f}"
+            f"'{best.name}' chosen: closest to the base of {len(self.shortlist)} layouts converted and compared on "
+            f"{self.tokens:,} tokens (KL {best.divergence:.4f}; '{second.name}' {second.divergence:.4f}"
             f"{'' if sure else ', a difference within noise'})"
         )
 
@@ -132,8 +132,8 @@ class Considered:
                     behind,
                 ]
             )
-        title = f"shortlist, really converted and compared on {self.tokens:,} tokens (KL in nats per token, 95 %)"
-        return Table(title, ["layout", "changed layers", "KV bytes/token", "KL from base", "behind the best"], rows)
+        title = f"shortlist, converted and compared on {self.tokens:,} tokens (KL in nats per token, 95 %)"
+        return Table(title, ["layout", "changed layers", "KV bytes/token", "KL from base", "above the best"], rows)
 
 
 def kinds_in_words(layout: Layout) -> str:

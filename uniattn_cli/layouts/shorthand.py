@@ -57,9 +57,9 @@ def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layou
         raise LayoutError(f"--groups {text}: '{kind}' is not one of {known}{suggest(kind, CHANGED_KINDS)}")
     if groups == "auto":
         search = "" if KINDS[kind].borrows else " --search thorough"
-        raise LayoutError(f"--groups {text}: to have such layers chosen, use --groups auto --kinds {kind}{search}")
+        raise LayoutError(f"--groups {text}: to choose such layers, use --groups auto --kinds {kind}{search}")
     if "@" in groups or Path(groups).is_file():
-        raise LayoutError(f"--groups {text}: what stands after the @ must be paper, every:N, FIRST-LAST:N or a list")
+        raise LayoutError(f"--groups {text}: the part after @ must be paper, every:N, FIRST-LAST:N or a list")
     followers = parse_groups(groups, shape, compensation)
     changed = plan_alone(kind, shape, compensation)
     plans = [plan if plan.kind == "own" else changed or replace(plan, kind=kind) for plan in followers]

@@ -140,7 +140,7 @@ def frontier_table(points: list[Point], measured: Measured) -> Table:
         kv = kv_bytes_per_token(point.layout, measured.shape, measured.element_size)
         rows.append([f"{kv:,} ({kv / own:.0%})", kinds_in_words(point.layout), point.series, f"{point.value:.4f}"])
     return Table(
-        "frontier: the best layout of any search at each size of the cache (KL on the tokens of the search)",
+        "Pareto front: the best layout of any search at each cache size (KL on the tokens of the search)",
         ["KV bytes/token", "changed layers", "search", "KL from base"],
         rows,
     )

@@ -108,14 +108,14 @@ class Workbench:
         if len(found) < sum(wanted):
             if len(found) < 4:
                 raise DataError(
-                    f"the calibration text holds {len(found)} windows of {spec.length} tokens, and to compare layouts "
-                    "by conversion takes at least 4; name more text in data.calibration, or lower conversion.length"
+                    f"the calibration text has {len(found)} windows of {spec.length} tokens, but comparing layouts by "
+                    "conversion needs at least 4; add more text in data.calibration, or lower conversion.length"
                 )
             judging = [max(1, len(found) * part // sum(wanted)) for part in wanted[1:]]
             wanted = [len(found) - sum(judging), *judging]
             parts = ", ".join(f"{part * spec.length:,}" for part in wanted)
             self.options.progress.warn(
-                f"the calibration text holds {found.numel():,} tokens only: {parts} of them for fit, search, comparison"
+                f"the calibration text has only {found.numel():,} tokens: {parts} of them for fit, search, comparison"
             )
         return Texts(*torch.split(found, wanted))
 
@@ -214,7 +214,7 @@ class Workbench:
         best = found[0][2]
         if not best.isfinite().all():
             raise ModelError(
-                f"no layout of the shortlist gives finite predictions in {str(base.dtype).removeprefix('torch.')}; "
+                f"no layout in the shortlist gives finite logits in {str(base.dtype).removeprefix('torch.')}; "
                 "set model.dtype to bfloat16 or float32"
             )
         return [

@@ -57,10 +57,10 @@ FAMILIES = {
         Family("mistral", "UniAttnMistral", "Mistral 7B, Mistral NeMo, Zephyr", "full or sliding"),
         Family("mixtral", "UniAttnMixtral", "Mixtral 8x7B, 8x22B", "full or sliding"),
         Family("qwen2", "UniAttnQwen2", "Qwen2, Qwen2.5, QwQ", "full, or sliding from some layer on"),
-        Family("qwen3", "UniAttnQwen3", "Qwen3 0.6B to 32B", "full, or sliding from some layer on"),
+        Family("qwen3", "UniAttnQwen3", "Qwen3 0.6B to 32B", "full, or sliding from a certain layer on"),
         Family("qwen3_moe", "UniAttnQwen3Moe", "Qwen3-30B-A3B, Qwen3-235B-A22B"),
         Family(
-            "gemma2", "UniAttnGemma2", "Gemma 2 2B to 27B", "sliding and full in turn", WITHOUT_SDPA, post_norm=True
+            "gemma2", "UniAttnGemma2", "Gemma 2 2B to 27B", "alternating sliding and full", WITHOUT_SDPA, post_norm=True
         ),
         Family("gemma3_text", "UniAttnGemma3Text", "Gemma 3 270M, 1B", "five sliding, then one full", post_norm=True),
         Family("gemma", "UniAttnGemma", "Gemma 1 2B, 7B"),
@@ -92,13 +92,13 @@ def family_of(model_type: str) -> Family:
 
 
 def check_target(model_type: str, target: str) -> None:
-    """Refuses a target of the fit that a family has no use for.
+    """Rejects a target of the fit that a family does not support.
 
     Raises:
         RecipeError: the residual stream, where the attention output is normed or scaled before it gets there.
     """
     if target == "residual" and family_of(model_type).post_norm:
         raise RecipeError(
-            f"conversion.target: models of type '{model_type}' norm or scale the attention output before adding it to "
-            "the residual stream, so a fit cannot aim at that; use attention"
+            f"conversion.target: models of type '{model_type}' normalise or scale attention outputs before adding them "
+            "to the residual stream, so the fit cannot target it; use attention"
         )

@@ -30,7 +30,7 @@ class Source:
 
 
 def locate(name: str, revision: str | None = None) -> Source:
-    """Finds a model directory or a hub model; of the latter only the configuration is fetched.
+    """Finds a model directory or a hub model; only the configuration of the latter is downloaded.
 
     Raises:
         ModelError: nothing is there, it is gated, or there is no network and no copy in the cache.
@@ -71,10 +71,10 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
         except transport_errors(OfflineModeIsEnabled):
             offline = True
         except HfHubHTTPError as error:
-            offline, trouble = True, f"answers with HTTP status {error.response.status_code}"
+            offline, trouble = True, f"returns HTTP status {error.response.status_code}"
         except ValueError:
             # A sign-in page or a proxy in the hub's place; it speaks no JSON.
-            offline, trouble = True, "does not answer like a hub"
+            offline, trouble = True, "gives no valid answer"
         config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
     except GatedRepoError:
         raise ModelError(f"{name} is gated: accept its terms on its hub page, then run `hf auth login`") from None
@@ -84,13 +84,13 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
         raise ModelError(f"{name} has no revision '{revision or 'main'}'") from None
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"{name} is not a directory here, not in the cache {constants.HF_HUB_CACHE}, and the hub {trouble}; "
-            "check the name, connect, or give a directory that holds the model"
+            f"{name} is neither a directory nor in the cache {constants.HF_HUB_CACHE}, and the hub {trouble}; "
+            "check the name and the network, or give the directory of the model"
         ) from None
     except EntryNotFoundError:
         raise ModelError(f"{name} has no config.json; it is not a transformers model") from None
     except HfHubHTTPError as error:
-        raise ModelError(f"{name}: the hub answers with HTTP status {error.response.status_code}; try later") from None
+        raise ModelError(f"{name}: the hub returns HTTP status {error.response.status_code}; try again later") from None
     except HFValidationError:
         raise ModelError(f"'{name}' is neither a directory nor a valid hub id (OWNER/NAME)") from None
     return Source(name, config.parent, config.parent.name, on_hub=True)
@@ -117,5 +117,5 @@ def _fetch(source: Source, *, weights: bool = True) -> Path:
 
 
 def context_window(config: Any) -> int | None:
-    """The most tokens of a sequence that a model was made for, None where its configuration does not say."""
+    """The longest sequence that a model supports, None if its configuration does not say."""
     return getattr(config, "max_position_embeddings", None)

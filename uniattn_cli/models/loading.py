@@ -35,14 +35,14 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
     if converted and not is_converted(model_type):
         raise CheckpointError(f"{source.name} is not a converted checkpoint (model_type '{model_type}')")
     if converted is False and is_converted(model_type):
-        raise ModelError(f"the model is already converted ('{model_type}'); give the base model it was made from")
+        raise ModelError(f"the model is already converted ('{model_type}'); give its base model")
     if is_converted(model_type):
         converted_classes(model_type)
     else:
         family_of(model_type)
         architectures = raw.get("architectures") or []
         if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-            raise ModelError(f"{source.name} is not a causal language model but {architectures[0]}")
+            raise ModelError(f"{source.name} is not a causal language model but a {architectures[0]}")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         raise ModelError(f"{source.name} has quantised weights ({method}); give the unquantised model")
@@ -70,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
-    """Refuses sequences that are longer than the model's window, where every model is equally bad.
+    """Rejects sequences longer than the model's context window, beyond which every model is equally bad.
 
     Args:
         config: of the model.
@@ -81,7 +81,7 @@ def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
     """
     window = context_window(config)
     faults = [
-        f"{key} is {length}, but the model's window is {window}"
+        f"{key} is {length}, but the model's context window is {window}"
         for key, length in lengths.items()
         if window and length > window
     ]
@@ -110,13 +110,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source.name} has no tokenizer that can be loaded: {_last_line(error)}") from None
+        raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {_last_line(error)}") from None
     known = raw.get("vocab_size")
     # Added tokens are not counted: some published models have one more of them than embeddings, and never use it.
     if isinstance(known, int) and tokenizer.vocab_size > known:
         raise ModelError(
-            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}; they do not "
-            "belong together"
+            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}; give the model "
+            "its own tokenizer"
         )
     return tokenizer
 
@@ -142,8 +142,8 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     backend = spec.attention if spec.attention != "auto" else family.attention
     if backend is not None and backend not in family.backends:
         raise ModelError(
-            f"models of type '{family.model_type}' give other numbers with attention backend '{backend}'; "
-            f"use {' or '.join(family.backends)} (model.attention)"
+            f"models of type '{family.model_type}' give wrong results with attention backend '{backend}'; "
+            f"set model.attention to {' or '.join(family.backends)}"
         )
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     try:
@@ -162,7 +162,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
         raise ModelError(f"{source.name} cannot be loaded: {_last_line(error)}") from None
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{source.name} is damaged or does not fit its configuration: {_last_line(error)}"
+            f"{source.name} is damaged or does not match its configuration: {_last_line(error)}"
         ) from None
     wrong = {key: sorted(str(name) for name in info.get(key) or ()) for key in ("missing_keys", "unexpected_keys")}
     wrong["mismatched_keys"] = sorted(
@@ -173,7 +173,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
         if names:
             word = key.removesuffix("_keys")
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{source.name}: {word} weight {names[0]}{more}; the checkpoint is damaged")
+            raise CheckpointError(f"{source.name} is damaged: {word} weight {names[0]}{more}; copy the model again")
     return model.to(device).eval()
 
 

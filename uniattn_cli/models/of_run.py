@@ -61,7 +61,7 @@ def find(run: RunDir, name: str, recipe: Recipe | None = None) -> Source:
     """
     if name == BASE:
         if recipe is None and not run.recipe.is_file():
-            raise StageError(f"'{BASE}' is the model of recipe.yaml, but there is none here; name the model instead")
+            raise StageError(f"'{BASE}' is the model of recipe.yaml, which does not exist here; give a model instead")
         return base_of(recipe or Recipe.load(run.recipe))
     if name not in STAGES:
         return locate(name)
@@ -97,7 +97,7 @@ def with_given(subjects: Sequence[Subject], names: Sequence[str]) -> tuple[list[
     for name in names:
         source = locate(name)
         if any(source.path.resolve() == known.source.path.resolve() for known in found):
-            notes.append(f"{name} is compared already and counted once.")
+            notes.append(f"{name} is already included and counted once.")
             continue
         taken = any(name == known.name for known in found)
         found.append(Subject(f"./{name}" if taken else name, GIVEN, source))
@@ -114,7 +114,7 @@ def newest(run: RunDir) -> Path:
     done = [stage for stage in stages if run.is_complete(stage)]
     if not done:
         raise StageError(
-            f"neither {TRAINED}/ nor {CONVERTED}/ is in {run.root.absolute()}; name a checkpoint, or run "
+            f"{run.root.absolute()} has neither {TRAINED}/ nor {CONVERTED}/; give a checkpoint, or run "
             "`uniattn convert --groups auto` first"
         )
     # Times are in UTC and ISO 8601, so that their order is that of the text; of equal ones the furthest stage.

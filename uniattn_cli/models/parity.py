@@ -48,8 +48,8 @@ def prove_parity(config: Any) -> None:
         import transformers
 
         raise ModelError(
-            f"the converted form of '{config.model_type}' differs from stock by {difference:.1e} under transformers "
-            f"{transformers.__version__}; nothing was converted (please report this)"
+            f"converted code of '{config.model_type}' differs from transformers {transformers.__version__} by "
+            f"{difference:.1e}; nothing was converted, please report this"
         )
 
 

@@ -77,11 +77,11 @@ class RunDir:
         path, next_step = self.output(stage) / STAGE_FILE, f"run `uniattn {COMMANDS[stage]}` again with --force"
         content = read_json(path, next_step)
         if not isinstance(content.get("inputs"), dict):
-            raise StageError(f"{path} is damaged (it is not the record of a stage); {next_step}")
+            raise StageError(f"{path} is damaged (not the record of a stage); {next_step}")
         return content
 
     def check_free(self, stage: str, force: bool) -> None:
-        """Refuses to overwrite, and to begin what could not be written in the end.
+        """Refuses to overwrite, and to start what could not be written in the end.
 
         Raises:
             StageError: the output exists and `force` is off, or the run directory cannot be written to.
@@ -99,7 +99,7 @@ class RunDir:
     def changes(
         self, stage: str, recipe: Recipe | None, inputs: dict[str, Any], decisive: Sequence[str] = ("",)
     ) -> list[str] | None:
-        """What is not as it was when a run of the stage was interrupted.
+        """What has changed since a run of the stage was interrupted.
 
         Args:
             decisive: settings, or sections of them, that must be the same; by default all.

@@ -24,14 +24,14 @@ VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate"
 
 @contextlib.contextmanager
 def file_errors(root: Path) -> Iterator[None]:
-    """Turns the file-system errors that a user can mend into one clear line.
+    """Turns file-system errors that a user can fix into one clear line.
 
     Raises:
         StageError: what could not be written, why, and the next step.
     """
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
-        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+        errno.EDQUOT: "the disk quota is exceeded; free some space and run the same command again",
         errno.EROFS: "the file system is read-only; choose another run directory with -C DIR",
         errno.EACCES: "permission denied; choose another run directory with -C DIR",
         errno.EPERM: "permission denied; choose another run directory with -C DIR",
@@ -86,7 +86,7 @@ def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError
     except (OSError, ValueError) as reason:
         raise error(f"{path} is damaged ({reason}); {next_step}") from None
     if not isinstance(content, dict):
-        raise error(f"{path} is damaged (it holds a {type(content).__name__}, not an object); {next_step}")
+        raise error(f"{path} is damaged (a {type(content).__name__}, not an object); {next_step}")
     return content
 
 
