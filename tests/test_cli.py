@@ -156,7 +156,7 @@ def test_a_right_recipe_passes_and_debug_shows_tracebacks(uniattn, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {name: some/model}\n", encoding="utf-8")
     done = uniattn("recipe", "--check", "mine.yaml")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "mine.yaml: no faults" in done.stdout
+    assert "mine.yaml: valid" in done.stdout
     done = uniattn("recipe", "--check", "absent.yaml", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -176,7 +176,7 @@ def test_a_run_directory_that_is_missing(uniattn, tmp_path):
         (DataError("rows.jsonl is empty"), 1, "error: rows.jsonl is empty"),
         (UsageError("--device x: no such device"), 2, "error: --device x: no such device"),
         (RecipeError(["one", "two"]), 1, "error: one\nerror: two"),
-        (KeyboardInterrupt(), 130, "the same command continues from its last checkpoint"),
+        (KeyboardInterrupt(), 130, "the same command resumes from its last checkpoint"),
         (MemoryError(), 1, "error: out of memory; try --set train.micro_batch_size=1"),
         (RuntimeError("MPS backend out of memory"), 1, "error: out of memory; try --set train.micro_batch_size=1"),
     ],

@@ -328,8 +328,8 @@ def test_a_chat_through_a_pipe(run):
         first, second = (said.text for said in chat.say(text, Listener()).values())
         wanted += f"[base]\n{first}\n\n[converted]\n{second}\n\n"
     assert done.stdout == wanted + "[base]\n"
-    assert "unknown command /what; /reset begins anew" in done.stderr
-    assert "window is 1,024; shorten it; this turn is forgotten" in done.stderr
+    assert "unknown command /what; /reset resets the conversation" in done.stderr
+    assert "window is 1,024; shorten it; this turn was discarded" in done.stderr
     assert len(re.findall(r"KV cache [\d,]+ B", done.stderr)) == 6
 
 
@@ -355,9 +355,9 @@ def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
         (
             ["generate", "a", "b", "c"],
             2,
-            "error: got 3 arguments, but at most [CHECKPOINT] PROMPT; put the",
+            "error: got 3 arguments, expected at most [CHECKPOINT] PROMPT; quote the",
         ),
-        (["generate", "hi", "--greedy", "--top-p", "0.9"], 2, "error: --greedy takes the likeliest token; leave"),
+        (["generate", "hi", "--greedy", "--top-p", "0.9"], 2, "error: --greedy excludes sampling; remove"),
         (["generate", "hi", "--top-p", "1.5"], 2, "error: --top-p must be above 0 and at most 1, not 1.5"),
         (["generate", "hi", "--temperature", "-1"], 2, "error: --temperature must be at least 0, not -1"),
         (["chat", "--max-new-tokens", "0"], 2, "error: --max-new-tokens must be at least 1, not 0"),

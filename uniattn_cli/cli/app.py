@@ -14,7 +14,7 @@ from uniattn_cli.cli.guard import guard
 
 app = typer.Typer(
     name="uniattn",
-    help="Let the layers of a pre-trained LLM share their Softmax maps, post-train it, and measure the outcome.\n\n"
+    help="Let layers of a pre-trained LLM share Softmax maps, post-train it, and measure the result.\n\n"
     "\b\nIn an empty folder:\n  uniattn analyze HuggingFaceTB/SmolLM2-135M-Instruct\n  uniattn convert --groups auto\n"
     "  uniattn train recipe.yaml\n  uniattn eval",
     no_args_is_help=True,
@@ -71,7 +71,7 @@ def recipe(
 ) -> None:
     """List all settings, or check a recipe.
 
-    Ready recipes to start from are another command, `uniattn recipes`.
+    For ready recipes to start from, see `uniattn recipes`.
 
     \b
     Example:
@@ -93,7 +93,7 @@ app.add_typer(recipes.app, name="recipes")
 def families(debug: DebugOption = False) -> None:
     """List the model families that can be converted.
 
-    With well-known models, what their layers attend to, and the attention backends that they can use.
+    With well-known models, their attention masks, and the attention backends they support.
 
     \b
     Example:
@@ -108,9 +108,9 @@ def families(debug: DebugOption = False) -> None:
 
 @app.command()
 def doctor(debug: DebugOption = False) -> None:
-    """Show what this machine has and lacks.
+    """Show what this machine supports and what is missing.
 
-    Versions, devices, dtypes, attention backends, caches, free disk, and the extras that are not installed.
+    Versions, devices, dtypes, attention backends, caches, free disk space, and extras that are not installed.
 
     \b
     Example:

@@ -142,7 +142,7 @@ class RichProgress:
         finally:
             self._open -= 1
             if self._open:
-                # A bar inside another one has done its duty; the outer one tells what is left.
+                # The outer bar shows what is left.
                 bars.remove_task(task)
             else:
                 bars.stop()

@@ -1,4 +1,4 @@
-"""`uniattn doctor`: what this machine has, and the command that installs what is missing."""
+"""`uniattn doctor`: what this machine supports, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from uniattn_cli.tables import Result, Table
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "huggingface_hub", "safetensors", "tokenizers")
 # Extra -> (distribution, what it is for).
 EXTRAS = {
-    "eval": ("lm_eval", "tasks of lm-evaluation-harness in `uniattn eval`"),
+    "eval": ("lm_eval", "lm-evaluation-harness tasks in `uniattn eval`"),
     "gguf": ("gguf", "base models in GGUF files"),
-    "lora": ("peft", "low-rank adapters in training"),
+    "lora": ("peft", "LoRA training"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,7 +51,7 @@ def _versions() -> Table:
     rows = [["python", platform.python_version()], ["system", f"{platform.system()} {platform.machine()}"]]
     rows += [[name, _version(name) or "missing"] for name in PACKAGES]
     rows += [[f"{package} (extra: {name})", _version(package) or "missing"] for name, (package, _) in EXTRAS.items()]
-    return Table("Versions", ["what", "version"], rows)
+    return Table("Versions", ["component", "version"], rows)
 
 
 def _import_torch() -> ModuleType | None:
@@ -117,7 +117,7 @@ def _backends(torch: ModuleType) -> Table:
         rows.append([name, "yes" if installed and cuda else "no", reason])
     flex = importlib.util.find_spec("torch.nn.attention.flex_attention") is not None
     rows.append(["flex_attention", "yes" if flex else "no", "compiled on first use" if flex else "needs torch 2.5"])
-    return Table("Attention backends", ["backend", "usable", "remark"], rows)
+    return Table("Attention backends", ["backend", "usable", "note"], rows)
 
 
 def _places() -> Table:
@@ -129,7 +129,7 @@ def _places() -> Table:
         "datasets cache": Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser(),
     }
     rows = [[name, str(path), _gigabytes(_free(path))] for name, path in places.items()]
-    return Table("Places", ["place", "path", "free disk"], rows)
+    return Table("Folders", ["folder", "path", "free disk"], rows)
 
 
 def _free(path: Path) -> int:

@@ -14,10 +14,10 @@ def list_families() -> Result:
         # flash_attention_2 and _3 are one thing to a reader.
         backends = dict.fromkeys(name.split("_")[0] for name in family.backends)
         rows.append([family.model_type, family.models, family.masks, ", ".join(backends)])
-    table = Table("", ["model_type", "models", "what layers attend to", "attention backends"], rows)
+    table = Table("", ["model_type", "models", "attention masks", "attention backends"], rows)
     notes = [
         f"Every kind of layer works in every family: {', '.join(KINDS)}.",
-        "Layers share with layers of the same sort only: full, sliding, with or without positions.",
-        "`uniattn convert` proves on a tiny model of the same configuration that nothing else is changed.",
+        "Layers share only with layers of the same type: full, sliding, with or without positions.",
+        "`uniattn convert` checks on a tiny model of the same configuration that nothing else changes.",
     ]
     return Result(title=f"{len(rows)} model families", tables=[table], notes=notes)

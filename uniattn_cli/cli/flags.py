@@ -63,7 +63,7 @@ RunDirOption = Annotated[
         "--run-dir",
         metavar="DIR",
         file_okay=False,
-        help="Work as if started in DIR: recipe and outputs lie there and every path is relative to it.",
+        help="Work as if started in DIR: recipe and outputs are there, and paths are relative to it.",
     ),
 ]
 SetOption = Annotated[
@@ -72,20 +72,19 @@ SetOption = Annotated[
         "--set",
         metavar="KEY=VALUE",
         autocompletion=complete_setting,
-        help="Use this value instead of the recipe's; repeatable. `uniattn recipe` lists the keys.",
+        help="Override a setting of the recipe; repeatable. `uniattn recipe` lists the keys.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a complete output directory.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below print.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the output of libraries.")]
 GroupsOption = Annotated[
     str | None,
     typer.Option(
         "--groups",
         metavar="auto|[KIND@]paper|every:N|FIRST-LAST:N|LIST|FILE",
         autocompletion=complete_groups,
-        help="Which layers share; key@every:4 makes them layers of another kind than softmax [recipe: layout.groups, "
-        "default auto].",
+        help="Which layers share; key@every:4 for another kind than softmax [recipe: layout.groups, default auto].",
         show_default=False,
     ),
 ]
@@ -98,8 +97,8 @@ KindsOption = Annotated[
     typer.Option(
         "--kinds",
         metavar="KIND,...",
-        help=f"Kinds that changed layers may have: one of {', '.join(BORROWING_KINDS)}; a thorough search takes "
-        f"several, of {', '.join(CHANGED_KINDS)} [recipe: layout.kinds].",
+        help=f"Kinds that changed layers may have: one of {', '.join(BORROWING_KINDS)}; with --search thorough any of "
+        f"{', '.join(CHANGED_KINDS)} [recipe: layout.kinds].",
         show_default=False,
     ),
 ]

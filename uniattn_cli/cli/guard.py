@@ -44,10 +44,10 @@ LESS_MEMORY = {
 }
 # What the same command does after an interruption; the others start over.
 RESUMED = {
-    "train": "continues from its last checkpoint",
-    "eval": "goes on where it was",
-    "compare": "goes on where it was",
-    "sweep": "goes on where it was",
+    "train": "resumes from its last checkpoint",
+    "eval": "resumes",
+    "compare": "resumes",
+    "sweep": "resumes",
 }
 
 
@@ -84,7 +84,7 @@ def run_stage(
         options = RunOptions(device=common.device, force=common.force, progress=RichProgress())
         with run_directory(common.run_dir, create=name == "analyze"), file_errors(Path(".")):
             result = call([*overrides, *common.settings], options)
-            # Of the processes that a launcher starts, one speaks.
+            # Only one of the processes that a launcher starts prints.
             if os.environ.get("RANK", "0") == "0":
                 show(result)
 
@@ -138,7 +138,7 @@ def guard(name: str, debug: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         again = RESUMED.get(name, "starts over")
-        _fail([f"interrupted; nothing half-written is left in the way, and the same command {again}"], debug)
+        _fail([f"interrupted; no partial output is left, and the same command {again}"], debug)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:  # the one place where every other exception ends: it is a bug, and says so
         if not is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""The commands that make a run: analysis, layout, conversion, training, evaluation. Each one calls one function."""
+"""The commands of a run: analysis, layout, conversion, training, evaluation. Each one calls one function."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def analyze(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure how alike the layers' maps are.
+    """Measure how similar the layers' attention maps are.
 
-    Says what sharing would save and cost. Writes analysis/ and, if there is none, recipe.yaml.
+    Reports what sharing would save and cost. Writes analysis/ and, if missing, recipe.yaml.
 
     \b
     Example:
@@ -113,7 +113,9 @@ def convert(
     kinds: KindsOption = None,
     head_map: HeadMapOption = None,
     sources: SourcesOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and savings; load and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print layout and savings; load and write nothing.")
+    ] = False,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
     device: DeviceOption = "auto",
@@ -122,8 +124,8 @@ def convert(
 ) -> None:
     """Write the converted checkpoint.
 
-    Fits the changed layers and writes converted/, an ordinary Hugging Face checkpoint. Chooses the
-    layout first where `uniattn group` has not.
+    Fits the changed layers and writes converted/, an ordinary Hugging Face checkpoint. Chooses the layout first unless
+    `uniattn group` has done so.
 
     \b
     Example:
@@ -142,7 +144,7 @@ def convert(
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML file.")] = Path("recipe.yaml"),
     control: Annotated[
-        bool, typer.Option("--control", help="Train the unconverted base in the same way, for comparison.")
+        bool, typer.Option("--control", help="Train the unconverted base the same way, for comparison.")
     ] = False,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
@@ -152,9 +154,9 @@ def train(
 ) -> None:
     """Post-train the converted model.
 
-    Runs the stages that the recipe lists and writes trained/. After an interruption the same command continues from
-    the last checkpoint. With --control the base sees the same rows in the same order, and control/ is written: what
-    sharing costs is the difference between the two.
+    Runs the stages of the recipe and writes trained/. After an interruption the same command resumes from the last
+    checkpoint. With --control it trains the base on the same rows in the same order and writes control/; the difference
+    between the two is the cost of sharing.
 
     \b
     Example:
@@ -177,15 +179,15 @@ def data(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Show other rows; changes nothing else.")
     ] = None,
-    split: Annotated[Part, typer.Option("--split", help="Rows that are trained on, or held-out ones.")] = Part.train,
+    split: Annotated[Part, typer.Option("--split", help="Training rows or held-out rows.")] = Part.train,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Show what training sees: rows, masks, lengths, steps.
 
-    Decodes some rows, what is learned of them in colour, and counts what is cut, left out or repeated. Needs the
-    model's tokenizer, not its weights, and nothing else to have been run.
+    Decodes some rows, with the tokens that count in the loss in colour, and counts what is truncated, dropped or
+    repeated. Needs only the model's tokenizer, no weights and no other stage.
 
     \b
     Example:
@@ -212,10 +214,10 @@ def synthesize(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Let a model write training rows, where there are few.
+    """Generate training rows with a model, if there are too few.
 
-    Continues passages of the recipe's texts and answers the questions of its conversations, never of held-out ones.
-    Writes synthetic/, whose files data.train can name.
+    Continues passages of the recipe's texts and answers the questions of its conversations, never held-out ones.
+    Writes synthetic/, whose files can be listed in data.train.
 
     \b
     Example:
@@ -233,7 +235,7 @@ def synthesize(
 
 def evaluate(
     checkpoints: Annotated[
-        list[str] | None, typer.Argument(metavar="[CHECKPOINT]...", help="Further checkpoint directories.")
+        list[str] | None, typer.Argument(metavar="[CHECKPOINT]...", help="Additional checkpoint directories.")
     ] = None,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
@@ -243,7 +245,7 @@ def evaluate(
 ) -> None:
     """Compare base, control, converted and trained model.
 
-    Measures quality, size and speed side by side and writes evaluation/.
+    Measures quality, size and speed of each and writes evaluation/.
 
     \b
     Example:

@@ -11,8 +11,8 @@ from uniattn_cli.cli.guard import guard
 from uniattn_cli.tables import Result, Table
 
 app = typer.Typer(
-    help="Ready recipes to start from: list, show, copy.\n\nThe settings that a recipe can have are another command, "
-    "`uniattn recipe`.\n\n\b\nExample:\n  uniattn recipes copy qwen3-0.6b",
+    help="Ready recipes to start from: list, show, copy.\n\nFor the settings of a recipe, see `uniattn recipe`."
+    "\n\n\b\nExample:\n  uniattn recipes copy qwen3-0.6b",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
@@ -38,8 +38,8 @@ def _list(context: typer.Context, debug: DebugOption = False) -> None:
         rows = [[entry.name, entry.recipe.model.name, entry.purpose] for entry in found]
         notes = [
             "Start with one of them: uniattn analyze --recipe NAME",
-            "Change it first: uniattn recipes copy NAME (writes recipe.yaml; then uniattn data, uniattn analyze)",
-            "Look at one: uniattn recipes show NAME. What settings there are: uniattn recipe",
+            "Copy one to edit it: uniattn recipes copy NAME (writes recipe.yaml; then uniattn data, uniattn analyze)",
+            "Show one: uniattn recipes show NAME. List all settings: uniattn recipe",
         ]
         table = Table("", ["name", "model", "what it does"], rows)
         show(Result(title=f"{len(rows)} ready recipes", tables=[table], notes=notes))
@@ -66,7 +66,7 @@ def copy(
     file: Annotated[
         Path, typer.Argument(metavar="[FILE]", help="The new file, or a folder for it.", show_default="recipe.yaml")
     ] = Path("recipe.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Copy a ready recipe into recipe.yaml or another file.
@@ -83,5 +83,5 @@ def copy(
         with file_errors(Path(".")):
             written = ready.copy(name, file, force=force)
         default = written.resolve() == Path("recipe.yaml").resolve()
-        follow = "uniattn data, then uniattn analyze" if default else f"uniattn analyze --recipe {written}"
-        show(Result(title=f"wrote {written}", notes=[f"next: edit it at will; {follow}"]))
+        follow = "uniattn data and uniattn analyze" if default else f"uniattn analyze --recipe {written}"
+        show(Result(title=f"wrote {written}", notes=[f"next: edit it as needed, then {follow}"]))

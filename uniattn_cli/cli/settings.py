@@ -61,7 +61,7 @@ def list_settings(section: str | None = None) -> Result:
         for name, entries in groups.items()
         if section in (None, name)
     ]
-    notes = ["Any of them for one command: --set KEY=VALUE, for example --set analysis.tokens=8192"]
+    notes = ["To override one for a single command: --set KEY=VALUE, for example --set analysis.tokens=8192"]
     return Result(title="Settings of recipe.yaml", tables=tables, notes=notes)
 
 
@@ -139,7 +139,7 @@ def _default(entry: dataclasses.Field) -> str:
 
 
 def check(path: Path, overrides: Sequence[str]) -> Result:
-    """Reads a recipe and says that it is right.
+    """Reads and checks a recipe.
 
     Raises:
         RecipeError: all its faults.
@@ -147,7 +147,7 @@ def check(path: Path, overrides: Sequence[str]) -> Result:
     recipe = Recipe.load(path, overrides)
     stages = ", ".join(stage.name or stage.trains for stage in recipe.train.stages)
     note = f"model {recipe.model.name}; training stages: {stages}"
-    return Result(title=f"{path}: no faults", notes=[note])
+    return Result(title=f"{path}: valid", notes=[note])
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise UsageError(f"{option} {text}: give positive numbers with commas between, such as 1,16")
+        raise UsageError(f"{option} {text}: give positive numbers separated by commas, such as 1,16")
     return found
 
 

@@ -1,4 +1,4 @@
-"""`uniattn generate` and `uniattn chat` at the terminal: arguments, what is printed while a model speaks, the loop."""
+"""`uniattn generate` and `uniattn chat` at the terminal: arguments, streamed output, the chat loop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from uniattn_cli.commands.generate import Chat
     from uniattn_cli.generation.decode import Answer, Decoding
 
-COMMANDS = "/reset begins anew, /exit or Ctrl-D ends"
-ENDED = {"length": "cut at --max-new-tokens", "window": "the model's window is full"}
+COMMANDS = "/reset resets the conversation, /exit or Ctrl-D quits"
+ENDED = {"length": "stopped at --max-new-tokens", "window": "the context window is full"}
 
 
 class Printer:
@@ -49,7 +49,7 @@ def describe(name: str, answer: Answer) -> str:
     rate = answer.tokens_per_second
     parts = [
         f"{len(answer.tokens):,} tokens",
-        "rate not known" if rate is None else f"{rate:.1f} tokens/s after the first",
+        "speed unknown" if rate is None else f"{rate:.1f} tokens/s after the first",
         f"first after {answer.first * 1e3:.0f} ms",
         f"prompt {answer.prompt:,} tokens" + (f", {answer.reused:,} of them cached" if answer.reused else ""),
         f"KV cache {answer.kv_bytes:,} B for {answer.cached:,} tokens",
@@ -71,11 +71,11 @@ def make_decoding(
 
     sampling = temperature is not None or top_p is not None
     if greedy and sampling:
-        raise UsageError("--greedy takes the likeliest token; leave --temperature and --top-p out, or --greedy")
+        raise UsageError("--greedy excludes sampling; remove it, or remove --temperature and --top-p")
     if not sampling:
         return Decoding(max_new_tokens, seed=seed)
     if temperature == 0 and top_p is not None:
-        raise UsageError("--temperature 0 is greedy, so that --top-p changes nothing; leave one of them out")
+        raise UsageError("--temperature 0 is greedy, so --top-p has no effect; remove one of them")
     return Decoding(
         max_new_tokens, 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed
     )  # fmt: skip
@@ -91,7 +91,7 @@ def split_arguments(words: Sequence[str]) -> tuple[str | None, str]:
         DataError: stdin is not text.
     """
     if len(words) > 2:
-        raise UsageError(f"got {len(words)} arguments, but at most [CHECKPOINT] PROMPT; put the prompt into quotes")
+        raise UsageError(f"got {len(words)} arguments, expected at most [CHECKPOINT] PROMPT; quote the prompt")
     if len(words) == 2:
         checkpoint, prompt = words
     elif words and (Path(words[0]).expanduser() / "config.json").is_file():
@@ -168,7 +168,7 @@ def run_chat(
             break
         if words == "/reset":
             chat.reset()
-            options.progress.note("begun anew")
+            options.progress.note("conversation reset")
         elif words.startswith("/") and " " not in words:
             options.progress.note(f"unknown command {words}; {COMMANDS}")
         elif words:
@@ -177,14 +177,14 @@ def run_chat(
 
 
 def take_turn(chat: Chat, line: str, printer: Printer, options: RunOptions) -> None:
-    """One turn; what can be mended is told in a line, and the conversation goes on as if it had not been said."""
+    """One turn; after an error that the user can fix, the conversation continues without this turn."""
     try:
         chat.say(line, printer)
     except KeyboardInterrupt:
         print(flush=True)
-        options.progress.note("stopped; this turn is forgotten")
+        options.progress.note("stopped; this turn was discarded")
     except DataError as error:
-        options.progress.warn(f"{error}; this turn is forgotten, /reset begins anew")
+        options.progress.warn(f"{error}; this turn was discarded, /reset resets the conversation")
 
 
 def next_line() -> str | None:

@@ -16,7 +16,7 @@ from uniattn_cli.cli.guard import Common, guard, run_stage
 
 
 class Runner(str, enum.Enum):
-    """What can run a model here."""
+    """What can run a model."""
 
     auto = "auto"
     engine = "engine"
@@ -32,37 +32,38 @@ class Engine(str, enum.Enum):
 
 BesideOption = Annotated[
     str | None,
-    typer.Option("--beside", metavar="MODEL", help="Let this model answer too; named like CHECKPOINT."),
+    typer.Option("--beside", metavar="MODEL", help="A second model to answer, given like CHECKPOINT."),
 ]
-NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Cut the answer there.")]
-TemperatureOption = Annotated[
-    float | None, typer.Option("--temperature", metavar="T", help="Sample, with logits divided by T.")
+NewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="Largest number of generated tokens.")
 ]
+TemperatureOption = Annotated[float | None, typer.Option("--temperature", metavar="T", help="Sampling temperature.")]
 TopPOption = Annotated[
-    float | None, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens that make up P.")
+    float | None,
+    typer.Option("--top-p", metavar="P", help="Nucleus sampling: total probability of the tokens to draw from."),
 ]
-GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token; the default.")]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampling.", min=0)]
-StatsOption = Annotated[bool, typer.Option("--stats", help="Tell tokens per second and KV-cache bytes of each answer.")]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Greedy decoding, the default.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.", min=0)]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Print tokens per second and KV-cache bytes per answer.")]
 
 
 def serve(
     context: typer.Context,
     directory: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="A checkpoint, or a run directory: its newest checkpoint.")
+        Path, typer.Argument(metavar="[DIR]", help="A checkpoint, or a run directory with one (the newest is used).")
     ] = Path("."),
-    engine: Annotated[Engine, typer.Option("--engine", help="What serves it.")] = Engine.vllm,
+    engine: Annotated[Engine, typer.Option("--engine", help="Serving engine.")] = Engine.vllm,
     program: Annotated[
         str | None,
-        typer.Option("--program", metavar="PATH", help="The engine's program, if it is installed elsewhere."),
+        typer.Option("--program", metavar="PATH", help="The engine's executable, if not on the PATH."),
     ] = None,
-    print_: Annotated[bool, typer.Option("--print", help="Print the command line and start nothing.")] = False,
+    print_: Annotated[bool, typer.Option("--print", help="Print the command line without running it.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Serve a checkpoint with vLLM or transformers.
 
-    Checks the checkpoint, shows the engine's command line and becomes it. Options that are not listed here go to the
-    engine, which has its own help: `vllm serve --help`.
+    Checks the checkpoint, prints the engine's command line and runs it. Options not listed here are passed on to the
+    engine, see `vllm serve --help`.
 
     \b
     Example:
@@ -80,33 +81,37 @@ def serve(
 
 def push(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A converted checkpoint, such as trained; its README.md is the card.")
+        Path,
+        typer.Argument(metavar="DIR", help="A converted checkpoint, such as trained; its README.md replaces the card."),
     ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="Branch, made if it is missing; default: main.")
+        str | None,
+        typer.Option("--revision", metavar="BRANCH", help="Branch, created if missing; default: main."),
     ] = None,
-    message: Annotated[str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option("--message", metavar="TEXT", help="Commit message.")] = None,
     base_model: Annotated[
         str | None,
-        typer.Option("--base-model", metavar="ID", help="Hub id of the base, where the recipe names a directory."),
+        typer.Option("--base-model", metavar="ID", help="Hub id of the base, if the recipe has a directory."),
     ] = None,
     licence: Annotated[
         str | None,
-        typer.Option("--license", metavar="ID", help="Such as apache-2.0; default: what the base's card says."),
+        typer.Option("--license", metavar="ID", help="Such as apache-2.0; default: the licence in the base's card."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the model card and the files; needs no network.")
     ] = False,
     run_dir: RunDirOption = Path("."),
-    force: Annotated[bool, typer.Option("--force", help="Add a commit to a repository that holds files.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Add a commit to a repository that already has files.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Upload a checkpoint with a model card.
 
-    The card states base, layout, costs, figures of `uniattn eval`, data, training and licence. Everything goes up in
-    one commit, so that the repository is never half a model.
+    The card states base, layout, costs, figures of `uniattn eval`, data, training and licence. Everything is uploaded
+    in one commit, so that the repository is never incomplete.
 
     \b
     Example:
@@ -148,10 +153,10 @@ def compare(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare any models: one table, and who is beaten by nobody.
+    """Compare any models in one table, with the Pareto front.
 
-    Checkpoints are evaluated alike, finished evaluations are read; what was scored on other items or with other
-    settings is refused. Writes comparison/ with table, figures and a picture of quality against KV bytes and speed.
+    Checkpoints are evaluated in the same way, finished evaluations are read; results on other items or with other
+    settings are rejected. Writes comparison/ with table, figures and a plot of quality against KV bytes and speed.
 
     \b
     Example:
@@ -188,24 +193,24 @@ def sweep(
             "--kinds",
             metavar="KIND,...;...",
             help="Sets of kinds of layer, such as 'softmax;key;softmax,kv'; several together, pooled, linear and none "
-            "are searched thoroughly.",
+            "use the thorough search.",
         ),
     ] = None,
     solve: Annotated[
         str | None,
         typer.Option("--solve", metavar="WHAT,...", help="What the fit solves: both, compensation, output, none."),
     ] = None,
-    discard: Annotated[bool, typer.Option("--discard", help="Delete the weights of each point once scored.")] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Delete the weights of each point after scoring.")] = False,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Convert under many budgets and draw what each one costs.
+    """Convert under many budgets and plot the cost of each.
 
-    Every combination of budgets, kinds and fits is converted and scored in a folder of its own below sweep/, with the
-    analysis of this run; the base is scored once. After an interruption the same command goes on where it was.
+    Every combination of budgets, kinds and fits is converted and scored in its own folder in sweep/, with the
+    analysis of this run; the base is scored once. After an interruption the same command resumes.
 
     \b
     Example:
@@ -227,9 +232,9 @@ def sweep(
 
 
 def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> None:
-    """Make the page of an evaluation again.
+    """Rewrite the report of an evaluation.
 
-    Writes evaluation/report.html from results.json and what the other stages left, without loading any model.
+    Writes evaluation/report.html from results.json and the outputs of other stages, without loading any model.
 
     \b
     Example:
@@ -249,12 +254,12 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT] [PROMPT]",
-            help="The run's `base`, `control`, `converted` or `trained`, a directory or a hub id, by default what "
-            "train or convert left; and the prompt, by default from stdin.",
+            help="The run's `base`, `control`, `converted` or `trained`, a directory or a hub id (default: the newest "
+            "of trained/ and converted/); and the prompt (default: stdin).",
         ),
     ] = None,
     beside: BesideOption = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the chat template.")] = False,
     max_new_tokens: NewTokensOption = 256,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -262,7 +267,7 @@ def generate(
     seed: SeedOption = 0,
     engine: Annotated[
         Runner,
-        typer.Option("--engine", help="What runs the model; auto takes this package's engine on a GPU."),
+        typer.Option("--engine", help="What runs the model; auto uses this package's engine on a GPU."),
     ] = Runner.auto,
     stats: StatsOption = False,
     run_dir: RunDirOption = Path("."),
@@ -270,9 +275,9 @@ def generate(
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
-    """Let a model answer a prompt, alone or beside another.
+    """Answer a prompt with one model, or with two for comparison.
 
-    Prints the answer as it comes. Needs no run directory if a checkpoint is named.
+    Streams the answer. Needs no run directory if a checkpoint is given.
 
     \b
     Example:
@@ -300,7 +305,7 @@ def generate(
 def chat(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(metavar="[CHECKPOINT]", help="As in generate."),
+        typer.Argument(metavar="[CHECKPOINT]", help="As in `uniattn generate`."),
     ] = None,
     beside: BesideOption = None,
     max_new_tokens: NewTokensOption = 256,
@@ -314,9 +319,9 @@ def chat(
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
-    """Talk with a model, alone or beside another.
+    """Chat with one model, or with two for comparison.
 
-    One line is one turn; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+    One line is one turn; /reset resets the conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer.
 
     \b
     Example:
@@ -337,7 +342,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT]...",
-            help="Models, the one to compare with first; default: the run's base, converted/ and trained/.",
+            help="Models, the reference first; default: the run's base, converted/ and trained/.",
         ),
     ] = None,
     shape: Annotated[
@@ -349,14 +354,15 @@ def bench(
         typer.Option(
             "--groups",
             metavar="[KIND@]GROUPS",
-            help="A layout to compare with the base of --shape, as in `convert`; kv@paper: the same layers, of another "
-            "kind; repeatable.",
+            help="A layout to compare with the base of --shape, as in convert; kv@paper for another kind; repeatable.",
         ),
     ] = None,
     compensation: Annotated[
         str, typer.Option("--compensation", metavar="full|none|RANK", help="W_c of these layouts.")
     ] = "full",
-    layers: Annotated[int | None, typer.Option("--layers", metavar="N", min=1, help="A shallower --shape.")] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", metavar="N", min=1, help="Number of layers of --shape.")
+    ] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Batch sizes.")] = "1,16",
     context: Annotated[str, typer.Option("--context", metavar="N,...", help="Context lengths, in tokens.")] = (
         "512,4096"
@@ -365,16 +371,16 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Rounds; all models take turns in each.")] = 5,
     stock: Annotated[
         str,
-        typer.Option("--stock", metavar="base|all|none", help="Models that transformers' generate is timed with, too."),
+        typer.Option("--stock", metavar="base|all|none", help="Models to time with transformers' generate as well."),
     ] = "base",
     prompt_tokens: Annotated[
         int,
         typer.Option(
-            "--prompt-tokens", metavar="N", help="No time to first token for batches with more prompt tokens."
+            "--prompt-tokens", metavar="N", help="Skip time to first token for batches with more prompt tokens."
         ),
     ] = 131072,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write.")] = Path("bench"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output directory.")] = Path("bench"),
     run_dir: RunDirOption = Path("."),
     device: DeviceOption = "auto",
     force: ForceOption = False,
