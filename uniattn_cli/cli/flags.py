@@ -36,7 +36,8 @@ def setting(key: str, flag: str, metavar: str | None = None) -> Any:
     """An option that stands for a setting of the recipe and takes its help from there."""
     entry = settings.find(key)
     default = "" if entry.default == "null" else f", default {entry.default}"
-    return typer.Option(flag, metavar=metavar, help=f"{entry.help} [recipe: {key}{default}]", show_default=False)
+    text = f"{entry.help[0].upper()}{entry.help[1:]} [recipe: {key}{default}]"
+    return typer.Option(flag, metavar=metavar, help=text, show_default=False)
 
 
 def complete_setting(incomplete: str) -> list[str]:
@@ -84,7 +85,7 @@ GroupsOption = Annotated[
         "--groups",
         metavar="auto|[KIND@]paper|every:N|FIRST-LAST:N|LIST|FILE",
         autocompletion=complete_groups,
-        help="Which layers share; key@every:4 for another kind than softmax [recipe: layout.groups, default auto].",
+        help="Which layers share; key@every:4 for another kind than softmax [recipe: layout.groups, default auto]",
         show_default=False,
     ),
 ]
@@ -98,7 +99,7 @@ KindsOption = Annotated[
         "--kinds",
         metavar="KIND,...",
         help=f"Kinds that changed layers may have: one of {', '.join(BORROWING_KINDS)}; with --search thorough any of "
-        f"{', '.join(CHANGED_KINDS)} [recipe: layout.kinds].",
+        f"{', '.join(CHANGED_KINDS)} [recipe: layout.kinds]",
         show_default=False,
     ),
 ]

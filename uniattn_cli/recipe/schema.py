@@ -205,7 +205,7 @@ class LayoutSpec:
     params: float | None = setting(None, "budget: keep at most this share of the parameters", above=0, maximum=1)
     search: str = setting(
         "fast",
-        "fast maximises the similarity of maps; thorough converts and scores every candidate, best on a GPU",
+        "search method: fast (maximises the similarity of maps) or thorough (converts every candidate; best on a GPU)",
         choices=("fast", "thorough"),
     )
     kinds: tuple[str, ...] = setting(
