@@ -126,7 +126,7 @@ def test_what_was_written_stays_and_is_looked_for_beside_the_recipe(fresh, monke
     assert located(pickle.loads(pickle.dumps(recipe)).data.chat_template) == fresh / "chat.jinja"
     # OWNER/NAME is on the hub, unless there is such a directory beside the recipe.
     owned = Recipe.load(run.recipe, ["model.name=owner/name"]).model.name
-    with pytest.raises(ModelError, match="owner/name is not a directory here"):
+    with pytest.raises(ModelError, match="owner/name is neither a directory nor"):
         locate(owned)
     shutil.copytree(fresh / ".." / "model", fresh / "owner" / "name")
     assert locate(owned).path == fresh / "owner" / "name"

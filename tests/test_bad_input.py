@@ -146,12 +146,12 @@ def test_a_faulty_setting_is_named_as_it_was_given(arguments, says, refuses, tmp
 ANSWERS = {
     "unknown": (404, {"X-Error-Code": "RepoNotFound"}, b"", ["owner/model: no such model on the hub", "hf auth login"]),
     "gated": (403, {"X-Error-Code": "GatedRepo"}, b"", ["owner/model is gated: accept its terms", "hf auth login"]),
-    "down": (503, {}, b"", ["the hub answers with HTTP status 503", "not in the cache"]),
+    "down": (503, {}, b"", ["the hub returns HTTP status 503", "nor in the cache"]),
     "sign-in page": (
         200,
         {},
         b"<html>please sign in</html>",
-        ["the hub gives no valid answer", "not in the cache"],
+        ["the hub gives no valid answer", "nor in the cache"],
     ),
 }
 
@@ -303,8 +303,8 @@ def test_groups_that_break_an_invariant(groups, says, run, refuses):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--groups", "every:2", "--kv", "0.8"], ["--groups every:2 leaves nothing to choose; leave layout.kv out"]),
-        (["--groups", "every:2", "--set", "layout.params=0.9"], ["leave layout.params out, or use --groups auto"]),
+        (["--groups", "every:2", "--kv", "0.8"], ["--groups every:2 leaves nothing to choose; remove layout.kv"]),
+        (["--groups", "every:2", "--set", "layout.params=0.9"], ["remove layout.params, or use --groups auto"]),
     ],
 )
 def test_a_budget_for_a_fixed_layout(arguments, says, run, refuses):
@@ -351,9 +351,9 @@ def test_a_budget_takes_the_place_of_the_stored_layout(run):
 
 
 def test_lengths_beyond_the_window_of_the_model(template, run, tmp_path):
-    with pytest.raises(RecipeError, match=r"analysis.length is 2048, but the model's window is 1024"):
+    with pytest.raises(RecipeError, match=r"analysis.length is 2048, but the model's context window is 1024"):
         analyze(str(template / "model"), run_dir=tmp_path / "new", overrides=["analysis.length=2048"])
-    with pytest.raises(RecipeError, match=r"conversion.length is 2048, but the model's window is 1024"):
+    with pytest.raises(RecipeError, match=r"conversion.length is 2048, but the model's context window is 1024"):
         convert(run_dir=run, overrides=["conversion.length=2048"], options=FORCE)
 
 

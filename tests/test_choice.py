@@ -251,7 +251,7 @@ def test_kinds_ask_for_a_choice(run):
     assert [found.layout[index].kind for index in found.layout.changed] == ["key"]
     found = group(overrides=overridden("layout.kinds=[key]", "layout.followers=null"), options=CPU)
     assert Recipe.load("recipe.yaml").layout.groups == "auto"
-    with pytest.raises(UsageError, match=r"leave layout\.kinds out, or use --groups auto, or KIND@paper"):
+    with pytest.raises(UsageError, match=r"remove layout\.kinds, or use --groups auto, or KIND@paper"):
         group(groups="paper", overrides=["layout.kinds=[key]"], options=CPU)
 
 

@@ -1,4 +1,4 @@
-"""`uniattn compare`: what may be put side by side, what is refused, and who is beaten by nobody."""
+"""`uniattn compare`: what may be put side by side, what is refused, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def model(perplexity: float, kv: float, speed: float | None = None, **settings) 
     return {"role": "given", "quality": quality, "cost": cost, "verdict": None, **settings}
 
 
-def test_the_front_holds_who_is_beaten_by_nobody():
+def test_the_pareto_front_holds_models_that_no_other_beats():
     models = {
         "base": model(10.0, 100.0, 1.0, role="base"),
         "good": model(11.0, 80.0, 1.1),

@@ -170,8 +170,8 @@ def test_evaluation_compares_with_the_control(run):
         assert difference == pytest.approx(scores["trained"].value - scores["control"].value)
         assert scores["control"].difference_to_control is None
         assert scores["trained"].difference_to_base.value != difference
-    assert "Against the control" in models["trained"]["verdict"]["sentence"]
-    assert "Against the control" not in models["converted"]["verdict"]["sentence"]
+    assert "Compared with the control" in models["trained"]["verdict"]["sentence"]
+    assert "Compared with the control" not in models["converted"]["verdict"]["sentence"]
     assert not any("control/" in note for note in result.notes)
     assert "− control, paired" in (run / "evaluation" / "report.md").read_text()
 
@@ -194,7 +194,7 @@ def test_evaluation_says_that_the_control_is_missing_or_unlike(run):
     assert notes() == []
     change_record(run / "control" / "stage.json", stages=entries[:1])
     (fault,) = notes()
-    assert "control/ is no fair comparison" in fault and "train.stages" in fault
+    assert "control/ is not a fair comparison" in fault and "train.stages" in fault
     # What the base wrote is for a model that has a teacher: that the control lacks it is noted, and no fault.
     written = rows[0] | {"source": "synthetic/text.jsonl", "heldout": False}
     change_record(run / "trained" / "stage.json", train=[*rows, written])
@@ -206,7 +206,7 @@ def test_evaluation_says_that_the_control_is_missing_or_unlike(run):
     assert "differ in data.train, train.stages, the training rows)" in fault
     change_record(path, stages=[stage | {"loss": "distillation"} for stage in entries])
     (note, fault) = notes()
-    assert "control/ did not see synthetic/text.jsonl (heldout: false)" in note
+    assert "control/ was not trained on synthetic/text.jsonl (heldout: false)" in note
     assert "differ in train.stages)" in fault
     shutil.rmtree(run / "control")
     (note,) = notes()

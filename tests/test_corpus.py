@@ -114,7 +114,7 @@ def test_missing_sources_name_the_next_step(stdlib):
 
 def test_missing_topics_name_the_next_step(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(DataError, match=r"pydoc_data.*name a local file"):
+    with pytest.raises(DataError, match=r"pydoc_data.*local files"):
         builtin.text("heldout")
 
 

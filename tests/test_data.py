@@ -267,7 +267,7 @@ def test_a_hub_id_without_network_says_what_was_looked_for(tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as caught:
         load("no-such-owner/no-such-set")
-    for part in (f"looked for {tmp_path}/no-such-owner/no-such-set", "hub data set", "name a local file", ".jsonl"):
+    for part in (f"looked for {tmp_path}/no-such-owner/no-such-set", "hub data set", "use a local file", ".jsonl"):
         assert part in str(caught.value)
 
 
@@ -399,7 +399,7 @@ def test_truncation_and_dropping_are_counted():
     assert pieces(tokenizer, result, 1) == [("q\n", False), ("1234", True)]
     assert (result.counts.tokens, result.counts.supervised) == (5 + 6, 3 + 4)
     assert result.counts.share == 7 / 11
-    with pytest.raises(DataError, match="none of the 1 rows has a token that counts in the loss within 6 tokens"):
+    with pytest.raises(DataError, match="none of the 1 rows has a loss token within its first 6 tokens"):
         sequences.tokenize(chat_rows(lost), tokenizer, max_length=6, loss="responses")
 
 

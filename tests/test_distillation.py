@@ -355,7 +355,7 @@ def test_a_teacher_on_disk_is_written_once_for_the_same_settings(run):
         teaching = Teaching(recipe, locate(str(run / "base")), rows, "data", run, process, said)
         stored = teaching.distillation(None, torch.device("cpu")).stored
         assert stored.ids.shape == (2, 6)
-    assert [("are read from" in note) for note in said.notes] == [False, True, False]
+    assert [("read from" in note) for note in said.notes] == [False, True, False]
     # Another temperature is another teacher.
     assert len(list((run / "teacher").iterdir())) == 2
 

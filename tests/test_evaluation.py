@@ -325,7 +325,7 @@ def test_bytes_of_different_dtypes_are_not_compared(compared):
         assert found[name].ratio_to_base is None and wording.as_ratio(found[name]) == "other dtype"
     entry = compared.results["models"]["converted"]
     text = verdict.verdict("it", compared.results["models"]["base"], {**entry, "cost": found})["sentence"]
-    assert "another dtype of the KV cache" in text
+    assert "a different dtype of the KV cache" in text
     notes = results._limits({"base": base, "it": model}, SimpleNamespace(together=True))
     assert len(notes) == 2 and all("base float32, it bfloat16" in note for note in notes)
 
@@ -468,7 +468,7 @@ def test_tables_by_length_say_what_the_results_say(compared):
     models = list(results["models"].values())
     assert cells["perplexity at 256 tokens"] == [f"{one['lengths'][0]['perplexity']:,.2f}" for one in models]
     found = [f"{one['retrieval'][0]['correct']} of {one['retrieval'][0]['items']}" for one in models]
-    assert cells["codes found in 256 tokens"] == found
+    assert cells["codes retrieved from 256 tokens"] == found
     by_position = [one["agreement"]["by_position"] for one in models[1:]]
     assert by_position[0]["edges"] == [0, 16, 64, 256] and "agreement" not in models[0]
     assert cells["  KL at positions 16–63"] == ["", *(f"{one['kl'][1]:.3f}" for one in by_position)]
@@ -504,7 +504,7 @@ def test_the_grid_has_every_point_and_its_table(run, tmp_path):
         assert base["low"] <= base["median"] <= base["high"] and point["models"]["base"]["peak_bytes"] is None
     cost = found.results["models"]["converted"]["cost"]
     assert cost["time_to_first_token"].value == grid[0]["models"]["converted"]["ttft"]["median"]
-    assert "1 × 8: each further token" in (found.directory / "report.md").read_text()
+    assert "1 × 8: time per output token" in (found.directory / "report.md").read_text()
     with pytest.raises(RecipeError, match="contexts"):
         options = RunOptions(force=True)
         evaluate.evaluate(
@@ -577,11 +577,11 @@ def test_stale_and_finished_outputs_are_refused(run, tmp_path):
         evaluate.evaluate(run_dir=run, overrides=overrides)
     options = RunOptions(force=True)
     write_stage(run, "train", converted, tokenizer, {**inputs, "converted": "other"})
-    with pytest.raises(StageError, match="trained was made from another state"):
+    with pytest.raises(StageError, match="trained was made from another version"):
         evaluate.evaluate(run_dir=run, overrides=overrides, options=options)
     shutil.rmtree(run / "trained")
     building.save_checkpoint(make_model(seed=1), tokenizer, run / "base")
-    with pytest.raises(StageError, match="converted was made from another state"):
+    with pytest.raises(StageError, match="converted was made from another version"):
         evaluate.evaluate(run_dir=run, overrides=overrides, options=options)
     assert figures.read_results(run / "evaluation/results.json") == found.results
 

@@ -211,10 +211,13 @@ def test_columns_may_have_other_names(tmp_path, raw, columns):
     ("raw", "message"),
     [
         ({"question": "q", "answer": "a"}, r"add `columns: \{prompt: question, completion: answer\}`"),
-        ({"instructions": "q", "outputs": "a"}, r"format alpaca: add `columns: \{instruction: instructions, output: "),
-        ({"dialogue": []}, r"format messages: add `columns: \{messages: dialogue\}`"),
+        (
+            {"instructions": "q", "outputs": "a"},
+            r"format is alpaca: add `columns: \{instruction: instructions, output: ",
+        ),
+        ({"dialogue": []}, r"format is messages: add `columns: \{messages: dialogue\}`"),
         ({"prompt": "q", "x": "a"}, "format is prompt_completion, which also needs completion"),
-        ({"Content": "q"}, r"format text: add `columns: \{text: Content\}`"),
+        ({"Content": "q"}, r"format is text: add `columns: \{text: Content\}`"),
         ({"a": 1}, r"It has: a$"),
     ],
 )

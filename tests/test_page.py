@@ -154,16 +154,16 @@ def test_everything_is_shown_once(whole):
         "Verdict",
         "Quality and cost",
         "Quality against KV cache",
-        "Before you compare",
+        "Notes",
         "Agreement with the base",
         "Long texts",
         "Speed and memory",
-        "What was shared",
-        "Damage by layer",
+        "Shared layers",
+        "Error by layer",
         "Training",
         "Samples",
         "Settings and versions",
-        "How to repeat it",
+        "How to reproduce it",
     ]
     levels = [int(name[1]) for name in re.findall(r"<(h[1-6])[ >]", whole)]
     assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels))
@@ -193,7 +193,7 @@ def test_nothing_is_loaded_and_nothing_runs(whole):
 
 def test_names_and_texts_are_escaped(whole):
     root = Tree(whole).root
-    assert root.all("h1")[0].words() == "<i>&amp;: base and converted compared"
+    assert root.all("h1")[0].words() == "<i>&amp;: converted model compared with the base"
     assert HOSTILE in [element.words() for element in root.all("h4")]
     assert HOSTILE in [element.words() for element in root.all("pre")]
     assert HOSTILE in [element.words() for element in root.all("th")]
@@ -234,8 +234,8 @@ def test_tables_can_be_read_aloud(whole):
 
 
 def test_differences_to_a_control_stand_beside_those_to_the_base(whole):
-    told = [element.words() for element in Tree(whole).root.all("span") if "to control" in element.words()]
-    assert len(told) == 2 and all(words.startswith("to control: −123.00") for words in told)
+    told = [element.words() for element in Tree(whole).root.all("span") if "from control" in element.words()]
+    assert len(told) == 2 and all(words.startswith("from control: −123.00") for words in told)
 
 
 def test_numbers_are_those_of_the_results(run, results):
@@ -360,10 +360,10 @@ def test_stale_and_damaged_files_are_left_out_with_a_note(run, results, tmp_path
     assert found.conversion is None and "uniattn_report.json is damaged" in found.notes[0]
     results["models"]["converted"]["fingerprint"] = "another"
     found = collect(here, results, here.output("eval"))
-    assert found.notes == ["converted/ has changed since the evaluation; how it was made is left out."]
+    assert found.notes == ["converted/ has changed since the evaluation; its details are left out."]
     (tmp_path / "run" / "analysis").mkdir()
     (tmp_path / "run" / "analysis" / "analysis.json").write_text("{}", encoding="utf-8")
-    assert any("redundancy map" in note for note in collect(here, results, here.output("eval")).notes)
+    assert any("similarity map" in note for note in collect(here, results, here.output("eval")).notes)
 
 
 def test_commands_tell_what_was_set_on_the_command_line():
@@ -410,7 +410,7 @@ def test_without_results_there_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": 1}, r"has schema 1, this version of uniattn reads 2; make it again with `uniattn eval --force`"),
+        ({"schema": 1}, r"has schema 1, this version of uniattn reads 2; run `uniattn eval --force`"),
         ({"schema": None}, "has schema None"),
         ({"models": {}}, "not the result of an evaluation .it has no base"),
     ],

@@ -306,7 +306,7 @@ def test_the_stages_on_other_families(family, tmp_path, monkeypatch):
     conversion = uniattn_cli.convert(overrides=["layout.kv=0.75"])
     assert len(conversion.layout.followers) >= 3
     assert all(fit.error_after <= fit.error_before for fit in conversion.fits)
-    assert any("keep 5 tokens at most" in note for note in conversion.notes) == family.startswith("gemma")
+    assert any("cache at most 5 tokens" in note for note in conversion.notes) == family.startswith("gemma")
     uniattn_cli.train()
     uniattn_cli.evaluate()
     models = json.loads(Path("evaluation/results.json").read_text())["models"]

@@ -166,7 +166,7 @@ def test_the_metadata_name_licence_base_and_library(finished):
     assert found["base_model"] == "owner/tiny" and found["library_name"] == "transformers"
     assert {"uniattn", "custom_code", "uniattn-softmax", "conversational"} <= set(found["tags"])
     assert "datasets" not in found
-    assert "[tiny](https://x.org/t), as of the base" in result.card and "trust_remote_code=True" in result.card
+    assert "[tiny](https://x.org/t), as the base" in result.card and "trust_remote_code=True" in result.card
     plain = push(finished / "trained", "me/small", licence="mit", dry_run=True)
     assert metadata(plain.card)["license"] == "mit" and "base_model" not in metadata(plain.card)
     assert any("--base-model" in note for note in plain.notes)
@@ -190,7 +190,7 @@ def test_hub_data_and_a_hub_base_are_linked(run, hub):
     hub.failing["model_info"] = AssertionError("asked the hub")
     preview = push(run / "trained", "me/small", dry_run=True)
     assert "license" not in metadata(preview.card)
-    assert any("licence is not known" in note for note in preview.notes)
+    assert any("licence is unknown" in note for note in preview.notes)
 
 
 def test_figures_of_other_weights_stay_out(run):
@@ -200,7 +200,7 @@ def test_figures_of_other_weights_stay_out(run):
     changed = push(run / "trained", "me/small", dry_run=True)
     assert "− base, paired" in shown.card and "− base, paired" not in changed.card
     assert "Not evaluated beside the base" in changed.card
-    assert any("no figures of these very weights" in note for note in changed.notes)
+    assert any("no figures of exactly these weights" in note for note in changed.notes)
     # The stages' own losses are there instead.
     training = json.loads((run / "trained" / "uniattn_report.json").read_text())
     assert f"{training['heldout_responses']['trained']['mean']:.4f}" in changed.card
@@ -256,7 +256,7 @@ def test_a_repository_with_files_is_changed_only_by_force(finished, hub):
     push(finished / "trained", "me/small")
     files = hub.repos["me/small"]["main"]
     files |= {"model-00001-of-00002.safetensors": b"", "old.py": b"", "notes.txt": b"keep"}
-    with pytest.raises(HubError, match="holds files already; use --force"):
+    with pytest.raises(HubError, match="already has files; use --force"):
         push(finished / "converted", "me/small")
     assert len(hub.commits) == 1
     push(finished / "converted", "me/small", options=RunOptions(force=True))
@@ -291,9 +291,9 @@ def test_a_public_repository_does_not_become_private_in_silence(finished, hub):
 @pytest.mark.parametrize(
     ("where", "error", "words"),
     [
-        ("repo_info", answered(401), "does not accept the token; run `hf auth login`"),
-        ("create_repo", answered(403), "may not write to me"),
-        ("upload_folder", answered(429), "slow down"),
+        ("repo_info", answered(401), "rejected the token; run `hf auth login`"),
+        ("create_repo", answered(403), "has no write access to me"),
+        ("upload_folder", answered(429), "limits the rate"),
         ("upload_folder", answered(500), "HTTP status 500"),
         ("upload_folder", ValueError("Invalid metadata in README.md.\n- Error: no"), "README.md.* no; correct it"),
         ("repo_info", OfflineModeIsEnabled("off"), "HF_HUB_OFFLINE is set"),

@@ -136,9 +136,9 @@ def test_files_of_other_shapes_are_refused(data, tmp_path):
     ):
         with pytest.raises(DataError, match=words):
             load_items(spec)
-    with pytest.raises(DataError, match="too few for 9 solved ones"):
+    with pytest.raises(DataError, match="too few for 9 few-shot"):
         tasks.load_tasks(specs(data)[:1], fewshot=9)
-    with pytest.raises(DataError, match="there twice"):
+    with pytest.raises(DataError, match="appears twice"):
         tasks.load_tasks([specs(data)[0], TaskSpec(str(data / "choose.jsonl"), fewshot=1)])
     with pytest.raises(RecipeError, match="not a regular expression"):
         Recipe.from_tree({"model": {"name": "x"}, "evaluation": {"tasks": [{"source": "a.jsonl", "extract": "("}]}})

@@ -175,7 +175,7 @@ def test_what_cannot_be_used_is_counted(run):
     assert len(rows) == 8 - (writer.left_out["empty"] + writer.left_out["unfinished"]) // 2
     assert writer.left_out["long"] == 1 and writer.left_out["again"] == len(rows) + 2
     writer = loaded(batch_size=16)[2]
-    with pytest.raises(DataError, match=r"gave nothing \(1 conversations whose prompt leaves no room\)"):
+    with pytest.raises(DataError, match=r"gave nothing \(1 conversations with a prompt too long to answer\)"):
         list(writer.batches(questions[:1]))
 
 
@@ -195,7 +195,7 @@ def test_conversations_without_a_question_are_left_alone(more, run):
 def test_a_model_with_nothing_to_add_gives_no_copy(run, monkeypatch):
     writer = loaded(tokens=100, batch_size=4)[2]
     monkeypatch.setattr(writer, "_decode", decoded(torch.full((1, 5), writer.ends[0])))
-    with pytest.raises(DataError, match="2 passages and questions with nothing to add"):
+    with pytest.raises(DataError, match="2 passages and questions with empty answers"):
         list(writer.batches([asking("Well?"), {"messages": None, "text": "A heading"}]))
 
 
@@ -206,7 +206,7 @@ def test_an_answer_that_a_small_window_cuts_is_not_taken_for_finished(run, monke
     prompt = len(tokenizer.apply_chat_template(asking("Well?")["messages"][:1], add_generation_prompt=True).input_ids)
     assert prompt + 10 < 64 < prompt + said.shape[1]
     monkeypatch.setattr(writer, "_decode", answered[0])
-    with pytest.raises(DataError, match="1 answers that training would take for finished"):
+    with pytest.raises(DataError, match="1 unfinished answers"):
         list(writer.batches([asking("Well?")]))
     monkeypatch.setattr(writer, "_decode", answered[1])
     ((kept,),) = [batch for batch in writer.batches([asking("Well?")]) if batch]

@@ -203,9 +203,9 @@ def test_an_unknown_vllm_is_left_alone_with_one_warning():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "uniattn's plugin knows" in line]
+    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "uniattn's plugin supports" in line]
     assert len(warnings) == 1
-    assert "not 99.1.0, and steps aside" in warnings[0]
+    assert "not 99.1.0, and is disabled" in warnings[0]
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

@@ -99,8 +99,10 @@ def analyze(
             with file_errors(run.root):
                 write_tree(new_tree, run.recipe)
     notes += [*left_out, *resolution_note(measured)]
-    notes.append(f"{measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.forward_ratio:.1f}x plain forward")
-    notes.append(f"pictures and numbers: {run.output('analyze')}; next: uniattn convert --groups auto")
+    notes.append(
+        f"{measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.forward_ratio:.1f}x a plain forward pass"
+    )
+    notes.append(f"plots and figures: {run.output('analyze')}; next: uniattn convert --groups auto")
     return Analysis(measured, run.output("analyze"), title="analysis", tables=tables, notes=notes)
 
 
@@ -111,7 +113,7 @@ def _recipe(
     model = None if model is None else _resolved(model)
     if run.recipe.exists():
         if template is not None:
-            raise StageError(f"{run.recipe} exists; --recipe starts a new one, so use another run directory (-C DIR)")
+            raise StageError(f"{run.recipe} exists, but --recipe starts a new one; use another run directory (-C DIR)")
         recipe = Recipe.load(run.recipe, overrides)
         if model is not None and _resolved(recipe.model.name) != model:
             raise StageError(
@@ -125,7 +127,7 @@ def _recipe(
         named = [] if model is None else [f"model.name={json.dumps(model)}"]
         return Recipe.from_tree(tree, name, [*named, *overrides], run.root), tree
     if model is None:
-        raise StageError(f"{run.recipe} does not exist; name the model: `uniattn analyze MODEL`")
+        raise StageError(f"{run.recipe} does not exist; run `uniattn analyze MODEL`")
     tree = commented_tree(Recipe(model=ModelSpec(name=model)))
     return Recipe.from_tree(tree, "recipe.yaml", overrides, run.root), tree
 
@@ -147,10 +149,10 @@ def _check_text(windows: torch.Tensor, tokenizer, wanted: int) -> list[str]:
     ordinary = sum(1 for token in windows.flatten().tolist() if token not in special)
     if ordinary < windows.numel() / 2:
         raise DataError(
-            f"{1 - ordinary / windows.numel():.0%} of the calibration tokens are special tokens; give ordinary text"
+            f"{1 - ordinary / windows.numel():.0%} of the calibration tokens are special tokens; use ordinary text"
         )
     if windows.numel() < wanted - windows.shape[1]:
-        return [f"the calibration text holds {windows.numel():,} tokens, {wanted:,} were asked for"]
+        return [f"the calibration text has {windows.numel():,} of the {wanted:,} tokens requested"]
     return []
 
 
@@ -164,13 +166,13 @@ def resolution_note(measured: Measured) -> list[str]:
     wanted = measured.tokens * (width / (RESOLVED * spread)) ** 2
     unit = 10 ** (math.floor(math.log10(wanted)) - 1)
     return [
-        f"few tokens: similarities are known to ± {width:.3f} (95 %) but differ by only {spread:.3f} between heads; "
-        f"for a sound choice: uniattn analyze --force --tokens {math.ceil(wanted / unit) * unit}"
+        f"few tokens: similarities have 95 % intervals of ± {width:.3f} but differ by only {spread:.3f} between heads; "
+        f"for a reliable choice: uniattn analyze --force --tokens {math.ceil(wanted / unit) * unit}"
     ]
 
 
 def neighbours_table(measured: Measured, most: int = 8) -> Table:
-    """The pairs of neighbouring layers whose maps are most alike."""
+    """The pairs of adjacent layers with the most similar maps."""
     names = ("averaged_cosine", "cosine", "cosine_no_sink", "js", "top_k")
     columns = ["layers", "head-averaged", "same heads", "no sink", "1 - JS", "top-k"]
     shown = [measured.layers[name] for name in names]
@@ -182,7 +184,7 @@ def neighbours_table(measured: Measured, most: int = 8) -> Table:
     pairs = sorted(sorted(range(1, measured.shape.layers), key=lambda j: -likeness[j][j - 1])[:most])
     rows = [[f"{j - 1}, {j}", *(_number(entry["mean"][j][j - 1]) for entry in shown)] for j in pairs]
     widths = [1.96 * value for j in pairs for entry in shown if _known(value := entry["stderr"][j][j - 1])]
-    return Table("most similar neighbours" + _within(widths), columns, rows)
+    return Table("most similar adjacent layers" + _within(widths), columns, rows)
 
 
 def _candidates(measured: Measured, config, matcher: Matcher, spec: LayoutSpec) -> Table:

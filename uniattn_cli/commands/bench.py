@@ -117,7 +117,7 @@ def bench(
     from uniattn_cli.inference.roofline import copy_bandwidth
 
     if groups and not shape:
-        raise UsageError("--groups makes layouts of random weights; give --shape too, or name a converted checkpoint")
+        raise UsageError("--groups needs --shape, since it converts random weights; or give a converted checkpoint")
     if shape and checkpoints:
         raise UsageError("give checkpoints or --shape, not both")
     directory = Path(run_dir) / out
@@ -166,7 +166,7 @@ def _models(
             return {name: load_model(source, model_spec, device) for name, source in sources.items()}
     except NoRoomError as error:
         raise ModelError(
-            f"{error} on {device}; name fewer checkpoints, or choose a larger device with --device"
+            f"{error} on {device}; give fewer checkpoints, or choose a larger device with --device"
         ) from None
 
 

@@ -128,8 +128,8 @@ def write_comparison(folder: Path, parts: Sequence[Part], command: str) -> Merge
         "# Comparison",
         to_markdown(table(merged, "")),
         f"![Quality against cost]({PLOT})",
-        "“− base” is the difference to the base on the same rows or items, ± one standard error. A model has the best "
-        "trade-off where no other is at least as good in both respects.",
+        "“− base” is the difference from the base on the same rows or items, ± one standard error. A model is on the "
+        "Pareto front if no other model is at least as good in both quality and cost.",
         *(f"- {note}" for note in merged.notes),
         f"```\n{command}\n```",
     ]
@@ -139,7 +139,7 @@ def write_comparison(folder: Path, parts: Sequence[Part], command: str) -> Merge
 
 def _comparison(directory: Path, merged: Merged) -> Comparison:
     sentences = [model["verdict"]["sentence"] for model in merged.models.values() if model["verdict"]]
-    files = f"Picture: {directory / PLOT}; all figures: {directory / COMPARISON}"
+    files = f"Plot: {directory / PLOT}; all figures: {directory / COMPARISON}"
     count: Any = len(merged.models)
     return Comparison(
         title=f"{count} models compared",

@@ -140,7 +140,7 @@ def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
         check_protected(recipe.layout, shape, layout)
     except (ValueError, LayoutError) as error:
         raise LayoutError(f"recipe.yaml, layout.layers: {error}") from None
-    note = f"layout of the recipe, {len(layout.changed)} layers changed (--groups chooses anew)"
+    note = f"layout of the recipe, {len(layout.changed)} layers changed (--groups chooses another)"
     return Grouping(layout, title="layout", picture=draw_layout(layout), notes=[note])
 
 
@@ -168,7 +168,7 @@ def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
     before, after = (kv_bytes(config, entry, tokens, element_size) for entry in (Layout.own(len(layout)), layout))
     return [
         f"KV cache of {tokens:,} tokens: {before / 1e6:,.1f} MB, converted {after / 1e6:,.1f} MB "
-        f"({after / before - 1:+.1%}); {len(windows)} of {len(layout)} layers keep {min(windows):,} tokens at most"
+        f"({after / before - 1:+.1%}); {len(windows)} of {len(layout)} layers cache at most {min(windows):,} tokens"
     ]
 
 
@@ -194,11 +194,11 @@ def _convert(
     )
     notes = []
     if windows.numel() < spec.tokens - spec.length:
-        notes.append(f"the calibration text holds {windows.numel():,} tokens, {spec.tokens:,} were asked for")
+        notes.append(f"the calibration text has {windows.numel():,} of the {spec.tokens:,} tokens requested")
     if len(windows) == 1 and layout.changed:
-        notes.append("one calibration sequence: nothing is held out from the fit, so its errors look too good")
+        notes.append("one calibration sequence: nothing is held out from the fit, so its errors are underestimated")
     home, device = placement(spec.offload, weight_bytes, options.torch_device())
-    where = f"on {home}" if device is None else f"in memory, one layer at a time on {device}"
+    where = f"on {home}" if device is None else f"in CPU memory, one layer at a time on {device}"
     progress.note(f"loading {recipe.model.name} {where}")
     base = load_model(source, recipe.model, home)
     torch.manual_seed(recipe.seed)
@@ -271,12 +271,10 @@ def _fit_tables(fits: list[LayerFit]) -> list[Table]:
         for fit in fits
     ]
     columns = ["layer", "kind", "error before", "after", "ridge"]
-    tables = [
-        Table("error of the attention output on tokens held out from the fit, relative to its energy", columns, rows)
-    ]
+    tables = [Table("relative squared error of the attention output on tokens held out from the fit", columns, rows)]
     aligned = [(fit, fit.divergence) for fit in fits if fit.divergence is not None]
     if aligned:
         rows = [[str(fit.layer), fit.kind, f"{pair[0]:.3f}", f"{pair[1]:.3f}"] for fit, pair in aligned]
-        title = "divergence of maps from the base's, in nats, where queries were aligned with borrowed keys"
+        title = "KL divergence of the maps from the base's, in nats, in layers with aligned queries"
         tables.append(Table(title, ["layer", "kind", "before", "after"], rows))
     return tables

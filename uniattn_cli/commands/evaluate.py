@@ -166,7 +166,7 @@ def _batches(recipe: Recipe, pool: ModelPool) -> Batches:
 
 
 def _check_lengths(recipe: Recipe, config: Any) -> None:
-    """Refuses lengths beyond the model's window, where every model would look equally bad."""
+    """Rejects lengths beyond the model's context window, where every model would look equally bad."""
     spec, speed = recipe.evaluation, recipe.evaluation.speed
     wanted = {"evaluation.length": spec.length}
     wanted |= {f"evaluation.lengths[{index}]": length for index, length in enumerate(spec.lengths or ())}
@@ -184,7 +184,7 @@ def load_material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str])
     tasks = TaskSet()
     if spec.tasks:
         if spec.chat_template and not tokenizer.chat_template:
-            raise DataError("evaluation.chat_template: the base's tokenizer has no chat template; leave it off")
+            raise DataError("evaluation.chat_template: the base's tokenizer has no chat template; set it to false")
         if harness_installed():
             tasks = load_tasks(spec.tasks, limit=spec.limit, fewshot=spec.fewshot, chat_template=spec.chat_template)
         else:
@@ -230,8 +230,8 @@ def _measure_all(
         found[subject.name] = Measured.read(path)
     if store.found:
         options.progress.note(
-            f"{store.found} of {store.found + store.made} parts were scored before and taken from the cache; "
-            "--set evaluation.cache=false scores everything again"
+            f"{store.found} of {store.found + store.made} scores come from the cache; "
+            "--set evaluation.cache=false recomputes them"
         )
     return found
 

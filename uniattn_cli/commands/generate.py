@@ -160,7 +160,7 @@ def generate(
 def template_notes(speakers: Sequence[Speaker]) -> list[str]:
     """Says which models have no chat template."""
     return [
-        f"{speaker.name} has no chat template; it gets the plain text" for speaker in speakers
+        f"{speaker.name} has no chat template; the prompt is used as plain text" for speaker in speakers
         if not speaker.tokenizer.chat_template
     ]  # fmt: skip
 

@@ -80,7 +80,7 @@ def layout_overrides(run: RunDir, groups: str | None, overrides: Sequence[str]) 
     fixed = given.get("layout.groups") if groups is None else groups
     if asked and fixed not in (None, "auto"):
         instead = f"--groups auto, or KIND@{fixed}" if asked == ["layout.kinds"] else "--groups auto"
-        raise UsageError(f"--groups {fixed} leaves nothing to choose; leave {asked[0]} out, or use {instead}")
+        raise UsageError(f"--groups {fixed} leaves nothing to choose; remove {asked[0]}, or use {instead}")
     if asked and fixed is None:
         groups = "auto"
     if groups is not None and Path(groups).is_file() and not Path(groups).is_absolute():

@@ -94,7 +94,7 @@ def push(
     if own:
         notes.append(f"the card is {own}")
     elif not facts.base.licence:
-        notes.append("the base's licence is not known; give it with --license ID")
+        notes.append("the base's licence is unknown; set it with --license ID")
     if not own and facts.base.hub_id is None:
         notes.append("the base is a local directory; give --base-model OWNER/NAME to name it in the card")
     table = Table(
@@ -223,7 +223,7 @@ def _prepare(api: HfApi, repo_id: str, *, private: bool, revision: str | None, f
         api.create_repo(repo_id, private=private)
     else:
         if private and not info.private:
-            raise HubError(f"{repo_id} exists and is public; make it private on its page, or leave out --private")
+            raise HubError(f"{repo_id} exists and is public; make it private on its page, or remove --private")
     try:
         present = api.list_repo_files(repo_id, revision=revision)
     except RevisionNotFoundError:
@@ -231,7 +231,7 @@ def _prepare(api: HfApi, repo_id: str, *, private: bool, revision: str | None, f
         api.create_branch(repo_id, branch=str(revision))
         return
     if not force and any(name != ".gitattributes" for name in present):
-        raise HubError(f"{repo_id} holds files already; use --force to add a commit to it")
+        raise HubError(f"{repo_id} already has files; use --force to add a commit to it")
 
 
 @contextlib.contextmanager
@@ -241,12 +241,12 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
 
     owner = repo_id.partition("/")[0]
     reasons = {
-        401: "the hub does not accept the token; run `hf auth login` again",
-        403: f"the token may not write to {owner}; take one with write access, or another owner",
-        404: f"the hub does not know {owner}, or the token may not see it",
+        401: "the hub rejected the token; run `hf auth login` again",
+        403: f"the token has no write access to {owner}; use one that has, or another owner",
+        404: f"{owner} does not exist on the hub, or the token has no access to it",
         409: "the repository was changed at the same time; run the same command again",
-        413: "the hub finds the upload too large; ask for more storage",
-        429: "the hub asks to slow down; try again later",
+        413: "the hub rejected the upload as too large; request more storage",
+        429: "the hub limits the rate of requests; try again later",
     }
     try:
         yield
@@ -254,7 +254,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to upload") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        reason = reasons.get(status, f"the hub answers with HTTP status {status}; try again later")
+        reason = reasons.get(status, f"the hub returns HTTP status {status}; try again later")
         raise HubError(f"{repo_id}: {reason}") from None
     except transport_errors() as error:
         raise HubError(

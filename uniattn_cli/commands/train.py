@@ -152,10 +152,10 @@ def _check(recipe: Recipe, stages: Sequence[TrainStage], process: PartialState) 
     check_reporters(spec.report_to)
     if spec.fsdp and process.num_processes == 1:
         raise RecipeError(
-            "train.fsdp needs several processes; start with `accelerate launch` or `torchrun`, or unset it"
+            "train.fsdp needs several processes; start with `accelerate launch` or `torchrun`, or remove it"
         )
     if spec.fsdp and process.device.type == "cpu":
-        raise RecipeError("train.fsdp needs GPUs (accelerate shards nothing on CPUs); unset it")
+        raise RecipeError("train.fsdp needs GPUs (accelerate does not shard on CPUs); remove it")
     if any(stage.trains == "lora" for stage in stages):
         lora.check_installed()
     with quiet_training():
@@ -180,7 +180,7 @@ def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: So
     made_from = run.record("control")["inputs"].get("model")
     if made_from != base.fingerprint:
         raise StageError(
-            f"{run.output('control')} was trained from another base ({made_from}, now {base.fingerprint}); run "
+            f"{run.output('control')} was trained from a different base ({made_from}, now {base.fingerprint}); run "
             f"`uniattn {COMMANDS['control']} --force` or correct model.name"
         )
     return find(run, CONTROL)
@@ -198,10 +198,10 @@ def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force:
         return
     changes = run.changes(verb, recipe, inputs, DECISIVE)
     if changes is None:
-        changes = [f"{run.partial(verb)} has no readable record"]
+        changes = [f"the record of {run.partial(verb)} cannot be read"]
     if changes:
         raise StageError(
-            f"an interrupted run had other settings, data or weights ({'; '.join(changes)}); undo the change to "
+            f"the interrupted run had different settings, data or weights ({'; '.join(changes)}); undo the change to "
             f"resume it, or start over with `uniattn {COMMANDS[verb]} --force`"
         )
 
@@ -216,7 +216,7 @@ def _step_size(recipe: Recipe, rows: Tokenised, lengths: Sequence[int], process:
     processes = f" x {process.num_processes} processes" if process.num_processes > 1 else ""
     return (
         f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {rows.counts.share:.0%} of "
-        f"them learned ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
+        f"them in the loss ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
     )
 
 
@@ -256,7 +256,7 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Row
     check_share(rows.counts, spec.loss)
     first = rows.dataset[0]
     progress.note(describe(rows.counts, spec.max_length))
-    progress.note(f"first row, what is learned in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
+    progress.note(f"first row, loss tokens in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
     try:
         heldout = response_rows(recipe, tokenizer)
     except DataError as error:
@@ -281,8 +281,8 @@ def _validation(recipe: Recipe, tokenizer, heldout: Rows | None, progress: Progr
     if rows is not None and len(rows) >= FEWEST_VALIDATION_ROWS:
         return rows
     progress.note(
-        "too few rows are held out for a separate validation set: the weights to keep are chosen on the rows for which "
-        "the loss on held-out responses is reported (a larger data.holdout avoids that)"
+        "too few rows are held out for a separate validation set, so the weights to keep are chosen on the rows of the "
+        "reported loss on held-out responses (a larger data.holdout avoids that)"
     )
     return heldout
 
@@ -326,7 +326,7 @@ def _train(
     for index in range(len(job.stages)):
         result = finished(job, index)
         if result:
-            progress.note(f"stage '{result.name}' was finished before the interruption")
+            progress.note(f"stage '{result.name}' was already finished")
         else:
             result = run_stage(job, index, sum(result.steps for result in results))
         results.append(result)
@@ -340,7 +340,7 @@ def _train(
         save_checkpoint(model, job.tokenizer, job.partial)
         _write_report(job, rows, results, losses)
         shutil.rmtree(job.work)
-    notes.append(f"checkpoint: {output}; log: {output / LOG_FILE}; picture: {output / PLOT_FILE}; next: uniattn eval")
+    notes.append(f"checkpoint: {output}; log: {output / LOG_FILE}; plot: {output / PLOT_FILE}; next: uniattn eval")
     return Training(output, results, losses, title="training", tables=_tables(results, losses), notes=notes)
 
 
@@ -348,7 +348,7 @@ def _trouble(results: Sequence[StageResult], losses: dict[str, Loss], names: tup
     """What a user must not overlook: training that did not help, as a whole or in a stage."""
     warnings = [
         f"STAGE '{result.name}' DID NOT IMPROVE THE MODEL: the loss on validation rows was lowest before it "
-        f"({result.validation[0]:.4f}), so its weights were not kept; try a lower learning_rate (train.keep: last "
+        f"({result.validation[0]:.4f}), so its weights were discarded; try a lower learning_rate (train.keep: last "
         "keeps them)"
         for result in results
         if result.validation is not None and result.kept_step == 0

@@ -118,9 +118,9 @@ def _samples(
         for number, (ids, mask) in enumerate(sequences, 1):
             labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)][:limit]
             learned = sum(label != IGNORED for label in labels)
-            title = f"{row['source']}: {len(labels):,} tokens, {learned:,} learned"
-            title += f", {len(ids) - limit:,} more cut off" if len(ids) > limit else ""
-            title += "" if learned else ", so it is left out"
+            title = f"{row['source']}: {len(labels):,} tokens, {learned:,} in the loss"
+            title += f", {len(ids) - limit:,} more truncated" if len(ids) > limit else ""
+            title += "" if learned else ", so it is dropped"
             title += f", answer {number} of {len(sequences)}" if len(sequences) > 1 else ""
             shown.append(Sample(title, pieces(tokenizer, ids[:limit], labels)))
     return shown
@@ -153,12 +153,12 @@ def _counted(tokenised: Tokenised, shares: list[Share]) -> Table:
         "sequences",
         "tokens",
         "of all",
-        "learned",
-        "cut",
+        "in the loss",
+        "truncated",
         "tokens lost",
-        "left out",
+        "dropped",
     ]
-    return Table("rows, what is drawn of them, and what becomes of it", columns, rows)
+    return Table("rows, and the sequences they become", columns, rows)
 
 
 def _lengths(sources: dict[str, Counts], limit: int) -> Table:
@@ -168,7 +168,7 @@ def _lengths(sources: dict[str, Counts], limit: int) -> Table:
         cells = [f"{percentile(ordered, share):,}" for share in (0.1, 0.5, 0.9, 0.99, 1.0)]
         rows.append([name, f"{sum(ordered) / len(ordered):,.0f}", *cells])
     columns = ["data set", "mean", "10 %", "median", "90 %", "99 %", "longest"]
-    return Table(f"tokens of a sequence before it is cut at train.max_length ({limit:,})", columns, rows)
+    return Table(f"tokens per sequence before truncation to train.max_length ({limit:,})", columns, rows)
 
 
 def percentile(ordered: Sequence[int], share: float) -> int:
@@ -228,7 +228,7 @@ def _steps(recipe: Recipe, tokenised: Tokenised) -> Table:
         f"one epoch: {sequences:,}{packed} sequences in {epoch:,.1f} steps of {spec.batch_size}, "
         f"about {counts.tokens / epoch:,.0f} tokens each"
     )
-    return Table(title, ["stage", "steps", "epochs", "sequences", "tokens, about"], rows)
+    return Table(title, ["stage", "steps", "epochs", "sequences", "tokens (approx.)"], rows)
 
 
 def _remarks(recipe: Recipe, counts: Counts) -> list[str]:
@@ -236,15 +236,15 @@ def _remarks(recipe: Recipe, counts: Counts) -> list[str]:
     notes = []
     if counts.split:
         notes.append(
-            f"the chat template changes earlier turns, so conversations of several became one sequence per answer: "
+            f"the chat template changes earlier turns, so multi-turn conversations became one sequence per answer: "
             f"{counts.split:,} more sequences than rows"
         )
     if counts.divided:
-        notes.append(f"texts longer than train.max_length became several sequences: {counts.divided:,} more than rows")
+        notes.append(f"texts longer than train.max_length were split: {counts.divided:,} more sequences than rows")
     if counts.lost_share > 0.1:
-        notes.append(f"{counts.lost_share:.0%} of all tokens are lost; raise train.max_length, if memory allows")
+        notes.append(f"{counts.lost_share:.0%} of all tokens are lost; raise train.max_length if memory allows")
     try:
         check_share(counts, recipe.train.loss)
     except DataError as error:
-        notes.append(f"`uniattn train` will refuse these rows: {error}")
+        notes.append(f"`uniattn train` will reject these rows: {error}")
     return notes

@@ -156,7 +156,7 @@ def tokenize(
     together = sum(sources.values(), Counts())
     if needed and not together.used:
         raise DataError(
-            f"none of the {len(rows)} rows has a token that counts in the loss within {max_length} tokens; "
+            f"none of the {len(rows)} rows has a loss token within its first {max_length} tokens; "
             "raise train.max_length, or check that the rows have assistant turns"
         )
     return Tokenised(datasets.Dataset(pyarrow.concat_tables(tables)), together, dict(sorted(sources.items())))

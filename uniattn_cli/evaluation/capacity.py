@@ -11,12 +11,12 @@ from uniattn_cli.models.costs import kv_bytes
 from uniattn_cli.models.hub import context_window
 
 RESERVE = 1 << 29
-PIECE = 2048  # tokens of a prompt that are read at once
+PIECE = 2048  # tokens of a prefill chunk
 CONTEXT = 4096
 FORMULA = (
     "memory = weights + batch × KV cache of the context + allowance; allowance = 0.5 GiB for the runtime + "
-    f"min(context, {PIECE}) × (2 × intermediate + 6 × hidden) × element size for one layer's activations of a piece of "
-    "a prompt + batch × vocabulary × 4 B for logits; weights and cache in the dtype of this evaluation; 1 GB = 1e9 B"
+    f"min(context, {PIECE}) × (2 × intermediate + 6 × hidden) × element size for one layer's activations of a prefill "
+    "chunk + batch × vocabulary × 4 B for logits; weights and cache in the dtype of this evaluation; 1 GB = 1e9 B"
 )
 # Beyond this nothing is limited by memory, as where no layer caches anything.
 UNLIMITED = 1 << 40

@@ -20,7 +20,7 @@ QUALITY_LABELS = {
 
 PLOT = "pareto.png"
 APART = (
-    "Speeds were measured in different runs: each is divided by the base's of the same run, which ran beside it, and "
+    "Speeds were measured in different runs: each is divided by the base's in the same run, and "
     "tokens per second of different runs are not compared."
 )
 
@@ -114,7 +114,7 @@ def _check_same(one: Part, other: Part) -> None:
         reason = f"they differ in {', '.join(keys)} (items, limit, examples or settings)"
     raise StageError(
         f"{one.origin} and {other.origin} cannot be compared: {reason}; evaluate both with one recipe, or give the "
-        "checkpoint directories, which are then evaluated alike"
+        "checkpoint directories to evaluate them in the same way"
     )
 
 
@@ -158,8 +158,8 @@ def pareto(models: dict[str, Any], quality: str, cost: str) -> list[str]:
 
 def table(merged: Merged, title: str) -> Table:
     """One row per model: quality with its difference to the base, agreement, and cost."""
-    columns = ["model", "perplexity", "− base", "accuracy", "− base", "KL to base", "equal tokens"]
-    columns += ["KV per token", "parameters", "tokens/s ÷ base", "best trade-off in"]
+    columns = ["model", "perplexity", "− base", "accuracy", "− base", "KL from base", "same tokens"]
+    columns += ["KV per token", "parameters", "tokens/s ÷ base", "on the Pareto front of"]
     rows = []
     for name, model in merged.models.items():
         quality, cost, agreement = model["quality"], model["cost"], model.get("agreement")
@@ -187,7 +187,7 @@ def table(merged: Merged, title: str) -> Table:
 def _fronts_of(name: str, fronts: dict[str, list[str]]) -> str:
     words = {"kv": "KV", "speed": "speed"}
     return ", ".join(
-        f"{quality} at {words[cost]}"
+        f"{quality} vs. {words[cost]}"
         for quality, cost in (key.split("/") for key, names in fronts.items() if name in names)
     )
 

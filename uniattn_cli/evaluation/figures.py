@@ -110,8 +110,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise StageError(f"{path} is not the result of an evaluation (it has no schema)")
     if results["schema"] != SCHEMA:
         raise StageError(
-            f"{path} has schema {results['schema']}, this version of uniattn reads {SCHEMA}; make it again with "
-            "`uniattn eval --force`"
+            f"{path} has schema {results['schema']}, this version of uniattn reads {SCHEMA}; run `uniattn eval --force`"
         )
     if BASE not in (results.get("models") or ()):
         raise StageError(f"{path} is not the result of an evaluation (it has no base)")

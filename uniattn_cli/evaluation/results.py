@@ -204,7 +204,7 @@ def _footprints(subjects: Sequence[Subject], measured: dict[str, Measured]) -> d
 
 
 def _limits(measured: dict[str, Measured], pool: ModelPool) -> list[str]:
-    """What a reader has to know before comparing."""
+    """Limits of the comparison."""
     found = []
     for attribute, words in (
         ("dtype", "run in different dtypes, which changes scores, cache and speed; use --set model.dtype=…"),
@@ -216,5 +216,7 @@ def _limits(measured: dict[str, Measured], pool: ModelPool) -> list[str]:
             listed = ", ".join(f"{name} {value}" for name, value in values.items())
             found.append(f"The models {words} ({listed}).")
     if not pool.together:
-        found.append("The models do not fit into memory together, so speed was measured one model after the other.")
+        found.append(
+            "The models do not fit into memory together, so they were timed one after the other, not in turns."
+        )
     return found

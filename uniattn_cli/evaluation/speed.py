@@ -25,10 +25,10 @@ class Runner:
     def note(self) -> str:
         """For the report."""
         if self.engine:
-            return "Speed: every model was run by this package's decoding engine, where leaders' scores are reused."
+            return "Speed: all models were run by this package's decoding engine, which reuses the leaders' scores."
         reason = f" ({self.reason})" if self.reason else ""
         return (
-            f"Speed: every model was run by transformers{reason}, where followers compute their leader's scores again; "
+            f"Speed: all models were run by transformers{reason}, where followers recompute their leader's scores; "
             "`uniattn bench` times this package's engine."
         )
 

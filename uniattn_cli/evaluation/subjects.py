@@ -44,21 +44,21 @@ def find_subjects(run: RunDir, recipe: Recipe, checkpoints: Sequence[str]) -> tu
         if name in sources:
             _check_inputs(run, stage, sources)
         elif run.output(stage).exists():
-            notes.append(f"{name}/ was not written by uniattn and is left out; name it as a checkpoint to compare it.")
+            notes.append(f"{name}/ was not written by uniattn and is skipped; give it as a checkpoint to compare it.")
         elif name != CONTROL:
-            notes.append(f"{name}/ is missing and left out; `uniattn {COMMANDS[stage]}` makes it.")
+            notes.append(f"{name}/ is missing and skipped; `uniattn {COMMANDS[stage]}` creates it.")
     subjects, repeated = with_given(own, checkpoints)
     return subjects, [*notes, *_control_notes(run), *repeated]
 
 
 def _control_notes(run: RunDir) -> list[str]:
-    """What a reader has to know about the control: that there is none, or that it was not trained like the model."""
+    """Limits of the comparison with the control: there is none, or it was not trained like the model."""
     if not run.is_complete("train"):
         return []
     if not run.is_complete("control"):
         return [
-            "control/ is missing: differences between trained and base are those of training and of sharing together; "
-            f"`uniattn {COMMANDS['control']}` trains the base on the same rows, the only fair comparison."
+            "control/ is missing: differences between trained and base include the effect of training; "
+            f"`uniattn {COMMANDS['control']}` trains the base on the same rows, for a fair comparison."
         ]
     trained, control = run.record("train"), run.record("control")
     different = [key for key in SHARED_SETTINGS if _lookup(trained, key) != _lookup(control, key)]
@@ -73,14 +73,14 @@ def _control_notes(run: RunDir) -> list[str]:
     notes = []
     if excused:
         notes = [
-            f"control/ did not see {', '.join(further)} (heldout: false): fair where the base wrote these rows, since "
-            "it could learn nothing from them; else no fair comparison."
+            f"control/ was not trained on {', '.join(further)} (heldout: false): the comparison is fair only if the "
+            "base generated these rows, since it could learn nothing from them."
         ]
     if not different:
         return notes
     return [
         *notes,
-        f"control/ is no fair comparison: it was not trained like trained/ (they differ in {', '.join(different)}); "
+        f"control/ is not a fair comparison: it was not trained like trained/ (they differ in {', '.join(different)}); "
         f"run `uniattn {COMMANDS['control']} --force`.",
     ]
 
@@ -107,7 +107,7 @@ def _check_inputs(run: RunDir, stage: str, sources: dict[str, Source]) -> None:
         recorded = key in inputs or (stage == "convert" and name == BASE)
         if source is not None and recorded and inputs.get(key) != source.fingerprint:
             raise StageError(
-                f"{run.output(stage)} was made from another state of {source.name} ({inputs.get(key)}, now "
+                f"{run.output(stage)} was made from another version of {source.name} ({inputs.get(key)}, now "
                 f"{source.fingerprint}); run `uniattn {COMMANDS[stage]} --force`, or undo the change"
             )
 
@@ -122,6 +122,5 @@ def check_tokenizers(subjects: Sequence[Subject], tokenizer: PreTrainedTokenizer
     for subject in subjects:
         if load_tokenizer(subject.source).get_vocab() != vocabulary:
             raise CheckpointError(
-                f"{subject.name} has another vocabulary than the base, so that perplexities cannot be compared; "
-                "leave it out"
+                f"{subject.name} has another vocabulary than the base, so perplexities cannot be compared; remove it"
             )

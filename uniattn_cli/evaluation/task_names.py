@@ -46,5 +46,5 @@ def unknown_task(name: str, known: Collection[str]) -> DataError:
     """The error for a name that is not among the known ones."""
     return DataError(
         f"evaluation.tasks: '{name}' is not a task of lm-evaluation-harness{suggest(name, known)}; "
-        "`lm_eval ls tasks` lists them, built-in ones begin with 'builtin:', local ones end in .jsonl or .txt"
+        "`lm_eval ls tasks` lists them; built-in tasks start with 'builtin:', local ones end in .jsonl or .txt"
     )

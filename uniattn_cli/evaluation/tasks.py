@@ -27,7 +27,7 @@ from uniattn_cli.recipe.schema import TaskSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MISSING_HARNESS = "Tasks are left out: lm-evaluation-harness is not installed; `pip install 'uniattn[eval]'` adds it."
+MISSING_HARNESS = "Tasks are skipped: lm-evaluation-harness is not installed; run `pip install 'uniattn[eval]'`."
 BUILTIN_PREFIX = "builtin:"
 # The harness's own default, with which its command line draws few-shot examples.
 FEWSHOT_SEED = 1234
@@ -156,7 +156,7 @@ def _labels(specs: list[TaskSpec]) -> dict[TaskSpec, str]:
     labels = {spec: label if found.count(label) == 1 else spec.source for spec, label in short.items()}
     twice = [label for label in labels.values() if list(labels.values()).count(label) > 1]
     if twice:
-        raise DataError(f"evaluation.tasks: '{twice[0]}' is there twice with different settings; give each a `name`")
+        raise DataError(f"evaluation.tasks: '{twice[0]}' appears twice with different settings; give each a `name`")
     return labels
 
 
@@ -172,13 +172,13 @@ def _load_task(manager: Any, spec: str | dict) -> dict[str, Any]:
         reason = str(error).strip().splitlines()
         raise DataError(
             f"evaluation.tasks: the data set of '{name}' cannot be loaded ({reason[0] if reason else error!r}); "
-            "connect, or name a local .jsonl file"
+            "check the network, or use a local .jsonl file"
         ) from None
 
 
 def _prepare(name: str, task: Any, fewshot: int | None) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise DataError(f"evaluation.tasks: '{name}' runs code that the model writes; evaluate it with lm_eval itself")
+        raise DataError(f"evaluation.tasks: '{name}' runs model-generated code; evaluate it with lm_eval itself")
     own = task.get_config("num_fewshot")
     if fewshot is None:
         task.set_config(key="num_fewshot", value=own or 0)
@@ -187,7 +187,7 @@ def _prepare(name: str, task: Any, fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=fewshot)
     items = len(list(itertools.islice(iter(task.eval_docs), (fewshot or 0) + 1)))
     if items <= (fewshot or 0) and not task.has_training_docs():
-        raise DataError(f"evaluation.tasks: '{name}' has {items} items, too few for {fewshot} solved ones before each")
+        raise DataError(f"evaluation.tasks: '{name}' has {items} items, too few for {fewshot} few-shot examples")
 
 
 def run_task(

@@ -14,7 +14,7 @@ SUMMARIES = {
     "worse": "worse than the base",
     "better": "better than the base",
     "mixed": "better than the base in some scores, worse in others",
-    "uncertain": "too few rows to tell it from the base",
+    "uncertain": "not distinguishable from the base with so few rows",
 }
 
 
@@ -93,13 +93,13 @@ def _against_control(model: dict[str, Any]) -> str:
         for words, entry in entries.items()
         if entry and entry.difference_to_control
     ]
-    return f" Against the control, the base after the same training: {'; '.join(parts)}." if parts else ""
+    return f" Compared with the control (the base after the same training): {'; '.join(parts)}." if parts else ""
 
 
 def _change(entry: Figure, less: str, what: str) -> str:
     if entry.ratio_to_base is None:
-        return f"another dtype of the {what}"
+        return f"a different dtype of the {what}"
     percent = 100 * (entry.ratio_to_base - 1)
     if percent == 0:
-        return f"as much {what}" if less == "less" else f"as many {what}"
+        return f"the same {what}"
     return f"{abs(percent):.1f} % {'more' if percent > 0 else less} {what}"

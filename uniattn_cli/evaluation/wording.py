@@ -70,7 +70,7 @@ def _signed(value: float, decimals: int) -> str:
 
 
 def as_ratio(entry: Figure) -> str:
-    """The model divided by the base: `80.0 %`, `1.04×` for times and rates, and words where none may be formed."""
+    """The model divided by the base: `80.0 %`, `1.04×` for times and rates, and the reason where there is no ratio."""
     ratio = entry.ratio_to_base
     if ratio is None:
         return "other backend" if "second" in entry.unit else "other dtype"

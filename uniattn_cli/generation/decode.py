@@ -150,7 +150,7 @@ def answer(
     from uniattn_cli.inference.program import UnsupportedError
 
     if not ids:
-        raise DataError("the prompt has no tokens; say something")
+        raise DataError("the prompt is empty; enter some text")
     window = context_window(model.config)
     if window is not None and len(ids) >= window:
         raise DataError(f"the prompt has {len(ids):,} tokens, but the model's window is {window:,}; shorten it")

@@ -42,11 +42,11 @@ SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*(?=\s)|\n")
 # the turn is learned. Some, because the same text is often fewer tokens when it is read than when it was drawn.
 BEYOND = 16
 LEFT_OUT = {
-    "long": "conversations whose prompt leaves no room",
-    "empty": "passages and questions with nothing to add",
-    "unfinished": "answers that training would take for finished",
+    "long": "conversations with a prompt too long to answer",
+    "empty": "passages and questions with empty answers",
+    "unfinished": "unfinished answers that would count as finished in training",
     "unlike": "answers that the chat template would change",
-    "again": "rows that were there already",
+    "again": "duplicate rows",
 }
 
 
@@ -114,8 +114,8 @@ class Writer:
             if not made:
                 reasons = ", ".join(f"{count:,} {LEFT_OUT[name]}" for name, count in self.left_out.items())
                 raise DataError(
-                    f"a whole pass over the training rows gave nothing ({reasons or 'nothing to go on with'}); raise "
-                    "train.max_length, or name other rows or another model"
+                    f"a whole pass over the training rows gave nothing ({reasons or 'no usable rows'}); raise "
+                    "train.max_length, or use other rows or another model"
                 )
             if made == before:
                 return

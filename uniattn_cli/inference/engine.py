@@ -155,9 +155,9 @@ def _triton_problem(program: Program) -> str | None:
     if program.device.type != "cuda" and not knobs.runtime.interpret:
         return "the kernels need a CUDA device"
     if program.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels do not know {program.dtype}"
+        return f"the kernels do not support {program.dtype}"
     if program.shape.head_dim > 256:
-        return f"the kernels know head sizes up to 256, not {program.shape.head_dim}"
+        return f"the kernels support head sizes up to 256, not {program.shape.head_dim}"
     return None
 
 
@@ -229,7 +229,7 @@ def decode(
     pad = pad_token_id if pad_token_id is not None else stop[0] if stop else 0
     sampling = Sampling(temperature, top_p, seed)
     lengths = _row_lengths(input_ids, attention_mask)
-    reason = "it was asked for"
+    reason = "it was requested"
     if engine != "transformers":
         try:
             session = engine_for(model).borrow(

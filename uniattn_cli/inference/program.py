@@ -201,7 +201,7 @@ def _refuse_unknown(model: PreTrainedModel) -> None:
     except UniAttnError as error:
         raise UnsupportedError(str(error)) from None
     if getattr(config, "use_bidirectional_attention", None):
-        raise UnsupportedError("its attention looks ahead")
+        raise UnsupportedError("its attention is not causal")
     if model.lm_head.bias is not None:
         raise UnsupportedError("its output layer has a bias")
     devices = {parameter.device for parameter in model.parameters()}

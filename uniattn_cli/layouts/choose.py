@@ -62,7 +62,7 @@ def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> None:
     if measured != fingerprint:
         name = record.get("settings", {}).get("model", {}).get("name", "another model")
         raise StageError(
-            f"{run.output('analyze')} analyses {name} ({measured}), but the recipe's model is {recipe.model.name} "
+            f"{run.output('analyze')} is of {name} ({measured}), but the recipe's model is {recipe.model.name} "
             f"({fingerprint}); use another run directory or run `uniattn analyze --force`"
         )
 

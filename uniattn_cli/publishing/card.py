@@ -27,7 +27,7 @@ MADE_WITH = ("uniattn", "torch", "transformers", "trl")
 
 
 def model_card(facts: Facts, repo_id: str) -> str:
-    """The text of README.md: metadata for the hub, then what a reader has to know before using the model.
+    """The text of README.md: metadata for the hub, then what users of the model need to know.
 
     Args:
         facts: result of `gather`.
@@ -94,7 +94,7 @@ def _layout_table(layout: Layout) -> Table:
         if layers:
             sources = sorted({source for index in layers for source in layout[index].source_layers})
             rows.append([kind.name, str(len(layers)), ranges(layers), kind.phrase, ranges(sources) or "–"])
-    return Table("", ["kind", "layers", "which", "each", "borrowed from"], rows)
+    return Table("", ["kind", "number", "layers", "change", "borrowed from"], rows)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -153,7 +153,7 @@ def _loss_table(facts: Facts) -> Table:
         for name, loss in losses.items()
         if loss
     ]
-    title = "Loss on held-out tokens, nats per token, as the stages measured it"
+    title = "Loss on held-out tokens, nats per token"
     return Table(title, ["held-out", "loss", "stderr", "perplexity", "tokens"], rows)
 
 
@@ -183,7 +183,7 @@ def _source_name(source: dict[str, Any]) -> str:
     """A data set in words; of local files strangers learn the name only."""
     name = source["source"]
     if name == BUILTIN:
-        return "text and questions made from Python's own documentation"
+        return "text and questions generated from Python's own documentation"
     if not _is_on_hub(source):
         return f"`{Path(name).name}` (a local file)"
     details = ", ".join(str(source[key]) for key in ("config", "split") if source.get(key))
@@ -203,8 +203,8 @@ def _stage_table(report: dict[str, Any], settings: dict[str, Any]) -> Table:
 def _licence(facts: Facts) -> str:
     licence = facts.base.licence
     if not licence:
-        return f"The licence of {_base_name(facts)} applies; see there."
+        return f"See the licence of {_base_name(facts)}."
     name = next(licence[key] for key in ("license_name", "license", "license_link") if key in licence)
     link = licence.get("license_link", "")
     text = f"[{name}]({link})" if link.startswith("http") else f"`{name}`"
-    return f"{text}, as of the base. The model code is Apache-2.0."
+    return f"{text}, as the base. The model code is Apache-2.0."

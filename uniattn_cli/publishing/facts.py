@@ -115,7 +115,7 @@ def _conversion_folder(directory: Path, record: dict[str, Any], notes: list[str]
         return directory
     made = directory.absolute().parent / OUTPUTS["convert"]
     if record.get("stage") != "train":
-        notes.append(f"{directory} was not written by a stage of uniattn, so the card has little to say")
+        notes.append(f"{directory} was not written by a stage of uniattn, so the card is incomplete")
     elif not (made / "config.json").is_file():
         notes.append(f"{made} is missing, so the card says nothing about the fit")
     elif locate(str(made)).fingerprint != record.get("inputs", {}).get("converted"):
@@ -127,7 +127,7 @@ def _conversion_folder(directory: Path, record: dict[str, Any], notes: list[str]
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no file."""
-    return read_json(path, "remove it, or make it again", CheckpointError) if path.exists() else None
+    return read_json(path, "remove it, or run the stage again", CheckpointError) if path.exists() else None
 
 
 def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
@@ -141,7 +141,7 @@ def _evaluation(source: Source, notes: list[str]) -> dict[str, Any] | None:
     found = [name for name, entry in models.items() if name != BASE and entry["fingerprint"] == source.fingerprint]
     if not found:
         notes.append(
-            f"{folder} holds no figures of these very weights; run `uniattn eval --force` for figures in the card"
+            f"{folder} has no figures of exactly these weights; run `uniattn eval --force` for figures in the card"
         )
         return None
     return results | {"models": {BASE: models[BASE], THIS: models[found[0]]}, "name": found[0]}
@@ -177,7 +177,7 @@ def _metadata(card: Path) -> dict[str, Any]:
         return metadata_load(card) or {}
     except (OSError, ValueError, YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{card} cannot be read ({reason}); mend it, or give --license") from None
+        raise CheckpointError(f"{card} cannot be read ({reason}); fix it, or give --license") from None
 
 
 def _hub_metadata(name: str, revision: str | None, online: bool) -> dict[str, Any]:

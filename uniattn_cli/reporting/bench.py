@@ -22,9 +22,9 @@ def explanation(bandwidth: float) -> str:
     """How to read the tables."""
     return (
         "Median of the rounds, ± half their range; all models take turns in every round. “× floor” is the time divided "
-        "by the time that it takes to read the weights and the KV cache once at this device's copy bandwidth "
-        f"({bandwidth / 1e9:.0f} GB/s, reads and writes together). “× first” compares with the first model: how many "
-        "times the tokens per second while decoding, how many times the time to first token."
+        "by the time needed to read the weights and the KV cache once at this device's copy bandwidth "
+        f"({bandwidth / 1e9:.0f} GB/s, reads plus writes). “× first” is the speed relative to the first model, in "
+        "decoding and to the first token; more is faster."
     )
 
 

@@ -29,10 +29,10 @@ RATIO = "  ÷ base"
 RANGE = "  smallest–largest"
 PLOT = "quality_vs_kv.png"
 EXPLANATION = (
-    "± is one standard error. The lines “− base, paired” give the difference to the base on the same rows or items, "
-    "and below it its 95 % interval; where that holds zero, the difference counts as noise. The control is the base "
-    "after the same training; “− control, paired” is what sharing costs. Times are medians over rounds, and what is "
-    "divided by the base are rounds that ran side by side. Tokens per second are counted after the first token."
+    "± is one standard error. The lines “− base, paired” give the difference from the base on the same rows or items "
+    "and its 95 % interval; if that contains zero, the difference counts as noise. The control is the base after the "
+    "same training; “− control, paired” is the cost of sharing. Times are medians over rounds, and ratios to the base "
+    "compare adjacent rounds. Tokens per second are counted after the first token."
 )
 
 
@@ -99,11 +99,11 @@ def _length_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str
         rows.append([f"perplexity at {entries[0]['length']:,} tokens", *cells])
     for entries in zip(*(model["retrieval"] for model in models), strict=True):
         cells = [f"{entry['correct']} of {entry['items']}" for entry in entries]
-        rows.append([f"codes found in {entries[0]['length']:,} tokens", *cells])
+        rows.append([f"codes retrieved from {entries[0]['length']:,} tokens", *cells])
     agreements = [model.get("agreement") for model in models]
     if not any(agreements):
         return rows
-    for key, label in (("kl", "KL to the base, nats"), ("top1", "same greedy token")):
+    for key, label in (("kl", "KL from the base, nats"), ("top1", "same greedy token")):
         rows.append([label, *("" if one is None else as_value(one[key], error=True) for one in agreements)])
     edges = next(one for one in agreements if one is not None)["by_position"]["edges"]
     for bucket, (start, end) in enumerate(itertools.pairwise(edges)):
@@ -119,7 +119,7 @@ def grid_table(results: dict[str, Any]) -> Table | None:
         return None
     rows = []
     for point in grid:
-        for key, label in (("ttft", "first token"), ("tpot", "each further token")):
+        for key, label in (("ttft", "time to first token"), ("tpot", "time per output token")):
             cells = []
             for model in point["models"].values():
                 time = model[key]
@@ -132,7 +132,7 @@ def grid_table(results: dict[str, Any]) -> Table | None:
             rows.append(
                 [f"{point['batch']} × {point['context']:,}: peak memory", *(f"{peak / 1e9:.2f} GB" for peak in peaks)]
             )
-    title = "Speed by batch × context: median (smallest–largest, divided by the base's beside it)"
+    title = "Speed by batch × context: median (smallest–largest, divided by the base's)"
     return Table(title, ["", *map(short, grid[0]["models"])], rows)
 
 
@@ -148,13 +148,13 @@ def capacity_rows(results: dict[str, Any]) -> Table:
             [f"{size}: largest batch at {context:,} tokens", *(_fits(model["batch"], None) for model in models)]
         )
     names = list(results["capacity"][0]["models"]) if results["capacity"] else []
-    return Table("What fits into a given memory, by formula", ["", *map(short, names)], rows)
+    return Table("What fits into memory, by formula", ["", *map(short, names)], rows)
 
 
 def _fits(value: int | None, window: int | None) -> str:
     if value is None:
         return "any"
-    beyond = " (beyond its window)" if window and value > window else ""
+    beyond = " (beyond its context window)" if window and value > window else ""
     return f"{value:,}{beyond}"
 
 
@@ -192,7 +192,7 @@ def markdown(results: dict[str, Any], *, command: str) -> str:
     notes = ["## Notes", _bullets(results["notes"])] if results["notes"] else []
     parts = [
         "# Evaluation",
-        _bullets(verdicts) if verdicts else "Only the base was measured; there is nothing to compare it with.",
+        _bullets(verdicts) if verdicts else "Only the base was measured, so there is nothing to compare.",
         f"![Quality against KV bytes per token]({PLOT})",
         *map(to_markdown, tables(results)),
         EXPLANATION,
@@ -205,10 +205,10 @@ def markdown(results: dict[str, Any], *, command: str) -> str:
         # The formula of the capacity stands below its table.
         _bullets([f"{part}: {_plain(each)}" for part, each in results["settings"].items() if part != "capacity"]),
         *notes,
-        "## How to repeat it",
+        "## How to reproduce it",
         f"In the run directory:\n\n```\n{command}\n```",
-        "`stage.json` holds all settings, versions and fingerprints; `results.json` the figures with all digits; "
-        "`items/` the score of every row and item, from which the figures follow.",
+        "`stage.json` has all settings, versions and fingerprints; `results.json` the figures in full precision; "
+        "`items/` the score of every row and item, from which the figures are computed.",
     ]
     return "\n\n".join(parts) + "\n"
 

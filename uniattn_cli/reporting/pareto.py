@@ -18,7 +18,7 @@ LABEL_HEIGHT = 15.0  # points between two labels
 
 
 KV_LABEL = "KV cache, kB per token (measured)"
-SPEED_LABEL = "tokens per second, divided by the base's beside it"
+SPEED_LABEL = "tokens per second, divided by the base's"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -54,7 +54,7 @@ def draw_panels(
         _front(axis, models, fronts.get(f"{key}/{cost}", []), key, factor, cost)
         axis.set_ylabel(label)
         axis.set_xlabel(KV_LABEL if cost == "kv" else SPEED_LABEL)
-    page.supxlabel("bars: one standard error of the difference to the base, on the same rows or items", fontsize=9)
+    page.supxlabel("bars: one standard error of the difference from the base, on the same rows or items", fontsize=9)
     page.canvas.draw()
     for axis in axes:
         _spread_labels(axis)

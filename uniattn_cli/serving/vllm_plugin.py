@@ -26,8 +26,8 @@ def register() -> None:
     if ".".join(version.split(".")[:2]) not in SUPPORTED:
         if multiprocessing.parent_process() is None:
             init_logger("vllm.uniattn").warning(
-                "uniattn's plugin knows vLLM %s, not %s, and steps aside: converted checkpoints are served with keys "
-                "cached for every layer",
+                "uniattn's plugin supports vLLM %s, not %s, and is disabled: converted checkpoints are served with "
+                "keys cached for every layer",
                 " and ".join(SUPPORTED),
                 version,
             )
@@ -83,7 +83,7 @@ def _group(vllm_config: Any, kv_cache_spec: dict[str, Any], names: list[list[str
         sorts.setdefault(kv_cache_spec[cluster[0]], []).append(cluster)
     if len({spec.page_size_bytes for spec in sorts}) > 1:
         raise ValueError(
-            "uniattn: layers with windows and pooled layers in one model cannot be cached together yet; start vLLM "
+            "uniattn: sliding and pooled layers in one model cannot be cached together yet; start vLLM "
             "with VLLM_PLUGINS= (empty), or with --disable-hybrid-kv-cache-manager"
         )
     sizes = [[len(cluster) for cluster in sort] for sort in sorts.values()]

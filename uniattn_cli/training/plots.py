@@ -8,7 +8,7 @@ from typing import Any
 from uniattn_cli.models.losses import Loss
 
 PANELS = {
-    "loss": "loss, nats per learned token",
+    "loss": "loss, nats per token",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm, before clipping",
     "tokens_per_second": "tokens per second",

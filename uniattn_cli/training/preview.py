@@ -23,11 +23,11 @@ LONGEST = {True: 600, False: 400}  # characters shown of a learned piece and of 
 
 def describe(counts: Counts, max_length: int) -> str:
     """One line: rows, tokens, the learned share, what was split, cut and left out."""
-    split = f"{counts.split:,} more from conversations that became one row per answer; " if counts.split else ""
-    split += f"{counts.divided:,} more from long texts; " if counts.divided else ""
+    split = f"{counts.split:,} more from conversations split into one row per answer; " if counts.split else ""
+    split += f"{counts.divided:,} more from long texts that were split; " if counts.divided else ""
     return (
-        f"training rows: {counts.used:,} with {counts.tokens:,} tokens, {counts.share:.1%} of them learned; {split}"
-        f"{counts.truncated:,} rows cut at {max_length} tokens, {counts.dropped:,} left out with nothing to learn"
+        f"training rows: {counts.used:,} with {counts.tokens:,} tokens, {counts.share:.1%} of them in the loss; {split}"
+        f"{counts.truncated:,} rows truncated to {max_length} tokens, {counts.dropped:,} dropped without loss tokens"
         + (f" ({counts.lost_share:.1%} of all tokens lost)" if counts.lost else "")
     )
 
@@ -54,11 +54,11 @@ def check_share(counts: Counts, loss: str) -> None:
         DataError: with `loss` `responses`, none or all of the tokens are learned; with `all`, none.
     """
     if counts.supervised == 0:
-        raise DataError("no token of the training rows would be learned; check that the rows have assistant turns")
+        raise DataError("no token of the training rows counts in the loss; check that the rows have assistant turns")
     if loss == "responses" and counts.supervised == counts.tokens:
         raise DataError(
-            "every token of the training rows would be learned, so they hold no prompts; give rows with prompts and "
-            "responses, or set train.loss to all to learn plain text"
+            "every token of the training rows counts in the loss, so they have no prompts; use rows with prompts and "
+            "responses, or set train.loss: all for plain text"
         )
 
 
@@ -80,7 +80,7 @@ def endless(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, model: P
         return None
     token = tokenizer.decode([wrong.most_common(1)[0][0]])
     return (
-        f"answers end with {token!r}, at which generation does not stop; name it in eos_token_id of the model's "
+        f"answers end with {token!r}, but generation does not stop at it; add it to eos_token_id in the model's "
         "generation_config.json, or set data.chat_template to a template that ends answers with "
         f"{tokenizer.eos_token!r}"
     )

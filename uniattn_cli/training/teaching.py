@@ -73,7 +73,7 @@ class Teaching:
         folder = self.root / FOLDER / store_key(settings)
         with self.process.main_process_first():
             if folder.exists():
-                self.progress.note(f"teacher's distributions are read from {folder}")
+                self.progress.note(f"teacher's distributions read from {folder}")
                 return folder
             distillation = Distillation(self.recipe.train.distillation, self._load(device))
             with self.progress.track("teacher", len(self.rows)) as advance:
@@ -84,7 +84,7 @@ class Teaching:
             del distillation
             self._teacher = None
             gc.collect()
-            self.progress.note(f"teacher's distributions: {folder} ({_gigabytes(folder):.2f} GB)")
+            self.progress.note(f"teacher's distributions written to {folder} ({_gigabytes(folder):.2f} GB)")
         return folder
 
     def _settings(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def planned_stages(stages: Sequence[TrainStage], config: Any) -> tuple[tuple[Tra
         model = converted_classes(config.model_type).causal_lm(config)
     planned = tuple(stage for stage in stages if trained_names(model, stage))
     if not planned:
-        raise StageError("the layout has nothing that the stages of the recipe train; list a stage that trains `all`")
+        raise StageError("no stage of the recipe has any weights to train in this layout; add one that trains `all`")
     notes = [
         f"stage '{stage.label}' was skipped: the layout has no {stage.trains} to train"
         for stage in stages

@@ -177,8 +177,8 @@ def full_disk(folder: Path) -> Iterator[None]:
 def diverged(what: str, step: int, folder: Path) -> StageError:
     """The error for training that diverged."""
     return StageError(
-        f"training diverged: {what} at step {step}; lower the stage's learning_rate in train.stages and run again "
-        f"with --force, which starts over (until then the last good checkpoint stays in {folder})"
+        f"training diverged: {what} at step {step}; lower the stage's learning_rate in train.stages and start over "
+        f"with --force (until then the last good checkpoint stays in {folder})"
     )
 
 

@@ -1,4 +1,4 @@
-"""The parts of the page that say what was tested and how to repeat it: samples, settings, versions, commands."""
+"""The parts of the page on what was tested and how to reproduce it: samples, settings, versions, commands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def samples(results: dict[str, Any]) -> Html | None:
 
 
 def _answer(name: str, text: str) -> Html:
-    shown = tag("div", text, class_="text") if text.strip() else tag("div", "(nothing)", class_="text soft")
+    shown = tag("div", text, class_="text") if text.strip() else tag("div", "(empty)", class_="text soft")
     return tag("div", tag("h4", name), shown)
 
 
@@ -54,7 +54,7 @@ def capacity(results: dict[str, Any]) -> Html | None:
             )
     if not rows:
         return None
-    return table("What fits into a memory, computed", ["memory", "model", "longest context", "largest batch"], rows)
+    return table("What fits into memory, by formula", ["memory", "model", "longest context", "largest batch"], rows)
 
 
 def _limit(number: int | None, what: str) -> str:
@@ -93,7 +93,7 @@ def models(results: dict[str, Any]) -> Html:
 def settings(results: dict[str, Any]) -> Html:
     """What was tested, and how."""
     rows = [[part.replace("_", " "), plain(value)] for part, value in results["settings"].items()]
-    return table("What was tested", ["part", "settings"], rows, words=True)
+    return table("Settings", ["part", "settings"], rows, words=True)
 
 
 def versions(evidence: Evidence) -> Html | None:
@@ -114,7 +114,7 @@ def reproduce(evidence: Evidence) -> Html:
     parts = []
     if evidence.records:
         commands = [_command(stage, record, evidence) for stage, record in evidence.records.items() if stage != "group"]
-        parts.append(tag("p", "In an empty folder with the recipe below, or in the run directory with --force:"))
+        parts.append(tag("p", "In an empty folder with the recipe below, or with --force in the run directory:"))
         parts.append(tag("pre", "\n".join(commands)))
         rows = [
             [
@@ -125,13 +125,13 @@ def reproduce(evidence: Evidence) -> Html:
             ]
             for stage, record in evidence.records.items()
         ]
-        columns = ["stage", "seed", "fingerprints of what it read", "when (UTC)"]
+        columns = ["stage", "seed", "fingerprints of inputs", "finished (UTC)"]
         parts.append(table("Stages", columns, rows, words=True))
     parts.append(
         tag(
             "p",
-            "evaluation/results.json holds every figure of this page with all its digits, evaluation/items/ the score "
-            "of every row and item, from which the figures follow. `uniattn report` makes this page again.",
+            "evaluation/results.json has every figure of this page in full precision, evaluation/items/ the score "
+            "of every row and item, from which the figures are computed. `uniattn report` rewrites this page.",
         )
     )
     if evidence.recipe is not None:

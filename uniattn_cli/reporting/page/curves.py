@@ -12,7 +12,7 @@ from uniattn_cli.reporting.page.markup import Html, figure, join, tag
 from uniattn_cli.reporting.page.plot import LEFT, RIGHT, WIDTH, Axis, Series, chart, legend
 from uniattn_cli.reporting.page.scores import styles
 
-BARS = "Bars: one standard error of the paired difference to the base."
+BARS = "Bars: one standard error of the paired difference from the base."
 
 
 def pareto(results: dict[str, Any]) -> list[Html]:
@@ -82,7 +82,7 @@ def agreement(results: dict[str, Any]) -> list[Html]:
         if series:
             words = "; ".join(f"{entry.name}: " + _ends(entry, "position") for entry in series)
             drawn = chart(title, words, series, Axis("position in the text, tokens", log=True), Axis(unit, zero=True))
-            found.append(figure(join((drawn, _legend(series))), f"By what the model has read. {words}."))
+            found.append(figure(join((drawn, _legend(series))), f"By position in the text. {words}."))
     return found
 
 
@@ -114,13 +114,13 @@ def lengths(results: dict[str, Any]) -> list[Html]:
     if series:
         words = "; ".join(f"{entry.name}: " + _ends(entry, "length") for entry in series)
         drawn = chart(
-            "Finding one fact in a long text (higher is better)",
+            "Retrieval from a long text (higher is better)",
             words,
             series,
             Axis("tokens of the text", log=True, ticks=_xs(series)),
-            Axis("answers that are right, %", zero=True),
+            Axis("correct answers, %", zero=True),
         )
-        found.append(figure(join((drawn, _legend(series))), f"Share of right answers by length. {words}."))
+        found.append(figure(join((drawn, _legend(series))), f"Share of correct answers by length. {words}."))
     return found
 
 
@@ -180,10 +180,10 @@ def _curve(folder: str, lines: list[dict[str, Any]], report: dict[str, Any]) -> 
         words,
         series,
         Axis("optimiser step", whole=True),
-        Axis("loss, nats per learned token"),
+        Axis("loss, nats per token"),
         breaks=breaks[:-1],
     )
-    note = " The dashed line stands between stages." if len(breaks) > 1 else ""
+    note = " Dashed lines separate stages." if len(breaks) > 1 else ""
     return figure(join((drawn, _legend(series))), f"{words.capitalize()}.{note}")
 
 

@@ -75,7 +75,7 @@ def collect(run: RunDir, results: dict[str, Any], evaluation: Path) -> Evidence:
         try:
             found.settings = Recipe.load(run.recipe).to_dict()
         except RecipeError as error:
-            found.notes.append(f"recipe.yaml cannot be read any more ({error.faults[0]}).")
+            found.notes.append(f"recipe.yaml is no longer valid ({error.faults[0]}).")
     _read_analysis(run, base["fingerprint"], found)
     by_role = {model["role"]: model for model in models.values()}
     if _same(run.output("convert"), by_role.get(CONVERTED), found.notes):
@@ -109,7 +109,7 @@ def _same(folder: Path, model: dict[str, Any] | None, notes: list[str]) -> bool:
         return False
     if fingerprint(folder) == model["fingerprint"]:
         return True
-    notes.append(f"{folder.name}/ has changed since the evaluation; how it was made is left out.")
+    notes.append(f"{folder.name}/ has changed since the evaluation; its details are left out.")
     return False
 
 
@@ -127,10 +127,10 @@ def _read_analysis(run: RunDir, base: str, found: Evidence) -> None:
     try:
         measured = Measured.load(folder)
     except StageError as error:
-        found.notes.append(f"The redundancy map is left out: {error}.")
+        found.notes.append(f"The similarity map is left out: {error}.")
         return
     if measured.fingerprint != base:
-        found.notes.append("analysis/ is of another state of the base; the redundancy map is left out.")
+        found.notes.append("analysis/ belongs to another version of the base; the similarity map is left out.")
         return
     found.model, found.similarity_tokens = measured.model, measured.tokens
     # Of each head the most alike one of the earlier layer, then the mean over heads.

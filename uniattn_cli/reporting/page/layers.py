@@ -1,4 +1,4 @@
-"""The parts of the page that show layers: redundancy map with the groups on it, damage by layer, layouts considered."""
+"""The parts of the page that show layers: similarity map with the groups on it, error by layer, layouts considered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAP_LEFT, MAP_TOP, MAP_BOTTOM = 40.0, 22.0, 66.0
 
 
 def redundancy(evidence: Evidence) -> Html | None:
-    """How alike the maps are, every layer against the earlier ones, with the chosen borrowings framed."""
+    """Similarity of the maps, every layer against the earlier ones, with the chosen borrowings framed."""
     layout = None if evidence.conversion is None else Layout.from_list(evidence.conversion["layout"])
     if evidence.similarity is None and layout is None:
         return None
@@ -33,7 +33,7 @@ def redundancy(evidence: Evidence) -> Html | None:
     if known:
         parts.append(_key(low, high, height))
     words = _sentences(evidence, layout, known)
-    drawn = drawing("Which layers have maps alike, and which share", words, height, parts)
+    drawn = drawing("Similarity of the layers' maps, and which layers share", words, height, parts)
     return figure(join((drawn, _map_legend(layout))), words)
 
 
@@ -75,7 +75,7 @@ def _borrowings(layout: Layout, cell: float) -> list[Html]:
         heads = Counter(source for source, _ in plan.heads or ())
         for source in plan.source_layers:
             share = heads[source] / sum(heads.values()) if heads else 1.0
-            words = f"layer {layer} takes {share:.0%} of its heads from layer {source}"
+            words = f"layer {layer} borrows {share:.0%} of its heads from layer {source}"
             parts.append(_frame(source, layer, cell, share, words))
     return parts
 
@@ -150,7 +150,7 @@ def _map_legend(layout: Layout | None) -> Html | None:
             continue
         items.append(tag("li", swatch(marker(15, 7, 0, 4.2, "hollow"), "s1"), f" {kind.phrase}"))
         frame = tag("rect", x=10, y=2, width=10, height=10, class_="frame", stroke_width=2.5)
-        items.append(tag("li", swatch(frame, "s1"), " from this layer (the thicker, the more heads)"))
+        items.append(tag("li", swatch(frame, "s1"), " from this layer (thicker for more heads)"))
     lettered = [kind for kind in kinds if kind.name != "own" and not kind.borrows_maps]
     items += [tag("li", tag("b", kind.symbol), f" {kind.phrase}") for kind in lettered]
     return tag("ul", items, class_="legend")
@@ -160,9 +160,9 @@ def _sentences(evidence: Evidence, layout: Layout | None, known: list[float]) ->
     words = []
     if known:
         words.append(
-            f"Each cell: the mean, over the heads of a layer, of the similarity to the most alike head of an earlier "
-            f"layer, on {evidence.similarity_tokens:,} tokens ({min(known):.2f} to {max(known):.2f}; empty where the "
-            f"layers are too far apart to be measured)."
+            f"Each cell: similarity of a layer's heads to the most similar head of an earlier layer, averaged over "
+            f"heads, on {evidence.similarity_tokens:,} tokens ({min(known):.2f} to {max(known):.2f}; empty if the "
+            f"layers are further apart than was measured)."
         )
     if layout is not None:
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -189,33 +189,33 @@ def damage(evidence: Evidence) -> Html | None:
     after = [(fit["layer"], fit["error_after"]) for fit in fits]
     worst = max(fits, key=lambda fit: fit["error_after"])
     words = (
-        f"Of the squared attention output, the share that each changed layer gets wrong on tokens held out from its "
-        f"fit; 1 is as bad as no output at all. Worst after the fit: layer {worst['layer']}, "
-        f"{worst['error_after']:.3f} (before it {worst['error_before']:.3f})."
+        f"Relative squared error of the attention output of each changed layer, on tokens held out from its "
+        f"fit; 1 is as bad as no output at all. Largest after the fit: layer {worst['layer']}, "
+        f"{worst['error_after']:.3f} (before the fit {worst['error_before']:.3f})."
     )
     drawn = chart(
-        "Damage by layer, before and after the fit",
+        "Error by layer, before and after the fit",
         words,
         [
-            Series("as borrowed", before, style=1, line=False),
+            Series("before the fit", before, style=1, line=False),
             Series("after the fit", after, style=2, line=False),
         ],
         Axis("layer", whole=True, zero=True),
         Axis("relative squared error", zero=True),
         limits=[("no output at all", 1.0)],
     )
-    names = legend([("as borrowed", 1, False), ("after the fit", 2, False)])
+    names = legend([("before the fit", 1, False), ("after the fit", 2, False)])
     return figure(join((drawn, names)), words)
 
 
 def fit_table(evidence: Evidence) -> Html | None:
-    """The same in numbers, folded away."""
+    """The same in numbers, collapsed."""
     fits = (evidence.conversion or {}).get("fits")
     if not fits:
         return None
     rows = [[str(fit["layer"]), fit["kind"], f"{fit['error_before']:.3f}", f"{fit['error_after']:.3f}"] for fit in fits]
     body = table("Error of the attention output", ["layer", "kind", "before", "after the fit"], rows)
-    return tag("details", tag("summary", "The same as numbers"), body)
+    return tag("details", tag("summary", "In numbers"), body)
 
 
 def frontier(evidence: Evidence) -> Html | None:
@@ -235,15 +235,13 @@ def frontier(evidence: Evidence) -> Html | None:
         (entry for entry in grouping["frontier"] if [layer["kind"] for layer in entry["layers"]] == kinds), None
     )
     drawn_series = [Series(name, sorted(points), style=index) for index, (name, points) in enumerate(series.items(), 1)]
-    words = (
-        f"Every layout that the search kept, by the KV bytes that are left; lower is better ({grouping['measure']})."
-    )
+    words = f"Layouts kept by the search, by remaining KV bytes; lower is better ({grouping['measure']})."
     if chosen is not None and chosen.get("value") is not None:
         point = (100 * chosen["kv_share"], chosen["value"])
         drawn_series.append(Series("chosen", [point], style=0, line=False, label=True))
         words += f" Chosen: {chosen['changed']} changed layers, {100 * chosen['kv_share']:.0f} % of the KV bytes."
     drawn = chart(
-        "Layouts that were considered",
+        "Layouts considered",
         words,
         drawn_series,
         Axis("KV cache, % of the base's"),

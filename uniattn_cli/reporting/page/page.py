@@ -48,7 +48,7 @@ def page(results: dict[str, Any], evidence: Evidence) -> str:
     main = tag(
         "main", [tag("section", tag("h2", heading, id=anchor), body) for anchor, heading, body in sections]
     )  # fmt: skip
-    title = f"{name}: base and converted compared"
+    title = f"{name}: converted model compared with the base"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -91,34 +91,34 @@ def _sections(results: dict[str, Any], evidence: Evidence) -> list[tuple[str, st
             ),
         ),
         ("frontier", "Quality against KV cache", curves.section(curves.pareto(results))),
-        ("notes", "Before you compare", tag("ul", [tag("li", note) for note in notes]) if notes else None),
+        ("notes", "Notes", tag("ul", [tag("li", note) for note in notes]) if notes else None),
         ("agreement", "Agreement with the base", curves.section(curves.agreement(results))),
         ("length", "Long texts", curves.section(curves.lengths(results))),
         ("speed", "Speed and memory", _some(scores.speed_grid(results), context.capacity(results))),
         (
             "layers",
-            "What was shared",
+            "Shared layers",
             _some(
                 curves.section([part for part in (layers.redundancy(evidence), layers.frontier(evidence)) if part]),
             ),
         ),
         (
             "damage",
-            "Damage by layer",
+            "Error by layer",
             _some(curves.section([part for part in (layers.damage(evidence),) if part]), layers.fit_table(evidence)),
         ),
         ("training", "Training", curves.section(curves.training(evidence, results))),
         (
             "samples",
             "Samples",
-            samples and join((tag("p", "Greedy text of every model; the prompts were not trained on."), samples)),
+            samples and join((tag("p", "Greedy answers of all models to held-out prompts."), samples)),
         ),
         (
             "settings",
             "Settings and versions",
             _some(context.models(results), context.settings(results), context.versions(evidence)),
         ),
-        ("repeat", "How to repeat it", context.reproduce(evidence)),
+        ("repeat", "How to reproduce it", context.reproduce(evidence)),
     ]
 
 

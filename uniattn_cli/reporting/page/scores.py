@@ -14,10 +14,10 @@ from uniattn_cli.reporting.page.markup import Html, join, table, tag
 SYMBOLS = {"better": "▲", "worse": "▼", "within noise": "≈", "same": "=", "mixed": "◆", "uncertain": "?"}
 NOTHING = "–"
 EXPLANATION = (
-    "± is one standard error. Below each score stands its difference to the base on the same rows or items: paired, so "
-    "that what all models find hard cancels, and its error is smaller than that of either score. ≈ means that the "
-    "difference may well be chance. Times are medians over rounds, their range in brackets, and what is divided by the "
-    "base are rounds that ran side by side."
+    "± is one standard error. Below each score is its paired difference from the base, on the same rows or items: what "
+    "is hard for all models cancels out, so its error is smaller than that of either score. ≈ means that the "
+    "difference is within noise. Times are medians over rounds, with their range in brackets; ratios to the base "
+    "compare adjacent rounds."
 )
 QUALITY = {
     "perplexity": "perplexity of held-out text",
@@ -51,7 +51,7 @@ def verdicts(results: dict[str, Any]) -> Html:
     """One card for each model but the base."""
     cards = [_card(name, model) for name, model in results["models"].items() if model["verdict"]]
     if not cards:
-        return tag("p", "Only the base was measured; there is nothing to compare it with.")
+        return tag("p", "Only the base was measured, so there is nothing to compare.")
     return tag("div", cards, class_="cards")
 
 
@@ -87,13 +87,13 @@ def quality_table(results: dict[str, Any]) -> Html:
         for metric in results["models"][BASE]["tasks"][task]:
             rows.append(_row(results, f"{task}, {metric}", ("tasks", task, metric), _difference))
     rows += [_row(results, label, ("agreement", key), lambda entry: None) for key, label in AGREEMENT.items()]
-    return _table(results, "Quality: value ± standard error, and the paired difference to the base", rows)
+    return _table(results, "Quality: value ± standard error, and the paired difference from the base", rows)
 
 
 def cost_table(results: dict[str, Any]) -> Html:
     """Sizes and times, with what they are of the base's."""
     rows = [_row(results, label, ("cost", key), _ratio) for key, label in COST.items()]
-    return _table(results, "Cost, and what it is of the base's", rows)
+    return _table(results, "Cost, and its ratio to the base's", rows)
 
 
 def _table(results: dict[str, Any], caption: str, rows: list[list[Any] | None]) -> Html:
@@ -131,7 +131,7 @@ def _to_control(entry: Figure) -> Html | None:
     """The difference to the base after the same training, where there is such a control."""
     if entry.difference_to_control is None:
         return None
-    words = f"to control: {as_difference(entry, 'control')}"
+    words = f"from control: {as_difference(entry, 'control')}"
     return tag("span", words, tag("br"), mark(judge(entry, "control")), class_="sub")
 
 
