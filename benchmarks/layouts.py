@@ -1,11 +1,11 @@
-"""What layouts, head maps, compensations and kinds cost before any training, as ratios of perplexity to the base's.
+"""Cost of layouts, head maps, compensations and kinds before any training, as ratios of perplexity to the base's.
 
     python -m benchmarks.layouts MODEL --text c4.jsonl --wikitext wiki.tokens \\
         --calibration wikipedia.jsonl chat.jsonl:120 --out docs/benchmarks/layouts.json
 
 `--parts` picks rows, `--mixes` those of the part `aligned`. Evaluation: the first 30,720 tokens of the pages of
 `--text` (`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`), in windows of
-1,024. Needs a GPU for the searches to end in minutes.
+1,024. Without a GPU the searches take hours.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def markdown(content: dict) -> str:
         f"{setting['model']}: layouts, head maps, compensations and kinds before any training",
         f"Ratios of perplexity to the base's on the same tokens (c4 {bases['c4']}, wt {bases['wt']}); "
         f"{setting['dtype']}, {setting['device']}, windows of {setting['window']:,} tokens. Made by "
-        "`benchmarks/layouts.py`, which says what is measured; all numbers are in the JSON file beside.",
+        "`benchmarks/layouts.py`, which explains what is measured; the JSON file has all numbers.",
         Table("", COLUMNS, table),
     )
 

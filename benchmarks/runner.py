@@ -64,7 +64,7 @@ class Results:
         setting = {**setting, "versions": versions()}
         if any(self.content[name] for name in self.tables):
             if self._differ(self.content["setting"], setting):
-                sys.exit(f"error: {self.out} holds rows of other settings; remove it or choose another --out")
+                sys.exit(f"error: {self.out} has rows of other settings; remove it or choose another --out")
         else:
             self.content["setting"] = setting
 
@@ -172,7 +172,7 @@ def read(path: Path) -> Content:
     Raises:
         StageError: it is missing or damaged.
     """
-    return read_json(path, "name a file that this benchmark wrote")
+    return read_json(path, "give a file that this benchmark wrote")
 
 
 def rows_on_lines(content: Content) -> str:

@@ -1,4 +1,4 @@
-"""Requests per second and time per output token of vLLM under a load, base beside converted, interleaved.
+"""Requests per second and time per output token of vLLM under load, base and converted, interleaved.
 
 Starts one server at a time, on this machine, with the same cache size, and sends the same requests to each: as many at
 once as `--concurrency` says. The order of the models is reversed in every second round, so that a machine that gets
@@ -201,7 +201,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-mib", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", nargs=argparse.REMAINDER, default=[], help="last: further options of vLLM")
+    parser.add_argument("--engine", nargs=argparse.REMAINDER, default=[], help="last: additional options of vLLM")
 
 
 def measure_rounds(options: argparse.Namespace, results: runner.Results) -> None:

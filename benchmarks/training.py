@@ -1,4 +1,4 @@
-"""What training wins back, layout by layout and recipe by recipe, against the base after the same training.
+"""What training recovers, by layout and recipe, compared with the base after the same training.
 
     python -m benchmarks.training MODEL --train chat.jsonl more.jsonl --text c4.jsonl --wikitext wiki.tokens \\
         --tokens 2000000 --seeds 0 1 2 --out docs/benchmarks/training.json
@@ -142,7 +142,7 @@ class Bench:
         found = []
         for name in self.arguments.synthetic:
             path = Path(name).with_name("stage.json")
-            record = read_json(path, "leave what `uniattn synthesize` wrote in one folder")["settings"]["synthesis"]
+            record = read_json(path, "keep the files of `uniattn synthesize` in one folder")["settings"]["synthesis"]
             found.append({key: record[key] for key in ("model", "tokens", "prefix", "temperature", "top_p")})
         return found
 
@@ -348,12 +348,12 @@ def markdown(content: runner.Content) -> str:
         gap = runner.spread(entry["gap"]) if entry["gap"] else "–"
         table.append([entry["layout"], words(entry["part"]), score, gap, *losses, *means, str(len(rows))])
     return runner.page(
-        f"{comparable['model']}: what training wins back",
+        f"{comparable['model']}: what training recovers",
         f"{comparable['tokens']:,} training tokens, {comparable['kv']:.0%} of the KV bytes kept; {setting['device']}, "
         f"{setting['dtype']}. Score: mean of the three losses (nats per token, lower is better); gap: score minus that "
         "of the control of the same seed: the base after the same training, or the control of other runs that is the "
-        f"teacher. Learning rates, where none is named: {rates}. Made by `benchmarks/training.py`; all numbers are in "
-        "the JSON file beside.",
+        f"teacher. Learning rates, unless given: {rates}. Made by `benchmarks/training.py`; the JSON file "
+        "has all numbers.",
         Table("", COLUMNS, table),
     )
 
@@ -405,7 +405,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     texts.add_options(parser, seeds=[0, 1, 2])
     option("--train", nargs="+", required=True, help="training rows, files or hub data sets")
-    option("--synthetic", nargs="*", default=[], help="further training rows, which `uniattn synthesize` wrote")
+    option("--synthetic", nargs="*", default=[], help="additional training rows, from `uniattn synthesize`")
     option("--work", help="folder of the run directories, kept; a temporary one by default")
     option("--controls", help="--work of other runs, whose controls are the teachers; by default those of these runs")
     option("--tokens", type=int, default=2_000_000, help="training tokens of each row")

