@@ -15,7 +15,7 @@ from tiny_run import make_model, make_tokenizer
 
 import uniattn_cli
 from uniattn_cli.cli import talk
-from uniattn_cli.commands.generate import Chat, Conversation, Listener, Speaker, generate, load_speakers
+from uniattn_cli.commands.generate import Chat, Conversation, SilentListener, Speaker, generate, load_speakers
 from uniattn_cli.errors import DataError, ModelError, StageError, UsageError
 from uniattn_cli.generation.decode import Decoding, Streamer, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
@@ -67,7 +67,7 @@ def expected(speaker: Speaker, ids: list[int], new: int) -> str:
     return speaker.tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
-class Ears(Listener):
+class Ears(SilentListener):
     def __init__(self):
         self.heard: dict[str, str] = {}
 
@@ -191,7 +191,7 @@ def test_prompts_that_leave_no_room(speaker):
     ids = [5] * (window - 2)
     found = answer(speaker.model, speaker.tokenizer, ids, Decoding(max_new_tokens=50))
     assert (len(found.tokens), found.ended) == (2, "window") or found.ended == "stop"
-    with pytest.raises(DataError, match=f"has 1,024 tokens, but the model's window is {window:,}"):
+    with pytest.raises(DataError, match=f"has 1,024 tokens, but the model's context window is {window:,}"):
         answer(speaker.model, speaker.tokenizer, [5] * window, FEW)
     with pytest.raises(DataError, match="is empty"):
         answer(speaker.model, speaker.tokenizer, [], FEW)
@@ -216,7 +216,7 @@ def test_load_opens_a_base_a_checkpoint_and_a_run(run, tmp_path):
         assert not model.training and model.device == CPU and tokenizer.chat_template
         assert model.config._name_or_path == str(wanted or place)
     assert uniattn_cli.load(str(run.base), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
-    with pytest.raises(StageError, match="neither trained/ nor converted/ is in"):
+    with pytest.raises(StageError, match="has neither trained/ nor converted/"):
         uniattn_cli.load(tmp_path)
     with pytest.raises(UsageError, match=r"dtype 'bfloat61'.* \(did you mean 'bfloat16'\?\)"):
         uniattn_cli.load(run.base, dtype="bfloat61")
@@ -267,7 +267,7 @@ def test_a_template_that_changes_earlier_turns_is_followed(speaker):
 def test_each_model_has_its_own_history(run):
     chat = Chat.open(beside="base", decoding=FEW, run_dir=run.folder, options=RunOptions("cpu"))
     for text in ("Hello.", "Again."):
-        found = chat.say(text, Listener())
+        found = chat.say(text, SilentListener())
     for conversation in chat.conversations:
         alone = Conversation(conversation.speaker)
         alone.say("Hello.", FEW, lambda piece: None)
@@ -277,12 +277,12 @@ def test_each_model_has_its_own_history(run):
 
 def test_a_turn_that_fails_has_not_happened(speaker):
     chat = Chat([speaker, Speaker("other", speaker.model, speaker.tokenizer)], FEW)
-    chat.say("Hello.", Listener())
+    chat.say("Hello.", SilentListener())
     before = [list(conversation.messages) for conversation in chat.conversations]
     with pytest.raises(DataError, match="window"):
-        chat.say("a b" * 2000, Listener())
+        chat.say("a b" * 2000, SilentListener())
 
-    class Impatient(Listener):
+    class Impatient(SilentListener):
         def finish(self, name, answer):
             raise KeyboardInterrupt
 
@@ -290,7 +290,7 @@ def test_a_turn_that_fails_has_not_happened(speaker):
         chat.say("Stop.", Impatient())
     assert [conversation.messages for conversation in chat.conversations] == before
     ids = chat_ids(speaker.tokenizer, [*before[0], {"role": "user", "content": "Go on."}])
-    assert chat.say("Go on.", Listener())[speaker.name].text == expected(speaker, ids, 6)
+    assert chat.say("Go on.", SilentListener())[speaker.name].text == expected(speaker, ids, 6)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_a_chat_through_a_pipe(run):
         if text is None:
             chat.reset()
             continue
-        first, second = (said.text for said in chat.say(text, Listener()).values())
+        first, second = (said.text for said in chat.say(text, SilentListener()).values())
         wanted += f"[base]\n{first}\n\n[converted]\n{second}\n\n"
     assert done.stdout == wanted + "[base]\n"
     assert "unknown command /what; /reset resets the conversation" in done.stderr
@@ -349,7 +349,7 @@ def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["generate", "hi"], 1, "error: neither trained/ nor converted/ is in "),
+        (["generate", "hi"], 1, "error: {folder} has neither trained/ nor converted/; give a checkpoint"),
         (["chat", "./nowhere"], 1, "error: ./nowhere: no such directory"),
         (["generate", "./nowhere", "hi", "--beside", "base"], 1, "error: 'base' is the model of recipe.yaml"),
         (
@@ -366,7 +366,7 @@ def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
 def test_mistakes_are_one_line(arguments, code, line, tmp_path):
     done = run_here(*arguments, "--device", "cpu", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(line.format(folder=tmp_path)) and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -326,11 +326,11 @@ def test_labels_do_not_cover_each_other():
 
 def test_the_map_frames_what_is_borrowed():
     drawing = layers.redundancy(evidence())
-    told = re.findall(r"<title>(layer \d+ takes [^<]*)</title>", drawing)
+    told = re.findall(r"<title>(layer \d+ borrows [^<]*)</title>", drawing)
     assert told == [
-        "layer 3 takes 50% of its heads from layer 1",
-        "layer 3 takes 50% of its heads from layer 2",
-        "layer 5 takes 100% of its heads from layer 2",
+        "layer 3 borrows 50% of its heads from layer 1",
+        "layer 3 borrows 50% of its heads from layer 2",
+        "layer 5 borrows 100% of its heads from layer 2",
     ]
     assert "3 of 6 layers were changed: 3 from 1 and 2; 4 (nothing borrowed); 5 from 2." in drawing
     cells = "".join(re.findall(r'<path d="([^"]*)" class="heat"', drawing)).count("M")
@@ -402,7 +402,7 @@ def test_without_results_there_is_one_line(tmp_path):
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "results.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(StageError, match=r"is damaged .it holds a list, not"):
+    with pytest.raises(StageError, match=r"is damaged .a list, not"):
         report.report(run_dir=tmp_path)
     assert [path.name for path in folder.iterdir()] == ["results.json"]
 

@@ -148,7 +148,7 @@ def test_the_card_states_what_the_reports_hold(finished):
     assert own["verdict"]["sentence"].removeprefix("trained") in card and "\nThis model" in card
     # Data and training.
     counts = training["data"]
-    assert f"{counts['used']:,} rows of `rows.jsonl`" in card and f"{counts['supervised']:,} are learned" in card
+    assert f"{counts['used']:,} rows of `rows.jsonl`" in card and f"{counts['supervised']:,} count in the loss" in card
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("|")]
     rates = {"compensation": "0.003", "all": "0.001"}
     assert [stage["name"] for stage in training["stages"]] == list(rates)
@@ -199,7 +199,7 @@ def test_figures_of_other_weights_stay_out(run):
     path.write_text(path.read_text().replace("{", '{"max_length": 7,', 1))
     changed = push(run / "trained", "me/small", dry_run=True)
     assert "− base, paired" in shown.card and "− base, paired" not in changed.card
-    assert "Not evaluated beside the base" in changed.card
+    assert "Not evaluated." in changed.card
     assert any("no figures of exactly these weights" in note for note in changed.notes)
     # The stages' own losses are there instead.
     training = json.loads((run / "trained" / "uniattn_report.json").read_text())

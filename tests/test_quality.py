@@ -285,7 +285,7 @@ def test_nothing_is_scored_twice_over_run_directories(fresh, tmp_path, monkeypat
     shutil.copytree(fresh, tmp_path / "other", ignore=shutil.ignore_patterns("evaluation"))
     second = evaluate.evaluate(run_dir=tmp_path / "other", overrides=[NO_SPEED])
     assert len(scored) == once
-    assert json.dumps(first.results["models"]["base"]) == json.dumps(second.results["models"]["base"])
+    assert first.results["models"]["base"] == second.results["models"]["base"]
     for change, more in (
         ("evaluation.limit=5", 2),  # the task of both models
         ("evaluation.length=32", 2),  # the text of both

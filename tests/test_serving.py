@@ -96,7 +96,7 @@ def test_the_newest_checkpoint_of_a_run_is_served(checkpoint, engine, tmp_path):
 
 def test_transformers_serves_from_a_python_that_has_uniattn(checkpoint, engine, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else SimpleNamespace())
-    with pytest.raises(UsageError, match=r"without uvicorn; pip install 'transformers\[serving\]'"):
+    with pytest.raises(UsageError, match=r"needs uvicorn to serve; pip install 'transformers\[serving\]'"):
         serve(checkpoint, engine="transformers")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())
     started = f"-m uniattn_cli.serving.transformers_server serve {checkpoint} --trust-remote-code --port 8001"
@@ -154,7 +154,7 @@ def test_what_an_engine_would_trip_over_is_told_at_once(change, message, checkpo
 def test_a_directory_without_a_checkpoint(uniattn, tmp_path, checkpoint, engine):
     done = uniattn("serve", tmp_path, "--program", engine)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "neither trained/ nor converted/ is in" in done.stderr
+    assert "has neither trained/ nor converted/" in done.stderr
     with pytest.raises(CheckpointError, match="no such directory"):
         serve(tmp_path / "nowhere", program=engine)
     (tmp_path / "bare").mkdir()

@@ -188,7 +188,7 @@ def test_the_plain_path_serves_without_saving(name, engine, tmp_path):
 
 def test_the_plain_path_refuses_free_head_maps(engine, tmp_path):
     directory = write(tmp_path, FAMILIES[0], "free_several")
-    with pytest.raises(ValueError, match="install uniattn beside vLLM"):
+    with pytest.raises(ValueError, match="install uniattn for vLLM"):
         engine.run(directory, (prompts(), 1), plugin=False)
 
 

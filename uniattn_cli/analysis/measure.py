@@ -139,7 +139,7 @@ class _Survey:
             )
         reason = _unknown_output(captured, layers)
         if reason is not None:
-            self.notes.append(f"the output error of borrowing is left out: {reason}")
+            self.notes.append(f"output errors of borrowing were not measured: {reason}")
             return
         distance, compensate = self.statistics.max_distance, self.sequences > 1
         size = compensation_bytes(self.shape.layers, self.shape.hidden_size, distance)
@@ -147,7 +147,7 @@ class _Survey:
             self.notes.append("one sequence: no confidence intervals, and no errors after compensation")
         elif size > MOMENT_BYTES:
             compensate = False
-            self.notes.append(f"errors after compensation are left out: fitting would take {size / 2**30:.0f} GiB")
+            self.notes.append(f"errors after compensation were not measured: fitting would take {size / 2**30:.0f} GiB")
         projections = [captured.projections[layer] for layer in range(self.shape.layers)]
         self.borrowing = BorrowingError(projections, self.shape.mask_types, distance, compensate)
 

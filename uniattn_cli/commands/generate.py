@@ -70,23 +70,23 @@ def _model_spec(run: RunDir, overrides: Sequence[str]) -> ModelSpec:
 
 
 class Listener(Protocol):
-    """Where answers go as they come; the command line prints them, a notebook may ignore them."""
+    """Receives answers as they are generated; the command line prints them, a notebook may ignore them."""
 
     def begin(self, name: str) -> None:
-        """A model begins to speak."""
+        """A model starts its answer."""
         ...
 
     def text(self, piece: str) -> None:
-        """A piece of its text."""
+        """The next piece of its text."""
         ...
 
     def finish(self, name: str, answer: Answer) -> None:
-        """It has ended."""
+        """The answer is complete."""
         ...
 
 
-class Deaf:
-    """A listener that hears nothing."""
+class SilentListener:
+    """Ignores the answers."""
 
     def begin(self, name: str) -> None:
         pass
@@ -134,14 +134,14 @@ def generate(
         raw: leave the chat template out.
         decoding: how tokens are chosen.
         engine: what runs the models, see `decode.answer`.
-        listener: hears the answers as they come.
+        listener: receives the answers as they are generated.
         overrides: settings of `model` in place of the recipe's.
         options: device and progress.
 
     Raises:
         UniAttnError: one of its subclasses, with one clear line.
     """
-    listener = listener or Deaf()
+    listener = listener or SilentListener()
     speakers = load_speakers(RunDir(run_dir), checkpoint, beside, overrides, options)
     notes = [] if raw else template_notes(speakers)
     for note in notes:

@@ -93,7 +93,7 @@ def _read_jsonl(path: Path) -> Iterator[Raw]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where} is not JSON ({error}); a .jsonl file holds one object per line") from None
+                raise DataError(f"{where} is not JSON ({error}); a .jsonl file has one object per line") from None
             yield where, _mapping(row, where)
 
 

@@ -62,7 +62,7 @@ def measure_size(name: str, model: PreTrainedModel, folder: Path) -> Size:
     measured = measure_kv_bytes(model)
     if measured != predicted:
         raise ModelError(
-            f"{name}: measured != predicted: the KV cache holds {measured:g} bytes per token, the layout predicts "
+            f"{name}: measured != predicted: the KV cache takes {measured:g} bytes per token, the layout predicts "
             f"{predicted}; nothing is published (please report this)"
         )
     return Size(

@@ -153,7 +153,7 @@ def answer(
         raise DataError("the prompt is empty; enter some text")
     window = context_window(model.config)
     if window is not None and len(ids) >= window:
-        raise DataError(f"the prompt has {len(ids):,} tokens, but the model's window is {window:,}; shorten it")
+        raise DataError(f"the prompt has {len(ids):,} tokens, but the model's context window is {window:,}; shorten it")
     room = decoding.max_new_tokens if window is None else min(decoding.max_new_tokens, window - len(ids))
     tokens = torch.tensor([list(ids)], device=model.device)
     settings = generation_config(model, tokenizer, decoding, room)
@@ -164,7 +164,7 @@ def answer(
             started, held = _run_engine(model, tokens, settings, decoding, streamer)
         except UnsupportedError as error:
             if engine == "engine":
-                raise ModelError(f"the engine cannot run this: {error}; leave --engine out") from None
+                raise ModelError(f"the engine cannot run this: {error}; remove --engine") from None
             reason = str(error)
     path = "transformers" if held is None else "engine"
     if held is None:

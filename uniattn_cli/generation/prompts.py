@@ -29,7 +29,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in messages)
-        raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
+        raise DataError(f"the chat template rejects a conversation with the roles {roles}: {error}") from None
     return encode(tokenizer, str(text))
 
 

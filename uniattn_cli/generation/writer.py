@@ -221,7 +221,7 @@ class Writer:
                 engine=self.spec.engine if self.tries_engine else "transformers",
             )
         except UnsupportedError as error:
-            raise ModelError(f"the engine cannot run this: {error}; leave synthesis.engine out") from None
+            raise ModelError(f"the engine cannot run this: {error}; remove synthesis.engine") from None
 
 
 def _asked(messages: Sequence[dict[str, str]]) -> list[dict[str, str]] | None:

@@ -264,7 +264,7 @@ def _row_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
         raise UsageError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
     mask = attention_mask.bool()
     if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise UsageError("rows must be padded on the left only, and hold a token")
+        raise UsageError("rows must be padded on the left only, with at least one token")
     return mask.sum(-1).to(torch.int32)
 
 

@@ -112,8 +112,8 @@ def _check_lent(layers: set[int], states: dict[int, torch.Tensor]) -> None:
     missing = sorted(layer for layer in layers if layer not in states)
     if missing:
         raise RuntimeError(
-            f"what layer {missing[0]} lent is not there any more; with gradient checkpointing, each backward pass "
-            "needs a forward pass of its own"
+            f"the states of layer {missing[0]} have been freed; with gradient checkpointing, each backward pass needs "
+            "its own forward pass"
         )
 
 
@@ -122,7 +122,7 @@ def _check_heads(heads: list[int], source: torch.Tensor) -> None:
     if max(heads) >= source.shape[1]:
         raise ValueError(
             f"head {max(heads)} is borrowed, but only {source.shape[1]} heads are on this device; under tensor "
-            "parallelism convert with layout.head_map=identity, or serve with vLLM and install uniattn beside it"
+            "parallelism convert with layout.head_map=identity, or serve with vLLM with uniattn installed"
         )
 
 
@@ -367,7 +367,7 @@ class SharedAttentionMixin(_Attention):
         if given != expected:
             raise ValueError(
                 f"layer {self.layer_idx} computes {given[0]} query and {given[1]} key heads, vLLM reserved "
-                f"{expected[0]} and {expected[1]}; install uniattn beside vLLM (its plugin knows head maps), serve "
+                f"{expected[0]} and {expected[1]}; install uniattn for vLLM (its plugin supports head maps), serve "
                 "without tensor parallelism, or convert with layout.head_map=identity"
             )
         return keys, values

@@ -41,7 +41,7 @@ def locate(name: str, revision: str | None = None) -> Source:
             raise ModelError(f"{name} is a directory without config.json; give a Hugging Face model directory")
         return Source(name, path, fingerprint(path))
     if path.is_file():
-        raise ModelError(f"{name} is a file; give the directory that holds config.json and the weights")
+        raise ModelError(f"{name} is a file; give the directory with config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such directory (looked for {path.absolute()})")
     return _locate_on_hub(name, revision)

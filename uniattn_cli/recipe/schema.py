@@ -642,7 +642,7 @@ class Recipe:
         for index, task in enumerate(self.evaluation.tasks):
             where = f"evaluation.tasks[{index}]"
             if not task.source:
-                faults.append(f"{where}.source is missing; name a task or a file")
+                faults.append(f"{where}.source is missing; give a task or a file")
             if task.extract not in ("number", "line"):
                 try:
                     re.compile(task.extract)

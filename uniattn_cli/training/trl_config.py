@@ -164,5 +164,5 @@ def check_reporters(names: Sequence[str]) -> None:
     missing = [name for name in names if not any(map(importlib.util.find_spec, packages.get(name, (name,))))]
     if missing:
         raise RecipeError(
-            [f"train.report_to: {name} is not installed; run: pip install {name}, or leave it out" for name in missing]
+            [f"train.report_to: {name} is not installed; run `pip install {name}`, or remove it" for name in missing]
         )

@@ -93,7 +93,7 @@ def models(results: dict[str, Any]) -> Html:
 def settings(results: dict[str, Any]) -> Html:
     """What was tested, and how."""
     rows = [[part.replace("_", " "), plain(value)] for part, value in results["settings"].items()]
-    return table("Settings", ["part", "settings"], rows, words=True)
+    return table("Settings of the evaluation", ["part", "settings"], rows, words=True)
 
 
 def versions(evidence: Evidence) -> Html | None:
