@@ -239,7 +239,7 @@ def test_trained_models_write_too(run):
     record = json.loads(Path("synthetic/stage.json").read_text())
     assert record["inputs"]["model"] == locate("converted").fingerprint
     synthesize(synthesis__model="converted", synthesis__tokens=300, train__max_length=1024, synthesis__batch_size=2)
-    with pytest.raises(RecipeError, match=r"train.max_length is 1100, but the model's window is 1024"):
+    with pytest.raises(RecipeError, match=r"train.max_length is 1100, but the model's context window is 1024"):
         synthesize(synthesis__model="converted", train__max_length=1100)
 
 
