@@ -178,7 +178,7 @@ def test_compiled_code_gives_the_same_text(engine, tmp_path):
     assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
 
 
-@pytest.mark.parametrize("name", ["leader", "grouped_several", "key", "kv", "pooled", "linear_none"])
+@pytest.mark.parametrize("name", ["leader", "grouped_several", "key", "kv", "early", "pooled", "linear_none"])
 def test_the_plain_path_serves_without_saving(name, engine, tmp_path):
     directory = write(tmp_path / name, FAMILIES[0], name)
     done = engine.run(directory, (prompts(), TOKENS), plugin=False)
