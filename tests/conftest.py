@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from uniattn_cli.__main__ import main, spin_briefly
 from uniattn_cli.cli.guard import QUIET_ENVIRONMENT
@@ -82,12 +84,32 @@ def run_process(
     )
 
 
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector the libraries, which stay: stages call it often, and it took half a second each."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny matrices gain nothing from more, and test processes share the cores."""
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tiny_run.make_runs` makes, once for all processes of a test session; to be read or copied."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "tiny-runs"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            from tiny_run import make_runs
+
+            folder.mkdir()
+            make_runs(folder)
+            (folder / "made").touch()
+    return folder
 
 
 @pytest.fixture

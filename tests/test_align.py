@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from tiny import FAMILIES, backends, make_base, make_layout
-from tiny_run import make_analysed, settings
+from tiny_run import settings
 
 from uniattn_cli import convert
 from uniattn_cli.fitting import align_queries
@@ -154,9 +155,8 @@ def test_the_same_seed_gives_the_same_queries(windows):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_convert_aligns_and_reports(tmp_path, monkeypatch):
-    run = make_analysed(tmp_path)
-    monkeypatch.chdir(run)
+def test_convert_aligns_and_reports(tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
     layers = "[{}, {}, {kind: kv, leader: 1}, {}, {kind: key, leader: 3}, {}]"
     quick = [entry for entry in settings() if not entry.startswith("layout.")]
     result = convert(overrides=[*quick, f"layout.layers={layers}", "conversion.align=5"])

@@ -40,27 +40,22 @@ from uniattn_cli.run.files import file_errors
 FORCE = RunOptions(device="cpu", force=True)
 
 
+@pytest.fixture
+def model(tiny_runs):
+    return tiny_runs / "model"
+
+
 @pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """`model/`, `other/` (another model), and `run/`: a run directory that was analysed and converted."""
-    folder = tmp_path_factory.mktemp("template")
-    make_model(folder / "model")
-    make_model(folder / "other", seed=1)
-    run = folder / "run"
-    run.mkdir()
-    write_data(run)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(run)
-        overrides = settings()
-        analyze("../model", overrides=overrides)
-        convert(groups="every:3")
-    yield folder
+def other(tmp_path_factory):
+    """Another model."""
+    return make_model(tmp_path_factory.mktemp("other") / "other", seed=1)
 
 
 @pytest.fixture
-def run(template, tmp_path):
-    """A copy of the run directory, to be spoilt."""
-    return Path(shutil.copytree(template / "run", tmp_path / "run"))
+def run(tiny_runs, tmp_path):
+    """A run directory that was analysed and converted, to be spoilt."""
+    later = shutil.ignore_patterns("trained", "evaluation")
+    return Path(shutil.copytree(tiny_runs / "finished", tmp_path / "run", ignore=later))
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -250,14 +245,14 @@ def test_a_name_that_is_no_model(name, says, refuses, tmp_path):
         (lambda c: [c], ["config.json is damaged (a list, not an object); copy the model again"]),
     ],
 )
-def test_a_model_that_cannot_be_converted(change, says, template, refuses, tmp_path):
-    shutil.copytree(template / "model", tmp_path / "model")
+def test_a_model_that_cannot_be_converted(change, says, model, refuses, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
     edit_json(tmp_path / "model" / "config.json", change)
     refuses(tmp_path, "analyze", "model", says=says)
 
 
-def test_a_tokenizer_that_is_missing_or_of_another_model(template, tmp_path):
-    model = Path(shutil.copytree(template / "model", tmp_path / "model"))
+def test_a_tokenizer_that_is_missing_or_of_another_model(model, tmp_path):
+    model = Path(shutil.copytree(model, tmp_path / "model"))
     edit_json(model / "config.json", lambda content: content | {"vocab_size": 100})
     source = locate(str(model))
     with pytest.raises(ModelError, match="the tokenizer has 300 tokens, the model only 100"):
@@ -278,10 +273,10 @@ def test_a_device_that_is_not_here(device):
         RunOptions(device=device).torch_device()
 
 
-def test_flex_attention_can_be_analysed(template, tmp_path):
-    data = {"data__train": template / "run" / "rows.jsonl"}
+def test_flex_attention_can_be_analysed(model, run, tmp_path):
+    data = {"data__train": run / "rows.jsonl"}
     overrides = settings(model__attention="flex_attention", analysis__tokens=64, **data)
-    assert analyze(str(template / "model"), run_dir=tmp_path, overrides=overrides).measured.tokens == 64
+    assert analyze(str(model), run_dir=tmp_path, overrides=overrides).measured.tokens == 64
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------
@@ -350,9 +345,9 @@ def test_a_budget_takes_the_place_of_the_stored_layout(run):
     assert len(convert(run_dir=run, dry_run=True).layout.followers) == 4
 
 
-def test_lengths_beyond_the_window_of_the_model(template, run, tmp_path):
+def test_lengths_beyond_the_window_of_the_model(model, run, tmp_path):
     with pytest.raises(RecipeError, match=r"analysis.length is 2048, but the model's context window is 1024"):
-        analyze(str(template / "model"), run_dir=tmp_path / "new", overrides=["analysis.length=2048"])
+        analyze(str(model), run_dir=tmp_path / "new", overrides=["analysis.length=2048"])
     with pytest.raises(RecipeError, match=r"conversion.length is 2048, but the model's context window is 1024"):
         convert(run_dir=run, overrides=["conversion.length=2048"], options=FORCE)
 
@@ -360,21 +355,21 @@ def test_lengths_beyond_the_window_of_the_model(template, run, tmp_path):
 # --- the model of the analysis ----------------------------------------------------------------------------------------
 
 
-def test_another_model_than_the_recipe_names(template, run, refuses):
-    says = [f"recipe.yaml is for {template / 'model'}, not {template / 'other'}", "-C DIR"]
-    refuses(run, "analyze", template / "other", "--force", says=says)
+def test_another_model_than_the_recipe_names(model, other, run, refuses):
+    says = [f"recipe.yaml is for {model}, not {other}", "-C DIR"]
+    refuses(run, "analyze", other, "--force", says=says)
 
 
 @pytest.mark.parametrize("groups", [[], ["--groups", "auto"]])
-def test_a_recipe_for_another_model_than_the_analysis(groups, template, run, refuses):
-    edit_recipe(run, "model", name=str(template / "other"))
-    says = [f"analysis is of {template / 'model'}", f"the recipe's model is {template / 'other'}", "analyze --force"]
+def test_a_recipe_for_another_model_than_the_analysis(groups, model, other, run, refuses):
+    edit_recipe(run, "model", name=str(other))
+    says = [f"analysis is of {model}", f"the recipe's model is {other}", "analyze --force"]
     refuses(run, "convert", "--force", *groups, says=says)
 
 
-def test_a_relative_name_in_the_recipe_is_the_same_model(template, run, monkeypatch):
+def test_a_relative_name_in_the_recipe_is_the_same_model(model, run, monkeypatch):
     monkeypatch.chdir(run)
-    name = os.path.relpath(template / "model", run)
+    name = os.path.relpath(model, run)
     edit_recipe(run, "model", name=name)
     with pytest.raises(StageError, match="analysis is complete; use --force to replace it"):
         analyze(name)
@@ -492,8 +487,8 @@ def test_a_damaged_record_of_a_stage(text, run):
 # --- dry run ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_needs_no_weights_and_writes_nothing(template, run, uniattn):
-    model = Path(shutil.copytree(template / "model", run / "model"))
+def test_a_dry_run_needs_no_weights_and_writes_nothing(model, run, uniattn):
+    model = Path(shutil.copytree(model, run / "model"))
     (model / "model.safetensors").unlink()
     edit_recipe(run, "model", name="model")
     shutil.rmtree(run / "analysis")
@@ -537,19 +532,19 @@ def mounted(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_read_only_run_directory(mounted, template, refuses):
+def test_a_read_only_run_directory(mounted, model, refuses):
     says = ["cannot write ", "the file system is read-only or permission is denied", "-C DIR"]
-    refuses(mounted("ro"), "analyze", template / "model", says=says)
+    refuses(mounted("ro"), "analyze", model, says=says)
 
 
 @pytest.mark.parametrize("size", ["4k", "48k", "112k"])
-def test_a_full_disk_while_analysing(size, mounted, template):
+def test_a_full_disk_while_analysing(size, mounted, model, run):
     folder = mounted(f"size={size}")
-    overrides = settings(data__train=template / "run" / "rows.jsonl")
+    overrides = settings(data__train=run / "rows.jsonl")
     with pytest.raises(
         StageError, match=r"cannot write .*: the disk is full; free some space and run the same command"
     ):
-        analyze(str(template / "model"), run_dir=folder, overrides=overrides)
+        analyze(str(model), run_dir=folder, overrides=overrides)
     assert contents(folder) == {}
 
 
@@ -594,10 +589,10 @@ def kill_in_the_middle(folder: Path, partial: str, *arguments: str) -> None:
     assert (folder / partial).is_dir()
 
 
-def test_analyze_killed_and_run_again(template, uniattn, tmp_path):
+def test_analyze_killed_and_run_again(model, uniattn, tmp_path):
     write_data(tmp_path)
     overrides = settings(analysis__tokens=6400)
-    arguments = ["analyze", str(template / "model"), *(word for one in overrides for word in ("--set", one))]
+    arguments = ["analyze", str(model), *(word for one in overrides for word in ("--set", one))]
     kill_in_the_middle(tmp_path, ".analysis.partial", *arguments)
     assert not (tmp_path / "analysis").exists()
     done = uniattn(*arguments, cwd=tmp_path)

@@ -145,31 +145,18 @@ def test_impossible_specifications_are_told(values):
         BenchSpec(**values)
 
 
-def test_the_command_measures_and_writes(tmp_path):
-    command = [sys.executable, "-m", "uniattn_cli", "bench", "--shape", "tiny", "--layers", "4", "--groups", "every:4"]
-    options = [
-        "--batch",
-        "1",
-        "--context",
-        "16",
-        "--new",
-        "2",
-        "--repeats",
-        "1",
-        "--stock",
-        "none",
-        "-C",
-        str(tmp_path),
-    ]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=ROOT)
+def test_the_command_measures_and_writes(uniattn, tmp_path):
+    command = ["bench", "--shape", "tiny", "--layers", "4", "--groups", "every:4"]
+    options = ["--batch", "1", "--context", "16", "--new", "2", "--repeats", "1", "--stock", "none"]
+    done = uniattn(*command, *options)
     assert done.returncode == 0, done.stderr
     assert "every:4" in done.stdout
     assert (tmp_path / "bench" / "results.json").is_file()
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = uniattn(*command, *options)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("use --force to replace it, or --out DIR")
     for wrong in (["--batch", "1,x"], ["--compensation", "0"]):
-        done = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = uniattn(*command, *wrong)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
 

@@ -12,8 +12,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_layout, randomise_compensation
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tiny_run import make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.models.building import build_converted, save_checkpoint
@@ -62,12 +62,6 @@ else:
 """
 
 
-def tiny_tokenizer():
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
 def save_converted(entry, layout, directory, sharded=False):
     base = make_base(entry)
     model = randomise_compensation(build_converted(base, make_layout(layout, base.config)))
@@ -75,7 +69,7 @@ def save_converted(entry, layout, directory, sharded=False):
         model.save_pretrained(directory, max_shard_size="40KB")
         assert len(list(directory.glob("model-*.safetensors"))) > 5 and not (directory / "model.safetensors").exists()
     else:
-        save_checkpoint(model, tiny_tokenizer(), directory)
+        save_checkpoint(model, make_tokenizer(), directory)
     return model
 
 
@@ -291,5 +285,5 @@ def test_models_that_cannot_be_found(name, words):
 def test_generation_settings_that_stock_cannot_save_are_kept(tmp_path):
     model = build_converted(make_base(FAMILIES[0]), make_layout("leader"))
     model.generation_config.temperature = 0.6
-    save_checkpoint(model, tiny_tokenizer(), tmp_path)
+    save_checkpoint(model, make_tokenizer(), tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.temperature == 0.6

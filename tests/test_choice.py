@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import make_analysed, settings
+from tiny_run import settings
 
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.commands.group import group
@@ -42,14 +42,9 @@ QUICK = ["layout.score_tokens=256", "conversion.tokens=512"]
 THOROUGH = ["layout.search=thorough", "layout.kinds=[softmax, kv, linear]", "layout.kv=0.7", *QUICK]
 
 
-@pytest.fixture(scope="module")
-def analysed(tmp_path_factory):
-    return make_analysed(tmp_path_factory.mktemp("choice"))
-
-
 @pytest.fixture
-def run(analysed, tmp_path, monkeypatch):
-    folder = Path(shutil.copytree(analysed, tmp_path / "run"))
+def run(tiny_runs, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
     monkeypatch.chdir(folder)
     return folder
 
@@ -303,8 +298,8 @@ def test_similarities_propose_layouts_that_are_compared(run, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def thorough(analysed, tmp_path_factory):
-    folder = Path(shutil.copytree(analysed, tmp_path_factory.mktemp("thorough") / "run"))
+def thorough(tiny_runs, tmp_path_factory):
+    folder = Path(shutil.copytree(tiny_runs / "analysed", tmp_path_factory.mktemp("thorough") / "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         grouping = group(overrides=overridden(*THOROUGH), options=CPU)

@@ -11,8 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny_run import byte_tokenizer
 
 from uniattn_cli.data import builtin, items, rows, sequences, splits, windows
 from uniattn_cli.errors import DataError
@@ -42,20 +41,8 @@ THINKING = (
 
 def make_tokenizer(template: str | None = CHATML, *, bos: bool = False, eos: str = "<|im_end|>"):
     """One token per byte, plus one merge across words and the special tokens; optionally adds BOS as Llama does."""
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary["Ġa"] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "a")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<s>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens(specials)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=eos, chat_template=template
-    )
+    specials, names = ["<s>", "<|im_start|>", "<|im_end|>"], {"bos_token": "<s>", "eos_token": eos, "pad_token": eos}
+    return byte_tokenizer(specials, template, merges=["Ġ a"], bos_first=bos, **names)
 
 
 def turns(*contents: str, first: str = "user") -> list[dict]:

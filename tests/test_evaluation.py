@@ -16,7 +16,7 @@ import torch
 from conftest import run_process
 from safetensors.torch import save_file
 from tiny import LAYOUTS, SIZES, make_base, make_layout, randomise_compensation
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_run import byte_tokenizer
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uniattn_cli.commands import evaluate
@@ -47,15 +47,8 @@ LAYOUT = "mixed"
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes and a few special tokens."""
-    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate([*special, *letters])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
-    )
+    specials = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    return byte_tokenizer(specials, TEMPLATE, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def make_model(seed: int = 0):

@@ -45,6 +45,7 @@ def shrink(recipe: Path) -> None:
         {"trains": "all", "steps": 3, "learning_rate": 0.01},
     ]
     tree["evaluation"].update(tokens=2048, length=256, responses=8, limit=4)
+    tree["evaluation"].update(lengths=[512], length_tokens=1024, retrieval=1)
     tree["evaluation"]["speed"].update(prompt=16, new=4, repeats=2)
     write_tree(tree, recipe)
 
@@ -186,21 +187,10 @@ def test_a_finished_stage_is_left_alone(whole):
 # --- one stage at a time, and from elsewhere --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def analysed(tmp_path_factory):
-    """`model/`, and `run/` with data, analysis and a recipe of small settings, made by the command from elsewhere."""
-    folder = tmp_path_factory.mktemp("analysed")
-    model = make_model(folder / "model")
-    (folder / "run").mkdir()
-    write_data(folder / "run")
-    overrides = [word for one in settings() for word in ("--set", one)]
-    uniattn(folder, "analyze", model, "-C", "run", *overrides)
-    return folder
-
-
 @pytest.fixture
-def run(analysed, tmp_path):
-    return Path(shutil.copytree(analysed / "run", tmp_path / "run"))
+def run(tiny_runs, tmp_path):
+    """A run directory with data, analysis and a recipe of small settings."""
+    return Path(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
 
 
 def test_convert_uses_what_group_chose(run, tmp_path):
@@ -223,14 +213,16 @@ def test_convert_uses_what_group_chose(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_python_does_what_the_command_does(analysed, run, tmp_path, monkeypatch):
+def test_python_does_what_the_command_does(tiny_runs, tmp_path, monkeypatch):
+    model, run, mine = str(tiny_runs / "model"), tmp_path / "run", tmp_path / "mine"
+    for folder in (run, mine):
+        folder.mkdir()
+        write_data(folder)
+    uniattn(tmp_path, "analyze", model, "-C", "run", *(word for one in settings() for word in ("--set", one)))
     uniattn(tmp_path, "group", "--kv", "0.7", "-C", "run")
     uniattn(tmp_path, "convert", "-C", "run")
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    write_data(mine)
     monkeypatch.chdir(mine)
-    analysis = uniattn_cli.analyze(str(analysed / "model"), overrides=settings())
+    analysis = uniattn_cli.analyze(model, overrides=settings())
     grouping = uniattn_cli.group(overrides=["layout.kv=0.7"])
     conversion = uniattn_cli.convert()
     assert analysis.directory.absolute() == mine / "analysis"
@@ -261,7 +253,7 @@ def test_a_layout_without_followers_is_the_base(run, tmp_path):
     assert all(pair["base"] == pair["converted"] for pair in report["costs"].values())
 
 
-def test_rows_of_all_lengths_are_packed_without_padding(analysed, tmp_path, monkeypatch):
+def test_rows_of_all_lengths_are_packed_without_padding(tiny_runs, tmp_path, monkeypatch):
     """Rows of one word and of many; neither analysis nor fit sees a padding token."""
     from uniattn_cli.data import windows
 
@@ -272,20 +264,20 @@ def test_rows_of_all_lengths_are_packed_without_padding(analysed, tmp_path, monk
     write_data(tmp_path)
     rows = [{"text": " ".join(f"word {n}" for n in range(length))} for length in (1, 60, 2, 30, 7, 90, 11) * 12]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    analysis = uniattn_cli.analyze(str(analysed / "model"), overrides=settings())
+    analysis = uniattn_cli.analyze(str(tiny_runs / "model"), overrides=settings())
     conversion = uniattn_cli.convert()
     assert analysis.measured.tokens == 1024 and analysis.measured.sequences == 16
     assert all(fit.error_after <= fit.error_before for fit in conversion.fits) and conversion.fits
-    tokenizer = loading.load_tokenizer(hub.locate(str(analysed / "model")))
+    tokenizer = loading.load_tokenizer(hub.locate(str(tiny_runs / "model")))
     assert len(seen) >= 2 and all(windows.shape[1] == 64 for windows in seen)
     assert not any((windows == tokenizer.pad_token_id).any() for windows in seen)
     assert any((windows == tokenizer.eos_token_id).any() for windows in seen)
 
 
-def test_one_calibration_sequence_is_told(analysed, tmp_path, monkeypatch):
+def test_one_calibration_sequence_is_told(tiny_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
-    analysis = uniattn_cli.analyze(str(analysed / "model"), overrides=settings(analysis__tokens=64))
+    analysis = uniattn_cli.analyze(str(tiny_runs / "model"), overrides=settings(analysis__tokens=64))
     assert analysis.measured.sequences == 1
     conversion = uniattn_cli.convert(overrides=["conversion.tokens=64"])
     assert len(conversion.fits) == 3

@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 from tiny import FAMILIES, make_base, make_layout
-from tiny_run import make_model, make_tokenizer, settings, write_data
+from tiny_run import make_tokenizer
 
-from uniattn_cli import analyze, convert, evaluate, push, train
+from uniattn_cli import push
 from uniattn_cli.errors import CheckpointError, HubError, ModelError, UsageError
 from uniattn_cli.evaluation.figures import read_results
 from uniattn_cli.evaluation.wording import as_difference, as_value
@@ -34,27 +34,11 @@ from uniattn_cli.publishing.card import ranges
 TRANSPORT = transport_errors()[-1]
 http = importlib.import_module(TRANSPORT.__module__.partition(".")[0])
 
-STAGES = "[{trains: compensation, steps: 2, learning_rate: 0.003}, {trains: all, steps: 2, learning_rate: 0.001}]"
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+@pytest.fixture
+def finished(tiny_runs):
     """A run directory with all stages done, made from a base with a card and terms of its own."""
-    folder = tmp_path_factory.mktemp("push")
-    base = make_model(folder / "tiny-base")
-    (base / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: https://x.org/t\n---\nHi\n")
-    (base / "LICENSE").write_text("Do as you like.\n")
-    run = folder / "run"
-    run.mkdir()
-    write_data(run)
-    overrides = settings(
-        train__stages=STAGES, data__train=str(run / "rows.jsonl"), data__text=str(run / "text.txt"), layout__followers=3
-    )
-    analyze(str(base), run_dir=run, overrides=overrides)
-    convert(run_dir=run, groups="auto", overrides=overrides)
-    train(run_dir=run, overrides=overrides)
-    evaluate(run_dir=run, overrides=overrides)
-    return run
+    return tiny_runs / "finished"
 
 
 @pytest.fixture
@@ -137,9 +121,9 @@ def test_the_card_states_what_the_reports_hold(finished):
     for pair in (conversion["costs"]["parameters"], conversion["costs"]["kv_bytes"]):
         assert f"{pair['base']:,} |" in card and f"{pair['converted']:,} |" in card
     followers = [index for index, entry in enumerate(conversion["layout"]) if entry["kind"] == "softmax"]
-    assert len(followers) == 3
+    assert len(followers) == 4
     row = next(line for line in card.splitlines() if line.startswith("| softmax"))
-    assert [cell.strip() for cell in row.split("|")][2:4] == ["3", ranges(followers)]
+    assert [cell.strip() for cell in row.split("|")][2:4] == ["4", ranges(followers)]
     # Quality: this checkpoint's own figures beside the base's, to the digit.
     own, base = results["models"]["trained"], results["models"]["base"]
     for key in ("perplexity", "response_loss"):

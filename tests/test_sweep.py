@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import make_model, settings, write_data
+from tiny_run import settings
 
 import uniattn_cli.commands.sweep as module
-from uniattn_cli.commands.analyze import analyze
 from uniattn_cli.commands.sweep import Point, sweep
 from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.evaluation import cache, scores
 from uniattn_cli.options import RunOptions
 from uniattn_cli.run.directory import RunDir
 
-SETTINGS = settings(evaluation__lengths="[64]", evaluation__length_tokens=128)
+SETTINGS = settings()
 BUDGETS = {"kv": [0.8, 0.3], "solve": ["both", "output"]}
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> Path:
+def run(tiny_runs, tmp_path, monkeypatch) -> Path:
     """An analysed run directory, in which the test works; scores are kept below `sweep/` only."""
     monkeypatch.chdir(tmp_path)
-    make_model(tmp_path / "model")
-    write_data(tmp_path)
-    analyze(str(tmp_path / "model"), overrides=SETTINGS)
-    return tmp_path
+    return Path(shutil.copytree(tiny_runs / "analysed", tmp_path, dirs_exist_ok=True))
 
 
 def test_every_point_is_scored_once(run, monkeypatch):

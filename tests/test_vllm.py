@@ -30,6 +30,7 @@ from uniattn_cli.serving import cache_plan
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+SLOW = pytest.mark.slow
 
 # vLLM's CPU kernels know heads of 32 and more, and have none for experts in float32.
 HEAD = {"head_dim": 32}
@@ -55,6 +56,8 @@ CASES = [
     for name in (LAYOUTS if entry[0] == "llama" else REDUCED)
     if name != "others" or entry[0] not in WINDOWED
 ]
+# With these, each kind and windows are served where only the quick part is run.
+QUICK_CASES = [("llama", "mixed"), ("llama", "others"), ("gemma3_text", "mixed")]
 LENGTHS = (3, 17, 40, 130)
 TOKENS = 12
 BLOCK = 128
@@ -124,7 +127,13 @@ def engine():
     engine.close()
 
 
-@pytest.mark.parametrize(("entry", "name"), CASES, ids=[f"{entry[0]}-{name}" for entry, name in CASES])
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        pytest.param(*case, id=f"{case[0][0]}-{case[1]}", marks=[] if (case[0][0], case[1]) in QUICK_CASES else SLOW)
+        for case in CASES
+    ],
+)
 def test_every_family_and_kind_gives_the_text_of_transformers(entry, name, engine, tmp_path):
     directory = write(tmp_path, entry, name)
     done = engine.run(directory, (prompts(), TOKENS), (prompts(), TOKENS))
@@ -162,6 +171,7 @@ def test_layers_with_windows_save_too(family, engine, tmp_path):
     assert converted / base == pytest.approx(12 / 9, rel=0.02)
 
 
+@SLOW
 @pytest.mark.parametrize("name", ["mixed", "grouped_several"])
 def test_preemption_in_a_cache_too_small_for_the_load(name, engine, tmp_path):
     directory = write(tmp_path, FAMILIES[0], name)
@@ -172,6 +182,7 @@ def test_preemption_in_a_cache_too_small_for_the_load(name, engine, tmp_path):
     assert_same(done.outputs[0], reference(directory, load, 60))
 
 
+@SLOW
 def test_compiled_code_gives_the_same_text(engine, tmp_path):
     directory = write(tmp_path, FAMILIES[0], "others")
     done = engine.run(directory, (prompts(), TOKENS), enforce_eager=False)
@@ -312,6 +323,7 @@ def test_the_servers_cache(server, smollm):
     assert concurrency == pytest.approx(tokens / 512, abs=0.01)
 
 
+@SLOW
 def test_a_killed_server_starts_again(tmp_path):
     directory = write(tmp_path / "model", FAMILIES[0], "leader")
     arguments = [*QUICK, "--max-model-len=256"]
@@ -338,6 +350,7 @@ def test_a_checkpoint_of_an_unknown_format(tmp_path):
     assert "this checkpoint has uniattn format 99, this code reads up to 1" in server.tail()
 
 
+@SLOW
 @pytest.mark.parametrize("heads", ["leader", "inside"])
 def test_tensor_parallel_over_two_workers(heads, tmp_path):
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -355,6 +368,7 @@ def test_tensor_parallel_over_two_workers(heads, tmp_path):
     assert abs(tokens // BLOCK - CACHE_BYTES * 2 // page_bytes(directory)) <= 1
 
 
+@SLOW
 def test_gemma_with_windows(tmp_path):
     directory = real("gemma-3-270m", "leader", tmp_path / "model")
     tokenizer = load_tokenizer(locate(str(directory)))
@@ -372,6 +386,7 @@ def test_gemma_with_windows(tmp_path):
 # --- the other server -------------------------------------------------------------------------------------------------
 
 
+@SLOW
 def test_transformers_serves_what_it_generates(smollm, tmp_path):
     message = [{"role": "user", "content": "Name three colours."}]
     tokenizer = load_tokenizer(locate(str(smollm)))

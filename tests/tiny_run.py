@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiny import FAMILIES, make_base
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import uniattn_cli
+from uniattn_cli import RunOptions
+
+CPU = RunOptions(device="cpu")
 SPECIALS = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
     "{% else %}<|assistant|>{{ m['content'] }}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# In order of precedence.
+MERGES = [
+    *("Ġ Ġ", "Ċ ĠĠ", "e n", "e r", "ĊĠĠ Ġ", "i n", 'Ġ "', "a t", "o n", "t o", "k en", "a n", "r e", "a l", "to ken"),
+    *("d e", "i z", "o r", "Ġ m", "t e", "Ġ f", "iz er", "r o", "Ġ =", '" :', "r a", "Ġ t", '" "', "i on", "s t"),
+    *("token izer", "m p", "Ġ a", "Ġ i", "e s", "u n", "ra in", "% }", "( )", "d i"),
+]
 # Settings with which every stage takes a second or two on a tiny model.
 QUICK = {
     "data.train": "rows.jsonl",
@@ -29,12 +40,15 @@ QUICK = {
     "train.batch_size": 8,
     "evaluation.tokens": 512,
     "evaluation.length": 64,
+    "evaluation.lengths": "[64]",
+    "evaluation.length_tokens": 128,
     "evaluation.responses": 8,
     "evaluation.tasks": "[]",
     "evaluation.samples": 1,
     "evaluation.sample_tokens": 4,
     "evaluation.speed.enabled": "false",
 }
+TWO_STAGES = "[{trains: compensation, steps: 2, learning_rate: 0.003}, {trains: all, steps: 2, learning_rate: 0.001}]"
 
 
 def settings(**changes) -> list[str]:
@@ -43,19 +57,36 @@ def settings(**changes) -> list[str]:
     return [f"{key}={value}" for key, value in changed.items()]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and some pairs of them, so that no text has unknown tokens; with a chat template."""
-    tokenizer = Tokenizer(models.BPE())
+def byte_tokenizer(
+    specials: Sequence[str], template: str | None, *, merges: Sequence[str] = (), bos_first: bool = False, **names: str
+) -> PreTrainedTokenizerFast:
+    """Special tokens, bytes and what they are merged to, so that no text has unknown tokens.
+
+    Args:
+        specials: the first tokens.
+        template: for chats.
+        merges: pairs of tokens, in order of precedence; a blank is `Ġ`, a new line `Ċ`.
+        bos_first: put `bos_token` in front of every text, as Llama does.
+        names: roles of special tokens, such as `eos_token`.
+    """
+    pairs = [tuple(merge.split()) for merge in merges]
+    tokens = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([__doc__, TEMPLATE, Path(__file__).read_text(encoding="utf-8")], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    fast.chat_template = TEMPLATE
-    return fast
+    tokenizer.add_special_tokens(list(specials))
+    if bos_first:
+        bos = names["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of `make_model`: 300 tokens and a chat template."""
+    return byte_tokenizer(SPECIALS, TEMPLATE, merges=MERGES, eos_token="<eos>", pad_token="<pad>")
 
 
 def make_model(directory: Path, seed: int = 0, family: str = "llama") -> Path:
@@ -85,17 +116,22 @@ def write_data(folder: Path) -> None:
 
 
 def make_analysed(folder: Path) -> Path:
-    """A run directory `folder/run` with data, a recipe of the defaults and an analysis of `folder/model`."""
-    import uniattn_cli
-    from uniattn_cli.options import RunOptions
-
+    """A run directory `folder/run` with data, a recipe of quick settings and an analysis of `folder/model`."""
     model, run = make_model(folder / "model"), folder / "run"
     run.mkdir()
     write_data(run)
-    before = Path.cwd()
-    os.chdir(run)  # from where data are named
-    try:
-        uniattn_cli.analyze(str(model), overrides=settings(), options=RunOptions(device="cpu"))
-    finally:
-        os.chdir(before)
+    uniattn_cli.analyze(str(model), run_dir=run, overrides=settings(), options=CPU)
     return run
+
+
+def make_runs(folder: Path) -> None:
+    """Run directories of one model, `folder/model`: `analysed/`, and `finished/`, the same after all four stages."""
+    make_analysed(folder).rename(folder / "analysed")
+    # A base with a card and terms of its own.
+    card = "---\nlicense: other\nlicense_name: tiny\nlicense_link: https://x.org/t\n---\nHi\n"
+    (folder / "model" / "README.md").write_text(card, encoding="utf-8")
+    (folder / "model" / "LICENSE").write_text("Do as you like.\n", encoding="utf-8")
+    run = shutil.copytree(folder / "analysed", folder / "finished")
+    uniattn_cli.convert(run_dir=run, groups="every:3", options=CPU)
+    uniattn_cli.train(run_dir=run, overrides=[f"train.stages={TWO_STAGES}"], options=CPU)
+    uniattn_cli.evaluate(run_dir=run, options=CPU)
