@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import FAMILIES, backends, make_base, make_layout
+from tiny import FAMILIES, backends, make_base, make_layout, typical_families
 from tiny_run import settings
 
 from uniattn_cli import convert
@@ -36,7 +36,7 @@ def fitted(base, layout, windows, steps, **options):
     return model, fit_layers(base, model, windows, ConversionSpec(align=steps), batch_size=8, **options)
 
 
-@families
+@typical_families
 @pytest.mark.parametrize("name", ["key", "kv", "early"])
 def test_maps_come_closer_to_the_base_and_only_their_queries_are_trained(entry, name, windows):
     base = make_base(entry)

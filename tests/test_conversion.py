@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
+from tiny import FAMILIES, make_base, make_layout, typical_cases, typical_families
 from tiny_run import make_model, settings, write_data
 
 from uniattn_cli import convert
@@ -18,9 +18,6 @@ from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.families import check_target, family_of
 from uniattn_cli.recipe.schema import ConversionSpec
-
-families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
-cases = pytest.mark.parametrize(("entry", "layout"), CASES, ids=CASE_IDS)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +94,7 @@ def test_low_rank_is_optimal_among_low_ranks():
     assert moments.error(torch.cat([whole, (up @ down).T])) == pytest.approx(moments.error(full), rel=1e-6)
 
 
-@cases
+@typical_cases
 @pytest.mark.parametrize("target", ["attention", "residual"])
 def test_fitted_error_is_smaller_on_tokens_never_seen(entry, layout, target, windows):
     base = make_base(entry)
@@ -118,7 +115,7 @@ def test_fitted_error_is_smaller_on_tokens_never_seen(entry, layout, target, win
     assert attention_errors(base, fitted, unseen) < attention_errors(base, unfitted, unseen)
 
 
-@families
+@typical_families
 def test_the_base_is_left_as_it_was(entry, windows):
     base = make_base(entry)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_layout, randomise_compensation
+from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_layout, randomise_compensation, typical_families
 from transformers import DynamicCache, StaticCache
 
 from uniattn_cli.evaluation.cost import cache_bytes
@@ -44,7 +44,7 @@ def by_name(name):
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
-@families
+@typical_families
 @reduced
 def test_assisted_decoding_equals_greedy(entry, layout):
     """With a stock assistant, whose guesses are mostly wrong, and a converted one, whose guesses are often right."""
@@ -66,7 +66,7 @@ def test_a_converted_model_assists_its_base(entry):
     assert torch.equal(base.generate(prompt, assistant_model=assistant, max_new_tokens=10, **GREEDY), expected)
 
 
-@families
+@typical_families
 @reduced
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_chat_goes_on_with_the_cache_of_the_last_turn(entry, layout, kind):
@@ -83,7 +83,7 @@ def test_a_chat_goes_on_with_the_cache_of_the_last_turn(entry, layout, kind):
         whole = torch.cat([done.sequences, random_tokens(tokens=5, seed=seed)], dim=1)
 
 
-@families
+@typical_families
 @reduced
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beam", "static"])
 def test_left_padded_prompts_are_continued_like_prompts_alone(entry, layout, mode):

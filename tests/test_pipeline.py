@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
     model = make_model(folder / "model")
     run = folder / "run"
     run.mkdir()
-    printed = {"analyze": uniattn(run, "analyze", "../model")}
+    printed = {"analyze": uniattn(run, "analyze", "../model", "--tokens", "4096")}
     written = (run / "recipe.yaml").read_text()
     shrink(run / "recipe.yaml")
     printed["convert"] = uniattn(run, "convert", "--groups", "auto")
@@ -97,7 +97,7 @@ def test_the_analysis_is_as_documented(whole):
         *("max_distance", "seconds", "forward_ratio", "layers", "sink", "output_error", "neighbours", "candidates"),
     }
     assert set(content) == documented
-    assert (content["tokens"], content["length"], content["shape"]["query_heads"]) == (16384, 512, 6)
+    assert (content["tokens"], content["length"], content["shape"]["query_heads"]) == (4096, 512, 6)
     measured = Measured.load(folder)
     assert measured.score.shape == (6, 5, 6, 6)
     assert [row["layers"] for row in content["neighbours"]] == ["0, 1", "1, 2", "2, 3", "3, 4", "4, 5"]

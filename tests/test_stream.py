@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, make_base, make_layout
+from tiny import FAMILIES, make_base, make_layout, typical_families
 from torch import nn
 
 from uniattn_cli.fitting import stream
@@ -117,7 +117,7 @@ def test_a_model_runs_with_one_layer_at_a_time(entry, monkeypatch):
             assert torch.equal(model(tokens).logits, expected)
 
 
-@families
+@typical_families
 @pytest.mark.parametrize("matched", [False, True], ids=["given_heads", "matched_heads"])
 def test_a_fit_with_one_layer_resident_gives_the_same_weights(entry, matched):
     base = make_base(entry)

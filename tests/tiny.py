@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import (
     Gemma2Config,
@@ -151,6 +152,22 @@ LAYOUTS = {
 REDUCED = ("mixed", "others", "early")
 CASES = [(entry, name) for entry in FAMILIES for name in (LAYOUTS if entry[0] == "llama" else REDUCED)]
 CASE_IDS = [f"{entry[0]}-{name}" for entry, name in CASES]
+# Between them these have all that sets families apart: windows, norms of queries, fused projections, experts. What does
+# not read a family's own code is tried with the others by `make test-slow` only.
+TYPICAL = ("llama", "gemma3_text", "phi3", "qwen3_moe")
+
+
+def _marks(quick: bool) -> list:
+    return [] if quick else [pytest.mark.slow]
+
+
+typical_families = pytest.mark.parametrize(
+    "entry", [pytest.param(entry, id=entry[0], marks=_marks(entry[0] in TYPICAL)) for entry in FAMILIES]
+)
+typical_cases = pytest.mark.parametrize(
+    ("entry", "layout"),
+    [pytest.param(entry, name, id=f"{entry[0]}-{name}", marks=_marks(entry[0] in TYPICAL)) for entry, name in CASES],
+)
 
 
 def make_base(entry, seed: int = 0):
