@@ -19,7 +19,7 @@ from uniattn_cli.models.hub import context_window
 from uniattn_cli.models.losses import Loss, window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.directory import REPORT_FILE, RunDir
 from uniattn_cli.run.files import write_json
 from uniattn_cli.tables import Result, Table
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from uniattn_cli.fitting.fit import LayerFit
 
-REPORT_FILE = "uniattn_report.json"
 # Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
 QUICK_TOKENS = 8192
 

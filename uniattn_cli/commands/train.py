@@ -15,7 +15,7 @@ from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.models.losses import Loss
 from uniattn_cli.options import Progress, RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe, TrainStage
-from uniattn_cli.run.directory import COMMANDS, RunDir
+from uniattn_cli.run.directory import COMMANDS, LOG_FILE, REPORT_FILE, RunDir
 from uniattn_cli.run.files import write_json
 from uniattn_cli.tables import Result, Table
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from uniattn_cli.models.losses import Rows
     from uniattn_cli.training.stage import Job, StageResult
 
-REPORT_FILE = "uniattn_report.json"
-LOG_FILE = "log.jsonl"
 PLOT_FILE = "loss.png"
 # Settings that an interrupted run must have had too.
 DECISIVE = ("seed", "model", "data.train", "data.holdout", "data.chat_template", "train", "evaluation.responses")

@@ -18,13 +18,14 @@ from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.models.hub import Source
+from uniattn_cli.run.directory import REPORT_FILE, STAGE_FILE
 from uniattn_cli.run.files import read_json, versions, write_json
 
 # A directory in place of the usual one, or `off`.
 VARIABLE = "UNIATTN_CACHE"
 OFF = ("off", "0", "")
 SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".py")
-IGNORED_FILES = ("stage.json", "uniattn_report.json")
+IGNORED_FILES = (STAGE_FILE, REPORT_FILE)
 BLOCK = 1 << 22
 
 

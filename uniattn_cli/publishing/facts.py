@@ -16,10 +16,9 @@ from uniattn_cli.models.hub import Source, locate, transport_errors
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.recipe.paths import RecipePath, located
-from uniattn_cli.run.directory import OUTPUTS, STAGE_FILE, RunDir
+from uniattn_cli.run.directory import OUTPUTS, REPORT_FILE, STAGE_FILE, RunDir
 from uniattn_cli.run.files import read_json
 
-REPORT_FILE = "uniattn_report.json"
 CARD = "README.md"
 # What a checkpoint calls itself in its card.
 THIS = "this model"

@@ -21,6 +21,10 @@ from uniattn_cli.run.files import file_errors, now, read_json, versions, write_j
 STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
 STARTED_FILE = "started.json"
+# Beside a converted or trained checkpoint: what its fit or its training did.
+REPORT_FILE = "uniattn_report.json"
+# Beside a trained checkpoint: one line per logged step.
+LOG_FILE = "log.jsonl"
 OUTPUTS = {
     "analyze": "analysis",
     "group": "grouping",

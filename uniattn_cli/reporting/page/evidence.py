@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.errors import RecipeError, StageError
+from uniattn_cli.layouts.considered import JSON_FILE as GROUPING_FILE
 from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.models.of_run import CONTROL, CONVERTED, STAGES, TRAINED
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.run.directory import STAGE_FILE, STARTED_FILE, RunDir
+from uniattn_cli.run.directory import LOG_FILE, REPORT_FILE, STAGE_FILE, STARTED_FILE, RunDir
 from uniattn_cli.run.files import read_json, read_lines
 
-REPORT_FILE = "uniattn_report.json"
-LOG_FILE = "log.jsonl"
 RECORDED = ("analyze", "group", "convert", "train", "eval")
 
 
@@ -80,7 +79,7 @@ def collect(run: RunDir, results: dict[str, Any], evaluation: Path) -> Evidence:
     by_role = {model["role"]: model for model in models.values()}
     if _same(run.output("convert"), by_role.get(CONVERTED), found.notes):
         found.conversion = _read(run.output("convert") / REPORT_FILE, found.notes)
-        grouping = _read(run.output("group") / "grouping.json", found.notes)
+        grouping = _read(run.output("group") / GROUPING_FILE, found.notes)
         # A layout that was given by hand later has nothing to do with the choice that lies there.
         if grouping and found.conversion and _plain(grouping.get("chosen") or []) == _plain(found.conversion["layout"]):
             found.grouping = grouping
