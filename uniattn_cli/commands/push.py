@@ -1,4 +1,4 @@
-"""`uniattn push`: a converted checkpoint and its model card to the hub, in one commit."""
+"""`uniattn push`: a converted checkpoint and its model card to the hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Push(Result):
 
     Attributes:
         repo_id: OWNER/NAME.
-        url: of the commit; None for a dry run.
+        url: of the last commit; None for a dry run.
         files: names in the repository and their bytes, the card first.
         card: text of the model card, which a dry run shows.
     """
@@ -189,7 +189,7 @@ def _bytes(count: int) -> str:
 def _upload(
     repo_id: str, card: str, files: dict[str, Path], message: str, *, private: bool, revision: str | None, force: bool
 ) -> str:
-    """Makes repository and branch where they are missing, and uploads; returns the address of the commit."""
+    """Makes repository and branch where they are missing, and uploads; returns the address of the last commit."""
     from huggingface_hub import HfApi
 
     api = HfApi()
