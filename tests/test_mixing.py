@@ -96,7 +96,7 @@ def test_calibration_takes_no_row_twice(files):
 def test_tokenised_rows_are_counted_by_data_set(files):
     rows, _ = mix(files, 1, 1)
     result = sequences.tokenize(rows, make_tokenizer(), max_length=500, loss="responses")
-    assert {name: counts.rows for name, counts in result.sources.items()} == splits.source_counts(rows)
+    assert {name: counts.rows for name, counts in result.sources.items()} == Counter(rows["source"])
     for name in ("rows", "used", "tokens", "supervised", "lost"):
         assert sum(getattr(counts, name) for counts in result.sources.values()) == getattr(result.counts, name)
 

@@ -103,12 +103,6 @@ def label(spec: DatasetSpec) -> str:
     return spec.source + (f" ({', '.join(details)})" if details else "")
 
 
-def source_counts(rows: datasets.Dataset) -> dict[str, int]:
-    """Rows per source, in the order of the names; for printing and for the record of a stage."""
-    names = list(rows["source"])
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
 def _hash(row: dict[str, Any]) -> str:
     content = json.dumps([row["messages"], row["text"]], ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
