@@ -162,4 +162,4 @@ def test_convert_aligns_and_reports(tiny_runs, tmp_path, monkeypatch):
     result = convert(overrides=[*quick, f"layout.layers={layers}", "conversion.align=5"])
     report = json.loads((result.directory / "uniattn_report.json").read_text())
     assert [len(fit["divergence"]) for fit in report["fits"]] == [2, 2]
-    assert any("queries were aligned" in table.title for table in result.tables)
+    assert any("aligned queries" in table.title for table in result.tables)

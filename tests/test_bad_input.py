@@ -225,7 +225,7 @@ def test_no_network_is_told_at_once(at, refuses, tmp_path):
     ("name", "says"),
     [
         ("./nowhere", ["./nowhere: no such directory"]),
-        ("rows.jsonl", ["rows.jsonl is a file; give the directory that holds config.json"]),
+        ("rows.jsonl", ["rows.jsonl is a file; give the directory with config.json"]),
         ("folder", ["folder is a directory without config.json"]),
         ("two words", ["'two words' is neither a directory nor a valid hub id (OWNER/NAME)"]),
     ],
