@@ -268,7 +268,7 @@ class ConversionSpec:
     rank: int | str = setting("full", "rank of W_c", choices=("full",), minimum=1)
     align: int = setting(
         100,
-        "steps that train queries of key and kv layers to reproduce the base's maps with borrowed keys; 0 skips this",
+        "steps that train queries to reproduce the base's maps with borrowed keys; 0 skips this",
         minimum=0,
     )
     target: str = setting(
