@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class UniAttnError(Exception):
-    """Base of all errors that a user can cause or mend; exit code 1."""
+    """Base of all errors that a user can cause or fix; exit code 1."""
 
     exit_code = 1
 
@@ -39,7 +39,7 @@ class LayoutError(UniAttnError):
 
 
 class ModelError(UniAttnError):
-    """A model that cannot be found, read, or is of a family that is not supported."""
+    """A model that cannot be found or read, or of an unsupported family."""
 
 
 class CheckpointError(UniAttnError):
@@ -55,7 +55,7 @@ class HubError(UniAttnError):
 
 
 class StageError(UniAttnError):
-    """A stage whose input is missing or of another run, or whose output is in the way."""
+    """A stage whose input is missing or from another run, or whose output exists."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from uniattn_cli.errors import UsageError
 
 
 class Progress(Protocol):
-    """Where a stage reports what it is doing; the command line draws it, a notebook may ignore it."""
+    """Where a stage reports progress; the command line draws it, a notebook may ignore it."""
 
     def track(self, description: str, total: int | None) -> contextlib.AbstractContextManager[Callable[..., None]]:
         """A bar; yields `advance(steps=1, text="")`, where text is shown beside the bar."""

@@ -47,7 +47,7 @@ class Result:
         picture: drawn with characters; may be empty.
         samples: rows of data.
         tables: the figures.
-        notes: what the user should know, and where everything was written; one line each.
+        notes: warnings, and where everything was written; one line each.
     """
 
     title: str = ""

@@ -40,8 +40,8 @@ class BenchSpec:
         new: decoding steps per round.
         repeats: rounds.
         stock: models that are also timed with transformers' `generate`: `base`, `all` or `none`.
-        prompt_tokens: the time to first token is left out for batches with more prompt tokens.
-        dtype: `auto` takes the checkpoint's own, and bfloat16 for random weights.
+        prompt_tokens: the time to first token is skipped for batches with more prompt tokens.
+        dtype: `auto` uses the checkpoint's own, and bfloat16 for random weights.
     """
 
     batches: tuple[int, ...] = (1, 16)
@@ -100,9 +100,9 @@ def bench(
             others are compared with the first one.
         run_dir: holds `recipe.yaml` and what the stages wrote.
         shape: random weights of this shape instead, see `models.random.SHAPES`.
-        groups: layouts of the random models beside the base, see `layouts.shorthand.parse_groups`.
+        groups: layouts of the random models to compare with the base, see `layouts.shorthand.parse_groups`.
         compensation: of their changed layers: `full`, `none` or a rank.
-        layers: make the random model shallower.
+        layers: number of layers of the random model.
         spec: what is measured.
         out: directory to write, within the run directory.
         options: device, overwriting, progress.

@@ -1,4 +1,4 @@
-"""`uniattn compare`: checkpoints and finished evaluations in one table, and who is beaten by nobody."""
+"""`uniattn compare`: checkpoints and finished evaluations in one table, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def compare(
 
     Args:
         inputs: `results.json` files, run directories that have been evaluated, and checkpoints (directories or hub
-            ids), which are evaluated with the recipe; scores known from earlier runs are not found again.
+            ids), which are evaluated with the recipe, using cached scores of earlier runs.
         run_dir: holds `recipe.yaml`, which only checkpoints need, and gets `comparison/`.
         recipe: another recipe for the checkpoints.
         overrides: `key.path=value` settings for it.

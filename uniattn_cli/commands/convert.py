@@ -74,13 +74,13 @@ def convert(
     overrides: Sequence[str] = (),
     options: RunOptions = RunOptions(),
 ) -> Conversion:
-    """Builds, fits and saves the converted model; chooses the layout first where the recipe has none.
+    """Builds, fits and saves the converted model; chooses the layout first if the recipe has none.
 
     Args:
         run_dir: holds `recipe.yaml`, and `analysis/` where the layout or head maps come from it.
         groups: a form of `--groups`; None takes the recipe's layout, unless an override of `layout` asks for another
             or there is none; then it chooses one as the recipe says.
-        dry_run: only say what would be done and saved; no weights are loaded and nothing is written.
+        dry_run: only report layout and savings; no weights are loaded and nothing is written.
         overrides: `key.path=value` strings for the recipe.
         options: device, force, progress.
 

@@ -45,7 +45,7 @@ PARTS = "parts"
 
 @dataclass(frozen=True)
 class Evaluation(Result):
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
         directory: what was written.
@@ -66,13 +66,13 @@ def evaluate(
 ) -> Evaluation:
     """Compares the models of a run and writes `evaluation/`.
 
-    An interrupted evaluation continues with what was not finished, if nothing has changed.
+    Resumes an interrupted evaluation if nothing has changed.
 
     Args:
-        checkpoints: further models, as directories or hub ids.
+        checkpoints: additional models, as directories or hub ids.
         run_dir: holds `recipe.yaml` and what the other stages wrote; stages that were not run are left out.
-        scores: a further folder that scores are taken from and kept in; see `evaluation.cache`.
-        overrides: `key.path=value` settings that take the place of the recipe's.
+        scores: an additional folder for cached scores; see `evaluation.cache`.
+        overrides: `key.path=value` settings that override the recipe's.
         options: device, overwriting, progress.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`uniattn generate` and `uniattn chat`: what a model says, alone or beside another one."""
+"""`uniattn generate` and `uniattn chat`: answers of one model, or of two for comparison."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ class SilentListener:
 
 @dataclass(frozen=True)
 class Generation:
-    """What models said to one prompt.
+    """Answers to one prompt.
 
     Attributes:
         answers: by the models' names, the one to compare with first.
-        notes: what the reader has to know about the prompt.
+        notes: limits of the comparison.
     """
 
     answers: dict[str, Answer]
@@ -124,14 +124,14 @@ def generate(
     overrides: Sequence[str] = (),
     options: RunOptions = RunOptions(),
 ) -> Generation:
-    """Lets a model answer a prompt.
+    """Answers a prompt with one model, or with two for comparison.
 
     Args:
-        prompt: what the user says, or with `raw` a text to continue.
+        prompt: the user's message, or with `raw` a text to continue.
         checkpoint: see `load_speakers`.
         run_dir: where the models of a run and its recipe are.
         beside: another model that answers the same prompt first.
-        raw: leave the chat template out.
+        raw: do not apply the chat template.
         decoding: how tokens are chosen.
         engine: what runs the models, see `decode.answer`.
         listener: receives the answers as they are generated.
@@ -168,9 +168,9 @@ def template_notes(speakers: Sequence[Speaker]) -> list[str]:
 class Conversation:
     """A conversation with one model, whose cache is kept from turn to turn.
 
-    Each turn renders the whole conversation with the chat template. Where the tokens of the cache are the beginning of
-    that, only what is new is computed; where a template changes earlier turns, everything is computed again. So the
-    answers are those of a conversation without cache.
+    Each turn renders the whole conversation with the chat template. If the cached tokens are a prefix of it, only the
+    rest is computed; if the template changes earlier turns, everything is recomputed. So the answers are those of a
+    conversation without cache.
     """
 
     def __init__(self, speaker: Speaker):

@@ -59,24 +59,24 @@ def push(
     dry_run: bool = False,
     options: RunOptions = RunOptions(),
 ) -> Push:
-    """Uploads a converted checkpoint with a model card; makes the repository if it is missing.
+    """Uploads a converted checkpoint with a model card; creates the repository if it is missing.
 
     Args:
-        directory: the checkpoint, such as `trained`. A README.md in it is taken as the card.
+        directory: the checkpoint, such as `trained`. A README.md in it replaces the card.
         repo_id: OWNER/NAME.
         private: make the repository private.
-        revision: branch, made if it is missing; None is the main one.
+        revision: branch, created if it is missing; None is the main one.
         message: of the commit.
         base_model: hub id of the base, where the recipe names a local directory.
-        licence: identifier of the licence, where the base's own card does not tell.
-        dry_run: only say what would be uploaded; needs no network.
-        options: `force` adds a commit to a repository that holds files already.
+        licence: identifier of the licence, if the base's own card has none.
+        dry_run: only report what would be uploaded; needs no network.
+        options: `force` adds a commit to a repository that already has files.
 
     Raises:
         ModelError: there is no model in the directory.
         CheckpointError: it is not a converted checkpoint, or incomplete.
         StageError: its evaluation is damaged, or of another version of this tool.
-        HubError: no token, no network, or the hub refuses.
+        HubError: no token, no network, or the hub rejects the upload.
         UsageError: a name that the hub does not allow.
     """
     folder = Path(directory)

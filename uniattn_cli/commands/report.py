@@ -1,4 +1,4 @@
-"""`uniattn report`: makes `report.html` again from what lies in the run directory, without loading any model."""
+"""`uniattn report`: rewrites `report.html` from the files of the run directory, without loading any model."""
 
 from __future__ import annotations
 

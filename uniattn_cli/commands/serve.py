@@ -65,8 +65,8 @@ def serve(
     Args:
         directory: a checkpoint, or a run directory, of which the newest checkpoint is taken.
         engine: one of `ENGINES`.
-        program: the engine's program; without it, the one beside this Python, or the one on the PATH. For transformers
-            uniattn has to be installed beside it.
+        program: the engine's program; None takes the one next to this Python, or the one on the PATH. For transformers
+            uniattn has to be installed in its environment.
         arguments: passed to the engine as they are.
 
     Raises:

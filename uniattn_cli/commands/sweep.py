@@ -1,7 +1,7 @@
-"""`uniattn sweep`: conversions under several budgets, kinds of layer and ways to fit, all scored alike, in one picture.
+"""`uniattn sweep`: conversions under several budgets, kinds of layer and fits, all scored in the same way, in one plot.
 
-Each point is a run directory of its own below `sweep/`, with the analysis of the run; the base is scored once. What is
-finished stays finished: the same command goes on where an interrupted one was.
+Each point is a run directory of its own in `sweep/`, with the analysis of the run; the base is scored once. After an
+interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep(Result):
-    """What `sweep` found.
+    """Result of `sweep`.
 
     Attributes:
         directory: what was written.
@@ -105,12 +105,12 @@ def sweep(
         kinds: sets of kinds that a layout may use; the recipe's if there are none.
         solve: what the fit solves; the recipe's if there is none.
         discard: delete the weights of each point once it is scored.
-        overrides: `key.path=value` settings that take the place of the recipe's at every point.
-        options: device, starting anew, progress.
+        overrides: `key.path=value` settings that override the recipe's at every point.
+        options: device, starting over, progress.
 
     Raises:
         StageError: there is no analysis of the recipe's model.
-        UniAttnError: as `convert` and `evaluate`; a budget that cannot be met only leaves its point out.
+        UniAttnError: as `convert` and `evaluate`; a budget that cannot be met only skips its point.
     """
     run = RunDir(run_dir)
     recipe = Recipe.load(run.recipe, overrides)

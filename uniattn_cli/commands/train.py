@@ -40,7 +40,7 @@ class Training(Result):
 
     Attributes:
         directory: the trained checkpoint.
-        stages: what each stage did; stages with nothing to train are left out.
+        stages: what each stage did; stages with nothing to train are skipped.
         heldout: loss on held-out responses of `converted` and `trained`, or of `base` and `control`; empty where
             there are no held-out rows.
     """

@@ -33,8 +33,8 @@ class DataView(Result):
     """Result of `view_data`.
 
     Attributes:
-        tokenised: the rows, and what became of them.
-        shares: what each data set gives.
+        tokenised: the rows, and the sequences they became.
+        shares: rows drawn from each data set.
     """
 
     tokenised: Tokenised
