@@ -155,7 +155,7 @@ def test_identical_copy_differs_by_nothing(run, compared):
         assert copy["quality"][name].value == base["quality"][name].value
         difference = copy["quality"][name].difference_to_base
         assert (difference.value, difference.stderr) == (0.0, 0.0)
-    assert copy["verdict"]["quality"] == "same" and "within noise" in copy["verdict"]["sentence"]
+    assert copy["verdict"]["quality"] == "same" and "equal to the base in every score" in copy["verdict"]["sentence"]
     assert copy["agreement"]["kl"].value == 0 and copy["agreement"]["top1"].value == 1
     assert all(entry["difference"].value == 0 for entry in (*copy["lengths"], *copy["retrieval"]))
 

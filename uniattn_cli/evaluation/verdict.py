@@ -9,7 +9,7 @@ from uniattn_cli.evaluation.wording import as_difference, as_value
 
 JUDGED = {"perplexity": "perplexity", "response_loss": "loss on responses", "accuracy": "accuracy"}
 SUMMARIES = {
-    "same": "within noise of the base: every score equals it",
+    "same": "equal to the base in every score",
     "within noise": "as good as the base, within noise",
     "worse": "worse than the base",
     "better": "better than the base",
@@ -78,8 +78,9 @@ def verdict(name: str, base: dict[str, Any], model: dict[str, Any]) -> dict[str,
     speed = cost.get("tokens_per_second")
     if speed is not None and speed.ratio_to_base is not None:
         saved.append(f"{speed.ratio_to_base:.2f} times the tokens per second")
-    sentence = f"{name} is {SUMMARIES[quality]}: " if quality != "same" else f"{name}: {SUMMARIES[quality]}: "
-    sentence = f"{sentence}{'; '.join(scores)}. It has {', '.join(saved)}.{_against_control(model)}"
+    sentence = (
+        f"{name} is {SUMMARIES[quality]}: {'; '.join(scores)}. It has {', '.join(saved)}.{_against_control(model)}"
+    )
     return {"quality": quality, "sentence": sentence}
 
 
