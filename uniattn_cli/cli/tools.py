@@ -386,10 +386,10 @@ def bench(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure decoding speed, compared with the hardware limit and transformers.
+    """Measure decoding speed relative to the hardware limit.
 
-    Time to first token and time per output token for every batch size and context length; all models take turns in the
-    same engine. Writes tables, a plot and all numbers.
+    Time to first token and time per output token for every batch size and context length, compared with transformers;
+    all models take turns in the same engine. Writes tables, a plot and all numbers.
 
     \b
     Example:
