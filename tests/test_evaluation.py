@@ -278,7 +278,7 @@ def test_measured_cache_is_what_the_layout_predicts(name, tmp_path):
     model = building.build_converted(base, layout)
     building.save_checkpoint(model, make_tokenizer(), tmp_path)
     size = cost.measure_size(name, model, tmp_path)
-    heads = {"own": 6, "softmax": 3, "key": 3, "kv": 0, "pooled": 2, "linear": 0, "none": 0}
+    heads = {"own": 6, "softmax": 3, "key": 3, "kv": 0, "early": 3, "early-kv": 0, "pooled": 2, "linear": 0, "none": 0}
     assert size.kv_bytes == size.kv_bytes_predicted == 4 * 8 * sum(heads[plan.kind] for plan in layout)
     assert size.parameters == sum(one.numel() for one in dict(model.named_parameters()).values())
     assert size.checkpoint_bytes == (tmp_path / "model.safetensors").stat().st_size >= 4 * size.parameters
