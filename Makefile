@@ -30,7 +30,7 @@ endif
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; make install PYTHON=/path/to/python')"
 	@test "$(TORCH)" = "$(INSTALLED_TORCH)" || $(PYTHON) -m venv --clear $(VENV)
-	@echo "installing into $(VENV), about 2 GB; this takes some minutes"
+	@echo "installing into $(VENV), about 2 GB; this takes a few minutes"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)" -e ".[dev]" $(addprefix -c ,$(CONSTRAINTS))
 	@echo "$(TORCH)" > $(VENV)/.torch
 	@touch $@
@@ -52,7 +52,7 @@ test-all: install
 
 $(VLLM_STAMP): pyproject.toml scripts/install_vllm.py $(VLLM_CONSTRAINTS)
 	@$(PYTHON) -m venv $(VLLM_VENV)
-	@echo "installing into $(VLLM_VENV), about 4 GB; this takes some minutes"
+	@echo "installing into $(VLLM_VENV), about 4 GB; this takes a few minutes"
 	@$(VLLM_VENV)/bin/python scripts/install_vllm.py "$(VLLM)" $(VLLM_CONSTRAINTS)
 	@touch $@
 

@@ -110,8 +110,8 @@ def push(
 ) -> None:
     """Upload a checkpoint with a model card.
 
-    The card states base, layout, costs, figures of `uniattn eval`, data, training and licence. An upload of more
-    than some minutes takes several commits; after an interruption, the same command with --force resumes it.
+    The card states base, layout, costs, figures of `uniattn eval`, data, training and licence. Uploads that take more
+    than a few minutes are split into several commits; after an interruption, the same command with --force resumes.
 
     \b
     Example:
