@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, query_projection
 from uniattn_cli.fitting.stream import Batch, attention_inputs
-from uniattn_cli.modeling.sharing_uniattn import gather_heads
+from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, gather_heads
 from uniattn_cli.recipe.schema import ConversionSpec
 
 # Largest step of Adam, in units of the root mean square of the weights; of a few hundred steps the second moments of a
@@ -91,7 +92,7 @@ class _Material:
 
 @torch.no_grad()
 def align_queries(
-    base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batches: Sequence[Batch], steps: int
+    base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index: int, batches: Sequence[Batch], steps: int
 ) -> tuple[float, float]:
     """Matches and trains W_q of a converted layer that borrows keys; see the head of this file.
 
@@ -121,7 +122,7 @@ def align_queries(
     before = best = _mean(attention, own, judged)
     for change in (
         lambda: weights.match(matches.maps(attention.key_sources), inputs),
-        lambda: _train(weights, attention, own, learned, steps, min(count, len(learned))),
+        lambda: _train(weights, own, learned, steps, min(count, len(learned))),
     ):
         kept = weights.copy()
         change()
@@ -141,10 +142,10 @@ class _Queries:
         attention: of the converted layer; its weights may be shared with the base and are replaced, not changed.
     """
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: SharedAttentionMixin):
         self.attention = attention
         projection = query_projection(attention)
-        self.norm = getattr(attention, "q_norm", None)
+        self.norm: Any = getattr(attention, "q_norm", None)
         modules = [projection] if self.norm is None else [projection, self.norm]
         self.kept = [(module, *item) for module in modules for item in module.named_parameters(recurse=False)]
         self.trained = [nn.Parameter(parameter.detach().float().clone()) for _, _, parameter in self.kept]
@@ -199,9 +200,7 @@ class _Queries:
             setattr(module, name, new)
 
 
-def _train(
-    weights: _Queries, attention: nn.Module, own: nn.Module, learned: Sequence[_Material], steps: int, count: int
-) -> None:
+def _train(weights: _Queries, own: SharedAttentionMixin, learned: Sequence[_Material], steps: int, count: int) -> None:
     groups = [
         {"params": [parameter], "lr": RATE * scale}
         for parameter, scale in zip(weights.trained, weights.scales, strict=True)
@@ -212,7 +211,7 @@ def _train(
         rows = [learned[(step * count + place) % len(learned)] for place in range(count)]
         optimizer.zero_grad()
         for piece in _Material.together(rows):
-            found = _gradients(weights.trained, attention, own, piece)
+            found = _gradients(weights.trained, weights.attention, own, piece)
             for parameter, gradient in zip(weights.trained, found, strict=True):
                 gradient = gradient * (len(piece.queries) / count)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -221,7 +220,7 @@ def _train(
 
 
 def _gradients(
-    trained: Sequence[nn.Parameter], attention: nn.Module, own: nn.Module, material: _Material
+    trained: Sequence[nn.Parameter], attention: SharedAttentionMixin, own: SharedAttentionMixin, material: _Material
 ) -> tuple[torch.Tensor, ...]:
     """Of `_divergence`, whose gradient with respect to scores is the difference of the maps.
 
@@ -245,7 +244,13 @@ def _share(step: int, steps: int) -> float:
 
 
 def _rows(
-    base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batches: Sequence[Batch], held: bool, most: int
+    base_layer: nn.Module,
+    layer: Any,
+    own: SharedAttentionMixin,
+    index: int,
+    batches: Sequence[Batch],
+    held: bool,
+    most: int,
 ) -> list[_Material]:
     """So many single rows, held out or not."""
     rows: list[_Material] = []
@@ -255,7 +260,7 @@ def _rows(
     return rows[:most]
 
 
-def _prepare(base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int, batch: Batch) -> _Material:
+def _prepare(base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index: int, batch: Batch) -> _Material:
     base = attention_inputs(base_layer, batch.base, batch.kwargs[index])
     given = attention_inputs(layer, batch.converted, batch.kwargs[index], batch.shared)
     states = own.project(base["hidden_states"], "qk")
@@ -272,12 +277,12 @@ def _prepare(base_layer: nn.Module, layer: nn.Module, own: nn.Module, index: int
     return _Material(tuple(inputs), states["q"], states["k"], keys, positions, mask)
 
 
-def _asked(attention: nn.Module) -> list[int]:
+def _asked(attention: SharedAttentionMixin) -> list[int]:
     """The layers that an early layer asks, each once."""
     return list(dict.fromkeys(source for source, _ in attention.key_sources))
 
 
-def _divergence(attention: nn.Module, own: nn.Module, material: _Material) -> torch.Tensor:
+def _divergence(attention: SharedAttentionMixin, own: SharedAttentionMixin, material: _Material) -> torch.Tensor:
     """KL(base's map || the layer's), mean over rows, heads and positions."""
     wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).log_softmax(-1)
     queries = _positioned_queries(attention, material)
@@ -285,11 +290,11 @@ def _divergence(attention: nn.Module, own: nn.Module, material: _Material) -> to
     return (wanted.exp() * (wanted.clamp(min=LOWEST) - found.clamp(min=LOWEST))).sum(-1).mean()
 
 
-def _mean(attention: nn.Module, own: nn.Module, rows: Sequence[_Material]) -> float:
+def _mean(attention: SharedAttentionMixin, own: SharedAttentionMixin, rows: Sequence[_Material]) -> float:
     return sum(_divergence(attention, own, row).item() for row in rows) / len(rows)
 
 
-def _positioned_queries(attention: nn.Module, material: _Material) -> torch.Tensor:
+def _positioned_queries(attention: SharedAttentionMixin, material: _Material) -> torch.Tensor:
     """The layer's queries with positions, float32."""
     inputs = [states.float() for states in material.inputs]
     if attention.plan.traits.early:
@@ -300,7 +305,7 @@ def _positioned_queries(attention: nn.Module, material: _Material) -> torch.Tens
     return states["q"]
 
 
-def _scores(attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _scores(attention: SharedAttentionMixin, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Scores of all pairs of tokens, float32 [rows, heads, tokens, tokens]."""
     keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     scores = (queries.float() * attention.scaling) @ keys.transpose(-1, -2)
@@ -308,7 +313,7 @@ def _scores(attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> 
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def _masked(attention: nn.Module, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _masked(attention: SharedAttentionMixin, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Scores where a token sees another, minus infinity elsewhere."""
     if mask is None:
         window = attention.attention_arguments().get("sliding_window")

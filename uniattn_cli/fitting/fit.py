@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from uniattn_cli.fitting.match_outputs import SourceChooser
 from uniattn_cli.fitting.moments import Moments, PositionSums, RidgeFit, fit_ridge, reduce_rank
 from uniattn_cli.fitting.stream import Batch, attention_features, base_step, release, resident, run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
+from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation, SharedAttentionMixin
 from uniattn_cli.models.building import build_attention
 from uniattn_cli.recipe.schema import ConversionSpec
 
@@ -124,7 +124,7 @@ def fit_layer(
 
 
 def step_layer(
-    base_layer: nn.Module, layer: nn.Module, index: int, batches: list[Batch], spec: ConversionSpec
+    base_layer: nn.Module, layer: Any, index: int, batches: list[Batch], spec: ConversionSpec
 ) -> list[LayerFit]:
     """Fits one layer and moves both streams through it."""
     attention = layer.self_attn
@@ -183,7 +183,7 @@ class _Problem:
 
 def _add(
     problem: _Problem | None,
-    layer: nn.Module,
+    layer: Any,
     index: int,
     batch: Batch,
     target: torch.Tensor,
@@ -195,7 +195,7 @@ def _add(
     missing = target.float()
     if heads is not None:
         missing = missing - getattr(attention, attention.output_name)(heads).float()
-    parts = [part for part, wanted in zip((heads, normed), solved, strict=True) if wanted]
+    parts = [part for part, wanted in zip((heads, normed), solved, strict=True) if wanted and part is not None]
     features = torch.cat([part.float() for part in parts], dim=-1)
     if problem is None:
         problem = _Problem.like(features, missing, [part.shape[-1] for part in parts], reference)
@@ -203,7 +203,7 @@ def _add(
     return problem
 
 
-def solved_parts(attention: nn.Module, spec: ConversionSpec) -> tuple[bool, bool]:
+def solved_parts(attention: SharedAttentionMixin, spec: ConversionSpec) -> tuple[bool, bool]:
     """Whether W_o and whether W_c of a layer are solved; a `linear` layer is nothing without its W_c."""
     changed = attention.plan.kind != "own"
     output = changed and hasattr(attention, attention.output_name) and spec.solve in ("both", "output")
@@ -213,7 +213,7 @@ def solved_parts(attention: nn.Module, spec: ConversionSpec) -> tuple[bool, bool
     return output, compensation
 
 
-def _solve(attention: nn.Module, index: int, problem: _Problem, solved: tuple[bool, bool]) -> LayerFit:
+def _solve(attention: SharedAttentionMixin, index: int, problem: _Problem, solved: tuple[bool, bool]) -> LayerFit:
     """Solves one layer's problem and writes the weights."""
     judge = problem.judge
     if not (problem.fit.ff.isfinite().all() and problem.fit.fy.isfinite().all() and judge.yy.isfinite()):

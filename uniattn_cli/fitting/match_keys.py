@@ -11,6 +11,7 @@ functions of one another, too: with x ~ z P, queries W_q x become W_q Pᵀ z.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from uniattn_cli.fitting.stream import Batch, attention_inputs
 
 if TYPE_CHECKING:
-    from uniattn_cli.modeling.sharing_uniattn import SharedStates
+    from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, SharedStates
 
 RIDGE = 1e-4
 
@@ -33,20 +34,18 @@ class KeyMatches:
         sources: layers that lend.
     """
 
-    def __init__(self, own: nn.Module, sources: Sequence[int]):
+    def __init__(self, own: SharedAttentionMixin, sources: Sequence[int]):
         self.own = own
         self.sources = list(sources)
         self.tokens = 0
         self._sums: dict[Any, torch.Tensor] = {}
-        self._maps: torch.Tensor | None = None
-        self._missed: torch.Tensor | None = None
 
     @classmethod
     @torch.no_grad()
     def of(
         cls,
         base_layer: nn.Module,
-        own: nn.Module,
+        own: SharedAttentionMixin,
         index: int,
         batches: Sequence[Batch],
         sources: Sequence[int],
@@ -78,7 +77,8 @@ class KeyMatches:
         queries = states["q"].float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
         own = states["k"].float().transpose(0, 1).flatten(1, 2)
         self.tokens += own.shape[1]
-        sums = {"qq": queries.mT @ queries / queries.shape[1] * own.shape[1], "kk": own.mT @ own, "k": own.sum(1)}
+        within = queries.mT @ queries / queries.shape[1] * own.shape[1]
+        sums: dict[Any, torch.Tensor] = {"qq": within, "kk": own.mT @ own, "k": own.sum(1)}
         for source in self.sources:
             lent = unrotated(self.own, shared.keys[source], given["position_embeddings"])
             lent = lent.transpose(0, 1).flatten(1, 2)
@@ -88,7 +88,8 @@ class KeyMatches:
             # In float64 between batches: what is missed is a small difference of large sums.
             self._sums[name] = self._sums.get(name, 0) + product.double()
 
-    def _solve(self) -> None:
+    @functools.cached_property
+    def _solution(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps [sources, heads, units, dim, dim] and missed shares [sources, heads, units]."""
         sums = {name: value / self.tokens for name, value in self._sums.items()}
         of_sources = lambda name: torch.stack([sums[name, source] for source in self.sources])  # noqa: E731
@@ -104,15 +105,12 @@ class KeyMatches:
         left = wanted - across.mT @ maps
         weights = sums["qq"]
         energy = (weights * wanted.mT).sum((-2, -1)).clamp(min=1e-30)
-        self._maps = maps.float()
-        # Read number by number.
-        self._missed = ((weights * left.mT).sum((-2, -1)) / energy).cpu()
+        # Shares are read number by number.
+        return maps.float(), ((weights * left.mT).sum((-2, -1)) / energy).cpu()
 
     def missed(self, source: int, head: int, unit: int) -> float:
         """Share of the energy of a unit's scores that a lent head does not give, queries and keys taken apart."""
-        if self._missed is None:
-            self._solve()
-        return self._missed[self.sources.index(source), head, unit].item()
+        return self._solution[1][self.sources.index(source), head, unit].item()
 
     def maps(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """B for each unit, [units, dim, dim].
@@ -120,9 +118,8 @@ class KeyMatches:
         Args:
             pairs: (source, head) that each unit borrows.
         """
-        if self._maps is None:
-            self._solve()
-        found = [self._maps[self.sources.index(source), head, unit] for unit, (source, head) in enumerate(pairs)]
+        maps, _ = self._solution
+        found = [maps[self.sources.index(source), head, unit] for unit, (source, head) in enumerate(pairs)]
         return torch.stack(found)
 
 
@@ -133,7 +130,7 @@ class InputMatches:
         attention: the layer's. With a bias of its query projection, regressions have a constant, which goes there.
     """
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: SharedAttentionMixin):
         self.affine = query_projection(attention).bias is not None
         self._maps: dict[int, torch.Tensor] = {}
 
@@ -142,7 +139,7 @@ class InputMatches:
     def of(
         cls,
         base_layer: nn.Module,
-        attention: nn.Module,
+        attention: SharedAttentionMixin,
         index: int,
         batches: Sequence[Batch],
         sources: Sequence[int],
@@ -150,7 +147,7 @@ class InputMatches:
     ) -> InputMatches:
         """Regressions over calibration tokens; arguments as `KeyMatches.of`."""
         found = cls(attention)
-        sums: dict[int, list[torch.Tensor]] = {}
+        sums: dict[int, list[Any]] = {}
         seen = 0
         for batch in [batch for batch in batches if not batch.held] or batches:
             own = attention_inputs(base_layer, batch.base, batch.kwargs[index])["hidden_states"]
@@ -158,7 +155,7 @@ class InputMatches:
             for source in sources:
                 lent = found._with_constant(batch.shared.inputs[source].to(own.device).flatten(0, 1).float())
                 products = [(lent.mT @ lent).double(), (lent.mT @ own).double()]
-                sums[source] = [old + new for old, new in zip(sums.get(source, (0, 0)), products, strict=True)]
+                sums[source] = [old + new for old, new in zip(sums.get(source, [0, 0]), products, strict=True)]
             seen += len(own)
             if seen >= tokens:
                 break
@@ -181,7 +178,7 @@ class InputMatches:
         return (found[..., :-1] if self.affine else found).to(lent.dtype)
 
 
-def query_projection(attention: nn.Module) -> nn.Linear:
+def query_projection(attention: SharedAttentionMixin) -> nn.Linear:
     """What queries come out of; where queries, keys and values are one matrix, that one."""
     return getattr(attention, "q_proj", None) or attention.qkv_proj
 
@@ -192,7 +189,7 @@ def matched(queries: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return queries @ each.mT.to(queries.dtype)
 
 
-def unrotated(attention: nn.Module, keys: torch.Tensor, position_embeddings: Any) -> torch.Tensor:
+def unrotated(attention: SharedAttentionMixin, keys: torch.Tensor, position_embeddings: Any) -> torch.Tensor:
     """Keys [rows, heads, tokens, dim] as they were before rotary embedding."""
     cos, sin = (each.float() for each in position_embeddings)
     # One, but where rotary embedding scales too (arXiv 2309.00071).

@@ -36,7 +36,7 @@ class Matcher:
         self.head_map = head_map
         self.several = sources == "several" and head_map != "identity"
         self.max_distance = similarity.shape[1]
-        self._units = {}
+        self._units: dict[tuple[int, int], list[tuple[float, list[tuple[int, int]]]]] = {}
 
     def for_kind(self, kind: str) -> Matcher:
         """What matches layers of a kind: without borrowed maps, all queries of a key/value group take the same head."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from uniattn_cli.fitting.match_maps import Matcher
-    from uniattn_cli.modeling.sharing_uniattn import SharedStates
+    from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, SharedStates
 
 RIDGE = 1e-3
 # Each sweep looks at every unit once; the descent ends where none changes, mostly after two or three.
@@ -145,7 +145,7 @@ class Borrowing:
 
     base_layer: nn.Module
     layer: nn.Module
-    own: nn.Module
+    own: SharedAttentionMixin
     index: int
     kind: str
     shape: AttentionShape
@@ -201,6 +201,7 @@ class Borrowing:
             moments.add(features, target.flatten(0, 1))
             if moments.tokens >= tokens:
                 break
+        assert moments is not None, "there are batches"
         return moments
 
     def features(self, given: dict[str, Any], shared: SharedStates, blocks: Sequence[Block]) -> torch.Tensor:
@@ -238,19 +239,19 @@ class Borrowing:
         For `softmax` each map of the source is applied to the values of group `turn`; for `key` and `kv` the own
         queries are turned by that many groups, so that each group of the source meets one of them.
         """
-        queries, keys, values = shared.queries.get(source), shared.keys[source], states.get("v")
         if KINDS[self.kind].borrows_maps:
-            values = values[:, turn : turn + 1].expand(-1, self.shape.kv_heads, -1, -1)
+            queries = shared.queries[source]
+            values = states["v"][:, turn : turn + 1].expand(-1, self.shape.kv_heads, -1, -1)
         else:
             late = states.get("q")
             queries = self._early_queries(shared, source) if late is None else late
             queries = self._queries(queries, source, turn, given["position_embeddings"])
-            values = shared.values[source] if KINDS[self.kind].borrows_values else values.roll(turn, 1)
+            values = shared.values[source] if KINDS[self.kind].borrows_values else states["v"].roll(turn, 1)
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
         mask = given.get("attention_mask")
-        return backend(own, queries, keys, values, mask, **arguments)[0].flatten(0, 1)
+        return backend(own, queries, shared.keys[source], values, mask, **arguments)[0].flatten(0, 1)
 
     def _early_queries(self, shared: SharedStates, source: int) -> torch.Tensor:
         lent = shared.inputs[source]

@@ -42,7 +42,7 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """Moments of both sets of tokens."""
-        result = Moments(*self.fy.shape, self.ff.device)
+        result = Moments(len(self.fy), self.fy.shape[1], self.ff.device)
         result.ff, result.fy, result.yy = self.ff + other.ff, self.fy + other.fy, self.yy + other.yy
         result.tokens = self.tokens + other.tokens
         return result

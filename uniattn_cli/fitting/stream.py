@@ -187,7 +187,7 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], **
     return output[0] if isinstance(output, tuple) else output
 
 
-def base_step(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def base_step(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """A base layer's output and its attention block's output."""
     seen: list[torch.Tensor] = []
     handle = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
@@ -197,7 +197,7 @@ def base_step(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) ->
 
 
 def attention_features(
-    layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates
+    layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a converted layer's projections see: the normed input x and the heads before W_o (None without W_o)."""
     attention = layer.self_attn
@@ -222,7 +222,7 @@ def attention_features(
 
 
 def attention_inputs(
-    layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates | None = None
+    layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any], shared: SharedStates | None = None
 ) -> dict[str, Any]:
     """The keyword arguments with which a layer calls its attention module, `hidden_states` among them.
 

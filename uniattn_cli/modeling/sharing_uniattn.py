@@ -148,7 +148,7 @@ class LowRankCompensation(nn.Module):
         return self.up(self.down(hidden_states))
 
 
-def make_compensation(plan: LayerPlan, hidden_size: int) -> nn.Module | None:
+def make_compensation(plan: LayerPlan, hidden_size: int) -> Compensation | LowRankCompensation | None:
     """The module of W_c that a plan asks for, or None."""
     if plan.compensation == "none":
         return None

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
+
 # Fields that belong to one class or file and must not travel from the base's configuration to the converted one.
 UNPORTABLE_FIELDS = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
 
@@ -85,7 +87,7 @@ def build_converted(base: PreTrainedModel, layout: Layout) -> PreTrainedModel:
     return model.eval()
 
 
-def build_attention(base: PreTrainedModel, layout: Layout, index: int) -> torch.nn.Module:
+def build_attention(base: PreTrainedModel, layout: Layout, index: int) -> SharedAttentionMixin:
     """The attention module of one layer of a converted model, as `build_converted` would make it.
 
     It takes its place in a model that was built with another layout; unchanged weights are shared with the base.
