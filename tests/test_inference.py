@@ -344,7 +344,7 @@ def test_warming_up_leaves_no_trace(monkeypatch):
     """As on a GPU, but the step is run instead of captured."""
     engine = Engine(make_model(tiny.FAMILIES[0], "leader"))
     engine.graphs = True
-    monkeypatch.setattr(Session, "_capture", lambda self: setattr(self, "graph", SimpleNamespace(replay=self._advance)))
+    monkeypatch.setattr(Session, "_capture", lambda self: SimpleNamespace(replay=self._advance))
     settings = {"sampling": Sampling(), "stop": [], "pad": 0}
     engine.warm_up(1, 13, 8, **settings)
     session = engine.borrow(1, 13, 8, **settings)

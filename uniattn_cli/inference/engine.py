@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -321,7 +321,7 @@ def _transformers(
         # Greedy search among these takes the chosen one.
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
 
-    tokens = model.generate(
+    tokens = cast("Any", model).generate(
         input_ids.to(device),
         attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device),
         max_new_tokens=new,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -152,7 +152,7 @@ def _shared_memory(
     capacity = whole_grains(limit)
     needs = {name: cache_elements(engine.program, batch, capacity) for name, engine in engines.items()}
     program = next(iter(engines.values())).program
-    for name in sorted(needs, key=needs.get, reverse=True):
+    for name in sorted(needs, key=needs.__getitem__, reverse=True):
         if not found[name].fits:
             continue
         wanted = needs[name] * program.dtype.itemsize
@@ -247,7 +247,7 @@ def _time_generate(model: PreTrainedModel, prompt: torch.Tensor, new: int, stati
 
     options = {"cache_implementation": "static"} if static else {}
     started = clock(model.device)
-    model.generate(
+    cast("Any", model).generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new + 1,
@@ -268,6 +268,7 @@ def largest_batch(engine: Engine, context: int, new: int = 2, most: int | None =
     """
 
     def runs(batch: int) -> bool:
+        session: Session | None = None
         try:
             with room("the batch"):
                 session = engine.session(batch, context + new, new)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from uniattn_cli.inference import reference
 from uniattn_cli.inference.caches import Caches
 from uniattn_cli.inference.prefill import attend
-from uniattn_cli.inference.program import Feed, LayerProgram, Program
+from uniattn_cli.inference.program import Gated, LayerProgram, Program
 from uniattn_cli.inference.step import Step, gather
 
 
@@ -27,7 +27,7 @@ class TorchOps:
     def __init__(self, program: Program, caches: Caches, *, reuse: bool = True):
         self.program, self.caches, self.reuse = program, caches, reuse
         heads = program.shape.query_heads
-        slots = {layer.index: layer.map_slot for layer in program.layers}
+        slots = {layer.index: layer.map_slot for layer in program.layers if layer.map_slot is not None}
         self.map_rows = {
             layer.index: torch.tensor(
                 [slots[source] * heads + head for source, head in layer.query_sources], device=program.device
@@ -59,10 +59,10 @@ class TorchOps:
             normed = out.copy_(normed)
         return residual, normed
 
-    def feed_forward(self, feed: Feed, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+    def feed_forward(self, feed: Gated | nn.Module, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         """[tokens, hidden] to the same."""
-        if feed.gate_up is None:
-            return feed.module(hidden.view(step.batch, step.tokens, -1)).view_as(hidden)
+        if not isinstance(feed, Gated):
+            return feed(hidden.view(step.batch, step.tokens, -1)).view_as(hidden)
         return self.linear(self.gated(feed, hidden), feed.down)
 
     def tune(self) -> None:
@@ -72,11 +72,11 @@ class TorchOps:
         """A projection: [tokens, columns] to [tokens, rows]."""
         return functional.linear(x, weight, bias)
 
-    def gated(self, feed: Feed, hidden: torch.Tensor) -> torch.Tensor:
+    def gated(self, feed: Gated, hidden: torch.Tensor) -> torch.Tensor:
         """activation(gate) * up from the input of both: [tokens, hidden] to [tokens, intermediate]."""
         return self.gate(feed, self.linear(hidden, feed.gate_up))
 
-    def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
+    def gate(self, feed: Gated, gate_up: torch.Tensor) -> torch.Tensor:
         """activation(gate) * up: [tokens, 2 * intermediate] to [tokens, intermediate]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return feed.function(gate) * up
@@ -154,6 +154,7 @@ class TorchOps:
         if layer.kind.borrows_maps:
             flat = caches.queries.transpose(0, 1).flatten(1, 2)
             queries = flat[:, self.map_rows[layer.index]]
+        assert queries is not None, "what borrows no map has queries"
         keys, values = borrowed_states(layer, caches, length)
         return queries, keys, values
 
@@ -180,6 +181,7 @@ class TorchOps:
         else:
             queries = gather(lent, layer.query_sources, step.tokens)
         keys, values = borrowed_states(layer, self.caches, step.filled)
+        assert step.first is not None, "no prompt is captured"
         heads = attend(
             queries,
             keys,

@@ -37,20 +37,21 @@ def attend(
     """
     batch, heads, tokens, _ = queries.shape
     length = first + tokens
-    windowed = window is not None and window < length
-    if starts is None and not windowed and softcap is None:
+    if window is not None and window >= length:
+        window = None
+    if starts is None and window is None and softcap is None:
         return _plain(queries, keys, values, first, scale)
     limit = (SCORE_ENTRIES // (batch * heads * length)) if softcap is not None else MASK_ENTRIES // (batch * length)
     piece = max(1, min(tokens, limit))
-    if windowed:
+    if window is not None:
         piece = min(piece, max(window, WINDOW_PIECE))
     found = []
     for begin in range(0, tokens, piece):
         part = queries[:, :, begin : begin + piece]
         place = first + begin
         stop = place + part.shape[2]
-        low = max(0, place - window + 1) if windowed else 0
-        mask = _mask(starts, place, stop, low, window if windowed else None, queries.device)
+        low = 0 if window is None else max(0, place - window + 1)
+        mask = _mask(starts, place, stop, low, window, queries.device)
         found.append(_masked(part, keys[:, :, low:stop], values[:, :, low:stop], mask, scale, softcap))
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 

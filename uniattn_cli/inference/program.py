@@ -13,7 +13,7 @@ from uniattn_cli.errors import UniAttnError
 from uniattn_cli.inference.weights import fuse_biases, fuse_columns, fuse_rows
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows, layout_of
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Kind, LayerPlan, Layout
-from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
+from uniattn_cli.modeling.sharing_uniattn import Compensation, LowRankCompensation
 from uniattn_cli.models.families import family_of
 
 if TYPE_CHECKING:
@@ -27,22 +27,20 @@ class UnsupportedError(UniAttnError):
 
 
 @dataclass
-class Feed:
-    """The feed-forward part: fused where it is the usual gated one, else the model's own module.
+class Gated:
+    """The usual feed-forward part, with the gate's projection and the other one fused.
 
     Attributes:
-        module: the model's own module.
-        gate_up: [2 * intermediate, hidden], gate rows first; None where the module is called.
+        gate_up: [2 * intermediate, hidden], gate rows first.
         down: [hidden, intermediate].
         activation: `silu`, `gelu_tanh`, or empty for a function that only the module knows.
         function: the module's own activation.
     """
 
-    module: nn.Module
-    gate_up: torch.Tensor | None = None
-    down: torch.Tensor | None = None
-    activation: str = ""
-    function: Any = None
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activation: str
+    function: Any
 
 
 @dataclass
@@ -57,6 +55,7 @@ class LayerProgram:
         window: keys that a query sees at most, None for all.
         rope: the key of its table of rotary embeddings, None where it knows no positions.
         pre_attention, post_attention, pre_mlp, post_mlp: norms before and after the two parts, None where absent.
+        feed: the feed-forward part; the model's own module where it is not the usual one.
         project: [rows, hidden]: queries, keys, values, and `down` of a low-rank W_c.
         output: [hidden, heads * head_dim + extra]: W_o, then W_c or `up` of a low-rank one.
         extra: columns of `output` beside those of the heads.
@@ -81,10 +80,10 @@ class LayerProgram:
     softcap: float | None
     pre_attention: nn.Module | None
     post_attention: nn.Module | None
-    pre_mlp: nn.Module
+    pre_mlp: nn.Module | None
     post_mlp: nn.Module | None
-    feed: Feed
-    compensation: nn.Module | None = None
+    feed: Gated | nn.Module
+    compensation: LowRankCompensation | Compensation | None = None
     project: torch.Tensor | None = None
     project_bias: torch.Tensor | None = None
     output: torch.Tensor | None = None
@@ -127,7 +126,7 @@ class Program:
         rotary: the model's own module of rotary embeddings.
         rotary_keys: the layer types that it is called with; `("",)` where it takes none.
         map_slots: maps that have to be kept at the same time.
-        dense: every feed-forward part is a fused one, so that a step has no data-dependent shapes.
+        dense: every feed-forward part is the usual one, so that a step has no data-dependent shapes.
     """
 
     config: Any
@@ -187,7 +186,7 @@ def read_program(model: PreTrainedModel) -> Program:
         rotary=base.rotary_emb,
         rotary_keys=tuple(sorted({layer.rope for layer in layers if layer.rope is not None})),
         map_slots=count,
-        dense=all(layer.feed.gate_up is not None for layer in layers),
+        dense=all(isinstance(layer.feed, Gated) for layer in layers),
         embed_scale=getattr(config, "embedding_multiplier", 1.0),
         update_scale=getattr(config, "residual_multiplier", 1.0),
         logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
@@ -236,9 +235,7 @@ def _rope_key(attention: nn.Module, config: Any, index: int, by_type: bool) -> s
     return config.layer_types[index] if by_type else ""
 
 
-def _read_layer(
-    block: nn.Module, layout: Layout, shape: AttentionShape, index: int, window: int | None
-) -> LayerProgram:
+def _read_layer(block: Any, layout: Layout, shape: AttentionShape, index: int, window: int | None) -> LayerProgram:
     attention, plan = block.self_attn, layout[index]
     sandwich = hasattr(block, "pre_feedforward_layernorm")
     after_only = not hasattr(block, "input_layernorm")
@@ -264,7 +261,7 @@ def _read_layer(
         k_norm=getattr(attention, "k_norm", None),
         is_source=index in layout.last_use,
     )
-    norm = layer.q_norm or layer.k_norm
+    norm: Any = layer.q_norm or layer.k_norm
     layer.wide_norm = norm is not None and norm.weight.shape[0] != shape.head_dim
     if layer.wide_norm and layer.kind.early:
         layer.early_norm, layer.q_norm = layer.q_norm, None
@@ -274,7 +271,7 @@ def _read_layer(
     return layer
 
 
-def _read_projections(layer: LayerProgram, attention: nn.Module) -> None:
+def _read_projections(layer: LayerProgram, attention: Any) -> None:
     """Fuses the projections of the input, and those whose outputs are added; W_c is in one or both."""
     if hasattr(attention, "qkv_proj"):
         linears = [attention.qkv_proj]
@@ -310,17 +307,17 @@ def read_sources(layer: LayerProgram, shape: AttentionShape) -> None:
             layer.key_sources, layer.value_groups = keys, group
 
 
-def _read_feed(module: nn.Module) -> Feed:
+def _read_feed(module: nn.Module) -> Gated | nn.Module:
     linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")]
     function = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     plain = [linear for linear in linears if isinstance(linear, nn.Linear)]
-    if function is None or any(linear.bias is not None for linear in plain) or linears[3] not in plain:
-        return Feed(module)
+    down = linears[3]
+    if function is None or any(linear.bias is not None for linear in plain) or not isinstance(down, nn.Linear):
+        return module
     gate = [linear.weight for linear in linears[:3] if linear is not None]
-    return Feed(
-        module,
+    return Gated(
         gate_up=fuse_rows(gate),
-        down=linears[3].weight.data,
+        down=down.weight.data,
         activation=ACTIVATIONS.get(type(function).__name__, ""),
         function=function,
     )

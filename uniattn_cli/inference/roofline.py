@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from uniattn_cli.inference.program import LayerProgram, Program
+from uniattn_cli.inference.program import Gated, LayerProgram, Program
 from uniattn_cli.models.device import timed
 
 FALLBACK_CACHE = 50 << 20
@@ -55,12 +56,12 @@ def _weights(layer: LayerProgram, program: Program, batch: int) -> int:
     count = sum(tensor.numel() for tensor in own if tensor is not None)
     if not layer.parts and layer.compensation is not None:
         count += _parameters(layer.compensation)
-    if layer.feed.gate_up is not None:
+    if isinstance(layer.feed, Gated):
         return count + layer.feed.gate_up.numel() + layer.feed.down.numel()
-    return count + _expert_weights(layer.feed.module, program, batch)
+    return count + _expert_weights(layer.feed, program, batch)
 
 
-def _expert_weights(module: nn.Module, program: Program, batch: int) -> int:
+def _expert_weights(module: Any, program: Program, batch: int) -> int:
     every, config = _parameters(module), program.config
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if not experts or not hasattr(module, "experts"):

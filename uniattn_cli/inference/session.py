@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from uniattn_cli.inference.caches import GRAIN, Caches, whole_grains
@@ -88,7 +90,7 @@ class Session:
         self.stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         self.pad = torch.tensor(pad, dtype=torch.int64, device=device)
         self.tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        ints = {"dtype": torch.int32, "device": device}
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.state = State(
             token=torch.zeros(batch, dtype=torch.int64, device=device),
             starts=torch.zeros(batch, **ints),
@@ -150,7 +152,7 @@ class Session:
         """Takes the newest token in and chooses the next one."""
         if self.use_graph:
             if self.graph is None:
-                self._capture()
+                self.graph = self._capture()
             self.graph.replay()
         else:
             self._advance()
@@ -208,7 +210,7 @@ class Session:
         state.count += 1
         state.token.copy_(token)
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         """Captures one step; running it for that leaves no trace but in places that the next step writes."""
         before = [tensor.clone() for tensor in self.state.tensors()]
 
@@ -223,21 +225,23 @@ class Session:
                 self._advance()
                 restore()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._advance()
         restore()
+        return graph
 
     def _run(self, tokens: torch.Tensor, step: Step, *, decoding: bool) -> torch.Tensor:
         """Logits [batch, vocabulary] after the newest token of each row; tokens [batch, tokens]."""
         program, ops = self.program, self.ops
         residual = _scaled(program.embed(tokens).flatten(0, 1), program.embed_scale)
-        update, post = None, None
+        update: torch.Tensor | None = None
+        post: nn.Module | None = None
         lent: dict[int, torch.Tensor] = {}
         inputs: dict[int, torch.Tensor] = {}
         for layer in program.layers:
             if layer.parts or layer.compensation is not None:
-                joined = self.joined[layer.output.shape[1]] if decoding and layer.parts else None
+                joined = self.joined[layer.output.shape[1]] if decoding and layer.output is not None else None
                 wanted = joined[:, layer.width :] if joined is not None and layer.takes_input else None
                 residual, normed = ops.residual_norm(residual, update, post, layer.pre_attention, wanted)
                 if layer.index in self.input_lenders:
@@ -250,9 +254,9 @@ class Session:
                 del inputs[source]
             residual, normed = ops.residual_norm(residual, update, post, layer.pre_mlp)
             update, post = _scaled(ops.feed_forward(layer.feed, normed, step), program.update_scale), layer.post_mlp
-        if step.tokens > 1:
-            residual, update = (states.unflatten(0, (step.batch, -1))[:, -1] for states in (residual, update))
-        _, normed = ops.residual_norm(residual.contiguous(), update.contiguous(), post, program.norm)
+        assert update is not None, "every layer adds something"
+        residual, update = (states.unflatten(0, (step.batch, -1))[:, -1].contiguous() for states in (residual, update))
+        _, normed = ops.residual_norm(residual, update, post, program.norm)
         logits = _scaled(ops.linear(normed, program.head), program.logit_scale)
         if program.logit_cap is not None:
             logits = torch.tanh(logits / program.logit_cap) * program.logit_cap
@@ -268,7 +272,8 @@ class Session:
         joined: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output of the attention part, compensation included, [tokens, hidden]."""
-        if not layer.parts:
+        if layer.output is None:
+            assert layer.compensation is not None
             return layer.compensation(normed)
         projected = self._project(layer, normed, inputs)
         low_rank = layer.extra > 0 and not layer.takes_input
@@ -280,20 +285,21 @@ class Session:
         queries = self.ops.place(layer, projected, step, extra)
         heads = self.ops.prompt(layer, queries, lent, step)
         result = functional.linear(heads, layer.output[:, : layer.width], layer.output_bias)
-        if layer.extra:
+        other = normed if layer.takes_input else extra
+        if other is not None:
             # Joining the inputs would copy a whole prompt; adding a product to a matrix costs nothing more.
-            other = normed if layer.takes_input else extra
             result = torch.addmm(result, other, layer.output[:, layer.width :].T)
         return result
 
     def _project(self, layer: LayerProgram, normed: torch.Tensor, inputs: dict[int, torch.Tensor]) -> torch.Tensor:
         """What a layer projects, [tokens, rows]; of one that asks early, queries from its lenders' inputs."""
+        weight, bias = layer.project, layer.project_bias
+        assert weight is not None, "it has parts"
         if not layer.kind.early:
-            return self.ops.linear(normed, layer.project, layer.project_bias)
-        bias = layer.project_bias
+            return self.ops.linear(normed, weight, bias)
 
         def product(states: torch.Tensor, first: int, last: int) -> torch.Tensor:
-            return self.ops.linear(states, layer.project[first:last], None if bias is None else bias[first:last])
+            return self.ops.linear(states, weight[first:last], None if bias is None else bias[first:last])
 
         unit = layer.width // len(layer.key_sources)
         parts = []
@@ -305,8 +311,8 @@ class Session:
                 parts.append(product(inputs[source], start, end))
             else:
                 parts.append(layer.early_norm(product(inputs[source], 0, layer.width))[:, start:end])
-        if len(layer.project) > layer.width:
-            parts.append(product(normed, layer.width, len(layer.project)))
+        if len(weight) > layer.width:
+            parts.append(product(normed, layer.width, len(weight)))
         return torch.cat(parts, dim=1)
 
 

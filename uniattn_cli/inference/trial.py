@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from uniattn_cli.inference.caches import Caches
-from uniattn_cli.inference.program import Feed, LayerProgram, Program, map_slots, read_sources
+from uniattn_cli.inference.program import LayerProgram, Program, map_slots, read_sources
 from uniattn_cli.inference.step import Step
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -52,7 +52,7 @@ def attention_program(
             post_attention=None,
             pre_mlp=None,
             post_mlp=None,
-            feed=Feed(nn.Identity()),
+            feed=nn.Identity(),
             is_source=index in layout.last_use,
             map_slot=slots.get(index),
         )

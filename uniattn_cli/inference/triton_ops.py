@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from uniattn_cli.inference import kernels, matvec, pointwise, tuning
 from uniattn_cli.inference.caches import BLOCKS, Caches
 from uniattn_cli.inference.lending import Lending, plan_lending
 from uniattn_cli.inference.ops import TorchOps
-from uniattn_cli.inference.program import Feed, LayerProgram, Program
+from uniattn_cli.inference.program import Gated, LayerProgram, Program
 from uniattn_cli.inference.roofline import cache_bytes
 from uniattn_cli.inference.step import Step
 
@@ -138,7 +139,8 @@ class TritonOps(TorchOps):
             ),
             default=1,
         )
-        heads, floats = caches.batch * shape.query_heads, {"dtype": torch.float32, "device": device}
+        heads = caches.batch * shape.query_heads
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
         # Most followers that a head of any leader serves.
         lent = max(map(self.lending.count, self.lending.served), default=0)
         self.part_out = torch.empty(1 + lent, heads * most, shape.head_dim, **floats)
@@ -154,7 +156,7 @@ class TritonOps(TorchOps):
         if any(self._keeps_map(layer) for layer in program.layers):
             share = cache_bytes(device) * self.tunings["lead"].resident // 100
             self.resident_rows = min(caches.batch, share // max(1, caches.maps[:, :1].nbytes))
-        self.norm_offsets: dict[nn.Module, float | None] = {}
+        self.norm_offsets: dict[type[nn.Module], float | None] = {}
         self.nothing = torch.empty(0, dtype=program.dtype, device=device)
 
     # --- attention of a decoding step
@@ -243,8 +245,8 @@ class TritonOps(TorchOps):
 
     def _lead(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
         table, caches = self.tables[layer.index], self.caches
-        borrowed = queries is None
-        queries = caches.queries if borrowed else queries
+        assert table.keys is not None, "what makes a map reads keys"
+        row = layer.heads * layer.head_dim if queries is None else queries.stride(0)
         lent, slot = self.lending.count(layer.index), layer.map_slot if self.reuse else None
         keeps = self._keeps_map(layer)
         tuning = self.tunings["lend" if lent else "alone" if slot is None else "lead"]
@@ -252,7 +254,7 @@ class TritonOps(TorchOps):
         heads, splits = len(table.keys), self._splits(layer, tuning, block)
         group = layer.heads // heads
         kernels.lead_kernel[(step.batch * heads, splits)](
-            queries,
+            caches.queries if queries is None else queries,
             caches.flat,
             table.queries,
             table.keys,
@@ -266,7 +268,7 @@ class TritonOps(TorchOps):
             *self._kept(slot, keeps),
             self.borrowed_values.get(layer.index, table.keys),
             *self._lent(slot if lent else None),
-            layer.heads * layer.head_dim if borrowed else queries.stride(0),
+            row,
             table.key_row,
             table.value_row,
             out.stride(0),
@@ -398,7 +400,7 @@ class TritonOps(TorchOps):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return tuning.product(x, weight, bias) if len(x) == 1 else super().linear(x, weight, bias)
 
-    def gated(self, feed: Feed, hidden: torch.Tensor) -> torch.Tensor:
+    def gated(self, feed: Gated, hidden: torch.Tensor) -> torch.Tensor:
         if len(hidden) == 1 and feed.activation:
             setting = tuning.chosen(feed.gate_up, activation=feed.activation)
             if setting is not None:
@@ -498,7 +500,7 @@ class TritonOps(TorchOps):
         )
         return queries
 
-    def gate(self, feed: Feed, gate_up: torch.Tensor) -> torch.Tensor:
+    def gate(self, feed: Gated, gate_up: torch.Tensor) -> torch.Tensor:
         return pointwise.gate(feed.activation, gate_up) if feed.activation else super().gate(feed, gate_up)
 
 
@@ -507,7 +509,7 @@ def _pad(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _epsilon(norm: nn.Module) -> float:
+def _epsilon(norm: Any) -> float:
     return getattr(norm, "variance_epsilon", None) or norm.eps
 
 
@@ -524,7 +526,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def _find_offset(norm: nn.Module) -> float | None:
+def _find_offset(norm: Any) -> float | None:
     weight = norm.weight
     if not hasattr(norm, "variance_epsilon") and not hasattr(norm, "eps"):
         return None

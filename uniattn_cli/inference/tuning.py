@@ -11,18 +11,15 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from uniattn_cli.inference import matvec, pointwise
 from uniattn_cli.inference.matvec import SETTINGS, Setting
+from uniattn_cli.inference.program import Gated, Program
 from uniattn_cli.inference.roofline import cache_bytes
 from uniattn_cli.models.device import captured, take_turns
-
-if TYPE_CHECKING:
-    from uniattn_cli.inference.program import Program
 
 ROUNDS = 7
 # Bytes that one measurement reads, and in how many products.
@@ -65,10 +62,15 @@ def _products(program: Program) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
     """Weight, bias and activation of all products; the one of gate and up twice where a kernel can do both."""
     for layer in program.layers:
         feed = layer.feed
-        found = [(layer.project, layer.project_bias, ""), (layer.output, layer.output_bias, "")]
-        found += [(feed.gate_up, None, ""), (feed.down, None, "")]
-        found += [(feed.gate_up, None, feed.activation)] if feed.activation else []
-        yield from (product for product in found if product[0] is not None)
+        if layer.project is not None:
+            yield layer.project, layer.project_bias, ""
+        if layer.output is not None:
+            yield layer.output, layer.output_bias, ""
+        if isinstance(feed, Gated):
+            yield feed.gate_up, None, ""
+            yield feed.down, None, ""
+            if feed.activation:
+                yield feed.gate_up, None, feed.activation
     yield program.head, None, ""
 
 
