@@ -23,7 +23,7 @@ from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.choose import choose
 from uniattn_cli.layouts.considered import Considered, Point, Validated, kinds_in_words, lower_envelope
 from uniattn_cli.layouts.fast import frontier
-from uniattn_cli.layouts.greedy import Step
+from uniattn_cli.layouts.greedy import SearchStep
 from uniattn_cli.layouts.plots import plot_frontier
 from uniattn_cli.layouts.thorough import frontier_table, points_of
 from uniattn_cli.layouts.workbench import Workbench
@@ -372,7 +372,7 @@ def test_the_frontier_shows_the_best_of_all_searches(thorough):
 
 def steps(*kinds):
     layout = layout_of(*kinds)
-    return [Step(1, layout[1], layout, 0.01 if "n" in kinds else 0.02, 1)]
+    return [SearchStep(1, layout[1], layout, 0.01 if "n" in kinds else 0.02, 1)]
 
 
 def test_a_mix_that_went_astray_is_not_taken(run, monkeypatch):

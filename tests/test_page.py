@@ -301,7 +301,7 @@ def places(drawing: str) -> list[tuple[float, float]]:
 
 
 def test_points_stand_where_their_values_are():
-    series = [plot.Series("a", [(0, 1.0), (5, 2.0), (10, 4.0)])]
+    series = [plot.DataSeries("a", [(0, 1.0), (5, 2.0), (10, 4.0)])]
     (x0, y0), (x1, y1), (x2, y2) = places(plot.chart("t", "d", series, plot.Axis("x"), plot.Axis("y")))
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert (y0 - y1) * 2 == pytest.approx(y1 - y2, abs=0.3) and y0 > y1 > y2
@@ -312,13 +312,13 @@ def test_points_stand_where_their_values_are():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-12, 1e9])
 def test_a_single_value_can_be_drawn(value):
-    series = [plot.Series("a", [(value, value)], [0.0], label=True)]
+    series = [plot.DataSeries("a", [(value, value)], [0.0], label=True)]
     ((x, y),) = places(plot.chart("t", "d", series, plot.Axis("x", whole=True), plot.Axis("y", zero=True)))
     assert 0 <= x <= plot.WIDTH and 0 <= y <= plot.HEIGHT
 
 
 def test_labels_do_not_cover_each_other():
-    series = [plot.Series(name, [(1.0, 1.0)], style=n, label=True) for n, name in enumerate(("a", "b", "c"))]
+    series = [plot.DataSeries(name, [(1.0, 1.0)], style=n, label=True) for n, name in enumerate(("a", "b", "c"))]
     drawing = plot.chart("t", "d", series, plot.Axis("x"), plot.Axis("y"))
     heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)" class="label', drawing))
     assert min(b - a for a, b in itertools.pairwise(heights)) >= plot.LABEL_HEIGHT - 0.1

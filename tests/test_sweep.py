@@ -10,7 +10,7 @@ import pytest
 from tiny_run import settings
 
 import uniattn_cli.commands.sweep as module
-from uniattn_cli.commands.sweep import Point, sweep
+from uniattn_cli.commands.sweep import SweepPoint, sweep
 from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.evaluation import cache, scores
 from uniattn_cli.options import RunOptions
@@ -95,7 +95,7 @@ def test_faults_are_told_before_anything_is_done(run):
     ("kinds", "search"), [("softmax", "fast"), ("key", "fast"), ("linear", "thorough"), ("softmax kv", "thorough")]
 )
 def test_what_maps_alone_cannot_find_is_searched_thoroughly(kinds, search):
-    point = Point("kv", 0.8, tuple(kinds.split()), "both")
+    point = SweepPoint("kv", 0.8, tuple(kinds.split()), "both")
     assert f"layout.search={search}" in point.overrides("fast")
 
 

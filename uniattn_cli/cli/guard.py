@@ -62,10 +62,10 @@ class Common:
     debug: bool
 
 
-def run_stage(
+def run_command(
     name: str, common: Common, overrides: Sequence[str], call: Callable[[list[str], RunOptions], Result]
 ) -> None:
-    """Runs a stage in its run directory and prints its result.
+    """Runs a command in its run directory and prints its result.
 
     Args:
         name: the command.

@@ -28,7 +28,7 @@ from uniattn_cli.cli.flags import (
     overrides_of,
     setting,
 )
-from uniattn_cli.cli.guard import Common, run_stage
+from uniattn_cli.cli.guard import Common, run_command
 
 
 def analyze(
@@ -71,7 +71,7 @@ def analyze(
 
         return analyze(model, recipe=recipe, overrides=overrides, options=options)
 
-    run_stage("analyze", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_command("analyze", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 
 
 def group(
@@ -102,7 +102,7 @@ def group(
         return group(groups=groups, overrides=overrides, options=options)
 
     overrides = layout_overrides(followers, kv, search, kinds, head_map, sources)
-    run_stage("group", Common(run_dir, set_ or (), device, False, debug), overrides, call)
+    run_command("group", Common(run_dir, set_ or (), device, False, debug), overrides, call)
 
 
 def convert(
@@ -138,7 +138,7 @@ def convert(
         return convert(groups=groups, dry_run=dry_run, overrides=overrides, options=options)
 
     overrides = layout_overrides(followers, kv, search, kinds, head_map, sources)
-    run_stage("convert", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_command("convert", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 
 
 def train(
@@ -168,7 +168,7 @@ def train(
 
         return train(recipe=recipe, control=control, overrides=overrides, options=options)
 
-    run_stage("train", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("train", Common(run_dir, set_ or (), device, force, debug), [], call)
 
 
 def data(
@@ -201,7 +201,7 @@ def data(
             recipe=recipe, samples=samples, seed=seed, part=split.value, overrides=overrides, options=options
         )
 
-    run_stage("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)
+    run_command("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)
 
 
 def synthesize(
@@ -230,7 +230,7 @@ def synthesize(
         return synthesize(overrides=overrides, options=options)
 
     overrides = overrides_of(synthesis__model=model, synthesis__tokens=tokens, synthesis__temperature=temperature)
-    run_stage("synthesize", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_command("synthesize", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 
 
 def evaluate(
@@ -257,4 +257,4 @@ def evaluate(
 
         return evaluate(checkpoints or (), overrides=overrides, options=options)
 
-    run_stage("eval", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("eval", Common(run_dir, set_ or (), device, force, debug), [], call)

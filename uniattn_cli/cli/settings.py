@@ -19,7 +19,7 @@ TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: 
 
 
 @dataclass(frozen=True)
-class Setting:
+class RecipeSetting:
     """One setting of the recipe.
 
     Attributes:
@@ -44,7 +44,7 @@ def list_settings(section: str | None = None) -> Result:
     Raises:
         UsageError: there is no such section.
     """
-    groups: dict[str, list[Setting]] = {}
+    groups: dict[str, list[RecipeSetting]] = {}
     for entry in settings():
         groups.setdefault(entry.key.split(".")[0] if "." in entry.key else "", []).append(entry)
     if section is not None and section not in groups:
@@ -66,12 +66,12 @@ def list_settings(section: str | None = None) -> Result:
 
 
 @functools.cache
-def settings() -> tuple[Setting, ...]:
+def settings() -> tuple[RecipeSetting, ...]:
     """Every setting of the recipe, in the order of the schema."""
     return tuple(_walk(Recipe, "", set()))
 
 
-def find(key: str) -> Setting:
+def find(key: str) -> RecipeSetting:
     """The setting with this dotted path."""
     return next(entry for entry in settings() if entry.key == key)
 
@@ -83,7 +83,7 @@ def choices(key: str) -> tuple[str, ...]:
     return {entry.name: entry for entry in dataclasses.fields(spec)}[name].metadata["choices"]
 
 
-def _walk(spec: Any, path: str, seen: set[Any]) -> Iterator[Setting]:
+def _walk(spec: Any, path: str, seen: set[Any]) -> Iterator[RecipeSetting]:
     hints = typing.get_type_hints(spec)
     for entry in dataclasses.fields(spec):
         key = f"{path}.{entry.name}" if path else entry.name
@@ -91,7 +91,7 @@ def _walk(spec: Any, path: str, seen: set[Any]) -> Iterator[Setting]:
         if dataclasses.is_dataclass(hint):
             yield from _walk(hint, key, seen)
             continue
-        yield Setting(key, _default(entry), _allowed(hint, entry.metadata), entry.metadata["help"])
+        yield RecipeSetting(key, _default(entry), _allowed(hint, entry.metadata), entry.metadata["help"])
         item = _item_type(hint)
         # A kind of list item is explained where it appears first.
         if dataclasses.is_dataclass(item) and item not in seen:

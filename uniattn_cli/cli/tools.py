@@ -12,10 +12,10 @@ import typer
 
 from uniattn_cli.cli import settings, talk
 from uniattn_cli.cli.flags import DebugOption, DeviceOption, Dtype, ForceOption, RunDirOption, SetOption
-from uniattn_cli.cli.guard import Common, guard, run_stage
+from uniattn_cli.cli.guard import Common, guard, run_command
 
 
-class Runner(str, enum.Enum):
+class DecodingEngine(str, enum.Enum):
     """What can run a model."""
 
     auto = "auto"
@@ -23,7 +23,7 @@ class Runner(str, enum.Enum):
     transformers = "transformers"
 
 
-class Engine(str, enum.Enum):
+class ServingEngine(str, enum.Enum):
     """What can serve a checkpoint."""
 
     vllm = "vllm"
@@ -52,7 +52,7 @@ def serve(
     directory: Annotated[
         Path, typer.Argument(metavar="[DIR]", help="A checkpoint, or a run directory with one (the newest is used).")
     ] = Path("."),
-    engine: Annotated[Engine, typer.Option("--engine", help="Serving engine.")] = Engine.vllm,
+    engine: Annotated[ServingEngine, typer.Option("--engine", help="Serving engine.")] = ServingEngine.vllm,
     program: Annotated[
         str | None,
         typer.Option("--program", metavar="PATH", help="The engine's executable, if not on the PATH."),
@@ -133,7 +133,7 @@ def push(
             options=options,
         )
 
-    run_stage("push", Common(run_dir, (), "auto", force, debug), [], call)
+    run_command("push", Common(run_dir, (), "auto", force, debug), [], call)
 
 
 def compare(
@@ -168,7 +168,7 @@ def compare(
 
         return compare(inputs, recipe=recipe, overrides=overrides, options=options)
 
-    run_stage("compare", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("compare", Common(run_dir, set_ or (), device, force, debug), [], call)
 
 
 def _list(text: str | None, flag: str, of: Any = str, separator: str = ",") -> list:
@@ -228,7 +228,7 @@ def sweep(
 
         return sweep(**budgets, discard=discard, overrides=overrides, options=options)
 
-    run_stage("sweep", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("sweep", Common(run_dir, set_ or (), device, force, debug), [], call)
 
 
 def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> None:
@@ -246,7 +246,7 @@ def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> Non
 
         return report()
 
-    run_stage("report", Common(run_dir, (), "cpu", False, debug), [], call)
+    run_command("report", Common(run_dir, (), "cpu", False, debug), [], call)
 
 
 def generate(
@@ -266,9 +266,9 @@ def generate(
     greedy: GreedyOption = False,
     seed: SeedOption = 0,
     engine: Annotated[
-        Runner,
+        DecodingEngine,
         typer.Option("--engine", help="What runs the model; auto uses this package's engine on a GPU."),
-    ] = Runner.auto,
+    ] = DecodingEngine.auto,
     stats: StatsOption = False,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
@@ -299,7 +299,7 @@ def generate(
             options=options,
         )
 
-    run_stage("generate", Common(run_dir, set_ or (), device, False, debug), [], call)
+    run_command("generate", Common(run_dir, set_ or (), device, False, debug), [], call)
 
 
 def chat(
@@ -334,7 +334,7 @@ def chat(
 
         return talk.run_chat(checkpoint, decoding, beside=beside, stats=stats, overrides=overrides, options=options)
 
-    run_stage("chat", Common(run_dir, set_ or (), device, False, debug), [], call)
+    run_command("chat", Common(run_dir, set_ or (), device, False, debug), [], call)
 
 
 def bench(
@@ -419,4 +419,4 @@ def bench(
             options=options,
         )
 
-    run_stage("bench", Common(run_dir, (), device, force, debug), [], call)
+    run_command("bench", Common(run_dir, (), device, force, debug), [], call)

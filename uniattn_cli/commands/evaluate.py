@@ -19,7 +19,7 @@ from uniattn_cli.evaluation.figures import RESULTS
 from uniattn_cli.evaluation.results import assemble
 from uniattn_cli.evaluation.retrieval import RetrievalItem, retrieval_items
 from uniattn_cli.evaluation.samples import Prompt, find_prompts, sample_all
-from uniattn_cli.evaluation.scores import Bench, Material, Measured, items_file, measure
+from uniattn_cli.evaluation.scores import Bench, Material, ModelScores, items_file, measure
 from uniattn_cli.evaluation.speed import GridPoint, Runner
 from uniattn_cli.evaluation.subjects import check_tokenizers, find_subjects
 from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
@@ -211,7 +211,7 @@ def _measure_all(
     store: ScoreStore,
     recipe: Recipe,
     options: RunOptions,
-) -> dict[str, Measured]:
+) -> dict[str, ModelScores]:
     """Measures model after model; what an interrupted run finished is read back."""
     found = {}
     (folder / "items").mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def _measure_all(
         if not path.is_file():
             load = lambda subject=subject: pool.get(subject)  # noqa: E731
             measure(subject, load, bench, is_base=not index).write(path)
-        found[subject.name] = Measured.read(path)
+        found[subject.name] = ModelScores.read(path)
     if store.found:
         options.progress.note(
             f"{store.found} of {store.found + store.made} scores come from the cache; "

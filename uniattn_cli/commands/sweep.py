@@ -40,7 +40,7 @@ DEFAULT_KV = (0.9, 0.8, 0.7)
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One conversion to try.
 
     Attributes:
@@ -141,16 +141,16 @@ def _points(
     followers: Sequence[int],
     kinds: Sequence[Sequence[str]],
     solve: Sequence[str],
-) -> list[Point]:
+) -> list[SweepPoint]:
     budgets = [*(("kv", share) for share in kv), *(("followers", count) for count in followers)]
     budgets = budgets or [("kv", share) for share in DEFAULT_KV]
     sets = [tuple(each) for each in kinds] or [recipe.layout.kinds]
     solves = list(solve) or [recipe.conversion.solve]
-    found = (Point(*budget, *others) for others in itertools.product(sets, solves) for budget in budgets)
+    found = (SweepPoint(*budget, *others) for others in itertools.product(sets, solves) for budget in budgets)
     return list(dict.fromkeys(found))
 
 
-def _settings(point: Point, recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+def _settings(point: SweepPoint, recipe: Recipe, overrides: Sequence[str]) -> list[str]:
     return [*overrides, *point.overrides(recipe.layout.search), "layout.layers=null"]
 
 
@@ -214,7 +214,9 @@ def _read_point(place: RunDir) -> dict[str, Any] | None:
         return None
 
 
-def _summarise(folder: Path, points: Sequence[Point], done: Sequence[Point], skipped: dict[str, str]) -> Sweep:
+def _summarise(
+    folder: Path, points: Sequence[SweepPoint], done: Sequence[SweepPoint], skipped: dict[str, str]
+) -> Sweep:
     tables, notes = [], []
     if done:
         merged = _merged(folder, done)
@@ -236,7 +238,7 @@ def _summarise(folder: Path, points: Sequence[Point], done: Sequence[Point], ski
     return Sweep(folder, skipped, title=title, tables=tables, notes=notes)
 
 
-def _merged(folder: Path, done: Sequence[Point]) -> Merged:
+def _merged(folder: Path, done: Sequence[SweepPoint]) -> Merged:
     parts = []
     for point in done:
         path = folder / point.name / "evaluation" / RESULTS

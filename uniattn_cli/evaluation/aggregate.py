@@ -22,11 +22,11 @@ from uniattn_cli.inference.timing import ratios
 from uniattn_cli.models.losses import RowLosses, summarise
 
 if TYPE_CHECKING:
-    from uniattn_cli.evaluation.scores import Measured
+    from uniattn_cli.evaluation.scores import ModelScores
     from uniattn_cli.inference.timing import Timing
 
 
-def quality_figures(model: Measured, base: Measured | None) -> dict[str, Figure]:
+def quality_figures(model: ModelScores, base: ModelScores | None) -> dict[str, Figure]:
     """Perplexity, losses and mean accuracy of a model, against the base if one is given."""
     return {
         "perplexity": _perplexity_figure(model.text, base.text if base else None),
@@ -79,7 +79,7 @@ def _known(stderr: float) -> float | None:
     return stderr if math.isfinite(stderr) else None
 
 
-def length_figures(model: Measured, base: Measured | None) -> dict[str, Any]:
+def length_figures(model: ModelScores, base: ModelScores | None) -> dict[str, Any]:
     """What depends on length: agreement with the base by position, perplexity, and the retrieval probe."""
     found: dict[str, Any] = {}
     agreement = model.agreement
@@ -177,7 +177,7 @@ def _stderr_of_mean(stderrs: Sequence[float | None]) -> float | None:
     return math.sqrt(sum(stderr**2 for stderr in known)) / len(stderrs) if len(known) == len(stderrs) else None
 
 
-def size_figures(model: Measured, base: Measured | None) -> dict[str, Figure]:
+def size_figures(model: ModelScores, base: ModelScores | None) -> dict[str, Figure]:
     """Parameters, bytes on disk and KV bytes per token; bytes of different dtypes are not compared."""
     found = {}
     for name, attribute, unit, alike in (

@@ -11,7 +11,7 @@ from uniattn_cli.evaluation.batches import Batches
 from uniattn_cli.evaluation.capacity import FORMULA, Footprint, capacity_table
 from uniattn_cli.evaluation.figures import SCHEMA, Figure
 from uniattn_cli.evaluation.retrieval import FACTS
-from uniattn_cli.evaluation.scores import Material, Measured
+from uniattn_cli.evaluation.scores import Material, ModelScores
 from uniattn_cli.evaluation.speed import GridPoint, Runner, grid_entry
 from uniattn_cli.evaluation.verdict import verdict
 from uniattn_cli.inference.timing import WARM_UP_TOKENS
@@ -26,7 +26,7 @@ def assemble(
     recipe: Recipe,
     subjects: Sequence[Subject],
     material: Material,
-    measured: dict[str, Measured],
+    measured: dict[str, ModelScores],
     points: Sequence[GridPoint],
     runner: Runner,
     pool: ModelPool,
@@ -65,7 +65,7 @@ def assemble(
 
 
 def _model_entry(
-    subject: Subject, own: Measured, base: Measured | None, control: Measured | None, shown: Sequence[str]
+    subject: Subject, own: ModelScores, base: ModelScores | None, control: ModelScores | None, shown: Sequence[str]
 ) -> dict[str, Any]:
     tasks, quality = _scores(own, base, shown)
     if control is not None:
@@ -99,7 +99,7 @@ def _against_control(scores: dict[str, Figure], compared: dict[str, Figure]) -> 
     }
 
 
-def _scores(own: Measured, other: Measured | None, shown: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _scores(own: ModelScores, other: ModelScores | None, shown: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of tasks, and of quality with the mean accuracy, compared with another model where one is given."""
     tasks = {
         task: {
@@ -166,7 +166,7 @@ def _name_of(runner: Runner) -> str:
 
 
 def identity(
-    recipe: Recipe, base: Subject, material: Material, measured: Measured, runner: Runner, pool: ModelPool
+    recipe: Recipe, base: Subject, material: Material, measured: ModelScores, runner: Runner, pool: ModelPool
 ) -> dict[str, Any]:
     """What must be the same for two results to be compared: for quality, and besides for speed."""
     spec = recipe.evaluation.speed
@@ -188,11 +188,11 @@ def identity(
     }
 
 
-def _same_backend(model: Measured, base: Measured) -> bool:
+def _same_backend(model: ModelScores, base: ModelScores) -> bool:
     return (model.size.dtype, model.size.attention) == (base.size.dtype, base.size.attention)
 
 
-def _footprints(subjects: Sequence[Subject], measured: dict[str, Measured]) -> dict[str, Footprint]:
+def _footprints(subjects: Sequence[Subject], measured: dict[str, ModelScores]) -> dict[str, Footprint]:
     import torch
 
     found = {}
@@ -203,7 +203,7 @@ def _footprints(subjects: Sequence[Subject], measured: dict[str, Measured]) -> d
     return found
 
 
-def _limits(measured: dict[str, Measured], pool: ModelPool) -> list[str]:
+def _limits(measured: dict[str, ModelScores], pool: ModelPool) -> list[str]:
     """Limits of the comparison."""
     found = []
     for attribute, words in (

@@ -65,7 +65,7 @@ def _digest(items: list[RetrievalItem]) -> str:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelScores:
     """Scores of one model, row by row and item by item, and its size.
 
     Attributes:
@@ -91,7 +91,7 @@ class Measured:
         write_json(path, dataclasses.asdict(self))
 
     @classmethod
-    def read(cls, path: Path) -> Measured:
+    def read(cls, path: Path) -> ModelScores:
         """Reads what `write` wrote.
 
         Raises:
@@ -140,7 +140,7 @@ class Bench:
     progress: Progress
 
 
-def measure(subject: Subject, load: Callable[[], PreTrainedModel], bench: Bench, *, is_base: bool) -> Measured:
+def measure(subject: Subject, load: Callable[[], PreTrainedModel], bench: Bench, *, is_base: bool) -> ModelScores:
     """Everything about one model but its speed; scores that the store has are taken from there.
 
     Args:
@@ -164,7 +164,7 @@ def measure(subject: Subject, load: Callable[[], PreTrainedModel], bench: Bench,
     retrieval = {length: work.retrieval(length, items) for length, items in bench.material.retrieval.items()}
     tasks = {name: work.task(name) for name in bench.material.tasks.loaded}
     scores = with_groups(bench.material.tasks, tasks)
-    return Measured(size, losses["text"], losses["responses"], scores, lengths, agreement, retrieval)
+    return ModelScores(size, losses["text"], losses["responses"], scores, lengths, agreement, retrieval)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ LEFT_OUT = {
 
 
 @dataclass(frozen=True)
-class Prompt:
+class WritingPrompt:
     """What a model is asked to go on with.
 
     Attributes:
@@ -120,7 +120,7 @@ class Writer:
             if made == before:
                 return
 
-    def prompts(self, rows: Sequence[dict[str, Any]], number: int) -> Iterator[Prompt]:
+    def prompts(self, rows: Sequence[dict[str, Any]], number: int) -> Iterator[WritingPrompt]:
         """Prompts of one pass over the rows: of a conversation all but its last answer, of texts random passages.
 
         Long texts have as many passages as they have rows' lengths, so that each part of a text is as likely as any.
@@ -141,14 +141,14 @@ class Writer:
                     continue
                 ids = encode(self.tokenizer, self.renderer.prompt(turns))
                 if len(ids) + LEAST_ROOM <= self.length:
-                    yield Prompt(ids, turns)
+                    yield WritingPrompt(ids, turns)
                 else:
                     self.left_out["long"] += number == 0
             else:
                 ids = plain_ids(self.tokenizer, _passage(text, self.spec.prefix * CHARACTERS_PER_TOKEN, chance))
-                yield Prompt(ids[: self.spec.prefix])
+                yield WritingPrompt(ids[: self.spec.prefix])
 
-    def _grouped(self, prompts: Iterator[Prompt], number: int) -> Iterator[list[Prompt]]:
+    def _grouped(self, prompts: Iterator[WritingPrompt], number: int) -> Iterator[list[WritingPrompt]]:
         """Batches of about equal length, in random order: wherever the writing stops, short ones are not preferred."""
         size, chance = self.spec.batch_size, random.Random(f"{self.seed} {number} batches")
         while some := list(itertools.islice(prompts, SORTED_BATCHES * size)):
@@ -157,7 +157,7 @@ class Writer:
             chance.shuffle(batches)
             yield from batches
 
-    def _write(self, prompts: list[Prompt], seed: int) -> Iterator[tuple[str, Any, int]]:
+    def _write(self, prompts: list[WritingPrompt], seed: int) -> Iterator[tuple[str, Any, int]]:
         """What became of a batch of prompts."""
         decoded = self._decode(prompts, seed)
         self.path, self.reason = decoded.path, decoded.reason if self.tries_engine else ""
@@ -192,7 +192,7 @@ class Writer:
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _decode(self, prompts: list[Prompt], seed: int) -> Decoded:
+    def _decode(self, prompts: list[WritingPrompt], seed: int) -> Decoded:
         import torch
 
         from uniattn_cli.inference.engine import decode

@@ -27,7 +27,7 @@ from uniattn_cli.run.directory import RunDir
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
-    from uniattn_cli.layouts.greedy import Step
+    from uniattn_cli.layouts.greedy import SearchStep
 
 # Similarities that propose other layouts for the shortlist of the fast search, and their names.
 SHORTLIST_METRICS = {"cosine_no_sink": "cosine without the sink", "js_no_sink": "Jensen-Shannon without the sink"}
@@ -197,7 +197,9 @@ def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
     return _grouping(considered, measured, tables, [note])
 
 
-def _proposals(bench: Workbench, budget: Budget, rank: str | int, runs: dict[str, list[Step]]) -> dict[str, Layout]:
+def _proposals(
+    bench: Workbench, budget: Budget, rank: str | int, runs: dict[str, list[SearchStep]]
+) -> dict[str, Layout]:
     """The layouts that meet the budget, without repetitions: those searched, the best first, and the fast choices."""
     spec, own = bench.recipe.layout, Layout.own(bench.measured.shape.layers)
     ends = [

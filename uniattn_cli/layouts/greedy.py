@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
+class SearchStep:
     """One accepted change.
 
     Attributes:
@@ -212,9 +212,9 @@ class ThoroughSearch:
         saved: Callable[[Layout], float] | None = None,
         kinds: Sequence[str] | None = None,
         protect: Sequence[int] = (),
-        report: Callable[[Step], None] = lambda s: None,
+        report: Callable[[SearchStep], None] = lambda s: None,
         tried: Callable[[int, LayerPlan], None] = lambda layer, plan: None,
-    ) -> list[Step]:
+    ) -> list[SearchStep]:
         """Greedy steps until `done` says that the budget is met, or nothing is left to change.
 
         Candidates are ranked by added divergence per unit saved. Those of the first step are measured once, however
@@ -232,7 +232,7 @@ class ThoroughSearch:
             The accepted steps, in order.
         """
         saved = saved or self.heads_saved
-        steps: list[Step] = []
+        steps: list[SearchStep] = []
         queue = self._first_candidates(kinds, protect)
         while queue and not done(self.layout):
             measured = 0
@@ -256,7 +256,7 @@ class ThoroughSearch:
             layout = self.candidate_layout(layer, plan)
             assert layout is not None, "it was measured under the same layout"
             self.measure(layout, keep=True)
-            steps.append(Step(layer, self.layout[layer], self.layout, self.divergence, measured))
+            steps.append(SearchStep(layer, self.layout[layer], self.layout, self.divergence, measured))
             report(steps[-1])
         return steps
 

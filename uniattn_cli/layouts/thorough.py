@@ -19,7 +19,7 @@ from uniattn_cli.tables import Table
 
 if TYPE_CHECKING:
     from uniattn_cli.analysis.measured import Measured
-    from uniattn_cli.layouts.greedy import Step
+    from uniattn_cli.layouts.greedy import SearchStep
 
 
 def proposer(
@@ -54,7 +54,7 @@ def proposer(
     return propose
 
 
-def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[str, list[Step]]:
+def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[str, list[SearchStep]]:
     """Searches with all allowed kinds together and, unless nothing is to be compared, with each of them alone.
 
     A greedy search may be led astray, so that the mix is worse than one kind: only a comparison tells.
@@ -95,7 +95,7 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
     return found
 
 
-def _report(advance: Callable[..., None], name: str, step: Step) -> None:
+def _report(advance: Callable[..., None], name: str, step: SearchStep) -> None:
     advance(0, f"{name}: {len(step.layout.changed)} layers changed, KL {step.divergence:.4f}")
 
 
@@ -108,7 +108,7 @@ def series_name(kinds: tuple[str, ...]) -> str:
     return f"thorough, {' + '.join(kinds)}"
 
 
-def points_of(runs: dict[str, list[Step]], layers: int) -> list[Point]:
+def points_of(runs: dict[str, list[SearchStep]], layers: int) -> list[Point]:
     """The frontier of all searches."""
     points = []
     for name, steps in runs.items():
@@ -117,7 +117,7 @@ def points_of(runs: dict[str, list[Step]], layers: int) -> list[Point]:
     return points
 
 
-def steps_table(steps: list[Step], measured: Measured) -> Table:
+def steps_table(steps: list[SearchStep], measured: Measured) -> Table:
     """What each accepted change saved and cost, in order."""
     own = kv_bytes_per_token(Layout.own(measured.shape.layers), measured.shape, measured.element_size)
     rows = []

@@ -9,7 +9,7 @@ from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.markdown import short
 from uniattn_cli.reporting.page.evidence import Evidence
 from uniattn_cli.reporting.page.markup import Html, figure, join, tag
-from uniattn_cli.reporting.page.plot import LEFT, RIGHT, WIDTH, Axis, Series, chart, legend
+from uniattn_cli.reporting.page.plot import LEFT, RIGHT, WIDTH, Axis, DataSeries, chart, legend
 from uniattn_cli.reporting.page.scores import styles
 
 BARS = "Bars: one standard error of the paired difference from the base."
@@ -48,11 +48,11 @@ def _styled(results: dict[str, Any], models: dict[str, Any]) -> list[tuple[tuple
     return [((name, numbers[name]), model) for name, model in models.items()]
 
 
-def _dot(name: str, model: dict[str, Any], key: str, factor: float, style: int) -> Series:
+def _dot(name: str, model: dict[str, Any], key: str, factor: float, style: int) -> DataSeries:
     entry = model["quality"][key]
     error = entry.difference_to_base and entry.difference_to_base.stderr
     point = (model["cost"]["kv_bytes_per_token"].value / 1000, entry.value * factor)
-    return Series(
+    return DataSeries(
         short(name, 15), [point], [None if error is None else error * factor], style, line=False, label=True
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ def agreement(results: dict[str, Any]) -> list[Html]:
             # A bucket stands at its geometric middle, because the axis is logarithmic.
             middles = [((start + 1) * max(end, start + 1)) ** 0.5 for start, end in zip(edges, ends, strict=False)]
             series.append(
-                Series(name, [(x, y * factor) for x, y in zip(middles, values, strict=True)], style=style)
+                DataSeries(name, [(x, y * factor) for x, y in zip(middles, values, strict=True)], style=style)
             )  # fmt: skip
         if series:
             words = "; ".join(f"{entry.name}: " + _ends(entry, "position") for entry in series)
@@ -94,7 +94,7 @@ def lengths(results: dict[str, Any]) -> list[Html]:
         results, {name: model["lengths"] for name, model in results["models"].items() if model.get("lengths")}
     ):
         points = [(entry["length"], entry["perplexity"]) for entry in entries]
-        series.append(Series(name, points, [entry["stderr"] for entry in entries], style))
+        series.append(DataSeries(name, points, [entry["stderr"] for entry in entries], style))
     if series:
         words = "; ".join(f"{entry.name}: " + _ends(entry, "length") for entry in series)
         drawn = chart(
@@ -110,7 +110,7 @@ def lengths(results: dict[str, Any]) -> list[Html]:
         results, {name: model["retrieval"] for name, model in results["models"].items() if model.get("retrieval")}
     ):
         points = [(entry["length"], 100 * entry["correct"] / entry["items"]) for entry in entries if entry["items"]]
-        series.append(Series(name, points, style=style))
+        series.append(DataSeries(name, points, style=style))
     if series:
         words = "; ".join(f"{entry.name}: " + _ends(entry, "length") for entry in series)
         drawn = chart(
@@ -124,16 +124,16 @@ def lengths(results: dict[str, Any]) -> list[Html]:
     return found
 
 
-def _xs(series: list[Series]) -> list[float]:
+def _xs(series: list[DataSeries]) -> list[float]:
     return sorted({x for entry in series for x, _ in entry.points})
 
 
-def _ends(entry: Series, what: str) -> str:
+def _ends(entry: DataSeries, what: str) -> str:
     (first_x, first), (last_x, last) = entry.points[0], entry.points[-1]
     return f"{first:.4g} at {what} {first_x:,.0f}, {last:.4g} at {last_x:,.0f}"
 
 
-def _legend(series: list[Series]) -> Html:
+def _legend(series: list[DataSeries]) -> Html:
     return legend([(entry.name, entry.style, entry.line) for entry in series])
 
 
@@ -152,7 +152,7 @@ def _curve(folder: str, lines: list[dict[str, Any]], report: dict[str, Any]) -> 
         own = [line for line in lines if line["stage"] == stage]
         points = [(offset + line["step"], line["loss"]) for line in own if line.get("loss") is not None]
         if points:
-            series.append(Series(f"training, {stage}", points, style=style))
+            series.append(DataSeries(f"training, {stage}", points, style=style))
         validation += [
             (offset + line["step"], line["validation_loss"])
             for line in own
@@ -163,14 +163,14 @@ def _curve(folder: str, lines: list[dict[str, Any]], report: dict[str, Any]) -> 
     if not series:
         return None
     if validation:
-        series.append(Series("validation rows", validation, style=4))
+        series.append(DataSeries("validation rows", validation, style=4))
     heldout = list((report.get("heldout_responses") or {}).items())
     if heldout:
         # Before the first step and after the last.
         places = [0, offset][: len(heldout)]
         points = [(x, entry["mean"]) for x, (_, entry) in zip(places, heldout, strict=False)]
         errors = [entry["stderr"] for _, entry in heldout[: len(points)]]
-        series.append(Series("held-out responses", points, errors, style=0, line=False))
+        series.append(DataSeries("held-out responses", points, errors, style=0, line=False))
     first, last = series[0].points[0][1], [entry for entry in series if entry.name.startswith("training")][-1]
     words = f"training loss {first:.3f} at the first logged step, {last.points[-1][1]:.3f} at the last"
     for name, entry in heldout:

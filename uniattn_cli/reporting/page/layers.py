@@ -8,7 +8,7 @@ from typing import Any
 from uniattn_cli.modeling.layout_uniattn import KINDS, Layout
 from uniattn_cli.reporting.page.evidence import Evidence
 from uniattn_cli.reporting.page.markup import Html, figure, join, table, tag
-from uniattn_cli.reporting.page.plot import WIDTH, Axis, Series, chart, drawing, legend, marker
+from uniattn_cli.reporting.page.plot import WIDTH, Axis, DataSeries, chart, drawing, legend, marker
 
 LEVELS = 16
 MAP_LEFT, MAP_TOP, MAP_BOTTOM = 40.0, 22.0, 66.0
@@ -197,8 +197,8 @@ def damage(evidence: Evidence) -> Html | None:
         "Error by layer, before and after the fit",
         words,
         [
-            Series("before the fit", before, style=1, line=False),
-            Series("after the fit", after, style=2, line=False),
+            DataSeries("before the fit", before, style=1, line=False),
+            DataSeries("after the fit", after, style=2, line=False),
         ],
         Axis("layer", whole=True, zero=True),
         Axis("relative squared error", zero=True),
@@ -234,11 +234,13 @@ def frontier(evidence: Evidence) -> Html | None:
     chosen = next(
         (entry for entry in grouping["frontier"] if [layer["kind"] for layer in entry["layers"]] == kinds), None
     )
-    drawn_series = [Series(name, sorted(points), style=index) for index, (name, points) in enumerate(series.items(), 1)]
+    drawn_series = [
+        DataSeries(name, sorted(points), style=index) for index, (name, points) in enumerate(series.items(), 1)
+    ]
     words = f"Layouts kept by the search, by remaining KV bytes; lower is better ({grouping['measure']})."
     if chosen is not None and chosen.get("value") is not None:
         point = (100 * chosen["kv_share"], chosen["value"])
-        drawn_series.append(Series("chosen", [point], style=0, line=False, label=True))
+        drawn_series.append(DataSeries("chosen", [point], style=0, line=False, label=True))
         words += f" Chosen: {chosen['changed']} changed layers, {100 * chosen['kv_share']:.0f} % of the KV bytes."
     drawn = chart(
         "Layouts considered",

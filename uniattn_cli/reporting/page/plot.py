@@ -22,7 +22,7 @@ _ids = itertools.count()
 
 
 @dataclass(frozen=True)
-class Series:
+class DataSeries:
     """Points that belong together.
 
     Attributes:
@@ -64,7 +64,7 @@ class Axis:
 def chart(
     title: str,
     description: str,
-    series: Sequence[Series],
+    series: Sequence[DataSeries],
     x: Axis,
     y: Axis,
     *,
@@ -151,11 +151,11 @@ def marker(x: float, y: float, style: int, size: float = 4.2, name: str = "dot")
     return tag("polygon", points=corners, class_=name)
 
 
-def _errors(entry: Series) -> list[float]:
+def _errors(entry: DataSeries) -> list[float]:
     return [error or 0.0 for error in entry.errors] or [0.0] * len(entry.points)
 
 
-def _draw_series(entry: Series, across: _Scale, up: _Scale) -> Html:
+def _draw_series(entry: DataSeries, across: _Scale, up: _Scale) -> Html:
     style = entry.style % SERIES
     places = [(across(x), up(y)) for x, y in entry.points]
     parts = []
@@ -173,7 +173,7 @@ def _draw_series(entry: Series, across: _Scale, up: _Scale) -> Html:
     return tag("g", parts, class_=f"s{style}")
 
 
-def _labels(series: Sequence[Series], across: _Scale, up: _Scale) -> Html:
+def _labels(series: Sequence[DataSeries], across: _Scale, up: _Scale) -> Html:
     """Names beside the last points, moved up until none covers another."""
     placed: list[tuple[float, float]] = []
     parts = []
