@@ -10,7 +10,7 @@ from uniattn_cli.errors import LayoutError, RecipeError, suggest
 from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.recipe.paths import located
 
-FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, one of these but auto after KIND@, or a file"
+FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, KIND@ with any of these except auto, or a file"
 
 
 def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "full") -> Layout:
