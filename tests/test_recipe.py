@@ -87,6 +87,14 @@ def test_faults(text, part, tmp_path):
     assert all(fault.startswith("recipe.yaml") for fault in found), "every fault names the file"
 
 
+def test_a_contradiction_that_an_override_brings_in_names_the_override(tmp_path):
+    kinds = "--set layout.kinds=[erly]: layout.kinds: unknown kind 'erly' (did you mean 'early'?)"
+    assert faults(MODEL, tmp_path, "layout.kinds=[erly]") == [kinds], "only that, and nothing of the fast search"
+    assert faults(MODEL, tmp_path, "layout.kinds=[]") == [
+        "--set layout.kinds=[]: layout.kinds is empty; name at least one kind"
+    ]
+
+
 def test_values_that_yaml_and_users_write_differently(tmp_path):
     text = MODEL + "train:\n  stages:\n    - {trains: all, learning_rate: 1e-4, epochs: 2}\ndata: {train: rows.jsonl}\n"
     recipe = load(text, tmp_path)

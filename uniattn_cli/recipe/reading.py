@@ -40,7 +40,9 @@ def read_section(
         reader.overridden = apply_overrides(tree, overrides)
     section = reader.section(cls, tree, "")
     if section is not None and not reader.faults:
-        reader.faults.extend(f"{name}: {fault}" for fault in section.contradictions())
+        for fault in section.contradictions():
+            given = next((each for each in reversed(overrides) if fault.startswith(each.partition("=")[0])), None)
+            reader.faults.append(f"--set {given}: {fault}" if given else f"{name}: {fault}")
     if reader.faults:
         raise RecipeError(reader.faults)
     return section

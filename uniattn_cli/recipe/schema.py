@@ -604,15 +604,15 @@ class Recipe:
         budgets = [key for key in ("followers", "kv", "params") if getattr(self.layout, key) is not None]
         if len(budgets) > 1:
             faults.append(f"layout: only one budget can be given, not {' and '.join(budgets)}")
-        for kind in self.layout.kinds:
-            if kind not in CHANGED_KINDS:
-                known = ", ".join(CHANGED_KINDS)
-                faults.append(f"layout.kinds: unknown kind '{kind}'{suggest(kind, CHANGED_KINDS)} (known: {known})")
+        unknown = [kind for kind in self.layout.kinds if kind not in CHANGED_KINDS]
+        for kind in unknown:
+            hint = suggest(kind, CHANGED_KINDS) or f" (known: {', '.join(CHANGED_KINDS)})"
+            faults.append(f"layout.kinds: unknown kind '{kind}'{hint}")
         if not self.layout.kinds:
             faults.append("layout.kinds is empty; name at least one kind")
         if len(set(self.layout.kinds)) < len(self.layout.kinds):
             faults.append("layout.kinds has a kind twice; remove one")
-        if self.layout.search == "fast" and not fast_search_takes(self.layout.kinds):
+        if not unknown and self.layout.search == "fast" and not fast_search_takes(self.layout.kinds):
             faults.append(
                 f"layout.kinds: the fast search takes one of {', '.join(BORROWING_KINDS)}; set layout.search: thorough"
             )
