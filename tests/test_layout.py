@@ -122,6 +122,7 @@ def test_shorthands_group_each_mask_type_by_itself():
         ("keys@paper", r"'keys' is not one of softmax, key, .* \(did you mean 'key'"),
         ("key@auto", "use --groups auto --kinds key$"),
         ("linear@auto", "use --groups auto --kinds linear --search thorough"),
+        ("key@", "--groups key@: the part after @ must be paper, every:N"),
         ("key@kv@paper", "the part after @ must be paper, every:N"),
         ("key@papr", "--groups papr: not one of"),
     ],
@@ -163,3 +164,9 @@ def test_the_picture_shows_lenders_and_borrowers():
     picture = draw_layout(Layout.from_list([{}, {"leader": 0}, {}, {"heads": "2:0 2:1 0:2 2:3"}, {"kind": "linear"}]))
     assert "AaBbl" in picture
     assert all(len(line) <= 78 for line in draw_layout(Layout.own(100)).splitlines())
+
+
+def test_a_picture_explains_the_layers_that_lend_to_another_kind():
+    assert "capital letters lend to later layers, k key" in draw_layout(
+        Layout.from_list([{}, {"kind": "key", "leader": 0}])
+    )

@@ -36,5 +36,7 @@ def draw_layout(layout: Layout) -> str:
     legend = ["■ unchanged"]
     if any(kind.borrows_maps for kind in kinds):
         legend.append("A lends its maps, a borrows (most) from A")
+    elif letters:
+        legend.append("capital letters lend to later layers")
     legend += [f"{kind.symbol} {kind.name}" for kind in kinds if kind.name != "own" and not kind.borrows_maps]
     return "\n".join([*lines, "       " + ", ".join(legend)])

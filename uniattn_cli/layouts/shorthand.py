@@ -58,7 +58,7 @@ def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layou
     if groups == "auto":
         search = "" if KINDS[kind].borrows else " --search thorough"
         raise LayoutError(f"--groups {text}: to choose such layers, use --groups auto --kinds {kind}{search}")
-    if "@" in groups or Path(groups).is_file():
+    if not groups or "@" in groups or Path(groups).is_file():
         raise LayoutError(f"--groups {text}: the part after @ must be paper, every:N, FIRST-LAST:N or a list")
     followers = parse_groups(groups, shape, compensation)
     changed = plan_alone(kind, shape, compensation)
