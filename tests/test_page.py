@@ -397,7 +397,7 @@ def test_the_command_makes_the_page_again_without_torch(run, results, tmp_path):
 
 
 def test_without_results_there_is_one_line(tmp_path):
-    with pytest.raises(StageError, match=r"results\.json is missing; run `uniattn eval --force`"):
+    with pytest.raises(StageError, match=r"evaluation is missing; run `uniattn eval` first"):
         report.report(run_dir=tmp_path)
     folder = tmp_path / "evaluation"
     folder.mkdir()
@@ -412,7 +412,7 @@ def test_without_results_there_is_one_line(tmp_path):
     [
         ({"schema": 1}, r"has schema 1, this version of uniattn reads 2; run `uniattn eval --force`"),
         ({"schema": None}, "has schema None"),
-        ({"models": {}}, "not the result of an evaluation .it has no base"),
+        ({"models": {}}, r"not the result of an evaluation .it has no base.; run `uniattn eval --force`"),
     ],
 )
 def test_results_of_another_version_are_refused_in_one_line(changes, words, results, tmp_path):

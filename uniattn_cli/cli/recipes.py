@@ -11,7 +11,7 @@ from uniattn_cli.cli.guard import guard
 from uniattn_cli.tables import Result, Table
 
 app = typer.Typer(
-    help="Ready recipes to start from: list, show, copy.\n\nFor the settings of a recipe, see `uniattn recipe`."
+    help="List, show or copy ready recipes.\n\nFor the settings of a recipe, see `uniattn recipe`."
     "\n\n\b\nExample:\n  uniattn recipes copy qwen3-0.6b",
     invoke_without_command=True,
     rich_markup_mode=None,

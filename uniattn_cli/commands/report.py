@@ -33,6 +33,8 @@ def report(*, run_dir: Path | str = ".") -> Page:
             written.
     """
     run = RunDir(run_dir)
+    if not run.output("eval").exists():
+        raise run.missing("eval")
     results = read_results(run.output("eval") / RESULTS)
     path = write_page(run, results, run.output("eval"))
     sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]

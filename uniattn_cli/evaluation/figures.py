@@ -107,13 +107,13 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     results = read_json(path, "run `uniattn eval --force`")
     if "schema" not in results:
-        raise StageError(f"{path} is not the result of an evaluation (it has no schema)")
+        raise StageError(f"{path} is not the result of an evaluation (it has no schema); run `uniattn eval --force`")
     if results["schema"] != SCHEMA:
         raise StageError(
             f"{path} has schema {results['schema']}, this version of uniattn reads {SCHEMA}; run `uniattn eval --force`"
         )
     if BASE not in (results.get("models") or ()):
-        raise StageError(f"{path} is not the result of an evaluation (it has no base)")
+        raise StageError(f"{path} is not the result of an evaluation (it has no base); run `uniattn eval --force`")
     try:
         return {**results, "models": {name: _read_model(model) for name, model in results["models"].items()}}
     except (KeyError, TypeError, AttributeError) as error:
