@@ -71,8 +71,8 @@ def test_keys_that_are_functions_of_the_borrowed_ones_are_met(entry):
     matches.add(given, shared)
     pairs = [(1, order.tolist().index(unit)) for unit in range(heads)]
     for unit, (source, head) in enumerate(pairs):
-        assert matches.missed(source, head, unit) < 0.02
-        assert matches.missed(0, head, unit) > 0.1
+        assert matches.unexplained(source, head, unit) < 0.02
+        assert matches.unexplained(0, head, unit) > 0.1
     # A query has the same scores as before with all keys, but for a number that is the same for all of them.
     units = torch.tensor([head for _, head in pairs])
     queries = matched(states["q"], matches.maps(pairs)).float()

@@ -27,8 +27,8 @@ from uniattn_cli.recipe.schema import ConversionSpec
 RATE = 0.1
 BETAS = (0.9, 0.95)
 WARMUP = 0.1
-# Rows that judge.
-JUDGED = 16
+# Rows on which alignments are validated.
+VALIDATION_ROWS = 16
 # Enough for regressions of one head's width.
 MATCH_TOKENS = 1 << 15
 # Tokens of one step, in whole rows: a fifth of a second for a model of 0.1 billion parameters on two CPU cores.
@@ -112,21 +112,21 @@ def align_queries(
     count = max(1, STEP_TOKENS // length)
     prepared = lambda held, most: _rows(base_layer, layer, own, index, batches, held, most)  # noqa: E731
     learned = prepared(False, max(1, steps) * count) or prepared(True, max(1, steps) * count)
-    judged = prepared(True, JUDGED) or learned[:JUDGED]
+    validation = prepared(True, VALIDATION_ROWS) or learned[:VALIDATION_ROWS]
     sources = sorted({source for source, _ in attention.key_sources})
     matches = KeyMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
     weights = _Queries(attention)
     inputs = None
     if attention.plan.traits.early:
         inputs = InputMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
-    before = best = _mean(attention, own, judged)
+    before = best = _mean(attention, own, validation)
     for change in (
         lambda: weights.match(matches.maps(attention.key_sources), inputs),
         lambda: _train(weights, own, learned, steps, min(count, len(learned))),
     ):
         kept = weights.copy()
         change()
-        found = _mean(attention, own, judged)
+        found = _mean(attention, own, validation)
         if found < best:
             best = found
         else:
@@ -170,14 +170,14 @@ class _Queries:
         """
         dim = self.attention.head_dim
         heads = self.attention.config.num_attention_heads
-        turn = maps.repeat_interleave(heads // len(maps), dim=0)
+        matrices = maps.repeat_interleave(heads // len(maps), dim=0)
         if self.norm is not None:
             gain = self.gain()
             inverse = gain / (gain.square() + 1e-4 * gain.square().mean())
-            turn = inverse.unsqueeze(-1) * turn * gain.unsqueeze(-2)
+            matrices = inverse.unsqueeze(-1) * matrices * gain.unsqueeze(-2)
         # Where queries, keys and values are one matrix, queries come first.
         parts = [p for (module, _, _), p in zip(self.kept, self.trained, strict=True) if module is not self.norm]
-        rows = turn @ torch.cat([part[: heads * dim].view(heads, dim, -1) for part in parts], dim=-1)
+        rows = matrices @ torch.cat([part[: heads * dim].view(heads, dim, -1) for part in parts], dim=-1)
         if inputs is not None:
             units = rows.unflatten(0, (len(maps), -1))
             sources = [source for source, _ in self.attention.key_sources]
@@ -226,10 +226,10 @@ def _gradients(
 
     So written it takes a third of the time that autograd needs, most of which goes by in passes over scores.
     """
-    wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).softmax(-1)
+    target = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).softmax(-1)
     with torch.enable_grad():
         scores = _scores(attention, _positioned_queries(attention, material), material.keys)
-    slopes = _masked(attention, scores.detach(), material.mask).softmax(-1).sub_(wanted)
+    slopes = _masked(attention, scores.detach(), material.mask).softmax(-1).sub_(target)
     slopes /= slopes[..., 0].numel()
     # Not `backward`: weights that are not trained may be those of the base.
     return torch.autograd.grad(scores, trained, slopes)
@@ -262,16 +262,16 @@ def _rows(
 
 def _prepare(base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index: int, batch: Batch) -> _Material:
     base = attention_inputs(base_layer, batch.base, batch.kwargs[index])
-    given = attention_inputs(layer, batch.converted, batch.kwargs[index], batch.shared)
+    kwargs = attention_inputs(layer, batch.converted, batch.kwargs[index], batch.shared)
     states = own.project(base["hidden_states"], "qk")
     own.embed_positions(states, base["position_embeddings"])
     attention = layer.self_attn
     keys = gather_heads(batch.shared.keys, attention.key_sources, batch.converted.device)
-    mask = given.get("attention_mask")
+    mask = kwargs.get("attention_mask")
     # No mask, or one that only a backend can read: without padding it says nothing that is not known.
     mask = mask[:1] if isinstance(mask, torch.Tensor) else None
-    positions = tuple(each[:1] for each in given["position_embeddings"])
-    inputs = [given["hidden_states"]]
+    positions = tuple(each[:1] for each in kwargs["position_embeddings"])
+    inputs = [kwargs["hidden_states"]]
     if attention.plan.traits.early:
         inputs = [batch.shared.inputs[source].to(batch.converted.device) for source in _asked(attention)]
     return _Material(tuple(inputs), states["q"], states["k"], keys, positions, mask)
@@ -284,10 +284,10 @@ def _asked(attention: SharedAttentionMixin) -> list[int]:
 
 def _divergence(attention: SharedAttentionMixin, own: SharedAttentionMixin, material: _Material) -> torch.Tensor:
     """KL(base's map || the layer's), mean over rows, heads and positions."""
-    wanted = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).log_softmax(-1)
+    target = _masked(own, _scores(own, material.queries, material.base_keys), material.mask).log_softmax(-1)
     queries = _positioned_queries(attention, material)
     found = _masked(attention, _scores(attention, queries, material.keys), material.mask).log_softmax(-1)
-    return (wanted.exp() * (wanted.clamp(min=LOWEST) - found.clamp(min=LOWEST))).sum(-1).mean()
+    return (target.exp() * (target.clamp(min=LOWEST) - found.clamp(min=LOWEST))).sum(-1).mean()
 
 
 def _mean(attention: SharedAttentionMixin, own: SharedAttentionMixin, rows: Sequence[_Material]) -> float:

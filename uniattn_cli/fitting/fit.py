@@ -167,11 +167,11 @@ class _Problem:
 
     @property
     def energy(self) -> float:
-        """Mean square of the target on the tokens of `judge`."""
-        return self.energies[self.held.tokens > 0] / self.judge.tokens
+        """Mean square of the target on the tokens of `validation`."""
+        return self.energies[self.held.tokens > 0] / self.validation.tokens
 
     @property
-    def judge(self) -> Moments:
+    def validation(self) -> Moments:
         """The tokens that choose the ridge strength: held-out ones, where there are any."""
         return self.held if self.held.tokens else self.fit
 
@@ -195,7 +195,7 @@ def _add(
     missing = target.float()
     if heads is not None:
         missing = missing - getattr(attention, attention.output_name)(heads).float()
-    parts = [part for part, wanted in zip((heads, normed), solved, strict=True) if wanted and part is not None]
+    parts = [part for part, is_solved in zip((heads, normed), solved, strict=True) if is_solved and part is not None]
     features = torch.cat([part.float() for part in parts], dim=-1)
     if problem is None:
         problem = _Problem.like(features, missing, [part.shape[-1] for part in parts], reference)
@@ -215,17 +215,17 @@ def solved_parts(attention: SharedAttentionMixin, spec: ConversionSpec) -> tuple
 
 def _solve(attention: SharedAttentionMixin, index: int, problem: _Problem, solved: tuple[bool, bool]) -> LayerFit:
     """Solves one layer's problem and writes the weights."""
-    judge = problem.judge
-    if not (problem.fit.ff.isfinite().all() and problem.fit.fy.isfinite().all() and judge.yy.isfinite()):
+    validation = problem.validation
+    if not (problem.fit.ff.isfinite().all() and problem.fit.fy.isfinite().all() and validation.yy.isfinite()):
         raise ModelError(
             f"cannot fit layer {index}: hidden states overflow in {_dtype(attention)}; set model.dtype to "
             "bfloat16 or float32"
         )
     if problem.positions is not None:
         weights = problem.positions.solve()
-        result = RidgeFit(weights, 0.0, judge.yy.item() / judge.tokens, judge.error(weights))
+        result = RidgeFit(weights, 0.0, validation.yy.item() / validation.tokens, validation.error(weights))
     else:
-        result = fit_ridge(problem.fit, judge, problem.blocks)
+        result = fit_ridge(problem.fit, validation, problem.blocks)
     heads = problem.blocks[0] if solved[0] else 0
     output, after = result.weights[:heads], result.error_after
     compensation = attention.compensation if solved[1] else None
@@ -235,7 +235,7 @@ def _solve(attention: SharedAttentionMixin, index: int, problem: _Problem, solve
         output, down, up = reduce_rank(result.weights, moments, heads, rank, result.strength)
         compensation.down.weight.copy_(down)
         compensation.up.weight.copy_(up)
-        after = judge.error(torch.cat([output, (up @ down).T]))
+        after = validation.error(torch.cat([output, (up @ down).T]))
     elif compensation is not None:
         compensation.weight.copy_(result.weights[heads:].T)
     if heads:

@@ -63,15 +63,15 @@ class KeyMatches:
         """
         found = cls(own, sources)
         for batch in [batch for batch in batches if not batch.held] or batches:
-            given = attention_inputs(base_layer, batch.base, batch.kwargs[index])
-            found.add(given, batch.shared)
+            kwargs = attention_inputs(base_layer, batch.base, batch.kwargs[index])
+            found.add(kwargs, batch.shared)
             if tokens is not None and found.tokens >= tokens:
                 break
         return found
 
-    def add(self, given: dict[str, Any], shared: SharedStates) -> None:
+    def add(self, kwargs: dict[str, Any], shared: SharedStates) -> None:
         """Adds tokens: what the base's attention module is called with, and what the sources lend for it."""
-        states = self.own.project(given["hidden_states"], "qk")
+        states = self.own.project(kwargs["hidden_states"], "qk")
         heads = states["k"].shape[1]
         # All query heads that read a unit's keys.
         queries = states["q"].float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
@@ -80,35 +80,35 @@ class KeyMatches:
         within = queries.mT @ queries / queries.shape[1] * own.shape[1]
         sums: dict[Any, torch.Tensor] = {"qq": within, "kk": own.mT @ own, "k": own.sum(1)}
         for source in self.sources:
-            lent = unrotated(self.own, shared.keys[source], given["position_embeddings"])
+            lent = unrotated(self.own, shared.keys[source], kwargs["position_embeddings"])
             lent = lent.transpose(0, 1).flatten(1, 2)
             sums |= {("ss", source): lent.mT @ lent, ("sk", source): lent.mT.unsqueeze(1) @ own}
             sums["s", source] = lent.sum(1)
         for name, product in sums.items():
-            # In float64 between batches: what is missed is a small difference of large sums.
+            # In float64 between batches: what is unexplained is a small difference of large sums.
             self._sums[name] = self._sums.get(name, 0) + product.double()
 
     @functools.cached_property
     def _solution(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps [sources, heads, units, dim, dim] and missed shares [sources, heads, units]."""
+        """Maps [sources, heads, units, dim, dim] and unexplained shares [sources, heads, units]."""
         sums = {name: value / self.tokens for name, value in self._sums.items()}
         of_sources = lambda name: torch.stack([sums[name, source] for source in self.sources])  # noqa: E731
         own, lent = sums["k"], of_sources("s")
         within = of_sources("ss") - lent.unsqueeze(-1) * lent.unsqueeze(-2)
         across = of_sources("sk") - lent[:, :, None, :, None] * own[None, None, :, None, :]
-        wanted = sums["kk"] - own.unsqueeze(-1) * own.unsqueeze(-2)
+        covariance = sums["kk"] - own.unsqueeze(-1) * own.unsqueeze(-2)
         ridge = RIDGE * within.diagonal(dim1=-2, dim2=-1).mean(-1)
         # Keys that never change are met by any map.
         ridge = torch.where(ridge > 0, ridge, 1.0)
         within = within + ridge[..., None, None] * torch.eye(within.shape[-1], device=within.device)
         maps = torch.linalg.solve(within.unsqueeze(2), across)
-        left = wanted - across.mT @ maps
+        residual = covariance - across.mT @ maps
         weights = sums["qq"]
-        energy = (weights * wanted.mT).sum((-2, -1)).clamp(min=1e-30)
+        energy = (weights * covariance.mT).sum((-2, -1)).clamp(min=1e-30)
         # Shares are read number by number.
-        return maps.float(), ((weights * left.mT).sum((-2, -1)) / energy).cpu()
+        return maps.float(), ((weights * residual.mT).sum((-2, -1)) / energy).cpu()
 
-    def missed(self, source: int, head: int, unit: int) -> float:
+    def unexplained(self, source: int, head: int, unit: int) -> float:
         """Share of the energy of a unit's scores that a lent head does not give, queries and keys taken apart."""
         return self._solution[1][self.sources.index(source), head, unit].item()
 

@@ -114,7 +114,9 @@ def _scored_blocks(
     """(similarity, block) for all blocks that one layer could lend to a unit, the best first."""
     shape, size = matcher.shape, matcher.shape.group_size
     if matches is not None:
-        found = [(-matches.missed(source, head, unit), Block(unit, source, (head,))) for head in range(shape.kv_heads)]
+        found = [
+            (-matches.unexplained(source, head, unit), Block(unit, source, (head,))) for head in range(shape.kv_heads)
+        ]
         return sorted(found, key=lambda entry: -entry[0])
     table = matcher.similarity[layer, layer - source - 1]
     if matcher.head_map == "free" and KINDS[kind].borrows_maps:
@@ -193,9 +195,9 @@ class Borrowing:
         moments: Moments | None = None
         for batch in batches:
             _, target = base_step(self.base_layer, batch.base, batch.kwargs[self.index])
-            given = attention_inputs(self.layer, batch.converted, batch.kwargs[self.index], batch.shared)
-            inputs = given["hidden_states"].flatten(0, 1).float()
-            features = torch.cat([self.features(given, batch.shared, blocks), inputs], dim=1)
+            kwargs = attention_inputs(self.layer, batch.converted, batch.kwargs[self.index], batch.shared)
+            inputs = kwargs["hidden_states"].flatten(0, 1).float()
+            features = torch.cat([self.features(kwargs, batch.shared, blocks), inputs], dim=1)
             if moments is None:
                 moments = Moments(features.shape[1], target.shape[-1], features.device)
             moments.add(features, target.flatten(0, 1))
@@ -204,68 +206,68 @@ class Borrowing:
         assert moments is not None, "there are batches"
         return moments
 
-    def features(self, given: dict[str, Any], shared: SharedStates, blocks: Sequence[Block]) -> torch.Tensor:
+    def features(self, kwargs: dict[str, Any], shared: SharedStates, blocks: Sequence[Block]) -> torch.Tensor:
         """Attention heads as they come out with each block, float32 [rows * tokens, blocks * width of a block].
 
         Args:
-            given: what the layer's attention module is called with.
+            kwargs: what the layer's attention module is called with.
             shared: queries, keys and values of the lenders.
         """
         own, group = self.own, self.shape.group_size
         kind = KINDS[self.kind]
-        states = own.project(given["hidden_states"], kind.caches if kind.early else kind.projects)
+        states = own.project(kwargs["hidden_states"], kind.caches if kind.early else kind.projects)
         outputs: dict[tuple[int, int], torch.Tensor] = {}
         features = []
         for block in blocks:
             first = block.heads[0]
             if KINDS[self.kind].borrows_maps:
                 # The unit of a free map is a query head, and one head is borrowed at a time.
-                turn = block.unit // group if len(block.heads) == 1 else block.unit
+                offset = block.unit // group if len(block.heads) == 1 else block.unit
                 heads = list(block.heads)
             else:
-                turn = (first - block.unit) % self.shape.kv_heads
+                offset = (first - block.unit) % self.shape.kv_heads
                 heads = list(range(first * group, (first + 1) * group))
-            key = (block.source, turn)
+            key = (block.source, offset)
             if key not in outputs:
-                outputs[key] = self._attend(states, shared, *key, given)
+                outputs[key] = self._attend(states, shared, *key, kwargs)
             features.append(outputs[key][:, heads].flatten(1))
         return torch.cat(features, dim=1).float()
 
     def _attend(
-        self, states: dict[str, torch.Tensor], shared: SharedStates, source: int, turn: int, given: dict[str, Any]
+        self, states: dict[str, torch.Tensor], shared: SharedStates, source: int, offset: int, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Attention [rows * tokens, query_heads, head_dim] of all heads of a source layer at once.
 
-        For `softmax` each map of the source is applied to the values of group `turn`; for `key` and `kv` the own
-        queries are turned by that many groups, so that each group of the source meets one of them.
+        For `softmax` each map of the source is applied to the values of group `offset`; for `key` and `kv` the own
+        queries are rolled by that many groups, so that each group of the source meets one of them.
         """
         if KINDS[self.kind].borrows_maps:
             queries = shared.queries[source]
-            values = states["v"][:, turn : turn + 1].expand(-1, self.shape.kv_heads, -1, -1)
+            values = states["v"][:, offset : offset + 1].expand(-1, self.shape.kv_heads, -1, -1)
         else:
             late = states.get("q")
             queries = self._early_queries(shared, source) if late is None else late
-            queries = self._queries(queries, source, turn, given["position_embeddings"])
-            values = shared.values[source] if KINDS[self.kind].borrows_values else states["v"].roll(turn, 1)
+            queries = self._queries(queries, source, offset, kwargs["position_embeddings"])
+            values = shared.values[source] if KINDS[self.kind].borrows_values else states["v"].roll(offset, 1)
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
-        mask = given.get("attention_mask")
+        mask = kwargs.get("attention_mask")
         return backend(own, queries, shared.keys[source], values, mask, **arguments)[0].flatten(0, 1)
 
     def _early_queries(self, shared: SharedStates, source: int) -> torch.Tensor:
         lent = shared.inputs[source]
         return self.own.project(lent if self.inputs is None else self.inputs.estimate(source, lent), "q")["q"]
 
-    def _queries(self, queries: torch.Tensor, source: int, turn: int, position_embeddings: Any) -> torch.Tensor:
-        """Own queries with positions, so turned that each group meets the head of the source `turn` places on."""
+    def _queries(self, queries: torch.Tensor, source: int, offset: int, position_embeddings: Any) -> torch.Tensor:
+        """Own queries with positions, rolled so that each group meets the head of the source `offset` places on."""
         units = self.shape.kv_heads
         if self.matches is not None:
-            pairs = [(source, (unit + turn) % units) for unit in range(units)]
+            pairs = [(source, (unit + offset) % units) for unit in range(units)]
             queries = matched(queries, self.matches.maps(pairs))
         states = {"q": queries}
         self.own.embed_positions(states, position_embeddings)
-        return states["q"].roll(turn * self.shape.group_size, 1)
+        return states["q"].roll(offset * self.shape.group_size, 1)
 
 
 class SourceChooser:

@@ -204,8 +204,8 @@ def attention_features(
     output = getattr(attention, attention.output_name, None)
     seen: dict[str, torch.Tensor] = {}
 
-    def keep_input(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
-        seen["x"] = given["hidden_states"] if "hidden_states" in given else args[0]
+    def keep_input(module: nn.Module, args: tuple, arguments: dict[str, Any]) -> None:
+        seen["x"] = arguments["hidden_states"] if "hidden_states" in arguments else args[0]
         if output is None:
             raise _ForwardStoppedError
 
@@ -232,8 +232,8 @@ def attention_inputs(
     more = {} if shared is None else {"uniattn_shared": shared}
     seen: dict[str, Any] = {}
 
-    def keep(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
-        seen.update(given)
+    def keep(module: nn.Module, args: tuple, arguments: dict[str, Any]) -> None:
+        seen.update(arguments)
         if args:
             seen["hidden_states"] = args[0]
         raise _ForwardStoppedError
