@@ -338,7 +338,7 @@ def test_the_map_frames_what_is_borrowed():
 
 
 def test_curves_have_validation_and_held_out_losses():
-    (drawing,) = curves.training(evidence(), {})
+    (drawing,) = curves.training(evidence())
     assert "validation rows" in drawing and "held-out responses, trained: 1.500" in drawing
     assert "training loss 3.000 at the first logged step, 0.375 at the last" in drawing
 

@@ -141,7 +141,7 @@ def evaluate_into(
     pool = ModelPool(recipe.model, options.torch_device())
     batches = _batches(recipe, pool)
     store = ScoreStore([path for path in (folder / PARTS, scores, _kept(recipe)) if path is not None])
-    measured = _measure_all(folder, subjects, pool, material, batches, store, recipe, options)
+    measured = _measure_all(folder, subjects, pool, material, batches, store, options)
     points, runner = _time_all(subjects, pool, material, recipe, options)
     results = assemble(recipe, subjects, material, measured, points, runner, pool, batches, notes)
     if prompts:
@@ -209,7 +209,6 @@ def _measure_all(
     material: Material,
     batches: Batches,
     store: ScoreStore,
-    recipe: Recipe,
     options: RunOptions,
 ) -> dict[str, ModelScores]:
     """Measures model after model; what an interrupted run finished is read back."""

@@ -264,11 +264,11 @@ def _metrics(results: dict[str, Any], samples: list[dict], better: dict[str, boo
             continue
         rows = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
         name = metric if chosen == "none" else key
-        found[name] = _from_items(metric, float(value), rows, better.get(metric, True))
+        found[name] = _from_items(float(value), rows, better.get(metric, True))
     return found
 
 
-def _from_items(metric: str, value: float, rows: list[Any], higher_is_better: bool) -> MetricScores:
+def _from_items(value: float, rows: list[Any], higher_is_better: bool) -> MetricScores:
     """Scores of the items, where the harness's value is seen to follow from them."""
     values = weights = None
     if rows and all(isinstance(row, (bool, int, float)) for row in rows):

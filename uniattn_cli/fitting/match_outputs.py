@@ -328,9 +328,9 @@ class SourceChooser:
         )
         problem = Borrowing(*layers, own, index, plan.kind, self.matcher.shape, matches, inputs)
         found = problem.choose(batches, blocks, self.limits.tokens, one_source=one_source)
-        return replace(plan, leader=None, heads=self._heads(index, found, plan.kind))
+        return replace(plan, leader=None, heads=self._heads(index, found))
 
-    def _heads(self, layer: int, blocks: Sequence[Block], kind: str) -> tuple[tuple[int, int], ...]:
+    def _heads(self, layer: int, blocks: Sequence[Block]) -> tuple[tuple[int, int], ...]:
         """A head map; within a block, query heads get the heads whose maps are most like their own, each once."""
         heads = []
         for block in blocks:

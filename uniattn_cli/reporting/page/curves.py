@@ -137,7 +137,7 @@ def _legend(series: list[DataSeries]) -> Html:
     return legend([(entry.name, entry.style, entry.line) for entry in series])
 
 
-def training(evidence: Evidence, results: dict[str, Any]) -> list[Html]:
+def training(evidence: Evidence) -> list[Html]:
     """Loss over steps, one chart for each trained model, with the loss on held-out rows."""
     return [
         drawn

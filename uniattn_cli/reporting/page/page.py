@@ -107,7 +107,7 @@ def _sections(results: dict[str, Any], evidence: Evidence) -> list[tuple[str, st
             "Error by layer",
             _some(curves.section([part for part in (layers.damage(evidence),) if part]), layers.fit_table(evidence)),
         ),
-        ("training", "Training", curves.section(curves.training(evidence, results))),
+        ("training", "Training", curves.section(curves.training(evidence))),
         (
             "samples",
             "Samples",
