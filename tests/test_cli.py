@@ -176,7 +176,7 @@ def test_a_run_directory_that_is_missing(uniattn, tmp_path):
         (DataError("rows.jsonl is empty"), 1, "error: rows.jsonl is empty"),
         (UsageError("--device x: no such device"), 2, "error: --device x: no such device"),
         (RecipeError(["one", "two"]), 1, "error: one\nerror: two"),
-        (KeyboardInterrupt(), 130, "the same command resumes from its last checkpoint"),
+        (KeyboardInterrupt(), 130, "error: interrupted; the same command resumes from its last checkpoint"),
         (MemoryError(), 1, "error: out of memory; try --set train.micro_batch_size=1"),
         (RuntimeError("MPS backend out of memory"), 1, "error: out of memory; try --set train.micro_batch_size=1"),
     ],

@@ -137,8 +137,8 @@ def guard(name: str, debug: bool) -> Iterator[None]:
         _fail(error.faults if isinstance(error, RecipeError) else [str(error)], debug)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        again = RESUMED.get(name, "starts over")
-        _fail([f"interrupted; no partial output is left, and the same command {again}"], debug)
+        again = RESUMED.get(name, "starts over, and no partial output is left")
+        _fail([f"interrupted; the same command {again}"], debug)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:  # the one place where every other exception ends: it is a bug, and says so
         if not is_out_of_memory(error):
