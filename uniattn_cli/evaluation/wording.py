@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from uniattn_cli.evaluation.figures import Figure
 
 # Unit of a figure: factor, decimals, what stands behind the number, what stands behind a difference.
@@ -82,3 +84,16 @@ def as_ratio(entry: Figure) -> str:
 def number(value: float, decimals: int) -> str:
     """With separators of thousands; huge values in scientific form."""
     return f"{value:.3g}" if abs(value) >= 1e7 else f"{value:,.{decimals}f}"
+
+
+def as_setting(value: Any) -> str:
+    """A setting as words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {as_setting(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(as_setting, value)) or "none"
+    if isinstance(value, (int, float)):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+    return "none" if value is None else str(value)

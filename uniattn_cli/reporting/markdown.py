@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from uniattn_cli.evaluation.figures import Figure
-from uniattn_cli.evaluation.wording import as_difference, as_interval, as_range, as_ratio, as_value, number
+from uniattn_cli.evaluation.wording import as_difference, as_interval, as_range, as_ratio, as_setting, as_value, number
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.tables import Table, to_markdown
 
@@ -203,7 +203,7 @@ def markdown(results: dict[str, Any], *, command: str) -> str:
         to_markdown(_models_table(results)),
         "## Settings",
         # The formula of the capacity stands below its table.
-        _bullets([f"{part}: {_plain(each)}" for part, each in results["settings"].items() if part != "capacity"]),
+        _bullets([f"{part}: {as_setting(each)}" for part, each in results["settings"].items() if part != "capacity"]),
         *notes,
         "## How to reproduce it",
         f"In the run directory:\n\n```\n{command}\n```",
@@ -228,13 +228,3 @@ def _models_table(results: dict[str, Any]) -> Table:
         )
         rows.append([name, layers, dtype, model["attention"], model["path"], model["fingerprint"]])
     return Table("", ["model", "layers", "dtype", "attention", "from", "fingerprint"], rows)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)

@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import Any
 
+from uniattn_cli.evaluation.wording import as_setting
 from uniattn_cli.reporting.page.evidence import Evidence
 from uniattn_cli.reporting.page.markup import Html, join, table, tag
 
@@ -92,7 +93,7 @@ def models(results: dict[str, Any]) -> Html:
 
 def settings(results: dict[str, Any]) -> Html:
     """What was tested, and how."""
-    rows = [[part.replace("_", " "), plain(value)] for part, value in results["settings"].items()]
+    rows = [[part.replace("_", " "), as_setting(value)] for part, value in results["settings"].items()]
     return table("Settings of the evaluation", ["part", "settings"], rows, words=True)
 
 
@@ -179,16 +180,3 @@ def _differences(recorded: Any, written: Any, path: str) -> list[tuple[str, Any]
 def _yaml(value: Any) -> str:
     """A value as `--set` reads it: JSON is YAML."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def plain(value: Any) -> str:
-    """A setting as words."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {plain(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(plain, value)) or "none"
-    if isinstance(value, (int, float)):
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
-    return "none" if value is None else str(value)
