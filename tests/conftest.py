@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,13 @@ os.environ["UNIATTN_CACHE"] = "off"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test processes that run side by side are given a narrow terminal, in which tables would be wrapped.
 os.environ.pop("COLUMNS", None)
+
+
+# Files whose tests train, convert or evaluate.
+LONG_FILES = {
+    *("test_training", "test_distillation", "test_validation", "test_control", "test_synthesize", "test_every_setting"),
+    *("test_pipeline", "test_evaluation", "test_quality", "test_choice", "test_search", "test_sweep", "test_bad_input"),
+}
 
 
 def command() -> list[str]:
@@ -82,6 +90,12 @@ def run_process(
         text=True,
         check=False,
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with few tests that take long come first: a process that gets one last works alone while others wait."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG_FILES, -counts[item.path]))
 
 
 def pytest_collection_finish() -> None:
