@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +99,6 @@ class LayerProgram:
     query_sources: tuple[tuple[int, int], ...] = ()
     key_sources: tuple[tuple[int, int], ...] = ()
     value_groups: int = 1
-    tables: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:

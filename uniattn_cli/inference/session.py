@@ -248,10 +248,9 @@ class Session:
                     inputs[layer.index] = normed
                 update = _scaled(self._attention(layer, normed, step, lent, inputs, joined), program.update_scale)
                 post = layer.post_attention
-            for source in [source for source in lent if program.layout.last_use[source] <= layer.index]:
-                del lent[source]
-            for source in [source for source in inputs if program.layout.last_use[source] <= layer.index]:
-                del inputs[source]
+            for handed in (lent, inputs):
+                for source in [source for source in handed if program.layout.last_use[source] <= layer.index]:
+                    del handed[source]
             residual, normed = ops.residual_norm(residual, update, post, layer.pre_mlp)
             update, post = _scaled(ops.feed_forward(layer.feed, normed, step), program.update_scale), layer.post_mlp
         assert update is not None, "every layer adds something"
