@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.families import check_target, family_of
 from uniattn_cli.recipe.schema import ConversionSpec
+
+# What alignment does is for its own tests to show.
+QUICK = ConversionSpec(align=5)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_fitted_error_is_smaller_on_tokens_never_seen(entry, layout, target, win
     layout = make_layout(layout, base.config)
     unfitted = build_converted(base, layout)
     fitted = build_converted(base, layout)
-    fits = fit_layers(base, fitted, windows[:64], ConversionSpec(target=target))
+    fits = fit_layers(base, fitted, windows[:64], replace(QUICK, target=target))
     assert [fit.layer for fit in fits] == [index for index in layout.changed if layout[index].kind != "none"]
     # A layer is left as it is where no change helps on tokens held out from its fit.
     better = [fit.error_after < fit.error_before for fit in fits]
@@ -120,7 +124,7 @@ def test_the_base_is_left_as_it_was(entry, windows):
     base = make_base(entry)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     logits = base(windows[:2]).logits
-    fit_layers(base, build_converted(base, make_layout("mixed", base.config)), windows, ConversionSpec())
+    fit_layers(base, build_converted(base, make_layout("mixed", base.config)), windows, QUICK)
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert torch.equal(base(windows[:2]).logits, logits)
@@ -132,7 +136,7 @@ def test_batch_size_does_not_matter(layout, windows):
     weights = []
     for batch_size in (1, 5, 64):
         model = build_converted(base, make_layout(layout))
-        fit_layers(base, model, windows, ConversionSpec(), batch_size=batch_size)
+        fit_layers(base, model, windows, QUICK, batch_size=batch_size)
         weights.append(torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "self_attn" in n]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=1e-3)
     torch.testing.assert_close(weights[0], weights[2], atol=2e-4, rtol=1e-3)
@@ -144,7 +148,7 @@ def test_the_same_seed_gives_the_same_weights(windows):
     for _ in range(2):
         torch.manual_seed(5)
         model = build_converted(base, make_layout("low_rank"))
-        fit_layers(base, model, windows, ConversionSpec())
+        fit_layers(base, model, windows, QUICK)
         results.append(model.state_dict())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
@@ -154,7 +158,7 @@ def test_only_what_is_asked_for_is_solved(solve, changes, windows):
     base = make_base(FAMILIES[0])
     model = build_converted(base, make_layout("leader"))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    fit_layers(base, model, windows, ConversionSpec(solve=solve))
+    fit_layers(base, model, windows, replace(QUICK, solve=solve))
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     expected = set()
     for layer in (2, 3, 5):
@@ -174,20 +178,20 @@ def test_a_perfectly_redundant_layer_is_reproduced(windows):
             source = getattr(base.model.layers[1].self_attn, name).state_dict()
             getattr(base.model.layers[2].self_attn, name).load_state_dict(source)
     model = build_converted(base, Layout.from_list([{}, {}, {"leader": 1}, {}, {}, {}]))
-    (fit,) = fit_layers(base, model, windows, ConversionSpec())
+    (fit,) = fit_layers(base, model, windows, QUICK)
     assert fit.error_before < 1e-9 and fit.error_after < 1e-9
     torch.testing.assert_close(model(windows[:2]).logits, base(windows[:2]).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_to_fit_is_no_error(windows):
     base = make_base(FAMILIES[0])
-    assert fit_layers(base, build_converted(base, Layout.own(6)), windows, ConversionSpec()) == []
+    assert fit_layers(base, build_converted(base, Layout.own(6)), windows, QUICK) == []
 
 
 def test_a_single_sequence_is_enough(windows):
     base = make_base(FAMILIES[0])
     model = build_converted(base, make_layout("leader"))
-    assert len(fit_layers(base, model, windows[:1], ConversionSpec())) == 3
+    assert len(fit_layers(base, model, windows[:1], QUICK)) == 3
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -196,7 +200,7 @@ def test_errors_are_relative_to_what_the_base_gives(count, windows):
     """On the held-out sequences where there are any, else on the only one."""
     base = make_base(FAMILIES[0])
     layout = Layout.from_list([{}, {}, {}, {"leader": 1}, {}, {}])
-    (fit,) = fit_layers(base, build_converted(base, layout), windows[:count], ConversionSpec())
+    (fit,) = fit_layers(base, build_converted(base, layout), windows[:count], QUICK)
     outputs = []
     for model in (base, build_converted(base, layout)):
         attention = model.model.layers[3].self_attn
@@ -259,7 +263,7 @@ def test_inputs_that_span_one_direction_give_finite_weights(windows):
         for name in ("mixed", "others"):
             for solve in ("both", "reference"):
                 model = build_converted(base, make_layout(name))
-                fits = fit_layers(base, model, windows[:12], ConversionSpec(solve=solve))
+                fits = fit_layers(base, model, windows[:12], replace(QUICK, solve=solve))
                 assert all(parameter.isfinite().all() for parameter in model.parameters())
                 if solve == "both":
                     # What is the same for all tokens, x alone can make up for.
@@ -280,7 +284,7 @@ def test_sums_of_half_precision_states_do_not_overflow(windows):
     fits = {}
     for dtype in (torch.float32, torch.float16):
         model = build_converted(base.to(dtype), make_layout("mixed"))
-        fits[dtype] = fit_layers(base, model, windows[:40], ConversionSpec())
+        fits[dtype] = fit_layers(base, model, windows[:40], QUICK)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
         largest = max(base.model.layers[2].self_attn(**_inputs(base, windows[:4], 2))[0].abs().max().item(), 0)
         assert largest**2 > torch.finfo(torch.float16).max
@@ -306,7 +310,7 @@ def test_hidden_states_that_overflow_are_told(windows):
             projection.weight.mul_(1000)
         base.model.layers[1].mlp.down_proj.weight.mul_(1000)
     with pytest.raises(ModelError, match=r"cannot fit layer 2: .* overflow in float16; set model\.dtype"):
-        fit_layers(base, build_converted(base, make_layout("leader")), windows[:8], ConversionSpec())
+        fit_layers(base, build_converted(base, make_layout("leader")), windows[:8], QUICK)
 
 
 def test_nothing_is_converted_where_the_code_does_not_equal_stock(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import make_analysed, settings
+from tiny_run import settings
 
 import uniattn_cli
 from uniattn_cli.fitting import stream
@@ -54,14 +54,9 @@ CONVERSION = {
 }
 
 
-@pytest.fixture(scope="module")
-def analysed(tmp_path_factory):
-    return make_analysed(tmp_path_factory.mktemp("settings"))
-
-
 @pytest.fixture
-def run(analysed, tmp_path, monkeypatch):
-    folder = Path(shutil.copytree(analysed, tmp_path / "run"))
+def run(tiny_runs, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
     monkeypatch.chdir(folder)
     return folder
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_here, run_process
+from conftest import run_here
 from tiny import make_layout, randomise_compensation
 from tiny_run import make_model, make_tokenizer
 
@@ -308,7 +308,7 @@ def test_the_command_prints_the_answer_and_nothing_else(run):
     assert int(figures[2].replace(",", "")) == int(figures[3]) * each
     # A directory alone is the model, and the prompt comes from stdin; a stock model needs no run directory.
     words = ("generate", run.base, "--raw", "--max-new-tokens", "6", "--device", "cpu")
-    piped = run_process(*words, cwd=run.folder.parent, stdin=PROMPT + "\n")
+    piped = run_here(*words, cwd=run.folder.parent, stdin=PROMPT + "\n")
     (base,) = load_speakers(RunDir(run.folder), "base", None, (), RunOptions("cpu"))
     assert piped.stdout == expected(base, plain_ids(base.tokenizer, PROMPT), 6) + "\n"
 

@@ -45,7 +45,7 @@ def shrink(recipe: Path) -> None:
         {"trains": "all", "steps": 3, "learning_rate": 0.01},
     ]
     tree["evaluation"].update(tokens=2048, length=256, responses=8, limit=4)
-    tree["evaluation"].update(lengths=[512], length_tokens=1024, retrieval=1)
+    tree["evaluation"].update(lengths=[512], length_tokens=1024, retrieval=1, sample_tokens=8)
     tree["evaluation"]["speed"].update(prompt=16, new=4, repeats=2)
     write_tree(tree, recipe)
 
@@ -287,7 +287,9 @@ def test_one_calibration_sequence_is_told(tiny_runs, tmp_path, monkeypatch):
 # --- other families ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "phi3", "smollm3", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["gemma2", pytest.param("gemma3_text", marks=pytest.mark.slow), "phi3", "smollm3", "mixtral"]
+)
 def test_the_stages_on_other_families(family, tmp_path, monkeypatch):
     """Windows, capped scores, fused projections, layers without positions, experts."""
     make_model(tmp_path / "model", family=family)

@@ -17,6 +17,8 @@ from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, AttentionShape, L
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.recipe.schema import ConversionSpec, LayoutSpec
 
+QUICK = ConversionSpec(align=20)
+
 
 def windows(rows, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +39,7 @@ def divergence(base, model, tokens):
 
 def test_divergence_is_that_of_the_converted_model():
     base = make_base(FAMILIES[0])
-    fit, score, spec = windows(24, 1), windows(4, 2), ConversionSpec()
+    fit, score, spec = windows(24, 1), windows(4, 2), QUICK
     search = ThoroughSearch(base, fit, score, spec, nearest_leader, batch_size=8)
     steps = search.run(lambda layout: len(layout.changed) >= 3)
     assert [len(step.layout.changed) for step in steps] == [1, 2, 3]
@@ -53,7 +55,7 @@ def test_divergence_is_that_of_the_converted_model_in_other_families(name):
     """Capped and divided logits, fused projections, norms after the attention block."""
     base = make_base(next(entry for entry in FAMILIES if entry[0] == name))
     layout = make_layout("mixed", base.config)
-    fit, score, spec = windows(24, 1), windows(4, 2), ConversionSpec()
+    fit, score, spec = windows(24, 1), windows(4, 2), QUICK
     search = ThoroughSearch(base, fit, score, spec, nearest_leader, batch_size=8)
     measured = search.measure(layout)
     model = build_converted(base, layout)
@@ -63,7 +65,7 @@ def test_divergence_is_that_of_the_converted_model_in_other_families(name):
 
 def test_a_candidate_leaves_no_trace():
     base = make_base(FAMILIES[0])
-    search = ThoroughSearch(base, windows(12, 1), windows(4, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    search = ThoroughSearch(base, windows(12, 1), windows(4, 2), QUICK, nearest_leader, batch_size=8)
     layouts = [search.candidate_layout(layer, nearest_leader(search.layout, layer)[0]) for layer in (3, 5, 3)]
     first, other, again = (search.measure(layout) for layout in layouts)
     assert first == again and first != other
@@ -79,7 +81,7 @@ def test_planted_redundancy_is_found_first():
         copy.input_layernorm.load_state_dict(source.input_layernorm.state_dict())
         for name in ("q_proj", "k_proj"):
             getattr(copy.self_attn, name).load_state_dict(getattr(source.self_attn, name).state_dict())
-    search = ThoroughSearch(base, windows(24, 1), windows(4, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    search = ThoroughSearch(base, windows(24, 1), windows(4, 2), QUICK, nearest_leader, batch_size=8)
     (step,) = search.run(lambda layout: len(layout.changed) >= 1)
     assert step.divergence < 1e-6
     assert step.layer in (3, 4)
@@ -87,14 +89,14 @@ def test_planted_redundancy_is_found_first():
 
 def test_protected_layers_stay():
     base = make_base(FAMILIES[0])
-    search = ThoroughSearch(base, windows(12, 1), windows(2, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    search = ThoroughSearch(base, windows(12, 1), windows(2, 2), QUICK, nearest_leader, batch_size=8)
     steps = search.run(lambda layout: len(layout.changed) >= 2, protect=(1, 2, 3))
     assert {step.layer for step in steps} <= {4, 5}
 
 
 def test_borrowers_of_a_changed_source_get_new_sources():
     base = make_base(FAMILIES[0])
-    search = ThoroughSearch(base, windows(12, 1), windows(2, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    search = ThoroughSearch(base, windows(12, 1), windows(2, 2), QUICK, nearest_leader, batch_size=8)
     search.measure(search.candidate_layout(4, LayerPlan("softmax", leader=3, compensation="full")), keep=True)
     layout = search.candidate_layout(3, LayerPlan("softmax", leader=2, compensation="full"))
     assert layout[4].leader == 2 and layout[3].leader == 2
@@ -151,7 +153,7 @@ def test_budgets_are_met_exactly_when_they_are(spec, entries):
 def test_mixed_kinds_are_searched_by_damage_per_byte():
     base = make_base(FAMILIES[0])
     propose, _ = make_proposer(("softmax", "kv", "linear", "none"))
-    search = ThoroughSearch(base, windows(24, 1), windows(4, 2), ConversionSpec(), propose, batch_size=8)
+    search = ThoroughSearch(base, windows(24, 1), windows(4, 2), QUICK, propose, batch_size=8)
     met = Budget.of(LayoutSpec(kv=0.7), search.shape, base.config).met
     steps = search.run(met)
     assert met(steps[-1].layout) and steps[-1].layout.problems(search.shape) == []
@@ -164,7 +166,7 @@ def test_mixed_kinds_are_searched_by_damage_per_byte():
 def test_a_search_after_another_is_as_if_it_were_the_first():
     base = make_base(FAMILIES[0])
     propose, _ = make_proposer(("softmax", "kv", "linear"))
-    two = [ThoroughSearch(base, windows(16, 1), windows(4, 2), ConversionSpec(), propose, batch_size=8) for _ in "ab"]
+    two = [ThoroughSearch(base, windows(16, 1), windows(4, 2), QUICK, propose, batch_size=8) for _ in "ab"]
 
     def done(layout):
         return len(layout.changed) >= 3
@@ -190,7 +192,7 @@ def test_a_search_after_another_is_as_if_it_were_the_first():
 
 def test_a_candidate_that_overflows_is_the_worst():
     base = make_base(FAMILIES[0])
-    search = ThoroughSearch(base, windows(12, 1), windows(4, 2), ConversionSpec(), nearest_leader, batch_size=8)
+    search = ThoroughSearch(base, windows(12, 1), windows(4, 2), QUICK, nearest_leader, batch_size=8)
     finals = [states[-1].clone() for states in search.score_states]
     finals[0][0, 3, 5] = float("nan")
     assert search._kl(finals) == float("inf")

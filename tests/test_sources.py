@@ -253,7 +253,7 @@ def test_choices_are_legal_whatever_the_limits(head_map, sources, kind, seed):
     # So few features that each unit may keep two blocks only.
     chooser = SourceChooser(matcher, matcher.lenders, Limits(features=1, tokens=256))
     model = build_converted(base, layout)
-    fit_layers(base, model, windows(20, 3), ConversionSpec(), chooser=chooser)
+    fit_layers(base, model, windows(20, 3), ConversionSpec(align=4), chooser=chooser)
     found = model.config.layout
     assert found.problems(shape) == [] and found.changed == [4, 5]
     for layer in found.changed:

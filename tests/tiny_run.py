@@ -35,6 +35,7 @@ QUICK = {
     "analysis.length": 64,
     "conversion.tokens": 1024,
     "conversion.length": 64,
+    "conversion.align": 10,
     "train.stages": "[{trains: all, learning_rate: 0.01, steps: 4}]",
     "train.max_length": 64,
     "train.batch_size": 8,
@@ -115,23 +116,17 @@ def write_data(folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
 
 
-def make_analysed(folder: Path) -> Path:
-    """A run directory `folder/run` with data, a recipe of quick settings and an analysis of `folder/model`."""
-    model, run = make_model(folder / "model"), folder / "run"
-    run.mkdir()
-    write_data(run)
-    uniattn_cli.analyze(str(model), run_dir=run, overrides=settings(), options=CPU)
-    return run
-
-
 def make_runs(folder: Path) -> None:
     """Run directories of one model, `folder/model`: `analysed/`, and `finished/`, the same after all four stages."""
-    make_analysed(folder).rename(folder / "analysed")
+    model, analysed = make_model(folder / "model"), folder / "analysed"
+    analysed.mkdir()
+    write_data(analysed)
+    uniattn_cli.analyze(str(model), run_dir=analysed, overrides=settings(), options=CPU)
     # A base with a card and terms of its own.
     card = "---\nlicense: other\nlicense_name: tiny\nlicense_link: https://x.org/t\n---\nHi\n"
     (folder / "model" / "README.md").write_text(card, encoding="utf-8")
     (folder / "model" / "LICENSE").write_text("Do as you like.\n", encoding="utf-8")
-    run = shutil.copytree(folder / "analysed", folder / "finished")
+    run = shutil.copytree(analysed, folder / "finished")
     uniattn_cli.convert(run_dir=run, groups="every:3", options=CPU)
     uniattn_cli.train(run_dir=run, overrides=[f"train.stages={TWO_STAGES}"], options=CPU)
     uniattn_cli.evaluate(run_dir=run, options=CPU)
