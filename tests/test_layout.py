@@ -124,7 +124,10 @@ def test_shorthands_group_each_mask_type_by_itself():
         ("linear@auto", "use --groups auto --kinds linear --search thorough"),
         ("key@", "--groups key@: the part after @ must be paper, every:N"),
         ("key@kv@paper", "the part after @ must be paper, every:N"),
-        ("key@papr", "--groups papr: not one of"),
+        ("key@papr", "--groups key@papr: not one of auto, paper"),
+        ("key@3-99", "--groups key@3-99: layer 99 does not exist"),
+        ("every:99", "--groups every:99: a group of 99 is larger than the 8 layers to be grouped"),
+        ("kv@2-5:5", "--groups kv@2-5:5: a group of 5 is larger than the 4 layers to be grouped"),
     ],
 )
 def test_wrong_shorthands_say_what_is_wrong(text, words):

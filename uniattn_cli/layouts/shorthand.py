@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from uniattn_cli.errors import LayoutError, RecipeError, suggest
@@ -23,22 +22,22 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
         LayoutError: form or kind is unknown, or the layout is illegal (says which layer and why).
     """
     path, text = located(text), text.strip()
-    if "@" in text and not path.is_file():
-        return _of_kind(text, shape, compensation)
-    if match := re.fullmatch(r"every:(\d+)", text):
+    kind, form = _kind_and_form(text) if "@" in text and not path.is_file() else ("softmax", text)
+    if match := re.fullmatch(r"every:(\d+)", form):
         groups = _chunks(range(shape.layers), int(match[1]), shape, text)
-    elif text == "paper":
-        size = 4
+    elif form == "paper":
+        size = min(4, shape.layers)
         blocks = max(1, round(shape.layers / 2 / size))
         groups = _chunks(range(max(0, shape.layers - blocks * size), shape.layers), size, shape, text)
-    elif match := re.fullmatch(r"(\d+)-(\d+):(\d+)", text):
+    elif match := re.fullmatch(r"(\d+)-(\d+):(\d+)", form):
         groups = _chunks(_layers(match[1], match[2], shape, text), int(match[3]), shape, text)
-    elif re.fullmatch(r"\d+-\d+(,\d+-\d+)*", text):
-        groups = [list(_layers(first, last, shape, text)) for first, last in re.findall(r"(\d+)-(\d+)", text)]
+    elif re.fullmatch(r"\d+-\d+(,\d+-\d+)*", form):
+        groups = [list(_layers(first, last, shape, text)) for first, last in re.findall(r"(\d+)-(\d+)", form)]
     elif path.is_file():
         return _checked(_from_file(path, compensation), shape, text)
     else:
         raise LayoutError(f"--groups {text}: not one of {FORMS}")
+    alone = plan_alone(kind, shape, compensation)
     plans = [LayerPlan()] * shape.layers
     taken: set[int] = set()
     for leader, *followers in groups:
@@ -46,24 +45,22 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
             raise LayoutError(f"--groups {text}: layer {min(again)} is in two groups")
         taken.update([leader, *followers])
         for follower in followers:
-            plans[follower] = LayerPlan("softmax", leader=leader, compensation=compensation)
+            plans[follower] = alone or LayerPlan(kind, leader=leader, compensation=compensation)
     return _checked(Layout(tuple(plans)), shape, text)
 
 
-def _of_kind(text: str, shape: AttentionShape, compensation: str | int) -> Layout:
-    kind, _, groups = text.partition("@")
+def _kind_and_form(text: str) -> tuple[str, str]:
+    """The parts of `KIND@GROUPS`; the second may be no form at all."""
+    kind, _, form = text.partition("@")
     if kind not in CHANGED_KINDS:
         known = ", ".join(CHANGED_KINDS)
         raise LayoutError(f"--groups {text}: '{kind}' is not one of {known}{suggest(kind, CHANGED_KINDS)}")
-    if groups == "auto":
+    if form == "auto":
         search = "" if KINDS[kind].borrows else " --search thorough"
         raise LayoutError(f"--groups {text}: to choose such layers, use --groups auto --kinds {kind}{search}")
-    if not groups or "@" in groups or Path(groups).is_file():
+    if not form or "@" in form or Path(form).is_file():
         raise LayoutError(f"--groups {text}: the part after @ must be paper, every:N, FIRST-LAST:N or a list")
-    followers = parse_groups(groups, shape, compensation)
-    changed = plan_alone(kind, shape, compensation)
-    plans = [plan if plan.kind == "own" else changed or replace(plan, kind=kind) for plan in followers]
-    return _checked(Layout(tuple(plans)), shape, text)
+    return kind, form
 
 
 def plan_alone(kind: str, shape: AttentionShape, compensation: str | int) -> LayerPlan | None:
@@ -95,6 +92,8 @@ def _layers(first: str, last: str, shape: AttentionShape, text: str) -> range:
 def _chunks(layers: range, size: int, shape: AttentionShape, text: str) -> list[list[int]]:
     if size < 2:
         raise LayoutError(f"--groups {text}: a group needs at least 2 layers")
+    if size > len(layers):
+        raise LayoutError(f"--groups {text}: a group of {size} is larger than the {len(layers)} layers to be grouped")
     groups = []
     for name in dict.fromkeys(shape.mask_types):
         same = [layer for layer in layers if shape.mask_types[layer] == name]
