@@ -295,6 +295,8 @@ def test_without_a_token_nothing_is_tried(finished, uniattn, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(finished / "none"))
     done = uniattn("push", "trained", "me/small", "-C", finished, env={"HF_TOKEN": ""})
     assert done.returncode == 1 and done.stderr == "error: there is no hub token; run `hf auth login` or set HF_TOKEN\n"
+    done = uniattn("push", "traind", "me/small", "-C", finished, env={"HF_TOKEN": ""})
+    assert done.returncode == 1 and "traind" in done.stderr and "token" not in done.stderr
 
 
 # --- what cannot be pushed --------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import CheckpointError, HubError, UsageError
-from uniattn_cli.models.hub import Source, transport_errors
-from uniattn_cli.models.loading import TOKENIZER_FILES, read_config
+from uniattn_cli.models.hub import Source, locate, transport_errors
+from uniattn_cli.models.loading import TOKENIZER_FILES, load_config, read_config
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
 from uniattn_cli.publishing.facts import CARD, Facts, gather
@@ -82,6 +82,7 @@ def push(
     folder = Path(directory)
     for name in filter(None, (repo_id, base_model)):
         _check_name(name)
+    load_config(locate(str(folder.absolute())), converted=True)  # a wrong directory is told before a missing token
     if not dry_run:
         _check_token()
     facts = gather(folder, base_model=base_model, licence=licence, online=not dry_run)
