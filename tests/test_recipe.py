@@ -70,6 +70,7 @@ def test_all_faults_are_reported_at_once_with_line_and_nearest_name(tmp_path):
         (MODEL + "seed: 1.5\n", "seed must be a whole number, not 1.5"),
         (MODEL + "seed:\n", "seed must be a whole number, not empty"),
         (MODEL + "layout: {kv: 0}\n", "layout.kv must be greater than 0, not 0"),
+        (MODEL + "train: {warmup: .inf}\n", "train.warmup must be a finite number, not inf"),
         (MODEL + "layout: {kv: 0.5, followers: 3}\n", "only one budget can be given, not followers and kv"),
         (MODEL + "layout: {protect: 3}\n", "layout.protect must be a list, not 3"),
         (MODEL + "layout: {protect: [a]}\n", "layout.protect[0] must be a whole number, not 'a'"),
@@ -93,6 +94,12 @@ def test_a_contradiction_that_an_override_brings_in_names_the_override(tmp_path)
     assert faults(MODEL, tmp_path, "layout.kinds=[]") == [
         "--set layout.kinds=[]: layout.kinds is empty; name at least one kind"
     ]
+
+
+def test_what_is_no_number_is_one_fault(tmp_path):
+    words = "layout.kv must be a finite number, not nan"
+    assert faults(MODEL, tmp_path, "layout.kv=nan") == [f"--set layout.kv=nan: {words}"]
+    assert faults(MODEL + "layout: {kv: .nan}\n", tmp_path) == [f"recipe.yaml, line 2: {words}"]
 
 
 def test_values_that_yaml_and_users_write_differently(tmp_path):
@@ -139,9 +146,14 @@ def test_an_override_that_cannot_be_read(override, tmp_path):
     assert fault.startswith(f"--set {override}: ")
 
 
-def test_a_missing_file_says_how_to_get_one(tmp_path):
-    with pytest.raises(RecipeError, match=r"no such file; `uniattn analyze MODEL` writes"):
-        read_tree(tmp_path / "recipe.yaml")
+def test_a_missing_file_says_where_it_was_looked_for_and_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        read_tree(Path("recipe.yaml"))
+    looked = tmp_path / "recipe.yaml"
+    assert str(caught.value) == (
+        f"recipe.yaml: no such file (looked for {looked}); `uniattn analyze MODEL` writes a recipe.yaml"
+    )
 
 
 def test_comments_and_order_survive_writing(tmp_path):

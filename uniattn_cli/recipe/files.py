@@ -36,7 +36,9 @@ def read_tree(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; `uniattn analyze MODEL` writes a recipe.yaml") from None
+        raise RecipeError(
+            f"{path}: no such file (looked for {path.absolute()}); `uniattn analyze MODEL` writes a recipe.yaml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     try:

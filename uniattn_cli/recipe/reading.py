@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -137,10 +138,13 @@ class _Reader:
                 self.fault(node, key, f"{path} must be one of {', '.join(meta['choices'])}, not '{value}'{near}")
             return self.text(value, node, key, meta)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                self.fault(node, key, f"{path} must be a finite number, not {value}")
+                return value
             for name, broken, words in (
-                ("minimum", lambda bound: not value >= bound, "at least"),
-                ("maximum", lambda bound: not value <= bound, "at most"),
-                ("above", lambda bound: not value > bound, "greater than"),
+                ("minimum", lambda bound: value < bound, "at least"),
+                ("maximum", lambda bound: value > bound, "at most"),
+                ("above", lambda bound: value <= bound, "greater than"),
             ):
                 if meta[name] is not None and broken(meta[name]):
                     self.fault(node, key, f"{path} must be {words} {meta[name]}, not {value}")
