@@ -673,4 +673,5 @@ def test_the_command_in_a_fresh_process(run, tmp_path):
     assert list(results["models"]) == ["base", "converted", "./base"]
     perplexity = results["models"]["converted"]["quality"]["perplexity"]
     assert wording.as_value(perplexity, error=True) in done.stdout
-    assert "trained/ is missing" in done.stdout and "Traceback" not in done.stderr
+    assert done.stdout.count("trained/ is missing") == 1, "with the results, to which it belongs, and once"
+    assert "trained/ is missing" not in done.stderr and "Traceback" not in done.stderr

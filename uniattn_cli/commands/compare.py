@@ -76,7 +76,7 @@ def compare(
     subjects, notes = with_given([Subject(BASE, BASE, base_of(settings))], checkpoints)
     if len(subjects) == 1:
         raise ModelError(f"{checkpoints[0]} is the base itself; name something to compare it with")
-    material = prepare(settings, subjects, notes, options)
+    material = prepare(settings, subjects, notes)
     record = {**inputs_of(subjects, material), "results": list(files)}
     with run.write("compare", settings, record, force=options.force, resume=True) as folder:
         results = evaluate_into(folder / "evaluation", settings, subjects, material, notes, command, options)

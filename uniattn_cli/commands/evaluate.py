@@ -89,7 +89,7 @@ def evaluate(
     subjects, notes = find_subjects(run, recipe, checkpoints)
     settings = [word for override in overrides for word in ("--set", override)]
     command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
-    material = prepare(recipe, subjects, notes, options)
+    material = prepare(recipe, subjects, notes)
     window = context_window(load_config(subjects[0].source))
     prompts = find_prompts(recipe, material.tokenizer, window)
     with run.write("eval", recipe, inputs_of(subjects, material), force=options.force, resume=True) as folder:
@@ -98,13 +98,10 @@ def evaluate(
     return _evaluation(run.output("eval"), results)
 
 
-def prepare(recipe: Recipe, subjects: Sequence[Subject], notes: list[str], options: RunOptions) -> Material:
-    """Checks settings and loads what the models, the base first, are tested on; adds to the notes and prints them."""
+def prepare(recipe: Recipe, subjects: Sequence[Subject], notes: list[str]) -> Material:
+    """Checks settings and loads what the models, the base first, are tested on; adds to the notes."""
     _check_lengths(recipe, load_config(subjects[0].source))
-    material = load_material(recipe, subjects, notes)
-    for note in notes:
-        options.progress.note(note)
-    return material
+    return load_material(recipe, subjects, notes)
 
 
 def inputs_of(subjects: Sequence[Subject], material: Material) -> dict[str, Any]:
