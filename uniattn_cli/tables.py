@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# What a cell holds where there is no figure.
+NOTHING = "–"
+
 
 @dataclass(frozen=True)
 class Table:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from uniattn_cli.tables import Result, Sample, Table
+from uniattn_cli.tables import NOTHING, Result, Sample, Table
 
 # Width of output that is not a terminal, where nothing is gained by folding cells.
 WIDTH_OF_FILES = 160
@@ -102,7 +102,7 @@ def transposed(table: Table) -> Table:
 def _is_number(cell: str) -> bool:
     # Figures come with units and signs, so anything that holds a digit before a letter counts, and so do blanks.
     text = cell.strip().lstrip("+-−±≈~<>x×")
-    return not text or text in ("–", "—", "n/a", "all") or text[0].isdigit()
+    return not text or text in (NOTHING, "—", "n/a", "all") or text[0].isdigit()
 
 
 def shorten(text: str, width: int) -> str:

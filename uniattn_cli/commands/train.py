@@ -17,7 +17,7 @@ from uniattn_cli.options import Progress, RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe, TrainStage
 from uniattn_cli.run.directory import COMMANDS, LOG_FILE, REPORT_FILE, RunDir
 from uniattn_cli.run.files import write_json
-from uniattn_cli.tables import Result, Table
+from uniattn_cli.tables import NOTHING, Result, Table
 
 if TYPE_CHECKING:
     import datasets
@@ -399,7 +399,7 @@ def _tables(results: list[StageResult], losses: dict[str, Loss]) -> list[Table]:
             f"{result.tokens:,}",
             f"{result.start_loss:.3f}",
             f"{result.end_loss:.3f}",
-            "–" if result.validation is None else " -> ".join(f"{loss:.4f}" for loss in result.validation),
+            NOTHING if result.validation is None else " -> ".join(f"{loss:.4f}" for loss in result.validation),
             f"{result.kept_step:,}",
             f"{result.seconds:.0f}",
             f"{result.tokens / result.seconds:,.0f}",

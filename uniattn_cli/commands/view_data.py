@@ -13,7 +13,7 @@ from uniattn_cli.errors import DataError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.tables import Result, Sample, Table
+from uniattn_cli.tables import NOTHING, Result, Sample, Table
 from uniattn_cli.training.order import stage_steps
 from uniattn_cli.training.preview import check_share, endless, pieces
 
@@ -139,10 +139,10 @@ def _counted(tokenised: Tokenised, shares: list[Share]) -> Table:
                 f"{part.rows:,}",
                 f"{part.used:,}",
                 f"{part.tokens:,}",
-                f"{part.tokens / whole:.1%}" if whole else "–",
-                f"{part.share:.1%}" if part.tokens else "–",
+                f"{part.tokens / whole:.1%}" if whole else NOTHING,
+                f"{part.share:.1%}" if part.tokens else NOTHING,
                 f"{part.truncated:,}",
-                f"{part.lost_share:.1%}" if part.tokens + part.lost else "–",
+                f"{part.lost_share:.1%}" if part.tokens + part.lost else NOTHING,
                 f"{part.dropped:,}",
             ]
         )

@@ -11,6 +11,8 @@ from uniattn_cli.models.costs import kv_bytes_per_token
 if TYPE_CHECKING:
     from uniattn_cli.layouts.considered import Considered
 
+# Distinct for people who cannot tell red from green (Okabe and Ito); shapes differ too.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP*X"
 
 

@@ -17,7 +17,7 @@ from uniattn_cli.models.hub import context_window
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.publishing.facts import THIS, Facts
 from uniattn_cli.reporting import markdown
-from uniattn_cli.tables import Table, to_markdown
+from uniattn_cli.tables import NOTHING, Table, to_markdown
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -93,7 +93,7 @@ def _layout_table(layout: Layout) -> Table:
         layers = [index for index, plan in enumerate(layout) if plan.kind == kind.name]
         if layers:
             sources = sorted({source for index in layers for source in layout[index].source_layers})
-            rows.append([kind.name, str(len(layers)), ranges(layers), kind.phrase, ranges(sources) or "–"])
+            rows.append([kind.name, str(len(layers)), ranges(layers), kind.phrase, ranges(sources) or NOTHING])
     return Table("", ["kind", "number", "layers", "change", "borrowed from"], rows)
 
 
@@ -146,7 +146,7 @@ def _loss_table(facts: Facts) -> Table:
         [
             name,
             f"{loss['mean']:.4f}",
-            "–" if loss["stderr"] is None else f"{loss['stderr']:.4f}",
+            NOTHING if loss["stderr"] is None else f"{loss['stderr']:.4f}",
             f"{math.exp(loss['mean']):.2f}",
             f"{loss['tokens']:,}",
         ]
@@ -195,7 +195,7 @@ def _stage_table(report: dict[str, Any], settings: dict[str, Any]) -> Table:
     for stage in report["stages"]:
         # Stages with nothing to train were skipped; the others come in the order of the recipe.
         plan = next((plan for plan in planned if (plan["name"] or plan["trains"]) == stage["name"]), None)
-        rate = str(plan.get("learning_rate", "–") if plan else "–")
+        rate = str(plan.get("learning_rate", NOTHING) if plan else NOTHING)
         rows.append([stage["name"], stage["trains"], rate, f"{stage['steps']:,}", f"{stage['tokens']:,}"])
     return Table("", ["stage", "trains", "learning rate", "steps", "tokens"], rows)
 

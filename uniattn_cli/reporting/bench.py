@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniattn_cli.tables import Table
+from uniattn_cli.layouts.plots import COLOURS
+from uniattn_cli.tables import NOTHING, Table
 
 if TYPE_CHECKING:
     from uniattn_cli.inference.measurement import Measurement
     from uniattn_cli.models.device import Series
 
-# Distinct for people who cannot tell red from green (Okabe and Ito).
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = {"engine": "-", "transformers dynamic": ":", "transformers static": "-."}
-NOTHING = "–"
 
 
 def explanation(bandwidth: float) -> str:

@@ -200,7 +200,7 @@ def markdown(results: dict[str, Any], *, command: str) -> str:
         *([to_markdown(grid)] if (grid := grid_table(results)) else []),
         *([to_markdown(capacity_rows(results)), results["settings"]["capacity"]] if results["capacity"] else []),
         "## Models",
-        to_markdown(_models_table(results)),
+        to_markdown(models_table(results)),
         "## Settings",
         # The formula of the capacity stands below its table.
         _bullets([f"{part}: {as_setting(each)}" for part, each in results["settings"].items() if part != "capacity"]),
@@ -217,7 +217,8 @@ def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _models_table(results: dict[str, Any]) -> Table:
+def models_table(results: dict[str, Any]) -> Table:
+    """What the models are and where they came from."""
     rows = []
     for name, model in results["models"].items():
         layers = ", ".join(f"{count} {kind}" for kind, count in model["layers"].items())

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.evaluation.comparison import QUALITY_LABELS, cost_of
+from uniattn_cli.layouts.plots import COLOURS, MARKERS
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.markdown import short
 
-# Distinct for people who cannot tell red from green (Okabe and Ito); shapes differ too.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP*X"
 COLUMNS = 2
 LABEL_HEIGHT = 15.0  # points between two labels
 

@@ -7,8 +7,10 @@ import shlex
 from typing import Any
 
 from uniattn_cli.evaluation.wording import as_setting
+from uniattn_cli.reporting.markdown import models_table
 from uniattn_cli.reporting.page.evidence import Evidence
 from uniattn_cli.reporting.page.markup import Html, join, table, tag
+from uniattn_cli.tables import NOTHING
 
 # Sections of the recipe that decide what a stage does.
 SECTIONS = {
@@ -73,22 +75,11 @@ def _flat(entry: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 def models(results: dict[str, Any]) -> Html:
     """What the models are and where they came from."""
-    rows = []
-    for name, model in results["models"].items():
-        layers = ", ".join(f"{count} {kind}" for kind, count in model["layers"].items())
-        on_disk = "" if model["dtype"] == model["dtype_on_disk"] else f" ({model['dtype_on_disk']} on disk)"
-        rows.append(
-            [
-                name,
-                layers,
-                model["dtype"] + on_disk,
-                model["attention"],
-                tag("span", model["path"], class_="path"),
-                tag("code", model["fingerprint"]),
-            ]
-        )
-    columns = ["model", "layers", "dtype", "attention", "from", "fingerprint"]
-    return table("Models", columns, rows, words=True)
+    found = models_table(results)
+    rows = [
+        [*words, tag("span", path, class_="path"), tag("code", fingerprint)] for *words, path, fingerprint in found.rows
+    ]
+    return table("Models", found.columns, rows, words=True)
 
 
 def settings(results: dict[str, Any]) -> Html:
@@ -103,7 +94,7 @@ def versions(evidence: Evidence) -> Html | None:
     if not records:
         return None
     packages = list(dict.fromkeys(name for record in records.values() for name in record["versions"]))
-    rows = [[name, *(record["versions"].get(name, "–") for record in records.values())] for name in packages]
+    rows = [[name, *(record["versions"].get(name, NOTHING) for record in records.values())] for name in packages]
     if all(len(set(row[1:])) == 1 for row in rows):
         rows = [row[:2] for row in rows]
         return table("Versions, the same in every stage", ["package", "version"], rows, words=True)
@@ -120,9 +111,9 @@ def reproduce(evidence: Evidence) -> Html:
         rows = [
             [
                 stage,
-                str(record.get("seed", "–")),
+                str(record.get("seed", NOTHING)),
                 _inputs(record.get("inputs") or {}),
-                record.get("finished") or record.get("started") or "–",
+                record.get("finished") or record.get("started") or NOTHING,
             ]
             for stage, record in evidence.records.items()
         ]
@@ -146,7 +137,7 @@ def _inputs(inputs: dict[str, Any]) -> Html | str:
     if any(name.startswith("models ") for name in flat):
         flat.pop("model", None)
     found = [join((f"{name.removeprefix('models ')} ", tag("code", value))) for name, value in flat.items()]
-    return join([part for item in found for part in (", ", item)][1:]) if found else "–"
+    return join([part for item in found for part in (", ", item)][1:]) if found else NOTHING
 
 
 def _command(stage: str, record: dict[str, Any], evidence: Evidence) -> str:

@@ -10,9 +10,9 @@ from uniattn_cli.evaluation.verdict import SUMMARIES, judge
 from uniattn_cli.evaluation.wording import as_difference, as_interval, as_range, as_ratio, as_value
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.page.markup import Html, join, table, tag
+from uniattn_cli.tables import NOTHING
 
 SYMBOLS = {"better": "▲", "worse": "▼", "within noise": "≈", "same": "=", "mixed": "◆", "uncertain": "?"}
-NOTHING = "–"
 EXPLANATION = (
     "± is one standard error. Below each score is its paired difference from the base, on the same rows or items: what "
     "is hard for all models cancels out, so its error is smaller than that of either score. ≈ means that the "
