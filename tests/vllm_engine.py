@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def reference(
         ids, past, chosen, logprobs = torch.tensor([prompt]), None, [], []
         for _ in range(tokens):
             with torch.no_grad():
-                output = model(ids, past_key_values=past, use_cache=True)
+                output = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             scores, past = output.logits[0, -1].log_softmax(-1), output.past_key_values
             chosen.append(int(scores.argmax()))
             logprobs.append(float(scores.max()))
@@ -99,12 +100,12 @@ class Engine:
         return self.call(_run, directory, loads, plugin, options)
 
     def call(self, function: Callable, *arguments: Any) -> Any:
-        """Calls a function in the engine's process; after an exception a new one is started."""
+        """Calls a function in the engine's process; if that ends, a new one is started the next time."""
         if self.pool is None:
             self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         try:
             return self.pool.submit(function, *arguments).result()
-        except BaseException:
+        except BrokenProcessPool:
             self.close()
             raise
 
@@ -116,7 +117,8 @@ class Engine:
 
 def _run(directory: Path, loads: Sequence, plugin: bool, options: dict) -> Outcome:
     os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    from vllm import LLM, ModelRegistry, SamplingParams, plugins
+    from huggingface_hub.errors import StrictDataclassError
+    from vllm import LLM, ModelRegistry, plugins
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     settings = {
@@ -134,7 +136,23 @@ def _run(directory: Path, loads: Sequence, plugin: bool, options: dict) -> Outco
     ours = [name for name in ModelRegistry.models if name.startswith("UniAttn")]
     assert ours, "the plugin is not installed in this environment"
     taken = {} if plugin else {name: ModelRegistry.models.pop(name) for name in ours}
-    llm = LLM(str(directory), **settings | options)
+    llm = None
+    try:
+        llm = LLM(str(directory), **settings | options)
+        return _served(llm, loads)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from None  # of a configuration; cannot be pickled itself
+    finally:
+        ModelRegistry.models.update(taken)
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _served(llm: Any, loads: Sequence) -> Outcome:
+    """Runs the loads; what the engine says about itself."""
+    from vllm import SamplingParams
+
     outputs = []
     for prompts, tokens in loads:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True)
@@ -143,14 +161,7 @@ def _run(directory: Path, loads: Sequence, plugin: bool, options: dict) -> Outco
         outputs.append([(list(c.token_ids), _chosen(c)) for c in choices])
     cache = llm.llm_engine.vllm_config.cache_config
     counters = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    outcome = Outcome(
-        outputs, cache.num_gpu_blocks, cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency, counters
-    )
-    ModelRegistry.models.update(taken)
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return outcome
+    return Outcome(outputs, cache.num_gpu_blocks, cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency, counters)
 
 
 def _chosen(completion: Any) -> list[float]:
