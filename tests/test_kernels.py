@@ -17,7 +17,7 @@ from test_inference import make_model
 from uniattn_cli.inference.caches import BLOCKS, Caches, choose_block
 from uniattn_cli.inference.engine import Engine
 from uniattn_cli.inference.ops import TorchOps
-from uniattn_cli.inference.program import read_program
+from uniattn_cli.inference.reading import read_program
 from uniattn_cli.inference.session import Session
 from uniattn_cli.inference.trial import attention_program, decoding_step
 from uniattn_cli.modeling.layout_uniattn import Layout

@@ -11,7 +11,8 @@ import torch
 
 from uniattn_cli.errors import UsageError
 from uniattn_cli.inference.ops import TorchOps
-from uniattn_cli.inference.program import Program, UnsupportedError, read_program
+from uniattn_cli.inference.program import Program, UnsupportedError
+from uniattn_cli.inference.reading import read_program
 from uniattn_cli.inference.sampling import Sampling, choose
 from uniattn_cli.inference.session import Session
 from uniattn_cli.recipe.schema import ENGINES

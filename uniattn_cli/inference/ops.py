@@ -23,6 +23,8 @@ class TorchOps:
     """
 
     name = "torch"
+    # Layers of which each lender's pass gives all but what the newest value adds: they are decoded without queries.
+    served: frozenset[int] = frozenset()
 
     def __init__(self, program: Program, caches: Caches, *, reuse: bool = True):
         self.program, self.caches, self.reuse = program, caches, reuse
@@ -91,11 +93,12 @@ class TorchOps:
             extra: [tokens, rank].
 
         Returns:
-            Queries [tokens, heads, head_dim], or None where the layer has none.
+            Queries [tokens, heads, head_dim], its own and then those that it projects for others, or None where there
+            are none.
         """
         found, used = {}, 0
         for part in layer.parts:
-            width = (layer.heads if part == "q" else layer.kv_heads) * layer.head_dim
+            width = (layer.placed_heads if part == "q" else layer.kv_heads) * layer.head_dim
             found[part] = self._normed(layer, part, projected[:, used : used + width])
             used += width
         if extra is not None:
@@ -109,15 +112,25 @@ class TorchOps:
         return found.get("q")
 
     def _normed(self, layer: LayerProgram, part: str, states: torch.Tensor) -> torch.Tensor:
-        norm = {"q": layer.q_norm, "k": layer.k_norm}.get(part)
-        if norm is not None and layer.wide_norm:
-            states = norm(states)
-        states = states.unflatten(-1, (-1, layer.head_dim))
-        return states if norm is None or layer.wide_norm else norm(states)
+        if part == "q" and layer.asked:
+            heads = [layer.heads, *(asked.heads for asked in layer.asked)]
+            own, *others = states.split([count * layer.head_dim for count in heads], dim=1)
+            # Those that took a product of their own are normed already.
+            norms = [asked.norm if asked.weight is None else None for asked in layer.asked]
+            normed = [_apply(norm, one, layer) for norm, one in zip(norms, others, strict=True)]
+            return torch.cat([_apply(layer.q_norm, own, layer), *normed], dim=1)
+        return _apply({"q": layer.q_norm, "k": layer.k_norm}.get(part), states, layer)
 
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
-        """Attention of one new token per row into `out` [batch, heads * head_dim]."""
+        """Attention of one new token per row into `out` [batch, heads * head_dim].
+
+        Args:
+            queries: of `place`, or for a layer that asks early those that its lenders placed; None where it has none,
+                or is one of `served`.
+        """
         caches = self.caches
+        if queries is not None:
+            queries = queries[:, : layer.heads]
         if layer.map_slot is not None and queries is not None:
             caches.queries[layer.map_slot] = queries
         if layer.kind.borrows_maps and self.reuse:
@@ -168,14 +181,14 @@ class TorchOps:
         """Attention of a chunk of the prompt.
 
         Args:
-            queries: [batch * tokens, heads, head_dim].
+            queries: [batch * tokens, heads, head_dim], as for `decode`.
             lent: this chunk's queries of layers that lend them, [batch, heads, tokens, head_dim].
 
         Returns:
             [batch * tokens, heads * head_dim].
         """
         if queries is not None:
-            queries = queries.view(step.batch, step.tokens, layer.heads, layer.head_dim).transpose(1, 2)
+            queries = queries[:, : layer.heads].unflatten(0, (step.batch, step.tokens)).transpose(1, 2)
             if layer.map_slot is not None:
                 lent[layer.index] = queries
         else:
@@ -224,6 +237,14 @@ def borrowed_states(layer: LayerProgram, caches: Caches, length: int) -> tuple[t
     if layer.value_groups > 1:
         values = values.repeat_interleave(layer.value_groups, dim=1)
     return keys, values
+
+
+def _apply(norm: nn.Module | None, states: torch.Tensor, layer: LayerProgram) -> torch.Tensor:
+    """Normed heads [tokens, heads, head_dim] from [tokens, heads * head_dim]."""
+    if norm is not None and layer.wide_norm:
+        states = norm(states)
+    states = states.unflatten(-1, (-1, layer.head_dim))
+    return states if norm is None or layer.wide_norm else norm(states)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

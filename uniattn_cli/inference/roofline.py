@@ -52,9 +52,9 @@ def step_bytes(program: Program, batch: int, context: int) -> StepBytes:
 
 
 def _weights(layer: LayerProgram, program: Program, batch: int) -> int:
-    own = [layer.project, layer.output]
+    own = [layer.project, layer.output, *(asked.weight for asked in layer.asked)]
     count = sum(tensor.numel() for tensor in own if tensor is not None)
-    if not layer.parts and layer.compensation is not None:
+    if not layer.kind.attends and layer.compensation is not None:
         count += _parameters(layer.compensation)
     if isinstance(layer.feed, Gated):
         return count + layer.feed.gate_up.numel() + layer.feed.down.numel()
@@ -76,7 +76,7 @@ def _parameters(module: nn.Module) -> int:
 
 def _heads_read(layer: LayerProgram) -> int:
     """Heads of keys and of values that a layer looks at, whoever owns them."""
-    if not layer.parts:
+    if not layer.kind.attends:
         return 0
     # Borrowed maps, and keys that are asked early, are read with the lender's.
     once = layer.kind.borrows_maps or layer.kind.early

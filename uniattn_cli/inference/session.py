@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from uniattn_cli.inference.caches import GRAIN, Caches, whole_grains
 from uniattn_cli.inference.ops import TorchOps
-from uniattn_cli.inference.program import LayerProgram, Program, UnsupportedError
+from uniattn_cli.inference.program import Asked, LayerProgram, Program, UnsupportedError
 from uniattn_cli.inference.sampling import Sampling, choose
 from uniattn_cli.inference.step import Step
 
@@ -100,7 +99,6 @@ class Session:
             finished=torch.zeros(batch, dtype=torch.bool, device=device),
             noise=torch.zeros(new, batch, device=device),
         )
-        self.input_lenders = program.layout.input_lenders
         self._table_length = 0
         self.length = 0
         self.padded = False
@@ -238,19 +236,16 @@ class Session:
         update: torch.Tensor | None = None
         post: nn.Module | None = None
         lent: dict[int, torch.Tensor] = {}
-        inputs: dict[int, torch.Tensor] = {}
+        asked: dict[int, dict[int, torch.Tensor]] = {}
         for layer in program.layers:
-            if layer.parts or layer.compensation is not None:
+            if layer.kind.attends or layer.compensation is not None:
                 joined = self.joined[layer.output.shape[1]] if decoding and layer.output is not None else None
                 wanted = joined[:, layer.width :] if joined is not None and layer.takes_input else None
                 residual, normed = ops.residual_norm(residual, update, post, layer.pre_attention, wanted)
-                if layer.index in self.input_lenders:
-                    inputs[layer.index] = normed
-                update = _scaled(self._attention(layer, normed, step, lent, inputs, joined), program.update_scale)
+                update = _scaled(self._attention(layer, normed, step, lent, asked, joined), program.update_scale)
                 post = layer.post_attention
-            for handed in (lent, inputs):
-                for source in [source for source in handed if program.layout.last_use[source] <= layer.index]:
-                    del handed[source]
+            for source in [source for source in lent if program.layout.last_use[source] <= layer.index]:
+                del lent[source]
             residual, normed = ops.residual_norm(residual, update, post, layer.pre_mlp)
             update, post = _scaled(ops.feed_forward(layer.feed, normed, step), program.update_scale), layer.post_mlp
         assert update is not None, "every layer adds something"
@@ -267,21 +262,37 @@ class Session:
         normed: torch.Tensor,
         step: Step,
         lent: dict[int, torch.Tensor],
-        inputs: dict[int, torch.Tensor],
+        asked: dict[int, dict[int, torch.Tensor]],
         joined: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Output of the attention part, compensation included, [tokens, hidden]."""
+        """Output of the attention part, compensation included, [tokens, hidden].
+
+        Args:
+            lent: queries of layers that lend them, see `TorchOps.prompt`.
+            asked: for each layer that asked early, its queries by the first of their heads.
+        """
         if layer.output is None:
             assert layer.compensation is not None
             return layer.compensation(normed)
-        projected = self._project(layer, normed, inputs)
         low_rank = layer.extra > 0 and not layer.takes_input
+        extra: torch.Tensor | None = None
+        if low_rank:
+            extra = normed.new_empty(len(normed), layer.extra) if joined is None else joined[:, layer.width :]
+        projected = self._project(layer, normed)
+        placed = None if projected is None else self.ops.place(layer, projected, step, extra)
+        used = layer.heads if "q" in layer.parts else 0
+        for one in layer.asked:
+            assert placed is not None, "a lender projects"
+            asked.setdefault(one.borrower, {})[one.first] = placed[:, used : used + one.heads]
+            used += one.heads
+        queries = placed
+        if layer.kind.early:
+            found = asked.pop(layer.index)
+            if joined is None or layer.index not in self.ops.served:
+                queries = torch.cat([found[first] for first in sorted(found)], dim=1) if len(found) > 1 else found[0]
         if joined is not None:
-            queries = self.ops.place(layer, projected, step, joined[:, layer.width :] if low_rank else None)
             self.ops.decode(layer, queries, step, joined[:, : layer.width])
             return self.ops.linear(joined, layer.output, layer.output_bias)
-        extra = projected.new_empty(len(projected), layer.extra) if low_rank else None
-        queries = self.ops.place(layer, projected, step, extra)
         heads = self.ops.prompt(layer, queries, lent, step)
         result = functional.linear(heads, layer.output[:, : layer.width], layer.output_bias)
         other = normed if layer.takes_input else extra
@@ -290,29 +301,28 @@ class Session:
             result = torch.addmm(result, other, layer.output[:, layer.width :].T)
         return result
 
-    def _project(self, layer: LayerProgram, normed: torch.Tensor, inputs: dict[int, torch.Tensor]) -> torch.Tensor:
-        """What a layer projects, [tokens, rows]; of one that asks early, queries from its lenders' inputs."""
-        weight, bias = layer.project, layer.project_bias
-        assert weight is not None, "it has parts"
-        if not layer.kind.early:
-            return self.ops.linear(normed, weight, bias)
+    def _project(self, layer: LayerProgram, normed: torch.Tensor) -> torch.Tensor | None:
+        """What a layer projects, for itself and for those that ask early, [tokens, rows]; None if nothing."""
+        if layer.project is None:
+            return None
+        projected = self.ops.linear(normed, layer.project, layer.project_bias)
+        apart = [one for one in layer.asked if one.weight is not None]
+        if not apart:
+            return projected
+        joined = layer.joined_heads * layer.head_dim
+        found = [self._ask(layer, one, normed) for one in apart]
+        return torch.cat([projected[:, :joined], *found, projected[:, joined:]], dim=1)
 
-        def product(states: torch.Tensor, first: int, last: int) -> torch.Tensor:
-            return self.ops.linear(states, weight[first:last], None if bias is None else bias[first:last])
-
-        unit = layer.width // len(layer.key_sources)
-        parts = []
-        used = 0
-        for source, heads in itertools.groupby(source for source, _ in layer.key_sources):
-            start, end = used, used + unit * len(list(heads))
-            used = end
-            if layer.early_norm is None:
-                parts.append(product(inputs[source], start, end))
-            else:
-                parts.append(layer.early_norm(product(inputs[source], 0, layer.width))[:, start:end])
-        if len(weight) > layer.width:
-            parts.append(product(normed, layer.width, len(weight)))
-        return torch.cat(parts, dim=1)
+    def _ask(self, layer: LayerProgram, asked: Asked, normed: torch.Tensor) -> torch.Tensor:
+        """Normed queries of another layer that take a product of their own, [tokens, heads * head_dim]."""
+        assert asked.weight is not None, "those without are rows of the lender's projection"
+        states = self.ops.linear(normed, asked.weight, asked.bias)
+        if asked.norm is None:
+            return states
+        if asked.wide:
+            first, last = (head * layer.head_dim for head in (asked.first, asked.first + asked.heads))
+            return asked.norm(states)[:, first:last]
+        return asked.norm(states.unflatten(-1, (-1, layer.head_dim))).flatten(1)
 
 
 def _scaled(states: torch.Tensor, factor: float) -> torch.Tensor:

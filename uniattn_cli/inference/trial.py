@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from uniattn_cli.inference.caches import Caches
-from uniattn_cli.inference.program import LayerProgram, Program, map_slots, read_sources
+from uniattn_cli.inference.program import LayerProgram, Program, map_slots, plan_asking, read_sources
 from uniattn_cli.inference.step import Step
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -40,7 +40,6 @@ def attention_program(
         layer = LayerProgram(
             index=index,
             plan=plan,
-            parts=plan.traits.projects,
             heads=heads,
             kv_heads=plan.own_kv_heads(shape),
             head_dim=head_dim,
@@ -56,9 +55,10 @@ def attention_program(
             is_source=index in layout.last_use,
             map_slot=slots.get(index),
         )
-        if layer.parts:
+        if layer.kind.attends:
             read_sources(layer, shape)
         layers.append(layer)
+    plan_asking(layers)
     return Program(
         config=config,
         shape=shape,

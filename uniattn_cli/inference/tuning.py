@@ -64,6 +64,9 @@ def _products(program: Program) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
         feed = layer.feed
         if layer.project is not None:
             yield layer.project, layer.project_bias, ""
+        for asked in layer.asked:
+            if asked.weight is not None:
+                yield asked.weight, asked.bias, ""
         if layer.output is not None:
             yield layer.output, layer.output_bias, ""
         if isinstance(feed, Gated):
