@@ -57,6 +57,24 @@ SERVED = [
     OWN,
     {"leader": 7},
 ]
+# Early queries: of one lender, of two at once, with the lender's values, beside a follower; one head serves three.
+# Those that come fourth, or to a layer that keeps its map for a free follower, have to read keys again.
+EARLY = [
+    OWN,
+    OWN,
+    {"kind": "early", "leader": 1},
+    {"kind": "early", "heads": "0:2 1:1 0:0"},
+    {"kind": "early-kv", "heads": "1:2 0:1 0:2"},
+    {"heads": "0:1 0:0 1:3 1:2 0:4 0:5"},
+    {"kind": "early", "leader": 1},
+    {"kind": "early-kv", "leader": 1},
+    OWN,
+    {"heads": "8:3 8:2 8:0 8:5 8:0 8:1"},
+    {"kind": "early", "leader": 8},
+    {"kind": "early", "heads": "0:0 0:0 8:1"},
+    OWN,
+    {"kind": "early-kv", "leader": 12},
+]
 # Rows: everything, padding, one key, a part of a block, the end of a block, nothing but the newest.
 STARTS = [0, 70, 0, 130, 1, 191]
 ENDS = [192, 192, 1, 150, 128, 192]
@@ -89,11 +107,18 @@ def make_trial(ops, dtype, *, reuse=True, head_dim=64, block=BLOCKS[0], layers=L
     found = []
     for layer in program.layers:
         out = torch.full((len(STARTS), 6 * head_dim + 8), 5.0, dtype=dtype, device=DEVICE)
-        own = queries[layer.index] if "q" in layer.parts else None
-        operations.decode(layer, own, step, out[:, : 6 * head_dim])
+        operations.decode(layer, own_queries(operations, layer, queries), step, out[:, : 6 * head_dim])
         assert (out[:, 6 * head_dim :] == 5.0).all()
         found.append(out[:, : 6 * head_dim].unflatten(1, (6, head_dim)))
     return program, caches, queries, found
+
+
+def own_queries(operations, layer, queries):
+    """What a session gives `decode`: a layer's queries and those that it projects for others."""
+    if "q" not in layer.kind.projects or layer.index in operations.served:
+        return None
+    asked = [queries[one.borrower][:, one.first : one.first + one.heads] for one in layer.asked]
+    return torch.cat([queries[layer.index], *asked], dim=1)
 
 
 def materialised(program, caches, queries):
@@ -112,9 +137,9 @@ def one_head(program, caches, queries, layer, row, head, low, end):
     group, kind = 2, layer.plan.kind
     source, query_head = layer.query_sources[head] if kind == "softmax" else (layer.index, head)
     own = layer.index, head // (6 // layer.kv_heads)
-    borrowed = layer.key_sources[head // group] if kind in ("key", "kv") else own
+    borrowed = layer.key_sources[head // group] if "q" in layer.kind.projects and layer.kind.borrows else own
     key = (source, query_head // group) if kind == "softmax" else borrowed
-    value = borrowed if kind == "kv" else own
+    value = borrowed if layer.kind.borrows_values else own
     keys = caches.keys[key[0]][row, key[1], low:end].double()
     values = caches.values[value[0]][row, value[1], low:end].double()
     scores = keys @ queries[source, row, query_head].double() * layer.scale
@@ -133,8 +158,9 @@ def check(ops, dtype, reuse, options):
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "recompute"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_plain_operations_equal_materialised_maps(dtype, options, reuse):
-    check(TorchOps, dtype, reuse, options)
+@pytest.mark.parametrize("layers", [LAYERS, EARLY], ids=["layers", "early"])
+def test_plain_operations_equal_materialised_maps(layers, dtype, options, reuse):
+    check(TorchOps, dtype, reuse, options | {"layers": layers})
 
 
 @needs_triton
@@ -152,11 +178,19 @@ def test_kernels_equal_materialised_maps(dtype, options, reuse, splits, monkeypa
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_leaders_that_serve_their_followers_equal_materialised_maps(dtype, options, splits, monkeypatch):
+@pytest.mark.parametrize("layers", [SERVED, EARLY], ids=["served", "early"])
+def test_lenders_that_serve_borrowers_equal_materialised_maps(layers, dtype, options, splits, monkeypatch):
     from uniattn_cli.inference import triton_ops
 
     monkeypatch.setattr(triton_ops, "choose_splits", lambda *arguments: splits)
-    check(triton_ops.TritonOps, dtype, True, options | {"layers": SERVED})
+    check(triton_ops.TritonOps, dtype, True, options | {"layers": layers})
+
+
+@needs_triton
+def test_early_queries_without_lending_equal_materialised_maps():
+    from uniattn_cli.inference import triton_ops
+
+    check(partial(triton_ops.TritonOps, lending=False), torch.float32, True, {"layers": EARLY})
 
 
 @needs_triton
@@ -167,9 +201,9 @@ def test_leaders_that_serve_their_followers_fit_into_shared_memory(shared, block
     monkeypatch.setattr(triton_ops, "_shared_memory", lambda device: shared)
     program, caches, *_ = make_trial(triton_ops.TritonOps, torch.float32, layers=SERVED)
     operations, found = triton_ops.TritonOps(program, caches), {}
-    for leader in operations.lending.served:
+    for leader in operations.lending.lenders:
         block, stages = operations.lending_block(program.layers[leader], triton_ops.Tuning(1, 4, 4))
-        size = (2 + operations.lending.count(leader)) * 64 * torch.float32.itemsize * block
+        size = (2 + operations.lending.lent(leader)) * 64 * torch.float32.itemsize * block
         assert stages >= 2 and (size * (stages - 1) <= shared - triton_ops.OTHER_SHARED or block == 16)
         found[leader] = block
     assert set(found.values()) == blocks
@@ -192,7 +226,7 @@ def test_a_leader_that_serves_its_followers_keeps_no_map_and_does_not_see_their_
         if layer.index == 2:
             for row, values in enumerate(newest):
                 caches.values[2][row, :, ENDS[row] - 1] = values
-        operations.decode(layer, queries[layer.index] if "q" in layer.parts else None, step, outputs[layer.index])
+        operations.decode(layer, own_queries(operations, layer, queries), step, outputs[layer.index])
         for row, end in enumerate(ENDS):
             # What a step leaves behind that is run again before it counts, as while it is captured.
             caches.values[2][row, :, end - 1] = float("nan")
@@ -210,22 +244,32 @@ def serving(*layers):
 
 def test_followers_are_served_whose_groups_take_one_group_of_a_leader():
     found = serving(OWN, {"leader": 0}, OWN, {"heads": "2:1 2:0 0:5 0:4 2:0 2:0"}, {"kind": "key", "leader": 0})
-    assert found.places == {1: (0, 0, 0), 3: (0, 1, 1)}
-    assert found.served == {0: (((1, 0),), ((1, 1),), ((1, 2), (3, 1))), 2: (((3, 0), (3, 2)), (), ())}
-    assert [found.count(layer) for layer in range(5)] == [2, 0, 2, 0, 0]
+    assert set(found.slots) == {1, 3} and not found.sharing
+    assert found.owning == {0: [[(1, 0)], [(1, 1)], [(1, 2), (3, 1)]], 2: [[(3, 0), (3, 2)], [], []]}
+    assert [found.lent(layer) for layer in range(5)] == [2, 0, 2, 0, 0]
     three = serving(OWN, *[{"leader": 0}] * 3)
-    assert three.count(0) == 3 and set(three.places) == {1, 2, 3}
+    assert three.lent(0) == 3 and set(three.slots) == {1, 2, 3}
 
 
 def test_a_leader_serves_all_its_followers_or_none():
     # A free map of layer 0; whoever else borrows from layer 0, and from whom they borrow too, reads maps as well.
     free = {"heads": "0:3 0:2 0:1 0:0 0:0 0:5"}
     found = serving(OWN, OWN, free, {"heads": "0:0 0:1 1:2 1:3 1:4 1:5"}, {"leader": 1}, OWN, {"leader": 5})
-    assert set(found.served) == {5} and set(found.places) == {6}
-    assert serving(OWN, *[{"leader": 0}] * 4).served == {}
+    assert found.lenders == {5} and set(found.slots) == {6}
+    assert not serving(OWN, *[{"leader": 0}] * 4).slots
     # Four heads that all want one.
-    assert serving(OWN, {"leader": 0}, {"heads": "0:0 0:1 0:0 0:1 0:0 0:1"}).places == {}
-    assert set(serving(OWN, {"heads": "0:0 0:1 0:0 0:1 0:0 0:1"}).places) == {1}
+    assert not serving(OWN, {"leader": 0}, {"heads": "0:0 0:1 0:0 0:1 0:0 0:1"}).slots
+    assert set(serving(OWN, {"heads": "0:0 0:1 0:0 0:1 0:0 0:1"}).slots) == {1}
+
+
+def test_early_borrowers_are_served_where_there_is_a_place():
+    found = serving(*EARLY)
+    assert set(found.slots) == {2, 3, 4, 5, 13}
+    assert found.owning[1] == [[(2, 0)], [(5, 1), (2, 1), (3, 1)], [(2, 2)]]
+    assert found.sharing[1] == [[], [], [(4, 0)]] and found.sharing[12] == [[(13, 0)], [(13, 1)], [(13, 2)]]
+    assert [found.units(layer) for layer in (0, 1, 8, 12)] == [4, 5, 1, 2]
+    # Places for results are given back.
+    assert len(set(found.slots.values())) < len(found.slots)
 
 
 @needs_triton
@@ -369,8 +413,8 @@ def test_a_measurement_finds_the_faster_way():
 
 
 @needs_triton
-@pytest.mark.parametrize("layout", ["mixed", "leader"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "phi3", "smollm3"])
+@pytest.mark.parametrize("layout", ["mixed", "leader", "early"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "smollm3"])
 def test_a_model_on_kernels_gives_the_logits_of_transformers(family, layout):
     from uniattn_cli.inference.lending import plan_lending
 
@@ -379,7 +423,7 @@ def test_a_model_on_kernels_gives_the_logits_of_transformers(family, layout):
     assert engine.ops.name == "triton"
     # Leaders of one layout serve their followers.
     followers = {layer.index for layer in engine.program.layers if layer.kind.borrows_maps}
-    assert layout != "leader" or (followers and set(plan_lending(engine.program).places) == followers)
+    assert layout != "leader" or (followers and set(plan_lending(engine.program).slots) == followers)
     assert engine.difference < 1e-5
 
 
@@ -471,6 +515,9 @@ def test_attention_kernels_compile_for_hopper_and_read_whole_vectors(compiled, d
     assert {name for name, _ in compiled} == {"lead_kernel", "receive_kernel", "merge_kernel"}
     leaders = [assembly for name, assembly in compiled if name == "lead_kernel"]
     assert dtype == torch.float32 or all("cp.async.cg.shared.global" in assembly for assembly in leaders)
+    compiled.clear()
+    make_trial(triton_ops.TritonOps, dtype, layers=EARLY, **options)
+    assert {name for name, _ in compiled} == {"lead_kernel", "receive_kernel", "follow_kernel", "merge_kernel"}
 
 
 @pytest.mark.skipif(

@@ -42,6 +42,7 @@ def lead_kernel(
     query_heads,
     key_heads,
     value_heads,
+    borrowers,
     starts,
     ends,
     out,
@@ -51,15 +52,12 @@ def lead_kernel(
     maps,
     block_max,
     lse,
-    follower_heads,
     lent,
     newest,
     query_row,
     key_row,
     value_row,
     out_row,
-    part_rows,
-    lent_rows,
     capacity,
     scale,
     softcap,
@@ -68,7 +66,8 @@ def lead_kernel(
     resident_rows,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    UNITS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,48 +77,59 @@ def lead_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Attention over one split of the keys, and with the same map over the older values of up to three followers.
+    """Attention over one split of the keys, of the layer that has them and of those that borrow them from it.
+
+    A unit is the query heads of one layer that share a key/value head here: the lender's own are the first, then those
+    of borrowers with values of their own, then those of borrowers of the lender's values.
 
     Args:
-        follower_heads: [HEADS, LENT], where followers' values begin for the first row of the batch; -1 for none.
-        lent: [LENT, rows, D], what followers add their newest value to.
-        newest: score of the newest key, times log2(e).
+        query_heads: [HEADS, UNITS * GROUP], where queries begin for the first row of the batch.
+        value_heads: [HEADS, 1 + LENT], where values begin, likewise; -1 for none.
+        borrowers: [HEADS, UNITS], head of `lent` of the first query head of a unit; -1 for none.
+        lent: [heads, D], outputs of borrowers, of those with values of their own without the newest.
+        newest: [heads], the share of the newest key in the map; if split, its score times log2(e).
         query_row, key_row, value_row, out_row: elements from one row of the batch to the next.
-        part_rows, lent_rows: heads of all rows (times splits) in `part_out` and `lent`, one follower after the other.
     """
-    # A kept map is relative to the maximum of a block, what is weighed for followers to that of all blocks so far.
-    tl.static_assert(LENT == 0 or not KEEP)
+    # A kept map is relative to the maximum of a block, what is weighed for borrowers to that of all blocks so far.
+    tl.static_assert(UNITS == 1 or not KEEP)
     row = tl.program_id(0) // HEADS
     kv_head = tl.program_id(0) % HEADS
     split = tl.program_id(1)
     low, end, begin, stop = _span(starts, ends, row, split, splits, window, BLOCK, WINDOW)
-    lane = tl.arange(0, GROUP_PAD)
-    heads = kv_head * GROUP + lane
+    lane = tl.arange(0, ROWS_PAD)
+    unit = lane // GROUP
     d = tl.arange(0, D_PAD)
-    here = lane < GROUP
+    own = lane < GROUP
+    here = own
     inside = d < D
     row64 = row.to(tl.int64)
+    if UNITS > 1:
+        borrower = tl.load(borrowers + kv_head * UNITS + unit, mask=(unit > 0) & (unit < UNITS), other=-1)
+        here = own | (borrower >= 0)
+        # Where the results of a borrower's head are found.
+        loan = borrower + row64 * (HEADS * GROUP) + lane % GROUP
     # Nobody knows the alignment of offsets that are read from memory; unless told, loads are taken apart.
     key_base = tl.multiple_of(tl.load(key_heads + kv_head) + row64 * key_row, 16)
-    value_base = tl.multiple_of(tl.load(value_heads + kv_head) + row64 * value_row, 16)
-    query_base = tl.multiple_of(tl.load(query_heads + heads, mask=here, other=0) + row64 * query_row, 8)
+    value_base = tl.multiple_of(tl.load(value_heads + kv_head * (1 + LENT)) + row64 * value_row, 16)
+    query_at = tl.load(query_heads + kv_head * (UNITS * GROUP) + lane, mask=here, other=0)
+    query_base = tl.multiple_of(query_at + row64 * query_row, 8)
     q = tl.load(queries + query_base[:, None] + d[None, :], mask=here[:, None] & inside[None, :], other=0.0)
     if LENT > 0:
-        first = tl.load(follower_heads + kv_head * LENT)
+        first = tl.load(value_heads + kv_head * (1 + LENT) + 1)
         first_base = tl.multiple_of(tl.maximum(first, 0) + row64 * value_row, 16)
-        first_acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
+        first_acc = tl.zeros((ROWS_PAD, D_PAD), tl.float32)
     if LENT > 1:
-        second = tl.load(follower_heads + kv_head * LENT + 1)
+        second = tl.load(value_heads + kv_head * (1 + LENT) + 2)
         second_base = tl.multiple_of(tl.maximum(second, 0) + row64 * value_row, 16)
-        second_acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
+        second_acc = tl.zeros((ROWS_PAD, D_PAD), tl.float32)
     if LENT > 2:
-        third = tl.load(follower_heads + kv_head * LENT + 2)
+        third = tl.load(value_heads + kv_head * (1 + LENT) + 3)
         third_base = tl.multiple_of(tl.maximum(third, 0) + row64 * value_row, 16)
-        third_acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
-    top = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP_PAD,), tl.float32)
-    acc = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
-    kept = row64 * (HEADS * GROUP) + heads
+        third_acc = tl.zeros((ROWS_PAD, D_PAD), tl.float32)
+    top = tl.full((ROWS_PAD,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS_PAD,), tl.float32)
+    acc = tl.zeros((ROWS_PAD, D_PAD), tl.float32)
+    kept = row64 * (HEADS * GROUP) + kv_head * GROUP + lane
     blocks = capacity // BLOCK
     for block in range(begin, stop):
         place = block * BLOCK + tl.arange(0, BLOCK)
@@ -128,7 +138,7 @@ def lead_kernel(
         wanted = seen[:, None] & inside[None, :]
         k = tl.load(flat + key_base + offsets, mask=wanted, other=0.0)
         v = tl.load(flat + value_base + offsets, mask=wanted, other=0.0)
-        # A follower's newest value is not there yet.
+        # A borrower's newest value is not there yet.
         older = wanted & (place < end - 1)[:, None]
         if LENT > 0:
             first_v = tl.load(flat + first_base + offsets, mask=older & (first >= 0), other=0.0)
@@ -155,6 +165,8 @@ def lead_kernel(
             total = total * old + tl.sum(p, 1)
             p = p.to(v.dtype)
             acc = tl.dot(p, v, acc * old[:, None], input_precision="ieee")
+        # Rows of all units go through each product, of which their own count: the tile has as many rows anyway, and
+        # masking would take the map through shared memory once for each.
         if LENT > 0:
             first_acc = tl.dot(p, first_v, first_acc * old[:, None], input_precision="ieee")
         if LENT > 1:
@@ -171,32 +183,37 @@ def lead_kernel(
             else:
                 tl.store(map_place, p, mask=here[:, None])
                 tl.store(max_place, high, mask=here)
+    if LENT > 0:
+        acc = tl.where((unit == 1)[:, None], first_acc, acc)
+    if LENT > 1:
+        acc = tl.where((unit == 2)[:, None], second_acc, acc)
+    if LENT > 2:
+        acc = tl.where((unit == 3)[:, None], third_acc, acc)
     filled = here[:, None] & inside[None, :]
+    if LENT > 0:
+        newest_k = tl.load(flat + key_base + (end - 1) * D + d, mask=inside, other=0.0)
+        s = tl.sum(q.to(tl.float32) * newest_k.to(tl.float32)[None, :], 1)
+        share = _cap(s, scale, softcap, SOFTCAP)
+        owning = here & (unit > 0) & (unit <= LENT)
     if not SPLIT:
-        norm = 1.0 / tl.where(total > 0.0, total, 1.0)[:, None]
-        place_out = row64 * out_row + heads[:, None] * D + d[None, :]
-        tl.store(out + place_out, (acc * norm).to(out.dtype.element_ty), mask=filled)
-        if KEEP or LENT > 0:
+        acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        place_out = row64 * out_row + (kv_head * GROUP + lane)[:, None] * D + d[None, :]
+        tl.store(out + place_out, acc.to(out.dtype.element_ty), mask=own[:, None] & inside[None, :])
+        if KEEP:
             tl.store(lse + kept, top + tl.log2(total), mask=here)
-        target, rows = lent + (kept * D)[:, None] + d[None, :], lent_rows
+        if UNITS > 1:
+            tl.store(lent + (loan * D)[:, None] + d[None, :], acc, mask=filled & (unit > 0)[:, None])
+        if LENT > 0:
+            share = tl.where(total > 0.0, tl.exp2(share - top) / total, 0.0)
+            tl.store(newest + loan, share, mask=owning)
     else:
-        norm = 1.0
-        part = kept * splits + split
-        place_part = (part * D)[:, None] + d[None, :]
-        tl.store(part_out + place_part, acc, mask=filled)
+        part = ((row64 * HEADS + kv_head) * (UNITS * GROUP) + lane) * splits + split
+        tl.store(part_out + (part * D)[:, None] + d[None, :], acc, mask=filled)
         tl.store(part_max + part, top, mask=here)
         tl.store(part_sum + part, total, mask=here)
-        target, rows = part_out + part_rows * D + place_part, part_rows
-    if LENT > 0:
-        tl.store(target, first_acc * norm, mask=filled)
-        if split == 0:
-            k = tl.load(flat + key_base + (end - 1) * D + d, mask=inside, other=0.0)
-            s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
-            tl.store(newest + kept, _cap(s, scale, softcap, SOFTCAP), mask=here)
-    if LENT > 1:
-        tl.store(target + rows * D, second_acc * norm, mask=filled)
-    if LENT > 2:
-        tl.store(target + rows * (2 * D), third_acc * norm, mask=filled)
+        if LENT > 0:
+            if split == 0:
+                tl.store(newest + loan, share, mask=owning)
 
 
 @triton.jit
@@ -268,43 +285,32 @@ def follow_kernel(
 @triton.jit
 def receive_kernel(
     flat,
-    map_rows,
-    loans,
     value_heads,
-    starts,
     ends,
     out,
     lent,
     newest,
-    lse,
     value_row,
     out_row,
-    batch_heads,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    MOST: tl.constexpr,
+    NEWEST: tl.constexpr,
 ):
-    """What a leader summed up for a follower, and the follower's newest value; one head of one row."""
+    """What lenders summed up for a borrower, and its newest value where it has values; one head of one row."""
     row = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     d = tl.arange(0, D_PAD)
     inside = d < D
     row64 = row.to(tl.int64)
-    # A source is slot * heads + head; a row of what was lent is ((slot * most + place) * batch + row) * heads + head.
-    source = tl.load(map_rows + head)
-    slot = source // HEADS
-    borrowed = row64 * HEADS + source % HEADS
-    end = tl.load(ends + row)
-    value = tl.load(value_heads + head // GROUP) + row64 * value_row + (end - 1) * D
-    v = tl.load(flat + value + d, mask=inside, other=0.0).to(tl.float32)
-    older = tl.load(
-        lent + ((slot * MOST + tl.load(loans + head)) * batch_heads + borrowed) * D + d, mask=inside, other=0.0
-    )
-    weight = tl.exp2(tl.load(newest + slot * batch_heads + borrowed) - tl.load(lse + slot * batch_heads + borrowed))
-    weight = tl.where(end > tl.load(starts + row), weight, 0.0)
-    tl.store(out + row64 * out_row + head * D + d, (older + weight * v).to(out.dtype.element_ty), mask=inside)
+    loan = row64 * HEADS + head
+    total = tl.load(lent + loan * D + d, mask=inside, other=0.0)
+    if NEWEST:
+        value = tl.load(value_heads + head // GROUP) + row64 * value_row + (tl.load(ends + row) - 1) * D
+        v = tl.load(flat + value + d, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(newest + loan) * v
+    tl.store(out + row64 * out_row + head * D + d, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -314,30 +320,41 @@ def merge_kernel(
     part_max,
     part_sum,
     lse,
+    borrowers,
     lent,
+    newest,
     out_row,
-    part_rows,
-    lent_rows,
     splits,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNITS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     NORMALISED: tl.constexpr,
     KEEP: tl.constexpr,
+    LENT: tl.constexpr,
 ):
     """Puts the parts of one query head of one row together: a log-sum-exp merge, or a sum of normalised parts.
 
-    The second number of a program is 0 for the layer's own output, else that of a follower, see `lead_kernel`.
+    Heads are those of `lead_kernel`: HEADS key/value heads, each with UNITS times GROUP query heads.
     """
     index = tl.program_id(0).to(tl.int64)
-    which = tl.program_id(1).to(tl.int64)
+    row = index // (HEADS * UNITS * GROUP)
+    kv_head = index // (UNITS * GROUP) % HEADS
+    unit = index // GROUP % UNITS
+    member = index % GROUP
     part = tl.arange(0, SPLITS_PAD)
     d = tl.arange(0, D_PAD)
     here = part < splits
     inside = d < D
+    loan = row * (HEADS * GROUP) + member
+    if UNITS > 1:
+        borrower = tl.load(borrowers + kv_head * UNITS + unit, mask=unit > 0, other=0)
+        loan += borrower
+        here &= borrower >= 0
     values = tl.load(
-        part_out + ((which * part_rows + index * splits + part) * D)[:, None] + d[None, :],
+        part_out + ((index * splits + part) * D)[:, None] + d[None, :],
         mask=here[:, None] & inside[None, :],
         other=0.0,
     )
@@ -351,9 +368,13 @@ def merge_kernel(
         norm = tl.sum(weight * total, 0)
         result = tl.sum(weight[:, None] * values, 0) / tl.where(norm > 0.0, norm, 1.0)
         if KEEP:
-            tl.store(lse + index, high + tl.log2(norm))
-    if which == 0:
-        place = index // HEADS * out_row + index % HEADS * D + d
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-    else:
-        tl.store(lent + ((which - 1) * lent_rows + index) * D + d, result, mask=inside)
+            tl.store(lse + row * (HEADS * GROUP) + kv_head * GROUP + member, high + tl.log2(norm))
+        if LENT > 0:
+            owning = (unit > 0) & (unit <= LENT) & (norm > 0.0)
+            score = tl.load(newest + loan, mask=owning, other=float("-inf"))
+            share = tl.where(norm > 0.0, tl.exp2(score - high) / norm, 0.0)
+            tl.store(newest + loan, share, mask=(unit > 0) & (unit <= LENT) & (borrower >= 0))
+    place = row * out_row + (kv_head * GROUP + member) * D + d
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside & (unit == 0))
+    if UNITS > 1:
+        tl.store(lent + loan * D + d, result, mask=inside & (unit > 0) & (borrower >= 0))

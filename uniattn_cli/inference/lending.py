@@ -1,18 +1,23 @@
-"""Which leaders weigh their followers' values together with their own.
+"""Which lenders weigh their borrowers' values together with their own.
 
-A follower's map is its leader's, and all its values but the newest are in the cache when the leader runs. So it
-can do both sums in one pass: out_f = sum over older keys of p_j v_f,j, to which the follower only adds its newest
-value. The map then never leaves the kernel: it is neither written nor read again.
+A follower's map is its leader's, the queries of a layer that asks early are known when its lender runs, and all values
+but the newest are in the cache by then. So the lender's pass over its keys can do the sums of both: out_b = sum over
+older keys of p_j v_b,j, to which the borrower only adds its newest value. Keys are read once for all of them, and no
+map leaves the kernel: it is neither written nor read again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from uniattn_cli.inference.program import LayerProgram, Program
 
-# Followers for each key/value head of a leader; a kernel's shared memory holds blocks of no more.
+# Borrowers for each key/value head of a lender; a kernel's shared memory holds blocks of no more values.
 MOST_LENT = 3
+
+# Of a lender, for each of its key/value heads the (borrower, key/value head of it) that take it.
+Heads = list[list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -20,59 +25,90 @@ class Lending:
     """Who is served.
 
     Attributes:
-        served: per leader and key/value head of it, the (follower, key/value head) that it weighs the values of.
-        places: per follower, the place in that list for each of its key/value heads.
+        owning: per lender the heads of borrowers that have values of their own.
+        sharing: the same for borrowers of the lender's values, whose output is complete.
+        slots: per borrower a place for its results, given back when it has run.
     """
 
-    served: dict[int, tuple[tuple[tuple[int, int], ...], ...]]
-    places: dict[int, tuple[int, ...]]
+    owning: dict[int, Heads]
+    sharing: dict[int, Heads]
+    slots: dict[int, int]
 
-    def count(self, leader: int) -> int:
-        """Most followers that one of a leader's key/value heads serves; 0 for a layer that serves nobody."""
-        return max(map(len, self.served.get(leader, ())), default=0)
+    def lent(self, lender: int) -> int:
+        """Most borrowers with values of their own that one key/value head serves; 0 for a layer that serves nobody."""
+        return max(map(len, self.owning.get(lender, ())), default=0)
+
+    def units(self, lender: int) -> int:
+        """Layers whose queries one pass of a lender answers, at most, itself included."""
+        return 1 + self.lent(lender) + max(map(len, self.sharing.get(lender, ())), default=0)
+
+    @property
+    def lenders(self) -> set[int]:
+        """Layers that serve somebody."""
+        return {lender for served in (self.owning, self.sharing) for lender, heads in served.items() if any(heads)}
 
 
 def plan_lending(program: Program) -> Lending:
-    """Serves the followers of which every key/value head takes one key/value head of a leader.
+    """Serves the borrowers of which every key/value head takes one key/value head of a lender.
 
     A leader serves all its followers or none: one that needs the map needs it written, and then the others may as well
-    read it. So a follower with a free head map, or one too many, also leaves its leaders' other followers unserved.
+    read it. So a follower with a free head map, or one too many, also leaves its leaders' other followers unserved. A
+    layer that asks early and finds no place reads keys again, which others need not do.
     """
-    layers = {layer.index: layer for layer in program.layers if layer.kind.borrows_maps}
+    followers = [layer for layer in program.layers if layer.kind.borrows_maps]
     kept: set[int] = set()
     while True:
-        served, places = _serve([layer for layer in layers.values() if not kept & _leaders(layer)])
-        missed = set(layers) - set(places)
-        found = kept.union(*(_leaders(layers[index]) for index in missed))
-        if found == kept:
-            return Lending(
-                {leader: tuple(map(tuple, heads)) for leader, heads in served.items()},
-                {follower: tuple(heads) for follower, heads in places.items()},
-            )
-        kept = found
+        found = _Served()
+        missed = found.take(layer for layer in followers if not kept & _lenders(layer))
+        missed += [layer for layer in followers if kept & _lenders(layer)]
+        more = kept.union(*map(_lenders, missed))
+        if more == kept:
+            break
+        kept = more
+    # A kernel that writes its map serves nobody.
+    found.take(layer for layer in program.layers if layer.kind.early and not kept & _lenders(layer))
+    return Lending(found.owning, found.sharing, _slots(found.served))
 
 
-def _leaders(layer: LayerProgram) -> set[int]:
-    return {leader for leader, _ in layer.query_sources}
+def _lenders(layer: LayerProgram) -> set[int]:
+    return {lender for lender, _ in layer.key_sources}
 
 
-def _serve(
-    followers: list[LayerProgram],
-) -> tuple[dict[int, list[list[tuple[int, int]]]], dict[int, list[int]]]:
-    """Serves followers in order, each wholly or not at all."""
-    served: dict[int, list[list[tuple[int, int]]]] = {}
-    places: dict[int, list[int]] = {}
-    for layer in followers:
-        if layer.value_groups > 1:
-            continue
-        lists = [
-            served.setdefault(leader, [[] for _ in range(layer.kv_heads)])[head] for leader, head in layer.key_sources
-        ]
-        # One list may be wanted by several heads.
-        if any(len(wanted) + sum(other is wanted for other in lists) > MOST_LENT for wanted in lists):
-            continue
-        places[layer.index] = []
-        for head, wanted in enumerate(lists):
-            places[layer.index].append(len(wanted))
-            wanted.append((layer.index, head))
-    return {leader: heads for leader, heads in served.items() if any(heads)}, places
+class _Served:
+    """Layers that have been given places, each wholly or not at all."""
+
+    def __init__(self) -> None:
+        self.owning: dict[int, Heads] = {}
+        self.sharing: dict[int, Heads] = {}
+        self.served: list[LayerProgram] = []
+
+    def take(self, layers: Iterable[LayerProgram]) -> list[LayerProgram]:
+        """Serves layers in order, and returns those for which there is no place."""
+        missed = []
+        for layer in layers:
+            sources = layer.key_sources
+            # One head may be taken several times.
+            if layer.value_groups == 1 and all(
+                self._count(*source) + sources.count(source) <= MOST_LENT for source in sources
+            ):
+                served = self.sharing if layer.kind.borrows_values else self.owning
+                for head, (lender, place) in enumerate(sources):
+                    served.setdefault(lender, [[] for _ in sources])[place].append((layer.index, head))
+                self.served.append(layer)
+            else:
+                missed.append(layer)
+        return missed
+
+    def _count(self, lender: int, head: int) -> int:
+        return sum(len(served[lender][head]) for served in (self.owning, self.sharing) if lender in served)
+
+
+def _slots(served: Iterable[LayerProgram]) -> dict[int, int]:
+    slots: dict[int, int] = {}
+    spans: dict[int, tuple[int, int]] = {}
+    for layer in served:
+        begin, end = min(_lenders(layer)), layer.index
+        taken = {slots[other] for other, (first, last) in spans.items() if first <= end and begin <= last}
+        slots[layer.index] = next(slot for slot in range(len(slots) + 1) if slot not in taken)
+        spans[layer.index] = begin, end
+    return slots

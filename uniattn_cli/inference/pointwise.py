@@ -78,13 +78,15 @@ def place_kernel(
     ROTARY: tl.constexpr,
     QUERY_NORM: tl.constexpr,
     KEY_NORM: tl.constexpr,
+    LAYER_HEADS: tl.constexpr,
+    NORMED: tl.constexpr,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
     """Takes one head of one token from the projection to where it belongs: queries, caches, or the low-rank part.
 
-    Queries and keys are rotated on the way, and normed where all of them are (NORM). `places` says where in the
-    cache, `tokens` is the number per row.
+    Queries and keys are rotated on the way, and normed where all of them are (NORM); of queries the first NORMED, those
+    of each layer with its own weights. `places` says where in the cache, `tokens` is the number per row.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -107,15 +109,17 @@ def place_kernel(
             wx = tl.zeros((D_PAD,), tl.float32)
             wy = tl.zeros((D_PAD,), tl.float32)
             if QUERY_NORM:
-                mine = inside & (head < NQ)
-                wx += tl.load(query_weight + d, mask=mine, other=0.0).to(tl.float32)
-                wy += tl.load(query_weight + partner, mask=mine & turns, other=0.0).to(tl.float32)
+                mine = inside & (head < NORMED)
+                weight = query_weight + head // LAYER_HEADS * D
+                wx += tl.load(weight + d, mask=mine, other=0.0).to(tl.float32)
+                wy += tl.load(weight + partner, mask=mine & turns, other=0.0).to(tl.float32)
             if KEY_NORM:
                 mine = inside & (head >= NQ)
                 wx += tl.load(key_weight + d, mask=mine, other=0.0).to(tl.float32)
                 wy += tl.load(key_weight + partner, mask=mine & turns, other=0.0).to(tl.float32)
-            x = (x * factor * (wx + OFFSET)).to(kind).to(tl.float32)
-            y = (y * factor * (wy + OFFSET)).to(kind).to(tl.float32)
+            plain = (head >= NORMED) & (head < NQ)
+            x = tl.where(plain, x, (x * factor * (wx + OFFSET)).to(kind).to(tl.float32))
+            y = tl.where(plain, y, (y * factor * (wy + OFFSET)).to(kind).to(tl.float32))
         if ROTARY > 0:
             position = tl.load(positions + token).to(tl.int64)
             c = tl.load(cos + position * ROTARY + d, mask=turns, other=1.0).to(tl.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ FEWEST_KEYS = 256
 # Shared memory that a program may have on a device that does not say, and what is needed beside the blocks of keys.
 FALLBACK_SHARED = 227 << 10
 OTHER_SHARED = 24 << 10
-# Keys that a kernel handles at once where it weighs followers' values too: as many as fit into shared memory twice.
+# Keys that a kernel handles at once where it weighs borrowers' values too: as many as fit into shared memory twice.
 LENDING_BLOCKS = (64, 32, 16)
 # Bytes in flight beyond which such a kernel becomes slower (seen on an H200).
 LENDING_SHARED = 160 << 10
@@ -58,7 +58,7 @@ class Tuning:
         return cls(*(int(value) for value in text.split(",")))
 
 
-# By role (a layer that keeps its map, one that weighs its followers' values, one that lends nothing, one that borrows a
+# By role (a layer that keeps its map, one that answers borrowers too, one that lends nothing, one that borrows a
 # map) and size of a block of keys; found with benchmarks/kernels.py.
 TUNINGS = {
     "lead": ("2,4,3,33", "1,4,4,33"),
@@ -94,8 +94,10 @@ class HeadTable:
     """Where the heads of a layer begin in the caches' memory.
 
     Attributes:
-        queries: [heads], elements from a row's first query.
-        keys, values: [heads of keys], elements from the beginning of the memory; None where the layer reads none.
+        queries: [heads], or for a lender [heads of keys, units * group], elements from a row's first query.
+        keys: [heads of keys], elements from the beginning of the memory; None where the layer reads none.
+        values: [heads of keys, 1 + lent], likewise, its own and then those that it weighs for others; -1 for none.
+        borrowers: [heads of keys, units], heads from the beginning of `lent`, see `lead_kernel`.
         row: elements from one row of the batch to the next, for keys and for values.
     """
 
@@ -104,13 +106,14 @@ class HeadTable:
     values: torch.Tensor
     key_row: int
     value_row: int
+    borrowers: torch.Tensor | None = None
 
 
 class TritonOps(TorchOps):
     """Needs 16-bit or float32 weights, heads of at most 256, and a CUDA device or Triton's interpreter.
 
     Args:
-        lending: leaders weigh the values of the followers of `plan_lending`; else all of them read maps.
+        lending: lenders serve the borrowers of `plan_lending`; else followers read maps, and those that ask early keys.
     """
 
     name = "triton"
@@ -125,32 +128,30 @@ class TritonOps(TorchOps):
         tuning: Tuning | None = None,
     ):
         super().__init__(program, caches, reuse=reuse)
-        self.lending = plan_lending(program) if reuse and lending else Lending({}, {})
+        self.lending = plan_lending(program) if reuse and lending else Lending({}, {}, {})
+        self.served = frozenset(self.lending.slots)
         self.tunings = {role: tuning or Tuning.of(role, caches.block) for role in TUNINGS}
         self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
-        self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.parts}
+        self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.kind.attends}
         shape, device = program.shape, program.device
         most = max(
             (
                 self._splits(layer, tuning)
                 for layer in program.layers
-                if layer.parts
+                if layer.kind.attends
                 for tuning in self.tunings.values()
             ),
             default=1,
         )
         heads = caches.batch * shape.query_heads
         floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        # Most followers that a head of any leader serves.
-        lent = max(map(self.lending.count, self.lending.served), default=0)
-        self.part_out = torch.empty(1 + lent, heads * most, shape.head_dim, **floats)
-        self.part_max = torch.empty(heads * most, **floats)
-        self.part_sum = torch.empty(heads * most, **floats)
-        slots = program.map_slots if lent else 0
-        self.lent = torch.empty(slots, lent, heads, shape.head_dim, **floats)
+        units = max(map(self.lending.units, self.lending.lenders), default=1)
+        self.part_out = torch.empty(units * heads * most, shape.head_dim, **floats)
+        self.part_max = torch.empty(units * heads * most, **floats)
+        self.part_sum = torch.empty(units * heads * most, **floats)
+        slots = max(self.lending.slots.values(), default=-1) + 1
+        self.lent = torch.empty(slots, heads, shape.head_dim, **floats)
         self.newest = torch.empty(slots, heads, **floats)
-        self.borrowed_values = {leader: self._borrowed_values(leader) for leader in self.lending.served}
-        self.loans = {follower: self._loans(follower) for follower in self.lending.places}
         # Rows of the batch whose maps the L2 cache is asked to keep: as many as their share of it holds.
         self.resident_rows = 0
         if any(self._keeps_map(layer) for layer in program.layers):
@@ -178,32 +179,56 @@ class TritonOps(TorchOps):
         else:
             queries = torch.arange(layer.heads, device=self.program.device) * dim
         row = caches.capacity * dim
-        return HeadTable(
+        table = HeadTable(
             queries,
             caches.head_offsets("k", key_sources) if reads_keys else None,
-            caches.head_offsets("v", value_sources),
+            caches.head_offsets("v", value_sources)[:, None],
             row * self._heads_of(key_sources),
             row * self._heads_of(value_sources),
         )
+        return self._with_borrowers(layer, table) if layer.index in self.lending.lenders else table
+
+    def _with_borrowers(self, layer: LayerProgram, table: HeadTable) -> HeadTable:
+        """The table of a lender, with the heads of those that it serves."""
+        lending, group = self.lending, layer.heads // layer.kv_heads
+        lent, units = lending.lent(layer.index), lending.units(layer.index)
+        nobody: list[list[tuple[int, int]]] = [[]] * layer.kv_heads
+        queries, values, borrowers = [], [], []
+        for head, (owning, sharing) in enumerate(
+            zip(lending.owning.get(layer.index, nobody), lending.sharing.get(layer.index, nobody), strict=True)
+        ):
+            taken = [*owning, *[None] * (lent - len(owning)), *sharing, *[None] * (units - 1 - lent - len(sharing))]
+            own = list(range(head * group, (head + 1) * group))
+            asked = [own if unit is None else self._query_places(layer, *unit) for unit in taken]
+            queries.append([place * layer.head_dim for places in (own, *asked) for place in places])
+            offsets = self.caches.head_offsets("v", tuple(owning)).tolist() if owning else []
+            values.append([int(table.values[head, 0]), *offsets, *[-1] * (lent - len(owning))])
+            borrowers.append([-1, *(-1 if unit is None else self._loan(layer, *unit) for unit in taken)])
+        found = [
+            torch.tensor(rows, dtype=torch.int64, device=self.program.device) for rows in (queries, values, borrowers)
+        ]
+        return replace(table, queries=found[0], values=found[1], borrowers=found[2])
+
+    def _query_places(self, lender: LayerProgram, borrower: int, head: int) -> list[int]:
+        """Where among the heads that a lender places the queries for one key/value head of a borrower are."""
+        layer, group = self.program.layers[borrower], lender.heads // lender.kv_heads
+        heads = range(head * group, (head + 1) * group)
+        if layer.kind.borrows_maps:
+            return [layer.query_sources[one][1] for one in heads]
+        used = lender.heads
+        for asked in lender.asked:
+            if asked.borrower == borrower and asked.first <= heads[0] < asked.first + asked.heads:
+                return [used + one - asked.first for one in heads]
+            used += asked.heads
+        raise AssertionError(f"layer {lender.index} projects no queries for head {head} of layer {borrower}")
+
+    def _loan(self, lender: LayerProgram, borrower: int, head: int) -> int:
+        """Head of `lent` where the results for one key/value head of a borrower begin."""
+        slot, group = self.lending.slots[borrower], lender.heads // lender.kv_heads
+        return slot * self.caches.batch * lender.heads + head * group
 
     def _keeps_map(self, layer: LayerProgram) -> bool:
-        return layer.map_slot is not None and self.reuse and layer.index not in self.lending.served
-
-    def _borrowed_values(self, leader: int) -> torch.Tensor:
-        """[key/value heads, followers], where the values begin that a leader weighs for others; -1 for none."""
-        served, most = self.lending.served[leader], self.lending.count(leader)
-        rows = [
-            [*self.caches.head_offsets("v", heads).tolist(), *[-1] * (most - len(heads))] if heads else [-1] * most
-            for heads in served
-        ]
-        return torch.tensor(rows, dtype=torch.int64, device=self.program.device)
-
-    def _loans(self, follower: int) -> torch.Tensor:
-        """[heads], which of the followers that its source serves each head of a follower is."""
-        layer, places = self.program.layers[follower], self.lending.places[follower]
-        group = layer.heads // layer.kv_heads
-        of_heads = [places[head // group] for head in range(layer.heads)]
-        return torch.tensor(of_heads, dtype=torch.int64, device=self.program.device)
+        return layer.map_slot is not None and self.reuse and layer.index not in self.lending.lenders
 
     def _heads_of(self, sources: tuple[tuple[int, int], ...]) -> int:
         """Key/value heads of the layers that are borrowed from, which decide where the next row begins."""
@@ -225,8 +250,8 @@ class TritonOps(TorchOps):
         return max(1, min(tuning.stages, (self.shared - OTHER_SHARED) // block))
 
     def lending_block(self, layer: LayerProgram, tuning: Tuning) -> tuple[int, int]:
-        """Keys that a kernel handles at once while it weighs followers' values too, and its stages."""
-        key = (2 + self.lending.count(layer.index)) * _pad(layer.head_dim) * self.program.dtype.itemsize
+        """Keys that a kernel handles at once while it answers borrowers too, and its stages."""
+        key = (2 + self.lending.lent(layer.index)) * _pad(layer.head_dim) * self.program.dtype.itemsize
         room = min(LENDING_SHARED, self.shared - OTHER_SHARED)
         block = next((size for size in LENDING_BLOCKS if 2 * size * key <= room), LENDING_BLOCKS[-1])
         # One block less than stages is in flight.
@@ -235,8 +260,8 @@ class TritonOps(TorchOps):
     def decode(self, layer: LayerProgram, queries: torch.Tensor | None, step: Step, out: torch.Tensor) -> None:
         caches = self.caches
         if layer.map_slot is not None and queries is not None and not self.reuse:
-            caches.queries[layer.map_slot] = queries
-        if layer.index in self.lending.places:
+            caches.queries[layer.map_slot] = queries[:, : layer.heads]
+        if layer.index in self.served:
             self._receive(layer, step, out)
         elif layer.kind.borrows_maps and self.reuse:
             self._follow(layer, step, out)
@@ -247,10 +272,12 @@ class TritonOps(TorchOps):
         table, caches = self.tables[layer.index], self.caches
         assert table.keys is not None, "what makes a map reads keys"
         row = layer.heads * layer.head_dim if queries is None else queries.stride(0)
-        lent, slot = self.lending.count(layer.index), layer.map_slot if self.reuse else None
-        keeps = self._keeps_map(layer)
-        tuning = self.tunings["lend" if lent else "alone" if slot is None else "lead"]
-        block, stages = self.lending_block(layer, tuning) if lent else (caches.block, self._stages(layer, tuning, 2))
+        slot = layer.map_slot if self._keeps_map(layer) else None
+        units, lent = self.lending.units(layer.index), self.lending.lent(layer.index)
+        tuning = self.tunings["lend" if units > 1 else "alone" if slot is None else "lead"]
+        block, stages = caches.block, self._stages(layer, tuning, 2)
+        if lent:
+            block, stages = self.lending_block(layer, tuning)
         heads, splits = len(table.keys), self._splits(layer, tuning, block)
         group = layer.heads // heads
         kernels.lead_kernel[(step.batch * heads, splits)](
@@ -259,21 +286,20 @@ class TritonOps(TorchOps):
             table.queries,
             table.keys,
             table.values,
+            self._borrowers(table),
             step.starts,
             step.ends,
             out,
             self.part_out,
             self.part_max,
             self.part_sum,
-            *self._kept(slot, keeps),
-            self.borrowed_values.get(layer.index, table.keys),
-            *self._lent(slot if lent else None),
+            *self._kept(slot),
+            self.lent,
+            self.newest,
             row,
             table.key_row,
             table.value_row,
             out.stride(0),
-            self.part_out.shape[1],
-            self.lent.shape[2],
             caches.capacity,
             layer.scale,
             layer.softcap or 0.0,
@@ -282,12 +308,13 @@ class TritonOps(TorchOps):
             self.resident_rows,
             HEADS=heads,
             GROUP=group,
-            GROUP_PAD=_pad(group),
+            UNITS=units,
+            ROWS_PAD=_pad(units * group),
             D=layer.head_dim,
             D_PAD=_pad(layer.head_dim),
             BLOCK=block,
             SPLIT=splits > 1,
-            KEEP=keeps,
+            KEEP=slot is not None,
             LENT=lent,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
@@ -295,29 +322,24 @@ class TritonOps(TorchOps):
             num_stages=stages,
         )
         if splits > 1:
-            self._merge(layer, splits, out, slot, normalised=False, lent=lent)
+            self._merge(layer, splits, out, slot, heads, normalised=False)
 
     def _receive(self, layer: LayerProgram, step: Step, out: torch.Tensor) -> None:
-        table, caches = self.tables[layer.index], self.caches
+        table, slot = self.tables[layer.index], self.lending.slots[layer.index]
         kernels.receive_kernel[(step.batch * layer.heads,)](
-            caches.flat,
-            self.map_rows[layer.index],
-            self.loans[layer.index],
+            self.caches.flat,
             table.values,
-            step.starts,
             step.ends,
             out,
-            self.lent,
-            self.newest,
-            caches.lse,
+            self.lent[slot],
+            self.newest[slot],
             table.value_row,
             out.stride(0),
-            self.lent.shape[2],
             HEADS=layer.heads,
             GROUP=layer.heads // layer.kv_heads,
             D=layer.head_dim,
             D_PAD=_pad(layer.head_dim),
-            MOST=self.lent.shape[1],
+            NEWEST=not layer.kind.borrows_values,
             num_warps=1,
         )
 
@@ -353,41 +375,43 @@ class TritonOps(TorchOps):
             num_stages=self._stages(layer, tuning, 1),
         )
         if splits > 1:
-            self._merge(layer, splits, out, None, normalised=True)
+            self._merge(layer, splits, out, None, layer.kv_heads, normalised=True)
 
-    def _kept(self, slot: int | None, keeps: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _kept(self, slot: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where a leader keeps its map and its sum; what is passed where it keeps none is never touched."""
         caches = self.caches
         if slot is None:
             return self.nothing, self.part_max, self.part_max
-        if not keeps:
-            return self.nothing, self.part_max, caches.lse[slot]
         return caches.maps[slot], caches.block_max[slot], caches.lse[slot]
 
-    def _lent(self, slot: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a leader leaves what it weighed for followers, likewise."""
-        return (self.part_out, self.part_max) if slot is None else (self.lent[slot], self.newest[slot])
+    def _borrowers(self, table: HeadTable) -> torch.Tensor:
+        """Likewise."""
+        return table.queries if table.borrowers is None else table.borrowers
 
     def _merge(
-        self, layer: LayerProgram, splits: int, out: torch.Tensor, slot: int | None, *, normalised: bool, lent: int = 0
+        self, layer: LayerProgram, splits: int, out: torch.Tensor, slot: int | None, heads: int, *, normalised: bool
     ) -> None:
-        kernels.merge_kernel[(out.shape[0] * layer.heads, 1 + lent)](
+        units = 1 if normalised else self.lending.units(layer.index)
+        kernels.merge_kernel[(out.shape[0] * layer.heads * units,)](
             out,
             self.part_out,
             self.part_max,
             self.part_sum,
-            self._kept(slot, keeps=False)[2],
-            self._lent(slot if lent else None)[0],
+            self._kept(slot)[2],
+            self._borrowers(self.tables[layer.index]),
+            self.lent,
+            self.newest,
             out.stride(0),
-            self.part_out.shape[1],
-            self.lent.shape[2],
             splits,
-            HEADS=layer.heads,
+            HEADS=heads,
+            GROUP=layer.heads // heads,
+            UNITS=units,
             D=layer.head_dim,
             D_PAD=_pad(layer.head_dim),
             SPLITS_PAD=triton.next_power_of_2(splits),
             NORMALISED=normalised,
             KEEP=slot is not None,
+            LENT=0 if normalised else self.lending.lent(layer.index),
             num_warps=4,
         )
 
@@ -462,8 +486,12 @@ class TritonOps(TorchOps):
         if layer.wide_norm or offset is None or (normed and len(normed) != len(rotated)):
             return super().place(layer, projected, step, extra)
         caches, tokens = self.caches, len(projected)
-        queries = projected.new_empty(tokens, layer.heads, layer.head_dim) if "q" in layer.parts else None
-        heads = {part: (layer.heads if part == "q" else layer.kv_heads) for part in layer.parts}
+        placed = layer.placed_heads
+        queries = projected.new_empty(tokens, placed, layer.head_dim) if placed else None
+        heads = {part: (placed if part == "q" else layer.kv_heads) for part in layer.parts}
+        weights = [self.nothing if norm is None else norm.weight for norm in norms]
+        if layer.query_norms is not None:
+            weights[0] = layer.query_norms
         cos, sin = step.tables[layer.rope] if layer.rope is not None else (self.nothing, self.nothing)
         rank = 0 if extra is None else extra.shape[1]
         programs = sum(heads.values()) + -(-rank // layer.head_dim)
@@ -473,13 +501,13 @@ class TritonOps(TorchOps):
             sin,
             step.positions,
             step.places,
-            *(self.nothing if norm is None else norm.weight for norm in norms),
+            *weights,
             self.nothing if queries is None else queries,
             caches.keys.get(layer.index, self.nothing),
             caches.values.get(layer.index, self.nothing),
             self.nothing if extra is None else extra,
             projected.stride(0),
-            layer.heads * layer.head_dim,
+            placed * layer.head_dim,
             layer.kv_heads * caches.capacity * layer.head_dim,
             0 if extra is None else extra.stride(0),
             step.tokens,
@@ -494,6 +522,8 @@ class TritonOps(TorchOps):
             ROTARY=cos.shape[-1] if layer.rope is not None and rotated else 0,
             QUERY_NORM=norms[0] is not None,
             KEY_NORM=norms[1] is not None,
+            LAYER_HEADS=layer.heads,
+            NORMED=layer.joined_heads,
             NORM=bool(normed),
             OFFSET=offset,
             num_warps=1,
