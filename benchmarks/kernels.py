@@ -8,8 +8,9 @@ Needs one GPU, torch, triton and transformers. Every candidate is captured in a 
 Ratios are of medians. The part `grid` checks correctness over many shapes, `products` times products with one row.
 
 A leader that weighs its followers' values does the work of several layers in one pass, so its time is compared with
-that of cuDNN's full attention over as many keys and values. A follower costs what the pass takes longer than a layer
-that lends nothing, divided by the number of followers, and the kernel that adds its newest value.
+that of cuDNN's full attention over as many keys and values, and with that of moving its keys and all values at the
+speed of a copy. A follower costs what the pass takes longer than a layer that lends nothing, divided by the number of
+followers, and the kernel that adds its newest value. In an early pass the borrowers have queries of their own.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ TUNINGS = [(1, 4, 4, 33), (1, 4, 4, 0), (1, 4, 4, 50), (1, 4, 4, 20), (1, 4, 4, 
 TUNINGS += [(2, 4, 3, 33), (2, 4, 3, 0), (1, 8, 4, 33), (1, 8, 4, 0)]
 # Where a leader weighs its followers' values: programs per multiprocessor, warps, stages.
 LENDING_TUNINGS = [(1, 4, 4), (1, 4, 3), (1, 8, 4), (2, 4, 3)]
-# A leader with one follower, one with three, and a layer that lends nothing.
-LAYERS = [{}, {"leader": 0}, {}, *[{"leader": 2}] * 3, {}]
-PASSES = {"pass of 2": (0, 1), "pass of 4": (2, 3)}
+# A lender with one follower, one with three, the same with layers that ask early, and a layer that lends nothing.
+LAYERS = [{}, {"leader": 0}, {}, *[{"leader": 2}] * 3]
+LAYERS += [{}, {"kind": "early", "leader": 6}, {}, *[{"kind": "early", "leader": 8}] * 3, {}]
+PASSES = {"pass of 2": (0, 1), "pass of 4": (2, 3), "early pass of 2": (6, 1), "early pass of 4": (8, 3)}
+# What a pass may take over the time of moving its keys and values at the speed of a copy.
+OVER_COPY = 1.05
 CALLS = 8
 PARTS = ("grid", "products", "shapes")
 # Rows and columns of the matrices that a step of one row is multiplied with, and the activation that follows.
@@ -91,7 +95,7 @@ def measure(
     caches = Caches(program, batch, context, block=block)
     caches.flat.normal_()
     step = decoding_step(caches, [0] * batch, [context] * batch)
-    queries = torch.randn(batch, HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    queries = torch.randn(batch, 4 * HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
     out = torch.empty(batch, HEADS * HEAD_DIM, device=device, dtype=torch.bfloat16)
     candidates, failures, errors = {}, {}, {}
 
@@ -104,10 +108,12 @@ def measure(
 
     def add(role: str, name: str, ops: TorchOps, index: int) -> None:
         layer = program.layers[index]
-        call = lambda: ops.decode(layer, queries if layer.parts != "v" else None, step, out)  # noqa: E731
+        first = first_query(program, layer)
+        own = queries[:, first : first + max(layer.placed_heads, HEADS)] if "q" in layer.kind.projects else None
+        call = lambda: ops.decode(layer, own, step, out)  # noqa: E731
         attempt(f"{role} {name}", call)
         if f"{role} {name}" in candidates:
-            errors[f"{role} {name}"] = error(layer, caches, queries, out, batch)
+            errors[f"{role} {name}"] = error(program, layer, caches, queries, out)
 
     last = len(LAYERS) - 1
     for name, ops in operations(program, caches, tunings, device, lending=False).items():
@@ -116,11 +122,11 @@ def measure(
     for name, ops in operations(program, caches, LENDING_TUNINGS[: len(tunings)], device).items():
         for role, (index, followers) in PASSES.items():
             add(role, name, ops, index)
-            add(f"newest of {followers + 1}", name, ops, index + followers)
+            add(role.replace("pass", "newest"), name, ops, index + followers)
     for name, backend in STOCK.items() if device.type == "cuda" else ():
         # Or query heads of a group as queries of one head: the same sums, for kernels that know no groups.
         for way, shape in (("", (HEADS, 1)), (" grouped", (KV_HEADS, HEADS // KV_HEADS))):
-            shaped = queries.view(batch, *shape, HEAD_DIM)
+            shaped = queries[:, :HEADS].reshape(batch, *shape, HEAD_DIM)
             call = lambda backend=backend, shaped=shaped: stock(backend, shaped, caches)  # noqa: E731
             attempt(name + way, call)
     times = take_turns(candidates, rounds)
@@ -151,13 +157,15 @@ def check_shape(
     """Kernels over caches that are filled raggedly, every kind of layer, against the plain operations in float64."""
     free = " ".join(f"{head % 2}:{(7 * head + 3) % heads}" for head in range(heads))
     crossed = " ".join(f"{head % 2}:{kv_heads - 1 - head}" for head in range(kv_heads))
-    # Layers 0 and 1 keep their maps for others, layer 6 serves its followers.
+    turned = " ".join(f"9:{kv_heads - 1 - head}" for head in range(kv_heads))
+    # Layers 0 and 1 keep their maps for others, layer 6 serves its followers, layer 9 those that ask early.
     group = heads // kv_heads
     first = " ".join(f"6:{head // group * group}" for head in range(heads))
     layout = Layout.from_list(
         [
             *({}, {}, {"leader": 1}, {"heads": free}, {"kind": "key", "heads": crossed}),
             *({"kind": "kv", "heads": crossed}, {}, {"leader": 6}, {"heads": first}),
+            *({}, {"kind": "early", "leader": 9}, {"kind": "early-kv", "heads": turned}),
         ],
         compensation="none",
     )
@@ -182,12 +190,20 @@ def check_shape(
             step = decoding_step(caches, starts, ends)
             out = torch.zeros(len(layout), GRID_BATCH, heads * head_dim, dtype=kind, device=device)
             for layer in program.layers:
-                own = queries[layer.index].to(kind) if "q" in layer.parts else None
-                ops.decode(layer, own, step, out[layer.index])
+                ops.decode(layer, placed(layer, queries.to(kind)), step, out[layer.index])
             outputs.append(out.double())
         difference = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
         errors[str(dtype).removeprefix("torch.")] = difference.item()
     return {**sizes, "errors": errors}
+
+
+def placed(layer: LayerProgram, queries: torch.Tensor) -> torch.Tensor | None:
+    """What a session gives an operation: a layer's queries and those of others that it projects, of all layers'."""
+    if not layer.placed_heads:
+        # Those that ask early and are not served have been asked for.
+        return queries[layer.index] if layer.kind.early else None
+    asked = [queries[one.borrower][:, one.first : one.first + one.heads] for one in layer.asked]
+    return torch.cat([queries[layer.index], *asked], dim=1)
 
 
 def operations(
@@ -226,14 +242,23 @@ def milliseconds(call: Callable[[], None], device: torch.device) -> Callable[[],
     return once
 
 
-def error(layer: LayerProgram, caches: Caches, queries: torch.Tensor, out: torch.Tensor, batch: int) -> float:
+def first_query(program: Program, layer: LayerProgram) -> int:
+    """Where a layer's queries begin among those that are placed at once: behind its lender's own if it asks early."""
+    if not layer.kind.early:
+        return 0
+    asked = [one.borrower for one in program.layers[layer.plan.leader].asked]
+    return HEADS * (1 + asked.index(layer.index))
+
+
+def error(program: Program, layer: LayerProgram, caches: Caches, queries: torch.Tensor, out: torch.Tensor) -> float:
     """Largest difference to float64 attention with whole maps, relative to the largest output, over two rows."""
     worst = 0.0
-    for row in {0, batch - 1}:
-        source = layer.plan.leader if layer.kind.borrows_maps else layer.index
+    source = layer.index if layer.plan.leader is None else layer.plan.leader
+    first = first_query(program, layer)
+    for row in {0, len(out) - 1}:
         keys = caches.keys[source][row].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
         values = caches.values[layer.index][row].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
-        scores = torch.einsum("hd,hkd->hk", queries[row].double(), keys) * HEAD_DIM**-0.5
+        scores = torch.einsum("hd,hkd->hk", queries[row, first : first + HEADS].double(), keys) * HEAD_DIM**-0.5
         wanted = torch.einsum("hk,hkd->hd", scores.softmax(-1), values)
         found = out[row].view(HEADS, HEAD_DIM).double()
         worst = max(worst, ((found - wanted).abs().max() / wanted.abs().max()).item())
@@ -249,7 +274,7 @@ def judge(shape: str, found: dict, bandwidth: float) -> dict:
     # What a role must read; a map is read by followers and written by leaders.
     bytes_of = {"leader": 2 * head_bytes + maps, "follower": head_bytes + maps, "alone": 2 * head_bytes}
     bytes_of |= {role: (2 + followers) * head_bytes for role, (_, followers) in PASSES.items()}
-    bytes_of |= {f"newest of {followers + 1}": 0 for _, followers in PASSES.values()}
+    bytes_of |= {role.replace("pass", "newest"): 0 for role in PASSES}
     best = {}
     for role, count in bytes_of.items():
         own = {name: value for name, value in medians.items() if name.rpartition(" ")[0] == role}
@@ -258,7 +283,8 @@ def judge(shape: str, found: dict, bandwidth: float) -> dict:
             speed = count / own[name] * 1e3
             best[role] = {"setting": name.split(" ")[-1], "ms": own[name], "of_copy": speed / bandwidth, "bytes": count}
     stock_ms = {name: value for name, value in medians.items() if name.split(" ")[0] in STOCK}
-    result = {"best": best, "stock_ms": stock_ms}
+    over = {role: 1 / best[role]["of_copy"] for role in PASSES if role in best}
+    result = {"best": best, "stock_ms": stock_ms, "pass_over_copy": over}
     # The faster of its two ways.
     cudnn = min((value for name, value in stock_ms.items() if name.startswith("cudnn")), default=None)
     if cudnn and best:
@@ -266,7 +292,7 @@ def judge(shape: str, found: dict, bandwidth: float) -> dict:
         result["leader_over_cudnn"], result["cudnn_over_follower"], result["follower_of_copy"] = {}, {}, {}
         for role, (_, followers) in PASSES.items():
             took = best[role]["ms"]
-            follower = (took - best["alone"]["ms"]) / followers + best[f"newest of {followers + 1}"]["ms"]
+            follower = (took - best["alone"]["ms"]) / followers + best[role.replace("pass", "newest")]["ms"]
             result["leader_over_cudnn"][role] = took / (1 + followers / 2) / cudnn
             result["cudnn_over_follower"][role] = cudnn / follower
             result["follower_of_copy"][role] = head_bytes / follower * 1e3 / bandwidth
@@ -280,6 +306,10 @@ def judge(shape: str, found: dict, bandwidth: float) -> dict:
                 f"leader within {slower}": max(result["leader_over_cudnn"][role] for role in PASSES) <= slower,
                 f"leader that keeps its map within {slower}": result["leader_over_cudnn"]["map"] <= slower,
                 "follower at the copy's speed": min(result["follower_of_copy"].values()) >= SHARE_OF_COPY,
+                f"early pass within {OVER_COPY} of the copy": max(
+                    value for role, value in over.items() if role.startswith("early")
+                )
+                <= OVER_COPY,
             }
     return result
 

@@ -203,7 +203,8 @@ def test_benchmarks_for_the_gpu_run_with_torch_and_transformers_alone(name, opti
         found = content["shapes"]["2x128"]
         assert found["failures"] == {}
         assert max(found["errors"].values()) < 1e-2
-        lending = {f"{what} of {layers}" for what in ("pass", "newest") for layers in (2, 4)}
+        whats = ("pass", "newest", "early pass", "early newest")
+        lending = {f"{what} of {layers}" for what in whats for layers in (2, 4)}
         assert set(found["best"]) == {"leader", "follower", "alone", *lending}
     else:
         assert set(content["parts"]) == {"text", "steps", "stock", "prompts", "capacity", "sweep", "profile"}
