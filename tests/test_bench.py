@@ -186,7 +186,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     [
         ("kernels", ["--shapes", "2x128", "--rounds", "1"]),
         ("kernels", ["--parts", "grid"]),
-        ("decoding", ["--shape", "tiny", "--layers", "8", "--scale", "512"]),
+        ("decoding", ["--shape", "tiny", "--layers", "4", "--scale", "512"]),
     ],
 )
 @pytest.mark.slow
