@@ -48,7 +48,7 @@ def run(made, monkeypatch):
 
 
 def overrides(**changes) -> list[str]:
-    quick = {"data__train": BOTH, "synthesis__tokens": 4000, "synthesis__prefix": 8, "synthesis__batch_size": 16}
+    quick = {"data__train": BOTH, "synthesis__tokens": 3000, "synthesis__prefix": 8, "synthesis__batch_size": 16}
     return settings(**quick | changes)
 
 
@@ -101,7 +101,7 @@ def test_rows_go_on_from_training_rows_and_from_no_others(run):
 
 def test_there_are_as_many_tokens_as_asked_for_in_rows_that_fit(run):
     result = synthesize()
-    assert 4000 <= result.tokens < 4000 + 64
+    assert 3000 <= result.tokens < 3000 + 64
     sizes = [size for batch in loaded(tokens=2000, batch_size=16)[2].batches(training_rows()) for *_, size in batch]
     assert max(sizes) <= 64 and 2000 <= sum(sizes) < 2000 + 64
 
@@ -138,7 +138,7 @@ def test_the_same_seed_writes_the_same_whatever_runs_the_model(run):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("temperature", 0.3), ("top_p", 0.2), ("prefix", 20), ("tokens", 400), ("batch_size", 3), ("model", "other")],
+    [("temperature", 0.3), ("top_p", 0.2), ("prefix", 20), ("tokens", 400), ("batch_size", 8), ("model", "other")],
 )
 def test_settings_change_what_is_written(key, value, run, usual):
     if value == "other":
