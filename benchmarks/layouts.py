@@ -130,7 +130,7 @@ class Bench:
         return SourceChooser(matcher, lenders, Limits.of(self.device), match_keys=match_keys)
 
     def fast(self, followers: int) -> Layout:
-        return next(choice.layout for choice in frontier(self.matcher()) if choice.followers == followers)
+        return next(choice.layout for choice in frontier(self.matcher()) if choice.changed == followers)
 
     def searched(
         self, name: str, kinds: tuple[str, ...], budget: LayoutSpec, head_map: str, align: int = 0

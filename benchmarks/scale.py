@@ -93,7 +93,7 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
     matcher = Matcher(analyze(4).score, shape, "grouped", "several")
     chooser = SourceChooser(matcher, matcher.lenders, Limits.of(device))
     followers = min(FOLLOWERS, shape.layers // 2)
-    layout = next(choice.layout for choice in frontier(matcher) if choice.followers == followers)
+    layout = next(choice.layout for choice in frontier(matcher) if choice.changed == followers)
 
     def convert(place: torch.device | None = None, matched: SourceChooser | None = None) -> None:
         fit_layers(model, build_converted(model, layout), windows, spec, chooser=matched, device=place, batch_size=8)

@@ -24,16 +24,14 @@ COMMANDS = {
     "train": "uniattn train recipe.yaml",
     "eval": "uniattn eval",
 }
-# The run directory under demo/, and the learning rates of training: those of the recipe spoil Gemma in a few steps.
+# The run directory under demo/, and the training: the learning rate of the recipe spoils Gemma in a few steps.
 RUNS = {"smollm2-135m-instruct": "run", "gemma3-270m": "run-gemma3-270m"}
-GENTLE = "{trains: compensation, steps: 10, learning_rate: 2.0e-5}, {trains: all, steps: 30, learning_rate: 2.0e-5}"
-OWN = {"gemma3-270m": {"train": f"--set 'train.stages=[{GENTLE}]'"}}
+OWN = {"gemma3-270m": {"train": "--set train.stages='[{trains: all, steps: 40, learning_rate: 2.0e-5}]'"}}
 SHORT = {
     "analyze": "--tokens 1024 --length 256",
     "convert": "--set conversion.tokens=2048 --set conversion.length=256 "
     "--set evaluation.tokens=1024 --set evaluation.length=256",
-    "train": "--set 'train.stages=[{trains: compensation, steps: 2, learning_rate: 2.0e-5}, "
-    "{trains: all, steps: 2, learning_rate: 2.0e-5}]' "
+    "train": "--set train.stages='[{trains: all, steps: 2, learning_rate: 2.0e-5}]' "
     "--set train.batch_size=4 --set train.micro_batch_size=4 --set train.max_length=256",
     "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
     "--set evaluation.limit=8 --set evaluation.lengths=[256] --set evaluation.length_tokens=512 "

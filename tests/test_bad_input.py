@@ -339,10 +339,10 @@ def test_a_stored_layout_that_changes_a_protected_layer(run):
 
 def test_a_budget_takes_the_place_of_the_stored_layout(run):
     assert len(Recipe.load(run / "recipe.yaml").layout.layers) == 6
-    for followers in (1, 3):
-        result = convert(run_dir=run, dry_run=True, overrides=[f"layout.followers={followers}"])
-        assert len(result.layout.followers) == followers
-    assert len(convert(run_dir=run, dry_run=True).layout.followers) == 4
+    for changed in (1, 3):
+        result = convert(run_dir=run, dry_run=True, overrides=[f"layout.followers={changed}"])
+        assert len(result.layout.changed) == changed
+    assert len(convert(run_dir=run, dry_run=True).layout.changed) == 4
 
 
 def test_lengths_beyond_the_window_of_the_model(model, run, tmp_path):

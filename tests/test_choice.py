@@ -180,15 +180,15 @@ def test_a_short_text_is_shared_in_proportion(run, monkeypatch):
 
 
 def test_a_fast_choice_compares_nothing_and_says_so(run):
-    grouping = group(overrides=overridden("layout.followers=2"), options=CPU)
+    grouping = group(overrides=overridden("layout.followers=2", "layout.kinds=[softmax]"), options=CPU)
     content = json.loads(Path("grouping/grouping.json").read_text())
     assert content["shortlist"] == [] and content["shortlist_tokens"] == 0
-    assert content["measure"] == "sum over followers of 1 - similarity"
+    assert content["measure"] == "sum over changed layers of 1 - similarity"
     stored = Recipe.load("recipe.yaml").layout.layers
     assert content["chosen"] == grouping.layout.to_list() and Layout.from_list(stored) == grouping.layout
     bench = bench_of(run)
     choices = frontier(bench.matcher)
-    values = [choice.followers - sum(choice.scores.values()) for choice in choices]
+    values = [choice.changed - sum(choice.scores.values()) for choice in choices]
     assert [point["value"] for point in content["frontier"]] == pytest.approx(values, rel=1e-5)
     assert grouping.layout.changed == choices[2].layout.changed
     similar = bench.matcher.similarity_of(grouping.layout)
@@ -198,7 +198,7 @@ def test_a_fast_choice_compares_nothing_and_says_so(run):
 
 def test_heads_matched_by_maps_are_those_of_the_search(run, monkeypatch):
     monkeypatch.setattr(Workbench, "base", property(lambda self: pytest.fail("a model was loaded")))
-    grouping = chosen(run, "layout.followers=2", "layout.match=maps")
+    grouping = chosen(run, "layout.followers=2", "layout.kinds=[softmax]", "layout.match=maps")
     choice = frontier(bench_of(run).matcher)[2]
     assert grouping.layout == choice.layout
     assert (
@@ -207,7 +207,15 @@ def test_heads_matched_by_maps_are_those_of_the_search(run, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("key", 2), ("kv", 1)])
+def test_auto_takes_early_layers_and_the_papers_are_one_word_away(run):
+    maps = ("layout.match=maps", "layout.followers=2")
+    for override, kind in (("layout.groups=auto", "early"), ("layout.kinds=[softmax]", "softmax")):
+        assert [plan.kind for plan in chosen(run, override, *maps).layout if plan.kind != "own"] == [kind] * 2
+    for groups in ("paper", "every:3", "2-5:4", "1-2,4-5"):
+        assert {plan.kind for plan in chosen(run, f"layout.groups={groups}", *maps).layout} == {"own", "softmax"}
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("key", 2), ("kv", 1), ("early", 2)])
 def test_a_fast_choice_may_be_of_layers_that_borrow_keys(run, kind, layers):
     grouping = chosen(run, f"layout.kinds=[{kind}]", "layout.kv=0.84")
     choice = frontier(bench_of(run).matcher)[layers]
@@ -264,7 +272,7 @@ def test_a_fast_choice_is_of_one_kind_that_borrows(kinds):
 def test_nothing_is_loaded_to_share_nothing(run, monkeypatch):
     monkeypatch.setattr(Workbench, "base", property(lambda self: pytest.fail("a model was loaded")))
     grouping = chosen(run, "layout.followers=0")
-    assert grouping.layout == Layout.own(6) and grouping.notes == ["0 followers: budget followers 0"]
+    assert grouping.layout == Layout.own(6) and grouping.notes == ["0 early layers: budget followers 0"]
 
 
 def test_a_layout_that_borrows_nothing_needs_no_analysis(run):
@@ -311,7 +319,7 @@ def test_each_kind_alone_and_the_fast_choice_stand_beside_the_mix(thorough):
     alone = {f"thorough, {kind}" for kind in KINDS}
     assert names == {"thorough, softmax + kv + linear", *alone}
     compared = {entry.name: entry.layout for entry in thorough.considered.shortlist}
-    assert set(compared) <= {*names, "fast", "fast, kv"} and {"fast", "fast, kv"} <= set(compared)
+    assert set(compared) <= {*names, "fast, softmax", "fast, kv"} and {"fast, softmax", "fast, kv"} <= set(compared)
     for kind in KINDS:
         # A mix that turns out to be of one kind is converted once.
         ends = [point.layout for point in thorough.considered.frontier if point.series == f"thorough, {kind}"]
@@ -407,7 +415,7 @@ def test_without_a_comparison_only_the_mix_is_searched(run):
 
 
 def test_a_budget_that_no_search_meets(run):
-    with pytest.raises(LayoutError, match=r"budget kv 0.1 cannot be met: no layer left to change with kinds softmax"):
+    with pytest.raises(LayoutError, match=r"budget kv 0.1 cannot be met: no layer left to change with kinds early"):
         chosen(run, "layout.search=thorough", "layout.kv=0.1", *QUICK)
 
 

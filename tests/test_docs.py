@@ -47,7 +47,7 @@ def test_code_runs(tmp_path, monkeypatch):
     known = {"input_ids": torch.arange(4, 12)[None], "attention_mask": torch.ones(1, 8, dtype=torch.long)}
     for code in ours:
         exec(compile(code, "README.md", "exec"), known)
-    assert known["conversion"].layout == known["layout"] and len(known["layout"].followers) == 4
+    assert known["conversion"].layout == known["layout"] and len(known["layout"].changed) == 4
     assert known["found"].tokens.shape[0] == 1
 
 

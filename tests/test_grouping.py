@@ -53,7 +53,7 @@ def test_dynamic_programming_equals_brute_force(head_map, sources, seed):
     protect = (3,) if seed == 2 else ()
     expected = brute_force(matcher, protect)
     found = {
-        choice.followers: sum(1 - s for s in choice.scores.values()) for choice in frontier(matcher, protect=protect)
+        choice.changed: sum(1 - s for s in choice.scores.values()) for choice in frontier(matcher, protect=protect)
     }
     assert found.keys() == expected.keys()
     for count, cost in expected.items():
@@ -66,7 +66,7 @@ def test_groups_are_no_larger_than_allowed_and_still_optimal(seed, largest):
     matcher = random_matcher(seed, 7, 3, "grouped", "one")
     expected = brute_force(matcher, max_group=largest)
     for choice in frontier(matcher, max_group=largest):
-        assert sum(1 - s for s in choice.scores.values()) == pytest.approx(expected[choice.followers], abs=1e-9)
+        assert sum(1 - s for s in choice.scores.values()) == pytest.approx(expected[choice.changed], abs=1e-9)
         lenders = [plan.source_layers[0] for plan in choice.layout if plan.kind != "own"]
         assert all(lenders.count(lender) <= largest for lender in lenders)
 
@@ -82,10 +82,10 @@ def test_every_layout_of_the_frontier_is_legal(head_map, sources):
     types = ("sliding", "sliding", "full") * 4
     matcher = random_matcher(5, 12, 4, head_map, sources, types)
     choices = frontier(matcher)
-    assert [choice.followers for choice in choices] == list(range(len(choices)))
+    assert [choice.changed for choice in choices] == list(range(len(choices)))
     for choice in choices:
         assert choice.layout.problems(matcher.shape) == []
-        assert len(choice.layout.followers) == choice.followers
+        assert len(choice.layout.followers) == choice.changed
 
 
 @pytest.mark.parametrize("kind", ["key", "kv"])

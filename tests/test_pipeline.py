@@ -25,6 +25,7 @@ from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 
 CPU = torch.device("cpu")
+FORCE = uniattn_cli.RunOptions(device="cpu", force=True)
 REMARK = "# as few as will do"
 
 
@@ -101,7 +102,7 @@ def test_the_analysis_is_as_documented(whole):
     measured = Measured.load(folder)
     assert measured.score.shape == (6, 5, 6, 6)
     assert [row["layers"] for row in content["neighbours"]] == ["0, 1", "1, 2", "2, 3", "3, 4", "4, 5"]
-    assert [row["followers"] for row in content["candidates"]] == list("012345")
+    assert [row["changed"] for row in content["candidates"]] == list("012345")
     for row in (*content["neighbours"], *content["candidates"]):
         for cell in row.values():
             assert cell in whole.printed["analyze"]
@@ -140,12 +141,12 @@ def test_converted_and_trained_load_and_differ_where_they_should(whole):
         assert len(loading.load_tokenizer(source)) == 300
     layout = models["converted"].config.layout
     assert layout == models["trained"].config.layout
-    # 0.8 of the KV bytes of six layers is met with three followers.
-    assert len(layout.followers) == 3
+    # 0.8 of the KV bytes of six layers is met with three layers.
+    assert len(layout.changed) == 3
     weights = {name: model.state_dict() for name, model in models.items()}
     assert set(weights["converted"]) == set(weights["trained"])
-    for layer in layout.followers:
-        assert not any(f"layers.{layer}.self_attn.{name}_proj" in key for key in weights["trained"] for name in "qk")
+    for layer in layout.changed:
+        assert not any(f"layers.{layer}.self_attn.k_proj" in key for key in weights["trained"])
     changed = {key for key, value in weights["converted"].items() if not torch.equal(value, weights["trained"][key])}
     assert changed == {key for key in weights["converted"] if "embed_tokens" not in key and "lm_head" not in key}
 
@@ -157,7 +158,7 @@ def test_the_evaluation_compares_all_three(whole):
     for name in results["models"]:
         assert name in printed and name in report
     cost = {name: model["cost"]["kv_bytes_per_token"]["value"] for name, model in results["models"].items()}
-    # Six layers, three KV heads of eight float32 values; the followers lack their keys.
+    # Six layers, three KV heads of eight float32 values; the changed ones lack their keys.
     assert cost == {"base": 6 * 2 * 3 * 8 * 4, "converted": 9 * 3 * 8 * 4, "trained": 9 * 3 * 8 * 4}
     text = {name: model["quality"]["perplexity"]["value"] for name, model in results["models"].items()}
     assert text["trained"] < text["converted"]
@@ -193,12 +194,23 @@ def run(tiny_runs, tmp_path):
     return Path(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
 
 
+def test_the_candidates_are_what_the_recipe_would_convert(run):
+    """The first kind that borrows, with the W_c that is solved for."""
+    solved = ["conversion.solve=output"]
+    mix = ["layout.search=thorough", "layout.kinds=[linear, kv]", *solved]
+    row = uniattn_cli.analyze(run_dir=run, overrides=mix, options=FORCE).tables[1].rows[1]
+    alone = ["layout.kinds=[kv]", "layout.followers=1", *solved]
+    costs = uniattn_cli.convert(run_dir=run, dry_run=True, overrides=alone).costs
+    parameters, kv = (after / before for before, after in (costs.parameters, costs.kv_bytes))
+    assert row[-1] == f"{parameters:.1%}" and row[-2].endswith(f"({kv:.0%})")
+
+
 def test_convert_uses_what_group_chose(run, tmp_path):
     """All from another folder than the run directory, whose relative paths hold nevertheless."""
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("\nlayout:", f"\n{REMARK}\nlayout:"))
     printed = uniattn(tmp_path, "group", "--followers", "2", "-C", "run")
-    assert "2 followers: budget followers 2" in printed
+    assert "2 early layers: budget followers 2" in printed
     assert REMARK in recipe.read_text()
     before = recipe.read_text()
     stored = Recipe.load(recipe).layout
@@ -209,7 +221,7 @@ def test_convert_uses_what_group_chose(run, tmp_path):
     config = loading.load_config(hub.locate(str(run / "converted")), converted=True)
     kinds = [entry["kind"] for entry in stored.layers]
     assert [plan.kind for plan in config.layout] == kinds
-    assert kinds.count("softmax") == 2
+    assert kinds.count("early") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -241,7 +253,7 @@ def test_python_does_what_the_command_does(tiny_runs, tmp_path, monkeypatch):
 
 def test_a_layout_without_followers_is_the_base(run, tmp_path):
     printed = uniattn(tmp_path, "convert", "--followers", "0", "-C", "run")
-    assert "0 followers: budget followers 0" in printed
+    assert "0 early layers: budget followers 0" in printed
     source = hub.locate(str(run / "converted"))
     converted = loading.load_model(source, ModelSpec(), CPU)
     base = loading.load_model(hub.locate(Recipe.load(run / "recipe.yaml").model.name), ModelSpec(), CPU)
@@ -298,7 +310,7 @@ def test_the_stages_on_other_families(family, tmp_path, monkeypatch):
     write_data(tmp_path / "run")
     uniattn_cli.analyze("../model", overrides=settings())
     conversion = uniattn_cli.convert(overrides=["layout.kv=0.75"])
-    assert len(conversion.layout.followers) >= 3
+    assert len(conversion.layout.changed) >= 3
     assert all(fit.error_after <= fit.error_before for fit in conversion.fits)
     assert any("cache at most 5 tokens" in note for note in conversion.notes) == family.startswith("gemma")
     uniattn_cli.train()

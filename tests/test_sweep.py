@@ -46,9 +46,9 @@ def test_every_point_is_scored_once(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sweep(run_dir=run, **BUDGETS, overrides=SETTINGS)
     found = sweep(run_dir=run, **BUDGETS, overrides=SETTINGS)
-    points = ["kv0.8-softmax-both", "kv0.8-softmax-output"]
+    points = ["kv0.8-early-both", "kv0.8-early-output"]
     assert [name for name in converted if name in points] == points
-    assert list(found.skipped) == ["kv0.3-softmax-both", "kv0.3-softmax-output"]
+    assert list(found.skipped) == ["kv0.3-early-both", "kv0.3-early-output"]
     assert all("0.3" in reason for reason in found.skipped.values())
     assert scored.count("base_losses") == 1, "the base is scored once for all points"
     assert scored.count("compare_with_base") == len(points)
@@ -68,7 +68,7 @@ def test_every_point_is_scored_once(run, monkeypatch):
 
 def test_other_settings_make_a_point_anew_and_weights_may_go(run):
     sweep(run_dir=run, followers=[2], discard=True, overrides=SETTINGS)
-    place = RunDir(run / "sweep/followers2-softmax-both")
+    place = RunDir(run / "sweep/followers2-early-both")
     assert place.is_complete("eval") and not place.output("convert").exists()
     first = json.loads((place.output("eval") / "results.json").read_text())
     sweep(run_dir=run, followers=[2], discard=True, overrides=SETTINGS)
@@ -111,7 +111,7 @@ def test_the_command(run, uniattn):
     words = [word for setting in SETTINGS for word in ("--set", setting)]
     done = uniattn("sweep", "--kv", "0.8,0.2", "--device", "cpu", *words, cwd=run)
     assert done.returncode == 0, done.stderr
-    assert "1 of 2 points scored" in done.stdout and "kv0.2-softmax-both" in done.stdout
+    assert "1 of 2 points scored" in done.stdout and "kv0.2-early-both" in done.stdout
     assert "Traceback" not in done.stderr
     done = uniattn("sweep", "--kv", "much", cwd=run)
     assert done.returncode == 2 and "not a list of numbers" in done.stderr

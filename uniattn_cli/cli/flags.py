@@ -98,8 +98,8 @@ KindsOption = Annotated[
     typer.Option(
         "--kinds",
         metavar="KIND,...",
-        help=f"Kinds that changed layers may have: one of {', '.join(BORROWING_KINDS)}; with --search thorough any of "
-        f"{', '.join(CHANGED_KINDS)} [recipe: layout.kinds]",
+        help=f"Kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with --search thorough several "
+        f"of {', '.join(CHANGED_KINDS)} [recipe: layout.kinds, default early]",
         show_default=False,
     ),
 ]

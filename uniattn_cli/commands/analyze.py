@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.errors import DataError, StageError
 from uniattn_cli.fitting.match_maps import Matcher
-from uniattn_cli.layouts.choose import candidates_table, check_protected, parameter_counts
+from uniattn_cli.layouts.choose import candidates_table, check_protected, compensation_of, parameter_counts
 from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import KINDS
@@ -21,7 +21,7 @@ from uniattn_cli.recipe import ready
 from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
 from uniattn_cli.recipe.paths import located
 from uniattn_cli.recipe.reading import move_paths
-from uniattn_cli.recipe.schema import LayoutSpec, ModelSpec, Recipe, fast_search_takes
+from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors
 from uniattn_cli.tables import Result, Table
@@ -93,7 +93,7 @@ def analyze(
         with options.progress.track("analyzing", len(windows)) as advance:
             measured, left_out = measure(loaded, windows, spec, source, advance)
         matcher = Matcher(measured.score, measured.shape, settings.layout.head_map, settings.layout.sources)
-        tables = [neighbours_table(measured), _candidates(measured, config, matcher, settings.layout)]
+        tables = [neighbours_table(measured), _candidates(measured, config, matcher, settings)]
         _write(directory, measured, tables)
         if new_tree is not None:
             with file_errors(run.root):
@@ -187,10 +187,12 @@ def neighbours_table(measured: Measured, most: int = 8) -> Table:
     return Table("most similar adjacent layers" + _within(widths), columns, rows)
 
 
-def _candidates(measured: Measured, config, matcher: Matcher, spec: LayoutSpec) -> Table:
+def _candidates(measured: Measured, config, matcher: Matcher, recipe: Recipe) -> Table:
+    """What the fast search would choose for the first kind of the recipe that borrows."""
+    spec = recipe.layout
     limits: dict[str, Any] = {"protect": spec.protect, "max_group": spec.max_group}
-    kind = spec.kinds[0] if fast_search_takes(spec.kinds) else "softmax"
-    choices = frontier(matcher, kind=kind, **limits)
+    kind = next((kind for kind in spec.kinds if KINDS[kind].borrows), "softmax")
+    choices = frontier(matcher, kind=kind, compensation=compensation_of(recipe), **limits)
     table = candidates_table(choices, measured.shape, measured.element_size, parameter_counts(config, choices))
     heads, errors = measured.shape.query_heads, measured.score_stderr
     widths = []

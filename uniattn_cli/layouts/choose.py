@@ -18,7 +18,7 @@ from uniattn_cli.layouts.shorthand import parse_groups
 from uniattn_cli.layouts.thorough import frontier_table, points_of, search, steps_table
 from uniattn_cli.layouts.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS, AttentionShape, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
 from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
@@ -100,7 +100,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
         if not load:
             raise LayoutError(
                 "a dry run cannot use the thorough search; run `uniattn group` first, or use --search fast with one of "
-                "--kinds softmax, key, kv"
+                f"--kinds {', '.join(BORROWING_KINDS)}"
             )
         return _thorough(bench, budget, rank)
     return _fast(bench, budget, rank, config, load)
@@ -145,12 +145,12 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
         layout = shortlist[0].layout
     else:
         layout = bench.match_heads(chosen.layout) if load else chosen.layout
-    points = [Point("fast", choice.layout, choice.followers - sum(choice.scores.values())) for choice in choices]
+    points = [Point("fast", choice.layout, choice.changed - sum(choice.scores.values())) for choice in choices]
     considered = Considered(
-        "sum over followers of 1 - similarity", points, shortlist, _checked(bench, shortlist), layout
+        "sum over changed layers of 1 - similarity", points, shortlist, _checked(bench, shortlist), layout
     )
-    note = f"{chosen.followers} {'followers' if KINDS[kind].borrows_maps else f'{kind} layers'}: {budget.words}"
-    if chosen.followers:
+    note = f"{chosen.changed} {kind} layers: {budget.words}"
+    if chosen.changed:
         note += f"; heads {_matched(bench.recipe, load)}"
         if KINDS[kind].borrows_maps:
             note += f", mean similarity of the borrowed maps {bench.matcher.similarity_of(layout):.3f}"
@@ -210,7 +210,7 @@ def _proposals(
         if KINDS[kind].borrows:
             choices = frontier(bench.matcher, **_frontier_settings(spec, rank, kind))
             met = [choice.layout for choice in choices if budget.met(choice.layout)]
-            found += [("fast" if kind == "softmax" else f"fast, {kind}", layout) for layout in met[:1]]
+            found += [(f"fast, {kind}", layout) for layout in met[:1]]
     proposals: dict[str, Layout] = {}
     for name, layout in found:
         if layout not in proposals.values():
@@ -257,16 +257,16 @@ def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layo
 
 
 def parameter_counts(config: Any, choices: Sequence[Choice]) -> dict[int, int]:
-    """Parameters by number of followers; every follower of one family saves the same, so two counts are enough."""
+    """Parameters by number of changed layers; those of one kind save alike, so two counts are enough."""
     own = count_parameters(config, choices[0].layout)
     if len(choices) == 1:
         return {0: own}
     saved = own - count_parameters(config, choices[1].layout)
-    return {choice.followers: own - choice.followers * saved for choice in choices}
+    return {choice.changed: own - choice.changed * saved for choice in choices}
 
 
 def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape, counts: dict[int, int]) -> Choice:
-    """The choice with the fewest followers that meets the budget."""
+    """The choice with the fewest changed layers that meets the budget."""
     meets = [choice for choice in choices if budget.met(choice.layout)]
     if not meets:
         most = choices[-1]
@@ -276,7 +276,7 @@ def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape,
         if budget.unit == "params" and least_parameters == 1:
             more = "; a full W_c is as large as the weights saved: set conversion.rank or conversion.solve: output"
         raise LayoutError(
-            f"{budget.words} cannot be met: at most {most.followers} layers can change (at least {least_kv:.3f} of the "
+            f"{budget.words} cannot be met: at most {most.changed} layers can change (at least {least_kv:.3f} of the "
             f"base's KV bytes and {least_parameters:.3f} of its parameters remain); relax the budget{more}"
         )
     return meets[0]
@@ -287,7 +287,7 @@ def candidates_table(
 ) -> Table:
     """The candidate layouts at a handful of budgets."""
     steps = max(1, math.ceil((len(choices) - 1) / 8))
-    shown = [choice for choice in choices if choice.followers % steps == 0 or choice is chosen]
+    shown = [choice for choice in choices if choice.changed % steps == 0 or choice is chosen]
     own_kv = kv_bytes_per_token(choices[0].layout, shape, element_size)
     rows = []
     for choice in shown:
@@ -295,12 +295,12 @@ def candidates_table(
         worst = min(choice.scores.items(), key=lambda item: item[1], default=None)
         rows.append(
             [
-                f"{choice.followers}{' *' if choice is chosen else ''}",
+                f"{choice.changed}{' *' if choice is chosen else ''}",
                 f"{choice.mean_score:.3f}" if choice.scores else "-",
                 f"{worst[1]:.3f} (layer {worst[0]})" if worst else "-",
                 f"{kv:,} ({kv / own_kv:.0%})",
-                f"{counts[choice.followers] / counts[0]:.1%}",
+                f"{counts[choice.changed] / counts[0]:.1%}",
             ]
         )
-    columns = ["followers", "similarity", "least similar", "KV bytes/token", "parameters"]
+    columns = ["changed", "similarity", "least similar", "KV bytes/token", "parameters"]
     return Table("candidate layouts" + (" (* chosen)" if chosen else ""), columns, rows)

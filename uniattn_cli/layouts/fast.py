@@ -15,12 +15,12 @@ class Choice:
     """One layout of the frontier.
 
     Attributes:
-        followers: how many layers borrow.
+        changed: how many layers borrow.
         layout: the layout.
-        scores: similarity of each follower's borrowed maps to its own, by layer.
+        scores: similarity of each borrowing layer's borrowed maps to its own, by layer.
     """
 
-    followers: int
+    changed: int
     layout: Layout
     scores: dict[int, float]
 
@@ -37,17 +37,17 @@ def frontier(
     compensation: str | int = "full",
     kind: str = "softmax",
 ) -> list[Choice]:
-    """The best layout for every number of followers that is possible, from 0 up.
+    """The best layout for every possible number of borrowing layers, from 0 up.
 
     The layers are walked once. A state remembers which of the last `max_distance` layers can still lend, because
-    nothing else decides what a later layer may borrow; for each state and number of followers only the best way to
-    reach it is kept. The result is exact: the sum over followers of 1 - score is the smallest possible.
+    nothing else decides what a later layer may borrow; for each state and number of borrowers only the best way to
+    reach it is kept. The result is exact: the sum over borrowers of 1 - score is the smallest possible.
 
     Args:
         matcher: scores of borrowing.
         protect: layers that must stay as they are.
-        max_group: largest number of borrowers of one layer; only with one source layer for each follower.
-        compensation: passed on to the plans of followers.
+        max_group: largest number of borrowers of one layer; only with one source layer for each of them.
+        compensation: passed on to the plans of borrowing layers.
         kind: one that borrows. Where maps are alike, so are keys, up to a linear map.
 
     Raises:
@@ -84,7 +84,7 @@ def frontier(
 
 
 def _borrowing_moves(matcher: Matcher, layer: int, window: tuple[int, ...], limited: bool):
-    """Ways in which a layer can become a follower: (next state, cost, match)."""
+    """Ways in which a layer can borrow: (next state, cost, match)."""
     admissible = set(matcher.candidates(layer))
     lenders = [layer - 1 - index for index, left in enumerate(window) if left and layer - 1 - index in admissible]
     if not lenders:

@@ -194,7 +194,7 @@ class LayoutSpec:
         common=True,
         path=True,
     )
-    followers: int | None = setting(None, "budget: number of followers", minimum=0, common=True)
+    followers: int | None = setting(None, "budget: number of changed layers", minimum=0, common=True)
     kv: float | None = setting(
         None,
         "budget: keep at most this share of the KV bytes; 0.8 if no budget is given",
@@ -209,9 +209,10 @@ class LayoutSpec:
         choices=("fast", "thorough"),
     )
     kinds: tuple[str, ...] = setting(
-        lambda: ("softmax",),
-        f"kinds that changed layers may have: {', '.join(CHANGED_KINDS)}; the fast search takes one of "
-        f"{', '.join(BORROWING_KINDS)}, the thorough search any number",
+        lambda: ("early",),
+        f"kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with search: thorough several, and "
+        f"{', '.join(kind for kind in CHANGED_KINDS if kind not in BORROWING_KINDS)} too",
+        common=True,
     )
     score_tokens: int = setting(
         16384,
