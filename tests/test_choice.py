@@ -258,6 +258,13 @@ def test_kinds_ask_for_a_choice(run):
         group(groups="paper", overrides=["layout.kinds=[key]"], options=CPU)
 
 
+@pytest.mark.parametrize("layers", ["layout.kinds=[early]", "layout.groups=key@every:3"])
+def test_what_a_free_head_map_means_without_borrowed_maps_is_told(run, layers):
+    free = chosen(run, "layout.head_map=free", "layout.match=maps", layers)
+    assert "key/value heads as a whole (head_map: free is for softmax layers)" in free.notes[0]
+    assert free.layout == chosen(run, "layout.match=maps", layers).layout
+
+
 def test_a_budget_that_another_kind_cannot_meet_says_why(run):
     with pytest.raises(LayoutError, match=r"budget params 0\.99 cannot be met.* set conversion\.rank"):
         chosen(run, "layout.kinds=[kv]", "layout.params=0.99")

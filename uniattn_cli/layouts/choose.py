@@ -94,7 +94,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
         layout = with_head_maps(fixed, measured, spec)
         if load:
             layout = bench.match_heads(layout, fixed=True)
-        return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' {_matched(recipe, load)}")
+        return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' {_matched(recipe, layout, load)}")
     budget = Budget.of(spec, shape, config)
     if spec.search == "thorough":
         if not load:
@@ -115,13 +115,16 @@ def _borrows(layout: Layout) -> bool:
     return any(plan.traits.borrows for plan in layout)
 
 
-def _matched(recipe: Recipe, load: bool) -> str:
+def _matched(recipe: Recipe, layout: Layout, load: bool) -> str:
     """How heads were matched, in words."""
     if recipe.layout.head_map == "identity":
         return "as given"
-    if not matches_by_output(recipe):
-        return "matched by similarity of maps"
-    return "matched by attention output" if load else "matched by similarity of maps (a dry run converts nothing)"
+    words = "matched by similarity of maps"
+    if matches_by_output(recipe):
+        words = "matched by attention output" if load else f"{words} (a dry run converts nothing)"
+    if recipe.layout.head_map == "free" and not layout.followers:
+        words += ", key/value heads as a whole (head_map: free is for softmax layers)"
+    return words
 
 
 def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: bool) -> Grouping:
@@ -151,7 +154,7 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     )
     note = f"{chosen.changed} {kind} layers: {budget.words}"
     if chosen.changed:
-        note += f"; heads {_matched(bench.recipe, load)}"
+        note += f"; heads {_matched(bench.recipe, layout, load)}"
         if KINDS[kind].borrows_maps:
             note += f", mean similarity of the borrowed maps {bench.matcher.similarity_of(layout):.3f}"
     marked = chosen if not shortlist or shortlist[0].name == "fast" else None
@@ -189,7 +192,7 @@ def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
     considered = Considered("KL from the base, nats per token", points, shortlist, checked, layout)
     note = f"{len(layout.changed)} layers changed: {budget.words}"
     if _borrows(layout):
-        note += f"; heads {_matched(bench.recipe, True)}"
+        note += f"; heads {_matched(bench.recipe, layout, True)}"
     taken = shortlist[0].name if shortlist else next(iter(proposals))
     tables = [steps_table(runs[taken], measured)] if runs.get(taken) else []
     if len(runs) > 1:

@@ -221,7 +221,7 @@ class LayoutSpec:
     )
     head_map: str = setting(
         "grouped",
-        "which heads a follower may borrow; grouped keeps ordinary grouped-query shapes",
+        "which heads a layer may borrow; grouped keeps ordinary grouped-query shapes, free is for softmax layers",
         choices=("identity", "grouped", "free"),
         common=True,
     )
