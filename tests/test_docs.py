@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, run_here
 from tiny_run import make_model, settings, write_data
 
 from uniattn_cli.cli.app import app
+from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
 from uniattn_cli.recipe.schema import Recipe
 
@@ -65,6 +67,12 @@ def test_commands_and_options_exist(line):
 def test_quick_commands_run(line, tmp_path):
     done = run_here(*shlex.split(line)[1:], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_picture_of_kinds_is_up_to_date_and_the_page_has_them_all():
+    drawn = runpy.run_path(str(ROOT / "scripts" / "draw_kinds.py"))
+    assert drawn["TARGET"].read_text(encoding="utf-8") == drawn["picture"]() + "\n", "run scripts/draw_kinds.py"
+    assert all(f"`{name}`" in TEXTS["docs/kinds.md"] for name in KINDS if name != "own")
 
 
 @pytest.mark.parametrize("text", [text for text in blocks("yaml")])
