@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import itertools
 import json
 import re
@@ -21,6 +22,7 @@ from uniattn_cli.commands import evaluate, report
 from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation import figures
 from uniattn_cli.evaluation.wording import as_value
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS
 from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.reporting.page import context, curves, layers, page, plot, style
 from uniattn_cli.reporting.page.evidence import Evidence, collect
@@ -335,6 +337,15 @@ def test_the_map_frames_what_is_borrowed():
     assert "3 of 6 layers were changed: 3 from 1 and 2; 4 (nothing borrowed); 5 from 2." in drawing
     cells = "".join(re.findall(r'<path d="([^"]*)" class="heat"', drawing)).count("M")
     assert cells == sum(value is not None for row in evidence().similarity for value in row)
+
+
+@pytest.mark.parametrize("kind", BORROWING_KINDS)
+def test_the_legend_explains_frames_whatever_is_borrowed(kind):
+    found = evidence()
+    found.conversion = {"layout": [{"kind": "own"}] * 5 + [{"kind": kind, "leader": 2}]}
+    drawing = layers.redundancy(found)
+    assert "layer 5 borrows 100% of its heads from layer 2" in drawing
+    assert "from this layer (thicker for more heads)" in drawing and html.escape(KINDS[kind].phrase) in drawing
 
 
 def test_curves_have_validation_and_held_out_losses():

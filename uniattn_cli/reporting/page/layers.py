@@ -146,13 +146,12 @@ def _map_legend(layout: Layout | None) -> Html | None:
 
     items = [tag("li", swatch(marker(15, 7, 0), "s0"), " unchanged layer")]
     for kind in kinds:
-        if not kind.borrows_maps:
-            continue
-        items.append(tag("li", swatch(marker(15, 7, 0, 4.2, "hollow"), "s1"), f" {kind.phrase}"))
+        if kind.name != "own":
+            sign = swatch(marker(15, 7, 0, 4.2, "hollow"), "s1") if kind.borrows_maps else tag("b", kind.symbol)
+            items.append(tag("li", sign, f" {kind.phrase}"))
+    if any(kind.borrows for kind in kinds):
         frame = tag("rect", x=10, y=2, width=10, height=10, class_="frame", stroke_width=2.5)
         items.append(tag("li", swatch(frame, "s1"), " from this layer (thicker for more heads)"))
-    lettered = [kind for kind in kinds if kind.name != "own" and not kind.borrows_maps]
-    items += [tag("li", tag("b", kind.symbol), f" {kind.phrase}") for kind in lettered]
     return tag("ul", items, class_="legend")
 
 
