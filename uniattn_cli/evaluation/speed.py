@@ -25,10 +25,10 @@ class Runner:
     def note(self) -> str:
         """For the report."""
         if self.engine:
-            return "Speed: all models were run by this package's decoding engine, which reuses the leaders' scores."
+            return "Speed: all models were run by this package's decoding engine."
         reason = f" ({self.reason})" if self.reason else ""
         return (
-            f"Speed: all models were run by transformers{reason}, where followers recompute their leader's scores; "
+            f"Speed: all models were run by transformers{reason}, where each layer that borrows keys reads them again; "
             "`uniattn bench` times this package's engine."
         )
 

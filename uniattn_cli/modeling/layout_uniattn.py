@@ -87,9 +87,11 @@ KINDS = {
         Kind("softmax", "v", "qk", "s", "borrows its attention map"),
         Kind("key", "qv", "k", "k", "borrows keys"),
         Kind("kv", "q", "kv", "v", "borrows keys and values"),
-        Kind("early", "qv", "k", "e", "borrows keys, queries from the lender's input", early=True, since=2),
+        Kind("early", "qv", "k", "e", "borrows keys, with queries from the lender's input", early=True, since=2),
         Kind(
-            "early-kv", "q", "kv", "w", "borrows keys and values, queries from the lender's input", early=True, since=2
+            *("early-kv", "q", "kv", "w", "borrows keys and values, with queries from the lender's input"),
+            early=True,
+            since=2,
         ),
         Kind("pooled", "qkv", "", "p", "has fewer key/value heads", fewer_heads=True),
         Kind("linear", "", "", "l", "has a linear map in place of attention", compensation="required"),

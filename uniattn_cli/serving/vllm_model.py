@@ -64,7 +64,7 @@ class SharedCacheMixin(_Model):
         layout = Layout.from_list(config.uniattn["layers"]) if getattr(config, "uniattn", None) else None
         if layout is not None and layout.changed:
             if found := obstacles(self.vllm_config):
-                logger.warning("uniattn: the keys of followers are cached too, because %s", found[0])
+                logger.warning("uniattn: borrowed keys and values are cached too, because %s", found[0])
             else:
                 ranks, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
                 self._shared_layout, self._shared_shape = shard_layout(layout, attention_shape(config), rank, ranks)
