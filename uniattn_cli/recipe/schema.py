@@ -238,9 +238,9 @@ class LayoutSpec:
         minimum=1,
     )
     sources: str = setting(
-        "several", "whether a follower's heads may borrow from several layers", choices=("one", "several")
+        "several", "whether a layer's heads may borrow from several layers", choices=("one", "several")
     )
-    max_group: int | None = setting(None, "largest number of followers of one leader", minimum=1)
+    max_group: int | None = setting(None, "largest number of layers that borrow from one", minimum=1)
     protect: tuple[int, ...] = setting(tuple, "layers that must stay unchanged")
     layers: tuple[dict, ...] | None = setting(
         None, "the chosen layout, one entry per layer; written by `uniattn group` and `uniattn convert`"
