@@ -163,3 +163,12 @@ def test_convert_aligns_and_reports(tiny_runs, tmp_path, monkeypatch):
     report = json.loads((result.directory / "uniattn_report.json").read_text())
     assert [len(fit["divergence"]) for fit in report["fits"]] == [2, 2]
     assert any("aligned queries" in table.title for table in result.tables)
+    assert not any("noise" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(("layer", "count"), [("{kind: early, leader: 3}", 1), ("{leader: 3}", 0)])
+def test_queries_that_nothing_aligns_are_told(tiny_runs, monkeypatch, layer, count):
+    monkeypatch.chdir(tiny_runs / "analysed")
+    layers = f"layout.layers=[{{}}, {{}}, {{}}, {{}}, {layer}, {{}}]"
+    result = convert(overrides=[layers, "conversion.align=0"], dry_run=True)
+    assert sum("maps are noise, in layers 4" in note for note in result.notes) == count

@@ -48,6 +48,7 @@ def test_the_data_of_the_paper_is_used():
     sources = {name: ready.load(name).recipe.data.train[0].source for name in EXPECTED}
     assert sources["llama-3.1-8b-pmc"] == "axiong/pmc_llama_instructions"
     assert sources["llama-3.1-8b-tulu3"] == "allenai/tulu-3-sft-mixture"
+    assert {ready.load(f"llama-3.1-8b-{name}").recipe.layout.kinds for name in ("pmc", "tulu3")} == {("softmax",)}
 
 
 def test_names_resolve_and_files_win(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def convert(
     layout = grouping.layout
     element_size = _element_size(recipe, config)
     costs = _costs(config, layout, element_size)
-    notes = [*grouping.notes, *_window_notes(config, layout, element_size)]
+    notes = [*grouping.notes, *_alignment_notes(recipe, layout), *_window_notes(config, layout, element_size)]
     if dry_run:
         notes.append("dry run: nothing was written")
         shown: dict[str, Any] = {"picture": grouping.picture, "tables": [_cost_table(costs, {})], "notes": notes}
@@ -156,6 +156,15 @@ def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
     before, after = (count_parameters(config, entry) for entry in pair)
     kv_before, kv_after = (kv_bytes_per_token(entry, shape, element_size) for entry in pair)
     return Costs((before, after), (before * element_size, after * element_size), (kv_before, kv_after))
+
+
+def _alignment_notes(recipe: Recipe, layout: Layout) -> list[str]:
+    """A warning where queries meet keys that they were not made for, and nothing will match them."""
+    layers = [index for index in layout.changed if layout[index].traits.aligns_queries]
+    if recipe.conversion.align or not layers:
+        return []
+    named = ", ".join(map(str, layers))
+    return [f"conversion.align is 0: queries do not fit the borrowed keys, and maps are noise, in layers {named}"]
 
 
 def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
