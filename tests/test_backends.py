@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 
 import pytest
 import torch
@@ -81,3 +82,30 @@ def test_gpu_backends_equal_plain_attention(entry, layout, backend):
     with torch.enable_grad():
         model.train()(TOKENS.cuda(), labels=TOKENS.cuda(), use_cache=False).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["leader", "grouped_several", "free_several", "key", "kv", "early"])
+def test_borrowed_states_are_sliced_in_the_piece_that_reads_them(name):
+    """vLLM compiles the pieces between attention calls one by one and moves every `getitem` to what made its input.
+
+    A view that is made there has other strides than the piece that reads it was compiled for.
+    """
+    crossing = []
+
+    def note_crossings(graph, inputs):
+        piece, pieces = 0, {}
+        for node in graph.graph.nodes:
+            piece += node.target is torch.nn.functional.scaled_dot_product_attention
+            pieces[node] = piece
+            if node.target is operator.getitem and node.args[0].op != "placeholder":
+                made = node.args[0].meta["example_value"]
+                if isinstance(made, torch.Tensor) and pieces[node.args[0]] < piece:
+                    crossing.append(node)
+        assert piece == model.config.num_hidden_layers
+        return graph.forward
+
+    model = converted_model(FAMILIES[0], name)
+    expected = model(TOKENS, use_cache=False).logits
+    found = torch.compile(model, backend=note_crossings, fullgraph=True)(TOKENS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert not crossing

@@ -19,7 +19,7 @@ from uniattn_cli.commands.serve import serve
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
-from uniattn_cli.modeling.sharing_uniattn import gather_heads
+from uniattn_cli.modeling.sharing_uniattn import gather_heads, head_runs
 from uniattn_cli.models.building import build_converted, make_config, save_checkpoint
 from uniattn_cli.models.costs import cached_heads
 from uniattn_cli.serving import cache_plan
@@ -302,11 +302,11 @@ def test_an_engine_that_reserved_other_heads_is_refused():
 def test_heads_of_another_device_are_not_borrowed():
     states = {0: torch.zeros(1, 3, 2, 4)}
     whole = tuple((0, head) for head in range(6))
-    assert gather_heads(states, whole, torch.device("cpu")) is states[0], "all heads: those of the shard"
+    assert gather_heads(states, head_runs(whole), torch.device("cpu")) is states[0], "all heads: those of the shard"
     with pytest.raises(ValueError, match="only 3 heads are on this device"):
-        gather_heads(states, whole[::-1], torch.device("cpu"))
+        gather_heads(states, head_runs(whole[::-1]), torch.device("cpu"))
     with pytest.raises(ValueError, match="only 3 heads are on this device"):
-        gather_heads(states | {1: states[0]}, (*whole[:5], (1, 5)), torch.device("cpu"))
+        gather_heads(states | {1: states[0]}, head_runs((*whole[:5], (1, 5))), torch.device("cpu"))
 
 
 def test_engines_find_the_factor_of_granites_logits():

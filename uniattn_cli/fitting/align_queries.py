@@ -266,7 +266,7 @@ def _prepare(base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index
     states = own.project(base["hidden_states"], "qk")
     own.embed_positions(states, base["position_embeddings"])
     attention = layer.self_attn
-    keys = gather_heads(batch.shared.keys, attention.key_sources, batch.converted.device)
+    keys = gather_heads(batch.shared.keys, attention.key_runs, batch.converted.device)
     mask = kwargs.get("attention_mask")
     # No mask, or one that only a backend can read: without padding it says nothing that is not known.
     mask = mask[:1] if isinstance(mask, torch.Tensor) else None

@@ -7,7 +7,8 @@ attention backend from borrowed Q and K, so memory stays linear in the length. C
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -77,53 +78,63 @@ class SharedStates:
         return self
 
 
-def gather_heads(
-    states: dict[int, torch.Tensor], sources: tuple[tuple[int, int], ...], device: torch.device
-) -> torch.Tensor:
+class HeadRun(NamedTuple):
+    """Neighbouring heads of one layer, in order."""
+
+    layer: int
+    first: int
+    heads: int
+
+
+def head_runs(sources: Sequence[tuple[int, int]]) -> tuple[HeadRun, ...]:
+    """The fewest runs that are, one after the other, these (layer, head) pairs."""
+    runs: list[HeadRun] = []
+    for layer, head in sources:
+        if runs and layer == runs[-1].layer and head == runs[-1].first + runs[-1].heads:
+            runs[-1] = runs[-1]._replace(heads=runs[-1].heads + 1)
+        else:
+            runs.append(HeadRun(layer, head, 1))
+    return tuple(runs)
+
+
+def gather_heads(states: dict[int, torch.Tensor], runs: tuple[HeadRun, ...], device: torch.device) -> torch.Tensor:
     """Collects heads of several layers.
 
     Args:
         states: per layer, a tensor [batch, heads, tokens, head_dim].
-        sources: (layer, head) for each head of the result.
+        runs: the heads of the result.
         device: where the result is needed.
 
     Returns:
-        [batch, len(sources), tokens, head_dim]; without a copy where all heads of one layer are taken in order.
-        Where an engine holds a shard of the heads only, taking all of them gives those of the shard.
+        [batch, heads, tokens, head_dim]; without a copy where all heads of one layer are taken in order. Where an
+        engine holds a shard of the heads only, taking all of them gives those of the shard.
 
     Raises:
         RuntimeError: a layer's states have been let go (`SharedStates.lend`).
+        ValueError: heads are borrowed that tensor parallelism put on another device.
     """
-    layers = {layer for layer, _ in sources}
-    _check_lent(layers, states)
-    if len(layers) == 1:
-        source = states[sources[0][0]].to(device)
-        heads = [head for _, head in sources]
-        if heads == list(range(len(heads))):
-            return source
-        _check_heads(heads, source)
-        return source[:, heads]
-    for layer, head in sources:
-        _check_heads([head], states[layer])
-    return torch.stack([states[layer][:, head].to(device) for layer, head in sources], dim=1)
+    if len(runs) == 1:
+        return _lent(states, runs[0].layer).to(device)
+    parts = []
+    for layer, first, heads in runs:
+        source = _lent(states, layer)
+        if first + heads > source.shape[1]:
+            raise ValueError(
+                f"head {first + heads - 1} is borrowed, but only {source.shape[1]} heads are on this device; under "
+                "tensor parallelism convert with layout.head_map=identity, or serve with vLLM with uniattn installed"
+            )
+        # Not an index: vLLM compiles a model in pieces and moves indexing into the piece that made the tensor.
+        parts.append(source.narrow(1, first, heads).to(device))
+    return torch.cat(parts, dim=1)
 
 
-def _check_lent(layers: set[int], states: dict[int, torch.Tensor]) -> None:
-    missing = sorted(layer for layer in layers if layer not in states)
-    if missing:
+def _lent(states: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
+    if layer not in states:
         raise RuntimeError(
-            f"the states of layer {missing[0]} have been freed; with gradient checkpointing, each backward pass needs "
+            f"the states of layer {layer} have been freed; with gradient checkpointing, each backward pass needs "
             "its own forward pass"
         )
-
-
-def _check_heads(heads: list[int], source: torch.Tensor) -> None:
-    """Refuses to borrow from heads that are not here, because tensor parallelism put them elsewhere."""
-    if max(heads) >= source.shape[1]:
-        raise ValueError(
-            f"head {max(heads)} is borrowed, but only {source.shape[1]} heads are on this device; under tensor "
-            "parallelism convert with layout.head_map=identity, or serve with vLLM with uniattn installed"
-        )
+    return states[layer]
 
 
 class Compensation(nn.Linear):
@@ -198,12 +209,13 @@ class SharedAttentionMixin(_Attention):
         """
         self.key_sources = plan.sources(shape)
         if plan.traits.borrows_maps:
-            self.query_sources, group = self.key_sources, shape.group_size
-            keys = tuple((layer, head // group) for layer, head in self.query_sources)
+            self.query_runs, group = head_runs(self.key_sources), shape.group_size
+            keys = tuple((layer, head // group) for layer, head in self.key_sources)
             if all(len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)):
                 self.key_sources = keys[::group]
             else:
                 self.key_sources, self.value_groups, self.num_key_value_groups = keys, group, 1
+        self.key_runs = head_runs(self.key_sources)
 
     def drop_projections(self, removed: tuple[str, ...]) -> None:
         """Deletes the modules that a layer of this kind does not have."""
@@ -279,8 +291,7 @@ class SharedAttentionMixin(_Attention):
             [batch, heads, tokens, head_dim]; the heads of a key/value group come from the input of its source.
         """
         layers = [layer for layer, _ in self.key_sources]
-        _check_lent(set(layers), inputs)
-        queries = {layer: self.project(inputs[layer].to(device), "q")["q"] for layer in dict.fromkeys(layers)}
+        queries = {layer: self.project(_lent(inputs, layer).to(device), "q")["q"] for layer in dict.fromkeys(layers)}
         if len(queries) == 1:
             return queries[layers[0]]
         group = queries[layers[0]].shape[1] // len(layers)
@@ -398,13 +409,13 @@ class SharedAttentionMixin(_Attention):
                 queries, keys = queries.to(values.dtype), keys.to(values.dtype)
                 shared.lend(self.layer_idx, queries, keys, values, hidden_states if self.lends_input else None)
             return queries, keys, values
-        keys = gather_heads(shared.keys, self.key_sources, device)
+        keys = gather_heads(shared.keys, self.key_runs, device)
         if kind.borrows_maps:
-            queries = gather_heads(shared.queries, self.query_sources, device)
+            queries = gather_heads(shared.queries, self.query_runs, device)
         else:
             queries = states["q"]
         if kind.borrows_values:
-            return queries, keys, gather_heads(shared.values, self.key_sources, device)
+            return queries, keys, gather_heads(shared.values, self.key_runs, device)
         values = states["v"]
         if past_key_values is not None:
             # Values go into the first slot: a cache layer takes its length from it, and cropping or reordering skips
