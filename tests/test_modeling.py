@@ -27,7 +27,7 @@ from transformers import (
 from uniattn_cli.evaluation.cost import cache_bytes
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.modeling.sharing_uniattn import SharedStates
+from uniattn_cli.modeling.sharing_uniattn import SharedStates, some_rows
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.families import FAMILIES as RECORDS
@@ -461,3 +461,19 @@ def test_every_family_has_a_tiny_model():
 
 def by_name(name):
     return next(entry for entry in FAMILIES if entry[0] == name)
+
+
+def test_adapters_and_hooks_see_queries_of_which_some_heads_are_asked_for():
+    """A plain matrix is cut; whatever wraps one, or listens to it, is called."""
+    torch.manual_seed(0)
+    inputs, rows = torch.randn(2, 3, 5), slice(2, 6)
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, given):
+            return super().forward(given) + 1
+
+    plain, adapted = torch.nn.Linear(5, 8), Adapted(5, 8)
+    torch.testing.assert_close(some_rows(plain, inputs, rows), plain(inputs)[..., rows])
+    torch.testing.assert_close(some_rows(adapted, inputs, rows), adapted(inputs)[..., rows])
+    plain.register_forward_hook(lambda module, args, output: output * 2)
+    torch.testing.assert_close(some_rows(plain, inputs, rows), plain(inputs)[..., rows])

@@ -21,7 +21,7 @@ from transformers.models.phi3.modeling_phi3 import (
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
-from .sharing_uniattn import SharedAttentionMixin, SharedCausalLMMixin, SharedModelMixin
+from .sharing_uniattn import SharedAttentionMixin, SharedCausalLMMixin, SharedModelMixin, some_rows
 
 
 @strict
@@ -76,11 +76,22 @@ class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):  # type: ignore
                 rows |= {part: self.pool_heads(rows[part]) for part in "kv"}
             setattr(self.qkv_proj, name, nn.Parameter(torch.cat([rows[part] for part in self.kept])))
 
-    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    def project(self, hidden_states: torch.Tensor, parts: str, heads: slice | None = None) -> dict[str, torch.Tensor]:
+        if not parts:
+            return {}
         widths = self._widths()
-        fused = dict(zip(widths, self.qkv_proj(hidden_states).split(list(widths.values()), dim=-1), strict=True))
-        return {part: fused[part].view(shape).transpose(1, 2) for part in parts}
+        sizes = [widths[part] for part in parts]
+        if parts == self.kept and heads is None:
+            fused = self.qkv_proj(hidden_states)
+        else:
+            # Parts that are wanted together are neighbours.
+            start = sum(widths[part] for part in self.kept[: self.kept.index(parts)])
+            rows = slice(0, sum(sizes)) if heads is None else self._rows(heads)
+            sizes = sizes if heads is None else [rows.stop - rows.start]
+            fused = some_rows(self.qkv_proj, hidden_states, slice(start + rows.start, start + rows.stop))
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        split = fused.split(sizes, dim=-1)
+        return {part: states.view(shape).transpose(1, 2) for part, states in zip(parts, split, strict=True)}
 
     def attention_arguments(self) -> dict:
         return {"sliding_window": self.config.sliding_window}

@@ -7,6 +7,7 @@ attention backend from borrowed Q and K, so memory stays linear in the length. C
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -137,6 +138,19 @@ def _lent(states: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
     return states[layer]
 
 
+def some_rows(linear: Any, inputs: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some outputs of a projection; the others are not computed where the module is a plain matrix.
+
+    Adapters, quantisation, offloading and parallelism wrap the module or its weight, and are asked for all outputs.
+    """
+    wrapped = type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks
+    if wrapped or type(linear.weight) is not nn.Parameter or linear.weight.device != inputs.device:
+        return linear(inputs)[..., rows]
+    first, count = rows.start, rows.stop - rows.start
+    bias = None if linear.bias is None else linear.bias.narrow(0, first, count)
+    return nn.functional.linear(inputs, linear.weight.narrow(0, first, count), bias)
+
+
 class Compensation(nn.Linear):
     """W_c, or the outer factor of a low-rank W_c: a projection without bias that starts at zero.
 
@@ -188,6 +202,8 @@ class SharedAttentionMixin(_Attention):
         self.plan = plan
         self.lend_to(layout)
         self.value_groups = 1
+        # Asking a module for what it has not is slow, and is done in each call otherwise.
+        self.normed = [part for part in "qkv" if hasattr(self, f"{part}_norm")]
         self.drop_projections(plan.traits.removed)
         self.compensation = make_compensation(plan, shape.hidden_size)
         if plan.traits.fewer_heads:
@@ -216,6 +232,14 @@ class SharedAttentionMixin(_Attention):
             else:
                 self.key_sources, self.value_groups, self.num_key_value_groups = keys, group, 1
         self.key_runs = head_runs(self.key_sources)
+        # Of a layer that asks early: the layers whose input is asked, each with the query heads that it is asked by.
+        self.asked: list[tuple[int, slice]] = []
+        if plan.traits.early:
+            start = 0
+            for layer, units in itertools.groupby(layer for layer, _ in self.key_sources):
+                stop = start + len(list(units)) * shape.group_size
+                self.asked.append((layer, slice(start, stop)))
+                start = stop
 
     def drop_projections(self, removed: tuple[str, ...]) -> None:
         """Deletes the modules that a layer of this kind does not have."""
@@ -262,12 +286,13 @@ class SharedAttentionMixin(_Attention):
         """Means of neighbouring key/value heads: [kv_heads * head_dim, ...] becomes [kept * head_dim, ...]."""
         return rows.view(self.plan.kv_heads, -1, self.head_dim, *rows.shape[1:]).mean(1).flatten(0, 1)
 
-    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
+    def project(self, hidden_states: torch.Tensor, parts: str, heads: slice | None = None) -> dict[str, torch.Tensor]:
         """Queries, keys and values before rotary embedding.
 
         Args:
             hidden_states: [batch, tokens, hidden].
             parts: which of the letters q, k, v are wanted.
+            heads: which heads; None for all.
 
         Returns:
             For each letter a tensor [batch, heads, tokens, head_dim].
@@ -275,10 +300,15 @@ class SharedAttentionMixin(_Attention):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         states = {}
         for part in parts:
-            projected = getattr(self, f"{part}_proj")(hidden_states).view(shape).transpose(1, 2)
-            norm = getattr(self, f"{part}_norm", None)
-            states[part] = projected if norm is None else norm(projected)
+            module = getattr(self, f"{part}_proj")
+            projected = module(hidden_states) if heads is None else some_rows(module, hidden_states, self._rows(heads))
+            projected = projected.view(shape).transpose(1, 2)
+            states[part] = getattr(self, f"{part}_norm")(projected) if part in self.normed else projected
         return states
+
+    def _rows(self, heads: slice) -> slice:
+        """Rows of a projection that give these heads."""
+        return slice(heads.start * self.head_dim, heads.stop * self.head_dim)
 
     def early_queries(self, inputs: dict[int, torch.Tensor], device: torch.device) -> torch.Tensor:
         """Queries of a layer that asks early, before rotary embedding.
@@ -290,27 +320,21 @@ class SharedAttentionMixin(_Attention):
         Returns:
             [batch, heads, tokens, head_dim]; the heads of a key/value group come from the input of its source.
         """
-        layers = [layer for layer, _ in self.key_sources]
-        queries = {layer: self.project(_lent(inputs, layer).to(device), "q")["q"] for layer in dict.fromkeys(layers)}
-        if len(queries) == 1:
-            return queries[layers[0]]
-        group = queries[layers[0]].shape[1] // len(layers)
-        parts = [queries[layer][:, unit * group : (unit + 1) * group] for unit, layer in enumerate(layers)]
+        if len(self.asked) == 1:
+            return self.project(_lent(inputs, self.asked[0][0]).to(device), "q")["q"]
+        parts = [self.project(_lent(inputs, layer).to(device), "q", heads)["q"] for layer, heads in self.asked]
         return torch.cat(parts, dim=1)
 
     def embed_positions(self, states: dict[str, torch.Tensor], position_embeddings) -> None:
         """Rotates queries and keys in place of the mapping."""
         cos, sin = position_embeddings
-        queries, keys = states.get("q"), states.get("k")
-        if queries is None and keys is None:
-            return
-        first = keys if queries is None else queries
-        second = queries if keys is None else keys
-        queries, keys = self.rotate(first, second, cos, sin)
-        if "q" in states:
-            states["q"] = queries
-        if "k" in states:
-            states["k"] = keys
+        parts = [part for part in "qk" if part in states]
+        if len(parts) == 2:
+            states["q"], states["k"] = self.rotate(states["q"], states["k"], cos, sin)
+        elif parts:
+            # Families rotate two tensors; one without heads costs nothing.
+            alone = states[parts[0]]
+            states[parts[0]], _ = self.rotate(alone, alone.narrow(1, 0, 0), cos, sin)
 
     def attention_arguments(self) -> dict:
         """What the family's attention call is given beside scaling and dropout."""
@@ -341,7 +365,7 @@ class SharedAttentionMixin(_Attention):
             without = torch.zeros_like if self.compensation is None else self.compensation
             return without(hidden_states), None
         queries, keys, values = self._states(hidden_states, position_embeddings, past_key_values, uniattn_shared)
-        if hasattr(self, "attn"):
+        if self.plan.kind != "own" and hasattr(self, "attn"):
             keys, values = self._fit_engine(queries, keys, values)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
         output, weights = attention(
@@ -436,13 +460,16 @@ class WideNormAttentionMixin(SharedAttentionMixin):
         super().shrink_kv_heads(kept)
         self.k_norm = type(self.k_norm)(kept * self.head_dim, self.config.rms_norm_eps)
 
-    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
+    def project(self, hidden_states: torch.Tensor, parts: str, heads: slice | None = None) -> dict[str, torch.Tensor]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         states = {}
         for part in parts:
             projected = getattr(self, f"{part}_proj")(hidden_states)
-            norm = getattr(self, f"{part}_norm", None)
-            states[part] = (projected if norm is None else norm(projected)).view(shape).transpose(1, 2)
+            if part in self.normed:
+                projected = getattr(self, f"{part}_norm")(projected)
+            if heads is not None:
+                projected = projected[..., self._rows(heads)]
+            states[part] = projected.view(shape).transpose(1, 2)
         return states
 
 
