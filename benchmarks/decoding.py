@@ -139,7 +139,7 @@ def stock(options: argparse.Namespace, bandwidth: float) -> dict:
     measured = measure_shape(engines, batch, context, new=32, repeats=3, prompts=True, bandwidth=bandwidth)
     prompt = random_prompt(engines[BASE], batch, context)
     for static in (False, True):
-        measured.append(measure_stock(BASE, models[BASE], prompt, new=32, repeats=3, static=static))
+        measured += measure_stock({BASE: models[BASE]}, prompt, new=32, repeats=3, static=static)
         print(f"  {measured[-1].path}: {line(measured[-1])}", flush=True)
     return packed(measured, {one.path: one.tokens_per_second for one in measured})
 

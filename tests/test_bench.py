@@ -16,12 +16,14 @@ from uniattn_cli.commands.bench import BenchSpec, bench
 from uniattn_cli.errors import LayoutError, StageError, UsageError
 from uniattn_cli.inference import measurement
 from uniattn_cli.inference.engine import Engine
-from uniattn_cli.inference.measurement import largest_batch, measure_shape
+from uniattn_cli.inference.measurement import Measurement, largest_batch, measure_shape
 from uniattn_cli.inference.roofline import copy_bandwidth, step_bytes
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
+from uniattn_cli.models.device import Series
 from uniattn_cli.options import RunOptions
+from uniattn_cli.reporting.bench import conclusions
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = BenchSpec(batches=(1, 2), contexts=(24,), new=2, repeats=2, dtype="float32")
@@ -45,6 +47,35 @@ def test_every_model_is_measured_at_every_shape(result):
         assert len(one.step.values) == len(one.first.values) == 2
         assert 0 < one.step.median < one.first.median * 100
         assert one.tokens_per_second == one.batch / one.step.median
+
+
+def test_models_run_by_transformers_are_compared_with_the_first_one_run_so():
+    def series(seconds):
+        return Series((seconds, seconds, seconds))
+
+    measured = [
+        Measurement(name, path, 1, context, step=series(step * context), first=series(first * context))
+        for context in (16, 32)
+        for name, path, step, first in (
+            ("base", "engine", 1, 10),
+            ("paper", "engine", 0.5, 8),
+            ("base", "transformers dynamic", 4, 20),
+            ("paper", "transformers dynamic", 3.8 + context / 160, 19),
+        )
+    ]
+    assert conclusions(measured) == [
+        "paper decodes 2.00 times as many tokens per second as base.",
+        "Run by transformers dynamic, paper takes 0.97 to 1.00 times as long as base per token, and 0.95 times as long "
+        "to the first token.",
+    ]
+
+
+def test_all_models_take_turns_with_transformers(tmp_path):
+    spec = BenchSpec(batches=(1,), contexts=(8,), new=1, repeats=2, stock="all", dtype="float32")
+    result = bench(shape="tiny", groups=["every:4"], layers=4, spec=spec, out=tmp_path / "bench")
+    stock = [one for one in result.measurements if one.path == "transformers dynamic"]
+    assert [(one.model, len(one.step.values)) for one in stock] == [("base", 2), ("every:4", 2)]
+    assert any(note.startswith("Run by transformers dynamic, every:4 takes ") for note in result.notes)
 
 
 def test_all_figures_are_written(result):

@@ -201,7 +201,7 @@ def _measure(
     """All batch sizes and contexts; one that does not fit into memory is reported, and the next one follows."""
     from uniattn_cli.inference.measurement import measure_shape, measure_stock, random_prompt
 
-    stock = list(models)[: {"none": 0, "base": 1, "all": None}[spec.stock]]
+    stock = dict(list(models.items())[: {"none": 0, "base": 1, "all": None}[spec.stock]])
     ways = [False, True] if next(iter(models.values())).device.type == "cuda" else [False]
     pairs = [(batch, context) for context in spec.contexts for batch in spec.batches]
     rounds = len(pairs) * spec.repeats * (len(models) + len(stock) * len(ways))
@@ -219,13 +219,10 @@ def _measure(
                 advance=advance,
             )
             prompt = random_prompt(next(iter(engines.values())), batch, context)
-            for name in stock:
-                measured += [
-                    measure_stock(
-                        name, models[name], prompt, new=spec.new, repeats=spec.repeats, static=static, advance=advance
-                    )
-                    for static in ways
-                ]
+            for static in ways if stock else ():
+                measured += measure_stock(
+                    stock, prompt, new=spec.new, repeats=spec.repeats, static=static, advance=advance
+                )
             for one in measured:
                 if not one.fits:
                     options.progress.warn(f"batch {batch}, context {context}: {one.model} ({one.path}): {one.note}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -205,34 +205,36 @@ def time_prompt(session: Session, prompt: torch.Tensor) -> float:
 
 
 def measure_stock(
-    name: str,
-    model: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
     prompt: torch.Tensor,
     *,
     new: int,
     repeats: int,
     static: bool,
     advance: Callable[[int], None] = lambda steps: None,
-) -> Measurement:
+) -> list[Measurement]:
     """`generate` of transformers, greedily: with a dynamic cache, or with a static one, which it compiles on a GPU.
 
-    The time of a step is that between the first and the last of `new` + 1 tokens.
+    The models take turns. The time of a step is that between the first and the last of `new` + 1 tokens.
     """
     path = f"transformers {'static' if static else 'dynamic'}"
-    batch, context = prompt.shape
-    blank = Measurement(name, path, batch, context)
-    try:
-        with room("generate"):
-            # The first run compiles, and allocates a cache for just as many tokens.
-            for _ in range(2 if static else 1):
-                _time_generate(model, prompt, new, static)
-            seconds = take_turns({name: partial(_time_generate, model, prompt, new, static)}, repeats, advance)[name]
-    except NoRoomError as error:
-        return replace(blank, fits=False, note=str(error))
-    finally:
+    found = {name: Measurement(name, path, *prompt.shape) for name in models}
+    calls = {name: partial(_time_generate, model, prompt, new, static) for name, model in models.items()}
+    for name in list(calls):
+        try:
+            with room("generate"):
+                # The first run compiles, and allocates a cache for just as many tokens.
+                for _ in range(2 if static else 1):
+                    calls[name]()
+        except NoRoomError as error:
+            found[name] = replace(found[name], fits=False, note=str(error))
+            del calls[name]
         release_memory(prompt.device)
-    firsts, steps = zip(*seconds, strict=True)
-    return replace(blank, step=Series(steps), first=Series(firsts))
+    for name, seconds in take_turns(calls, repeats, advance).items():
+        firsts, steps = zip(*seconds, strict=True)
+        found[name] = replace(found[name], step=Series(steps), first=Series(firsts))
+    release_memory(prompt.device)
+    return list(found.values())
 
 
 def _time_generate(model: PreTrainedModel, prompt: torch.Tensor, new: int, static: bool) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,32 +61,40 @@ def _milliseconds(series: Series) -> str:
     return f"{series.median * 1e3:.3f} ± {series.median * series.spread * 500:.3f}"
 
 
-def reference(one: Measurement, measurements: Sequence[Measurement]) -> Measurement | None:
-    """The first model of the comparison, run by the engine at the same shape."""
+def reference(one: Measurement, measurements: Sequence[Measurement], path: str = "engine") -> Measurement | None:
+    """The first model of the comparison, run in this way at the same shape."""
     name = measurements[0].model
     same = [
         other
         for other in measurements
-        if (other.model, other.path, other.batch, other.context) == (name, "engine", one.batch, one.context)
+        if (other.model, other.path, other.batch, other.context) == (name, path, one.batch, one.context)
     ]
     return same[0] if same else None
 
 
 def conclusions(measurements: Sequence[Measurement]) -> list[str]:
-    """One sentence for each further model: its decoding speed relative to the first one, over all shapes."""
+    """What each further model gains over the first one, over all shapes, one sentence for each way of running them."""
     found, base = [], measurements[0].model
-    for name in dict.fromkeys(one.model for one in measurements):
-        pairs = [(one, reference(one, measurements)) for one in measurements if one.model == name]
-        ratios = [
-            first.step.median / one.step.median
-            for one, first in pairs
-            if one.path == "engine" and one.step and first and first.step and first is not one
-        ]
-        if ratios:
-            least, most = (f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
-            span = least if least == most else f"{least} to {most}"
+    for path, name in itertools.product(LINES, dict.fromkeys(one.model for one in measurements)):
+        same = [one for one in measurements if (one.model, one.path) == (name, path)]
+        pairs = [(one, first) for one in same if (first := reference(one, measurements, path)) and first is not one]
+        steps = [(one.step.median, first.step.median) for one, first in pairs if one.step and first.step]
+        firsts = [(one.first.median, first.first.median) for one, first in pairs if one.first and first.first]
+        if steps and path == "engine":
+            span = _span([theirs / own for own, theirs in steps])
             found.append(f"{name} decodes {span} times as many tokens per second as {base}.")
+        elif steps and firsts:
+            times = [_span([own / theirs for own, theirs in values]) for values in (steps, firsts)]
+            found.append(
+                f"Run by {path}, {name} takes {times[0]} times as long as {base} per token, and {times[1]} times as "
+                "long to the first token."
+            )
     return found
+
+
+def _span(ratios: Sequence[float]) -> str:
+    least, most = (f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+    return least if least == most else f"{least} to {most}"
 
 
 def draw(measurements: Sequence[Measurement], path: Path) -> None:
