@@ -23,7 +23,7 @@ from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
 from uniattn_cli.models.device import Series
 from uniattn_cli.options import RunOptions
-from uniattn_cli.reporting.bench import conclusions
+from uniattn_cli.reporting.bench import conclusions, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = BenchSpec(batches=(1, 2), contexts=(24,), new=2, repeats=2, dtype="float32")
@@ -68,6 +68,10 @@ def test_models_run_by_transformers_are_compared_with_the_first_one_run_so():
         "Run by transformers dynamic, paper takes 0.97 to 1.00 times as long as base per token, and 0.95 times as long "
         "to the first token.",
     ]
+    decoding, prompts = tables(measured)
+    place = ["paper", "engine", "1", "16"]
+    assert [row[decoding.columns.index("× first")] for row in decoding.rows if row[:4] == place] == ["2.00"]
+    assert [row[prompts.columns.index("× first")] for row in prompts.rows if row[:4] == place] == ["1.25"]
 
 
 def test_all_models_take_turns_with_transformers(tmp_path):

@@ -53,7 +53,7 @@ def _step_row(one: Measurement, measurements: Sequence[Measurement]) -> list[str
 
 def _first_row(one: Measurement, measurements: Sequence[Measurement]) -> list[str]:
     first, own = reference(one, measurements), one.first
-    ratio = f"{own.median / first.first.median:.2f}" if own and first and first.first else NOTHING
+    ratio = f"{first.first.median / own.median:.2f}" if own and first and first.first else NOTHING
     return [one.model, one.path, str(one.batch), str(one.context), _milliseconds(own) if own else NOTHING, ratio]
 
 
