@@ -11,7 +11,7 @@ from tiny import FAMILIES, backends, make_base, make_layout, typical_families
 from tiny_run import settings
 
 from uniattn_cli import convert
-from uniattn_cli.fitting import align_queries
+from uniattn_cli.fitting import align_queries, rows
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.stream import run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
@@ -80,11 +80,11 @@ def test_the_map_is_that_of_the_attention_backend(entry, windows):
             given = align_queries.attention_inputs(layer, batch.base, batch.kwargs[index])
             states = own.project(given["hidden_states"], "qk")
             own.embed_positions(states, given["position_embeddings"])
-            scores = align_queries._scores(own, states["q"], states["k"])
-            found = align_queries._masked(own, scores, given.get("attention_mask")).softmax(-1)
+            scores = rows.scores(own, states["q"], states["k"])
+            found = rows.masked(own, scores, given.get("attention_mask")).softmax(-1)
             torch.testing.assert_close(found, expected[index][: len(found)], atol=1e-5, rtol=1e-4)
             # FlashAttention is given no mask, and windows as a number.
-            torch.testing.assert_close(align_queries._masked(own, scores, None).softmax(-1), found)
+            torch.testing.assert_close(rows.masked(own, scores, None).softmax(-1), found)
             batch.base = layer(batch.base, **batch.kwargs[index])
 
 
@@ -130,16 +130,16 @@ def test_keys_that_are_the_same_need_no_other_queries(windows):
 def test_little_memory_takes_fewer_rows_at_once_and_gains_the_same(windows, monkeypatch):
     base = make_base(FAMILIES[0])
     layout = make_layout("kv", base.config)
-    monkeypatch.setattr(align_queries, "STEP_TOKENS", 5 * 32)
+    monkeypatch.setattr(rows, "STEP_TOKENS", 5 * 32)
     plain = align_queries._gradients
     found = {}
     for most, pieces in ((5, [5]), (2, [2, 2, 1])):
-        monkeypatch.setattr(align_queries, "MOST_SCORES", most * 6 * 32 * 32)
+        monkeypatch.setattr(rows, "MOST_SCORES", most * 6 * 32 * 32)
         seen = []
         monkeypatch.setattr(
             align_queries,
             "_gradients",
-            lambda *arguments, seen=seen: seen.append(len(arguments[-1].queries)) or plain(*arguments),
+            lambda *arguments, seen=seen: seen.append(len(arguments[-1])) or plain(*arguments),
         )
         _, found[most] = fitted(base, layout, windows, STEPS)
         assert seen == pieces * (STEPS * len(found[most]))

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from uniattn_cli.fitting.align_queries import for_trials
-from uniattn_cli.fitting.fit import fit_layer
+from uniattn_cli.fitting.fit import fit_layer, for_trials
 from uniattn_cli.fitting.match_outputs import SourceChooser
 from uniattn_cli.fitting.stream import Batch, run_layer, start_batches
 from uniattn_cli.modeling.configuration_uniattn import attention_shape

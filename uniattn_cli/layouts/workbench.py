@@ -170,8 +170,7 @@ class Workbench:
         """
         import torch
 
-        from uniattn_cli.fitting.align_queries import for_trials
-        from uniattn_cli.fitting.fit import fit_layers
+        from uniattn_cli.fitting.fit import fit_layers, for_trials
         from uniattn_cli.models.building import build_converted
 
         spec = self.recipe.conversion
