@@ -167,7 +167,10 @@ class Bench:
         tokens: int | None = None,
         **spec,
     ) -> None:
-        """Converts, evaluates and stores one row for each seed, unless it is there already."""
+        """Converts, evaluates and stores one row for each seed, unless it is there already.
+
+        Nothing is refined unless `spec` says so: rows of these tables are older.
+        """
         for key in self.results.missing("rows", [f"{name} | seed {seed}" for seed in seeds]):
             seed = int(key.rpartition(" ")[2])
             torch.manual_seed(seed)
@@ -175,7 +178,9 @@ class Bench:
             windows = self.windows(tokens or self.fit_tokens, seed=seed)
             seconds: list[float] = []
             with timed(seconds, self.device):
-                fit_layers(self.base, model, windows, ConversionSpec(**spec), chooser=chooser, batch_size=16)
+                fit_layers(
+                    self.base, model, windows, ConversionSpec(**{"refine": 0} | spec), chooser=chooser, batch_size=16
+                )
             perplexity = {text: window_loss(model, w, batch_size=16).perplexity for text, w in self.texts.items()}
             final, own = model.config.layout, Layout.own(self.shape.layers)
             ratio = {text: round(value / self.perplexities[text], 4) for text, value in perplexity.items()}
@@ -244,12 +249,14 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
     if set(parts) - {"aligned"}:
         run_unaligned(bench, parts, seeds)
     if "aligned" in parts:
-        align = ConversionSpec().align
+        align, refined = ConversionSpec().align, {"refine": ConversionSpec().refine}
         for name in arguments.mixes:
             steps = bench.searched(f"{name}, aligned", ALIGNED[name], LayoutSpec(kv=0.8), "free", align)
             bench.row(f"KV 80 %, {name}, aligned", steps[-1], seeds)
+            bench.row(f"KV 80 %, {name}, refined", steps[-1], seeds, **refined)
             if name in WITHOUT_COMPENSATION:
                 bench.row(f"KV 80 %, {name}, aligned, no W_c", steps[-1], seeds, solve="output")
+                bench.row(f"KV 80 %, {name}, refined, no W_c", steps[-1], seeds, solve="output", **refined)
 
 
 def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:

@@ -129,6 +129,7 @@ class Bench:
                 "max_length": recipe.train.max_length,
                 "group_by_length": recipe.train.group_by_length,
                 **({"align": align} if (align := recipe.conversion.align) else {}),
+                **({"refine": refine} if (refine := recipe.conversion.refine) else {}),
                 **({"settings": spec.set} if spec.set else {}),
                 "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
                 "rates": RATES,

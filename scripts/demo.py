@@ -29,8 +29,8 @@ RUNS = {"smollm2-135m-instruct": "run", "gemma3-270m": "run-gemma3-270m"}
 OWN = {"gemma3-270m": {"train": "--set train.stages='[{trains: all, steps: 40, learning_rate: 2.0e-5}]'"}}
 SHORT = {
     "analyze": "--tokens 1024 --length 256",
-    "convert": "--set conversion.tokens=2048 --set conversion.length=256 --set conversion.align=10 "
-    "--set evaluation.tokens=1024 --set evaluation.length=256",
+    "convert": "--set conversion.tokens=2048 --set conversion.length=256 "
+    "--set conversion.align=10 --set conversion.refine=5 --set evaluation.tokens=1024 --set evaluation.length=256",
     "train": "--set train.stages='[{trains: all, steps: 2, learning_rate: 2.0e-5}]' "
     "--set train.batch_size=4 --set train.micro_batch_size=4 --set train.max_length=256",
     "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "

@@ -33,7 +33,7 @@ def fitted(base, layout, windows, steps, **options):
     """A converted model and its fits."""
     torch.manual_seed(0)
     model = build_converted(base, layout)
-    return model, fit_layers(base, model, windows, ConversionSpec(align=steps), batch_size=8, **options)
+    return model, fit_layers(base, model, windows, ConversionSpec(align=steps, refine=0), batch_size=8, **options)
 
 
 @typical_families

@@ -21,7 +21,7 @@ from uniattn_cli.models.families import check_target, family_of
 from uniattn_cli.recipe.schema import ConversionSpec
 
 # What alignment does is for its own tests to show.
-QUICK = ConversionSpec(align=5)
+QUICK = ConversionSpec(align=5, refine=5)
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +153,19 @@ def test_the_same_seed_gives_the_same_weights(windows):
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-@pytest.mark.parametrize(("solve", "changes"), [("both", "oc"), ("output", "o"), ("compensation", "c"), ("none", "")])
-def test_only_what_is_asked_for_is_solved(solve, changes, windows):
+@pytest.mark.parametrize(
+    ("solve", "refine", "changes"),
+    [("both", 0, "oc"), ("output", 0, "o"), ("output", 30, "vo"), ("compensation", 30, "c"), ("none", 30, "")],
+)
+def test_only_what_is_asked_for_is_solved(solve, refine, changes, windows):
     base = make_base(FAMILIES[0])
     model = build_converted(base, make_layout("leader"))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    fit_layers(base, model, windows, replace(QUICK, solve=solve))
+    fit_layers(base, model, windows, replace(QUICK, solve=solve, refine=refine))
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     expected = set()
     for layer in (2, 3, 5):
+        expected |= {f"model.layers.{layer}.self_attn.v_proj.weight"} if "v" in changes else set()
         expected |= {f"model.layers.{layer}.self_attn.o_proj.weight"} if "o" in changes else set()
         expected |= {f"model.layers.{layer}.self_attn.compensation.weight"} if "c" in changes else set()
     assert changed == expected

@@ -49,6 +49,7 @@ CONVERSION = {
     "solve": ("output", PLAIN),
     "rank": (4, PLAIN),
     "align": (5, PLAIN),
+    "refine": (0, PLAIN),
     "target": ("residual", PLAIN),
     "holdout": (0.5, PLAIN),
 }

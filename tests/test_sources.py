@@ -220,7 +220,7 @@ def planted(places):
 
 def fitted(base, layout, chooser=None):
     model = build_converted(base, layout)
-    (fit,) = fit_layers(base, model, windows(60, 3), ConversionSpec(), chooser=chooser)
+    (fit,) = fit_layers(base, model, windows(60, 3), ConversionSpec(refine=0), chooser=chooser)
     return model.config.layout, fit
 
 
@@ -253,7 +253,7 @@ def test_choices_are_legal_whatever_the_limits(head_map, sources, kind, seed):
     # So few features that each unit may keep two blocks only.
     chooser = SourceChooser(matcher, matcher.lenders, Limits(features=1, tokens=256))
     model = build_converted(base, layout)
-    fit_layers(base, model, windows(20, 3), ConversionSpec(align=4), chooser=chooser)
+    fit_layers(base, model, windows(20, 3), ConversionSpec(align=4, refine=0), chooser=chooser)
     found = model.config.layout
     assert found.problems(shape) == [] and found.changed == [4, 5]
     for layer in found.changed:
@@ -277,7 +277,11 @@ def test_an_identity_map_and_layers_that_borrow_nothing_are_left_alone():
     for matcher in (identity, matcher_of(base)):
         model = build_converted(base, layout)
         fit_layers(
-            base, model, windows(12, 3), ConversionSpec(), chooser=SourceChooser(matcher, matcher.lenders, PLENTY)
+            base,
+            model,
+            windows(12, 3),
+            ConversionSpec(refine=0),
+            chooser=SourceChooser(matcher, matcher.lenders, PLENTY),
         )
         kept = layout.changed if matcher is identity else [3, 4]
         assert all(model.config.layout[layer] == layout[layer] for layer in kept)
@@ -292,7 +296,9 @@ def test_a_leader_farther_away_than_was_measured_is_kept():
         return [other for other in layout[layer].source_layers if layer - other <= 2]
 
     model = build_converted(base, layout)
-    fits = fit_layers(base, model, windows(12, 3), ConversionSpec(), chooser=SourceChooser(matcher, leaders, PLENTY))
+    fits = fit_layers(
+        base, model, windows(12, 3), ConversionSpec(refine=0), chooser=SourceChooser(matcher, leaders, PLENTY)
+    )
     assert [fit.layer for fit in fits] == [1, 2, 3, 4, 5]
     assert [plan.source_layers for plan in model.config.layout][1:] == [(0,)] * 5
     assert [plan.leader for plan in model.config.layout][3:] == [0] * 3

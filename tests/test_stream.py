@@ -132,7 +132,7 @@ def test_a_fit_with_one_layer_resident_gives_the_same_weights(entry, matched):
     before = {name: value.clone() for name, value in base.state_dict().items()}
     for device in (None, ACCELERATOR):
         model = build_converted(base, layout)
-        fits = fit_layers(base, model, windows(20), ConversionSpec(align=5), chooser=chooser, device=device)
+        fits = fit_layers(base, model, windows(20), ConversionSpec(align=5, refine=5), chooser=chooser, device=device)
         found.append((model.config.layout, fits, model.state_dict()))
     (layout, fits, weights), (other_layout, other_fits, other_weights) = found
     assert layout == other_layout and fits == other_fits and set(weights) == set(other_weights)

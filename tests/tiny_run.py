@@ -36,6 +36,7 @@ QUICK = {
     "conversion.tokens": 1024,
     "conversion.length": 64,
     "conversion.align": 10,
+    "conversion.refine": 5,
     "train.stages": "[{trains: all, learning_rate: 0.01, steps: 4}]",
     "train.max_length": 64,
     "train.batch_size": 8,

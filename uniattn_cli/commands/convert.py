@@ -285,4 +285,9 @@ def _fit_tables(fits: list[LayerFit]) -> list[Table]:
         rows = [[str(fit.layer), fit.kind, f"{pair[0]:.3f}", f"{pair[1]:.3f}"] for fit, pair in aligned]
         title = "KL divergence of the maps from the base's, in nats, in layers with aligned queries"
         tables.append(Table(title, ["layer", "kind", "before", "after"], rows))
+    refined = [(fit, fit.refined) for fit in fits if fit.refined is not None]
+    if refined:
+        rows = [[str(fit.layer), fit.kind, f"{pair[0]:.3f}", f"{pair[1]:.3f}"] for fit, pair in refined]
+        title = "error after the fit, as above, with W_o and W_c solved and with all projections refined"
+        tables.append(Table(title, ["layer", "kind", "solved", "refined"], rows))
     return tables

@@ -14,6 +14,22 @@ BETAS = (0.9, 0.95)
 WARMUP = 0.1
 
 
+def parameters_of(*modules: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The modules' own parameters, each with its module and its name there."""
+    return [(module, *item) for module in modules for item in module.named_parameters(recurse=False)]
+
+
+def put_back(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    """Gives modules the parameters that `parameters_of` found."""
+    for module, name, parameter in parameters:
+        setattr(module, name, parameter)
+
+
+def gain_of(norm: Any) -> torch.Tensor:
+    """What a norm multiplies by, [width]; some families store it less one."""
+    return norm(torch.ones_like(norm.weight)).detach()
+
+
 class TrainedWeights:
     """The parameters of some modules, in float32 while they are trained.
 
@@ -22,15 +38,13 @@ class TrainedWeights:
     """
 
     def __init__(self, *modules: nn.Module):
-        self.kept = [(module, *item) for module in modules for item in module.named_parameters(recurse=False)]
+        self.kept = parameters_of(*modules)
         self.trained = [nn.Parameter(parameter.detach().float().clone()) for _, _, parameter in self.kept]
         for (module, name, _), parameter in zip(self.kept, self.trained, strict=True):
             setattr(module, name, parameter)
-        self.scales = [self.scale(module) for module, _, _ in self.kept]
-
-    def scale(self, module: Any) -> float:
-        """Root mean square of a module's weight, the unit of its learning rate."""
-        return module.weight.square().mean().sqrt().item()
+        # The units of learning rates.
+        sizes = [module.weight if isinstance(module, nn.Linear) else gain_of(module) for module, _, _ in self.kept]
+        self.scales = [size.square().mean().sqrt().item() for size in sizes]
 
     def copy(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.trained]
@@ -51,7 +65,7 @@ class TrainedWeights:
         Args:
             gradients: gives those of a step, in the order of `trained`.
             steps: how many.
-            rate: the largest step, in units of `scale`.
+            rate: the largest step, in units of the root mean square of the weights.
         """
         groups = [
             {"params": [parameter], "lr": rate * scale}

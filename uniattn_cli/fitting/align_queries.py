@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniattn_cli.fitting.adam import TrainedWeights
+from uniattn_cli.fitting.adam import TrainedWeights, gain_of
 from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, query_projection
 from uniattn_cli.fitting.rows import Rows, in_turn, masked, rows_per_step, scores, single_rows
 from uniattn_cli.fitting.stream import Batch, attention_inputs
@@ -90,14 +90,6 @@ class _Queries(TrainedWeights):
         self.norm: Any = getattr(attention, "q_norm", None)
         super().__init__(*filter(None, (query_projection(attention), self.norm)))
 
-    def scale(self, module: Any) -> float:
-        return self.gain().square().mean().sqrt().item() if module is self.norm else super().scale(module)
-
-    def gain(self) -> torch.Tensor:
-        """What the norm of queries multiplies by, [1 or heads, dim]; some families store it less one."""
-        width = self.norm.weight.shape[-1]
-        return self.norm(self.norm.weight.new_ones(width)).detach().view(-1, self.attention.head_dim)
-
     def match(self, maps: torch.Tensor, inputs: InputMatches | None) -> None:
         """Puts `B q` in the place of each query q, up to its length where queries are normed.
 
@@ -109,7 +101,7 @@ class _Queries(TrainedWeights):
         heads = self.attention.config.num_attention_heads
         matrices = maps.repeat_interleave(heads // len(maps), dim=0)
         if self.norm is not None:
-            gain = self.gain()
+            gain = gain_of(self.norm).view(-1, dim)
             inverse = gain / (gain.square() + 1e-4 * gain.square().mean())
             matrices = inverse.unsqueeze(-1) * matrices * gain.unsqueeze(-2)
         # Where queries, keys and values are one matrix, queries come first.
@@ -153,9 +145,7 @@ def _prepare(base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index
         states |= {source: batch.shared.inputs[source].to(device) for source, _ in attention.key_sources}
     else:
         states["input"] = kwargs["hidden_states"]
-    for name, each in zip(("cos", "sin"), kwargs["position_embeddings"], strict=True):
-        states[name] = each.expand(len(batch.converted), -1, -1)
-    return Rows.of(states, kwargs)
+    return Rows.of(attention, states, kwargs)
 
 
 def _divergence(attention: SharedAttentionMixin, own: SharedAttentionMixin, rows: Rows) -> torch.Tensor:
@@ -177,5 +167,5 @@ def _positioned_queries(attention: SharedAttentionMixin, rows: Rows) -> torch.Te
         states = {"q": attention.early_queries(inputs, rows["queries"].device)}
     else:
         states = attention.project(rows["input"].float(), "q")
-    attention.embed_positions(states, (rows["cos"].float(), rows["sin"].float()))
+    attention.embed_positions(states, rows.positions)
     return states["q"]

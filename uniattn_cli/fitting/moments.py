@@ -100,12 +100,14 @@ class RidgeFit:
 
     Attributes:
         weights: [p, d].
+        partial: the same without the tokens held out from the fit.
         strength: the ridge strength chosen; infinity where no change was better than any.
         error_before: mean |y|^2 on the tokens held out from the fit.
         error_after: mean |y - W^T f|^2 on the same tokens, with weights that have not seen them.
     """
 
     weights: torch.Tensor
+    partial: torch.Tensor
     strength: float
     error_before: float
     error_after: float
@@ -119,16 +121,16 @@ def fit_ridge(fit: Moments, held: Moments, blocks: list[int]) -> RidgeFit:
         held: moments of the tokens to choose the strength on.
         blocks: see `solve_ridge`.
     """
-    none = torch.zeros_like(fit.fy)
-    before = held.error(none)
-    best, strength = before, float("inf")
+    partial = torch.zeros_like(fit.fy)
+    before = best = held.error(partial)
+    strength = float("inf")
     for candidate in RIDGES:
-        error = held.error(solve_ridge(fit, candidate, blocks))
+        weights = solve_ridge(fit, candidate, blocks)
+        error = held.error(weights)
         if error < best:
-            best, strength = error, candidate
-    if strength == float("inf"):
-        return RidgeFit(none, strength, before, before)
-    return RidgeFit(solve_ridge(fit.merged(held), strength, blocks), strength, before, best)
+            best, strength, partial = error, candidate, weights
+    whole = partial if strength == float("inf") else solve_ridge(fit.merged(held), strength, blocks)
+    return RidgeFit(whole, partial, strength, before, best)
 
 
 def reduce_rank(weights: torch.Tensor, moments: Moments, heads: int, rank: int, strength: float):
@@ -153,9 +155,9 @@ def reduce_rank(weights: torch.Tensor, moments: Moments, heads: int, rank: int, 
     eye = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
     if heads:
         left = moments.ff[:heads, :heads]
-        left = left + torch.eye(heads, dtype=left.dtype, device=left.device) * left.diagonal().mean() * min(
-            strength, 1.0
-        )
+        # Heads that are zero everywhere get weights, too, which are zero.
+        scale_left = left.diagonal().mean().clamp_min(1e-30) * min(strength, 1.0)
+        left = left + torch.eye(heads, dtype=left.dtype, device=left.device) * scale_left
         cross = moments.ff[:heads, heads:]
         inputs = inputs - cross.T @ torch.linalg.solve(left, cross)
     root = torch.linalg.cholesky_ex((inputs + inputs.T) / 2 + scale * eye).L

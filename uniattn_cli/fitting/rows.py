@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,39 +22,49 @@ class Rows:
     """What a fit needs of some rows, which have no padding and equal length, so that the mask is that of one row.
 
     Attributes:
-        states: by name, each [rows, ...]; `queries` [rows, heads, tokens, head_dim] among them.
+        states: by name, each [rows, ...]; `cos` and `sin` [rows, tokens, dim] among them.
         mask: as the layer gives it to its attention module, [1, ...]; None where that is left to the backend.
+        scores: of one row.
     """
 
     states: dict[Any, torch.Tensor]
     mask: torch.Tensor | None
+    scores: int
 
     @classmethod
-    def of(cls, states: dict[Any, torch.Tensor], kwargs: dict[str, Any]) -> Rows:
-        """From the states of a batch and what its attention module is called with."""
+    def of(cls, attention: SharedAttentionMixin, states: dict[Any, torch.Tensor], kwargs: dict[str, Any]) -> Rows:
+        """From the states of a batch and what the attention module is called with."""
+        rows, length, _ = kwargs["hidden_states"].shape
+        for name, each in zip(("cos", "sin"), kwargs["position_embeddings"], strict=True):
+            states[name] = each.expand(rows, -1, -1)
         mask = kwargs.get("attention_mask")
         # One that only a backend can read says, without padding, nothing that is not known.
-        return cls(states, mask[:1] if isinstance(mask, torch.Tensor) else None)
+        mask = mask[:1] if isinstance(mask, torch.Tensor) else None
+        return cls(states, mask, attention.config.num_attention_heads * length**2)
+
+    @property
+    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary embeddings, float32."""
+        return self["cos"].float(), self["sin"].float()
 
     def __getitem__(self, name: Any) -> torch.Tensor:
         return self.states[name]
 
     def __len__(self) -> int:
-        return len(self["queries"])
+        return len(self["cos"])
 
     def split(self) -> list[Rows]:
         """Each row by itself."""
         parts = zip(*(state.split(1) for state in self.states.values()), strict=True)
-        return [Rows(dict(zip(self.states, part, strict=True)), self.mask) for part in parts]
+        return [replace(self, states=dict(zip(self.states, part, strict=True))) for part in parts]
 
     @classmethod
     def together(cls, rows: Sequence[Rows]) -> Iterator[Rows]:
         """As many rows in one piece as memory allows."""
-        _, heads, length, _ = rows[0]["queries"].shape
-        count = max(1, MOST_SCORES // (heads * length * length))
+        count = max(1, MOST_SCORES // rows[0].scores)
         for start in range(0, len(rows), count):
             piece = rows[start : start + count]
-            yield cls({name: torch.cat([row[name] for row in piece]) for name in rows[0].states}, rows[0].mask)
+            yield replace(piece[0], states={name: torch.cat([row[name] for row in piece]) for name in piece[0].states})
 
 
 def rows_per_step(length: int) -> int:

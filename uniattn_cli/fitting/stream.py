@@ -41,6 +41,7 @@ class Batch:
         kwargs: keyword arguments of each layer.
         shared: queries and keys handed over in the converted model.
         held: whether the tokens are held out from fits.
+        target: what a layer's attention output is to be, [rows, length, hidden], while the layer is fitted.
     """
 
     base: torch.Tensor
@@ -48,6 +49,7 @@ class Batch:
     kwargs: list[dict[str, Any]]
     shared: SharedStates
     held: bool
+    target: torch.Tensor | None = None
 
 
 def start_batches(

@@ -364,7 +364,7 @@ class SharedAttentionMixin(_Attention):
         if not kind.attends:
             without = torch.zeros_like if self.compensation is None else self.compensation
             return without(hidden_states), None
-        queries, keys, values = self._states(hidden_states, position_embeddings, past_key_values, uniattn_shared)
+        queries, keys, values = self.states(hidden_states, position_embeddings, past_key_values, uniattn_shared)
         if self.plan.kind != "own" and hasattr(self, "attn"):
             keys, values = self._fit_engine(queries, keys, values)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
@@ -416,7 +416,7 @@ class SharedAttentionMixin(_Attention):
             nothing = hidden_states.new_empty(*hidden_states.shape[:2], 0).unsqueeze(1)
             past_key_values.update(nothing, nothing, self.layer_idx)
 
-    def _states(self, hidden_states, position_embeddings, past_key_values, shared):
+    def states(self, hidden_states, position_embeddings, past_key_values, shared):
         """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder."""
         kind, device = self.plan.traits, hidden_states.device
         if kind.early:

@@ -272,6 +272,11 @@ class ConversionSpec:
         "steps that train queries to reproduce the base's maps with borrowed keys; 0 skips this",
         minimum=0,
     )
+    refine: int = setting(
+        100,
+        "steps that train all that a layer projects on its attention output, where W_o is solved; 0 skips this",
+        minimum=0,
+    )
     target: str = setting(
         "attention",
         "target of the fit: the base's attention output, or its residual stream",
