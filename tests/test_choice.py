@@ -238,6 +238,23 @@ def test_another_kind_where_groups_are_given(run, monkeypatch):
     assert steps == [3, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], "none"),
+        (["conversion.rank=full"], "full"),
+        (["conversion.rank=4"], 4),
+        (["conversion.solve=reference"], "full"),
+        (["conversion.solve=output", "conversion.rank=4"], "none"),
+    ],
+)
+def test_early_layers_are_compensated_where_the_recipe_asks_for_it(run, more, expected):
+    found = group(groups="early@every:3", overrides=overridden("layout.match=maps", *more), options=CPU).layout
+    assert {found[index].compensation for index in found.changed} == {expected}
+    # It follows from the recipe, and does not stand in the layout.
+    assert not any("compensation" in entry for entry in Recipe.load("recipe.yaml").layout.layers)
+
+
 def test_given_groups_of_another_kind_may_be_matched_by_maps(run):
     layout = chosen(run, "layout.groups=kv@every:2", "layout.match=maps", "layout.sources=one").layout
     table = bench_of(run).matcher.similarity

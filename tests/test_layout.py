@@ -7,7 +7,14 @@ import pytest
 from uniattn_cli.errors import LayoutError
 from uniattn_cli.layouts.picture import draw_layout
 from uniattn_cli.layouts.shorthand import parse_groups
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, AttentionShape, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import (
+    BORROWING_KINDS,
+    CHANGED_KINDS,
+    KINDS,
+    AttentionShape,
+    LayerPlan,
+    Layout,
+)
 from uniattn_cli.models.costs import kv_bytes_per_token
 
 SHAPE = AttentionShape(query_heads=4, kv_heads=2, head_dim=8, hidden_size=32, mask_types=("full",) * 8)
@@ -97,6 +104,21 @@ def test_another_kind_of_layer_may_stand_where_layers_would_follow(kind):
     # A linear map is all that a linear layer has.
     without = parse_groups(f"{kind}@paper", SHAPE, "none")
     assert without[5].compensation == ("full" if kind == "linear" else "none")
+
+
+@pytest.mark.parametrize("kind", CHANGED_KINDS)
+def test_each_kind_has_a_default_compensation_of_its_own(kind):
+    expected = "none" if kind in ("early", "early-kv", "none") else "full"
+    parsed = parse_groups(f"{kind}@paper", SHAPE)
+    entries = [{key: value for key, value in plan.to_dict().items() if key != "compensation"} for plan in parsed]
+    for layout in (parsed, Layout.from_list(entries), Layout.from_list(entries, "auto")):
+        assert {layout[index].compensation for index in layout.changed} == {expected}
+    # What is asked for counts more, where the kind leaves a choice.
+    for asked in ("full", "none", 3):
+        again = Layout.from_list(entries, asked)
+        assert again == parse_groups(f"{kind}@paper", SHAPE, asked) and again.problems(SHAPE) == []
+        optional = KINDS[kind].compensation == "optional"
+        assert not optional or {again[index].compensation for index in again.changed} == {asked}
 
 
 def test_pooled_layers_keep_heads_that_divide_those_of_the_model():

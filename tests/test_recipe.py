@@ -78,7 +78,7 @@ def test_all_faults_are_reported_at_once_with_line_and_nearest_name(tmp_path):
         (MODEL + "train: {stages: []}\n", "train.stages is empty"),
         (MODEL + "train: {stages: [{trains: all}, {trains: all}]}\n", "two stages have the same name"),
         (MODEL + "train: {stages: [{trains: al}]}\n", "train.stages[0].trains must be one of"),
-        (MODEL + "conversion: {rank: half}\n", "conversion.rank must be one of full"),
+        (MODEL + "conversion: {rank: half}\n", "conversion.rank must be one of auto, full"),
         (MODEL + "conversion: {rank: 0}\n", "conversion.rank must be at least 1"),
     ],
 )

@@ -122,10 +122,10 @@ LAYOUTS = {
     "early": [
         {},
         {},
-        {"kind": "early", "leader": 1},
+        {"kind": "early", "leader": 1, "compensation": "full"},
         {"kind": "early", "heads": "0:2 1:1 0:0", "compensation": "none"},
         {"kind": "early-kv", "leader": 1, "compensation": 4},
-        {"kind": "early-kv", "heads": "0:1 1:1 1:0"},
+        {"kind": "early-kv", "heads": "0:1 1:1 1:0", "compensation": "full"},
     ],
     "pooled": [{}, {"kind": "pooled", "kv_heads": 1}, {}, {"kind": "pooled", "kv_heads": 1}, {}, {}],
     "linear_none": [{}, {"kind": "linear"}, {}, {"kind": "linear", "compensation": 8}, {"kind": "none"}, {}],

@@ -166,13 +166,13 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def compensation(text: str) -> str | int:
-    """`full`, `none` or a rank.
+    """`auto`, `full`, `none` or a rank.
 
     Raises:
         UsageError: something else.
     """
-    if text in ("full", "none"):
+    if text in ("auto", "full", "none"):
         return text
     if not text.isdigit() or not int(text):
-        raise UsageError(f"--compensation {text}: give full, none or a rank of at least 1")
+        raise UsageError(f"--compensation {text}: give auto, full, none or a rank of at least 1")
     return int(text)

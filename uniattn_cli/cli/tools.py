@@ -358,8 +358,9 @@ def bench(
         ),
     ] = None,
     compensation: Annotated[
-        str, typer.Option("--compensation", metavar="full|none|RANK", help="W_c of these layouts.")
-    ] = "full",
+        str,
+        typer.Option("--compensation", metavar="auto|full|none|RANK", help="W_c of these layouts; auto: as each kind."),
+    ] = "auto",
     layers: Annotated[
         int | None, typer.Option("--layers", metavar="N", min=1, help="Number of layers of --shape.")
     ] = None,

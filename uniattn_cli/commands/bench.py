@@ -87,7 +87,7 @@ def bench(
     run_dir: Path | str = ".",
     shape: str | None = None,
     groups: Sequence[str] = (),
-    compensation: str | int = "full",
+    compensation: str | int = "auto",
     layers: int | None = None,
     spec: BenchSpec = BenchSpec(),
     out: Path | str = "bench",
@@ -101,7 +101,7 @@ def bench(
         run_dir: holds `recipe.yaml` and what the stages wrote.
         shape: random weights of this shape instead, see `models.random.SHAPES`.
         groups: layouts of the random models to compare with the base, see `layouts.shorthand.parse_groups`.
-        compensation: of their changed layers: `full`, `none` or a rank.
+        compensation: W_c of their changed layers: `full`, `none`, a rank, or `auto` for the default of each kind.
         layers: number of layers of the random model.
         spec: what is measured.
         out: directory to write, within the run directory.

@@ -114,7 +114,7 @@ def store_layout(run: RunDir, layout: Layout, recipe: Recipe) -> None:
     entries = CommentedSeq()
     for index, plan in enumerate(layout):
         fields = plan.to_dict()
-        if plan.traits.compensation == "optional" and plan.compensation == usual:
+        if plan.compensation == plan.traits.compensation_for(usual):
             fields.pop("compensation", None)
         entry = CommentedMap(fields)
         entry.fa.set_flow_style()

@@ -47,8 +47,12 @@ class Grouping(Result):
 
 
 def compensation_of(recipe: Recipe) -> str | int:
-    """The W_c that changed layers get unless their own entry says otherwise."""
-    return recipe.conversion.rank if recipe.conversion.solve in ("both", "compensation", "reference") else "none"
+    """The W_c that is asked for where a layer's own entry does not say, see `Kind.compensation_for`."""
+    spec = recipe.conversion
+    if spec.solve in ("output", "none"):
+        return "none"
+    # Without a W_c there would be nothing to solve.
+    return "full" if spec.rank == "auto" and spec.solve != "both" else spec.rank
 
 
 def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> None:

@@ -34,7 +34,7 @@ def frontier(
     *,
     protect: Iterable[int] = (),
     max_group: int | None = None,
-    compensation: str | int = "full",
+    compensation: str | int = "auto",
     kind: str = "softmax",
 ) -> list[Choice]:
     """The best layout for every possible number of borrowing layers, from 0 up.
@@ -47,7 +47,7 @@ def frontier(
         matcher: scores of borrowing.
         protect: layers that must stay as they are.
         max_group: largest number of borrowers of one layer; only with one source layer for each of them.
-        compensation: passed on to the plans of borrowing layers.
+        compensation: W_c that is asked for, see `Kind.compensation_for`.
         kind: one that borrows. Where maps are alike, so are keys, up to a linear map.
 
     Raises:
@@ -118,10 +118,11 @@ def plan_of(match: Match, compensation: str | int, kind: str = "softmax", group_
 
     Args:
         match: sources of all query heads.
-        compensation: its W_c.
+        compensation: W_c that is asked for, see `Kind.compensation_for`.
         kind: where only keys are borrowed, each key/value group takes the head that its first query head matches.
         group_size: query heads of a key/value group.
     """
+    compensation = KINDS[kind].compensation_for(compensation)
     if not KINDS[kind].borrows_maps:
         heads = tuple((source, head // group_size) for source, head in match.sources[::group_size])
         return LayerPlan(kind, heads=heads, compensation=compensation)

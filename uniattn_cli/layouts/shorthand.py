@@ -12,11 +12,16 @@ from uniattn_cli.recipe.paths import located
 FORMS = "auto, paper, every:N, FIRST-LAST:N, a list such as 16-19,20-23, KIND@ with any of these except auto, or a file"
 
 
-def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "full") -> Layout:
+def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "auto") -> Layout:
     """A fixed layout from its shorthand; each group's first layer leads with all heads mapped to the same heads.
 
     Layers of different mask types are never put in one group by `paper`, `every:N` and `FIRST-LAST:N`: there the layers
     of each type are grouped among themselves. `KIND@GROUPS` makes what would follow layers of another kind.
+
+    Args:
+        text: the shorthand.
+        shape: of the model.
+        compensation: W_c that is asked for, see `Kind.compensation_for`.
 
     Raises:
         LayoutError: form or kind is unknown, or the layout is illegal (says which layer and why).
@@ -37,7 +42,7 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
         return _checked(_from_file(path, compensation), shape, text)
     else:
         raise LayoutError(f"--groups {text}: not one of {FORMS}")
-    alone = plan_alone(kind, shape, compensation)
+    alone, usual = plan_alone(kind, shape, compensation), KINDS[kind].compensation_for(compensation)
     plans = [LayerPlan()] * shape.layers
     taken: set[int] = set()
     for leader, *followers in groups:
@@ -45,7 +50,7 @@ def parse_groups(text: str, shape: AttentionShape, compensation: str | int = "fu
             raise LayoutError(f"--groups {text}: layer {min(again)} is in two groups")
         taken.update([leader, *followers])
         for follower in followers:
-            plans[follower] = alone or LayerPlan(kind, leader=leader, compensation=compensation)
+            plans[follower] = alone or LayerPlan(kind, leader=leader, compensation=usual)
     return _checked(Layout(tuple(plans)), shape, text)
 
 
@@ -69,16 +74,14 @@ def plan_alone(kind: str, shape: AttentionShape, compensation: str | int) -> Lay
     A layer with fewer key/value heads has as many as divide those of the model, half of them at most.
 
     Args:
-        compensation: W_c, where the kind leaves a choice; where W_c is required, none becomes full.
+        compensation: W_c that is asked for, see `Kind.compensation_for`.
     """
     traits = KINDS[kind]
     if traits.borrows:
         return None
     kept = max((n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0), default=1)
-    if traits.compensation != "optional":
-        needed = "full" if compensation == "none" else compensation
-        compensation = needed if traits.compensation == "required" else "none"
-    return LayerPlan(kind, kv_heads=kept if traits.fewer_heads else None, compensation=compensation)
+    heads = kept if traits.fewer_heads else None
+    return LayerPlan(kind, kv_heads=heads, compensation=traits.compensation_for(compensation))
 
 
 def _layers(first: str, last: str, shape: AttentionShape, text: str) -> range:

@@ -30,7 +30,7 @@ def proposer(
     Args:
         matcher: finds head maps.
         kinds: the kinds allowed.
-        compensation: W_c of the plans; `linear` always has a full one and `none` has none.
+        compensation: W_c that is asked for, see `Kind.compensation_for`; `linear` always has a full one.
         max_group: largest number of layers that one layer may lend to.
     """
     shape = matcher.shape

@@ -29,6 +29,8 @@ class Kind:
             answer them too.
         fewer_heads: it has fewer key/value heads than the base, and its plan says how many.
         compensation: whether W_c is `optional`, `required` or `forbidden`.
+        default_compensation: W_c where it is optional and nothing else is asked for. With queries of its own matched to
+            what it borrows, an early layer without W_c is nearly as good, and as small as a `softmax` layer with it.
         since: first format of checkpoints that knows the kind.
     """
 
@@ -40,6 +42,7 @@ class Kind:
     early: bool = False
     fewer_heads: bool = False
     compensation: str = "optional"
+    default_compensation: str = "full"
     since: int = 1
 
     @property
@@ -73,6 +76,18 @@ class Kind:
         """Whether own queries meet borrowed keys, to which they can be fitted."""
         return "q" in self.projects and "k" in self.borrows
 
+    def compensation_for(self, asked: str | int) -> str | int:
+        """W_c of a layer: what is asked for, as far as the kind leaves a choice.
+
+        Args:
+            asked: `full`, `none`, a rank, or `auto` for the kind's default.
+        """
+        if self.compensation == "forbidden":
+            return "none"
+        if asked == "auto":
+            return self.default_compensation
+        return "full" if self.compensation == "required" and asked == "none" else asked
+
     def borrowed_heads(self, shape: AttentionShape) -> int:
         """Entries of a head map: query heads where maps are borrowed, else key/value heads; 0 where nothing is."""
         if not self.borrows:
@@ -87,10 +102,16 @@ KINDS = {
         Kind("softmax", "v", "qk", "s", "borrows its attention map"),
         Kind("key", "qv", "k", "k", "borrows keys"),
         Kind("kv", "q", "kv", "v", "borrows keys and values"),
-        Kind("early", "qv", "k", "e", "borrows keys, with queries from the lender's input", early=True, since=2),
+        Kind(
+            *("early", "qv", "k", "e", "borrows keys, with queries from the lender's input"),
+            early=True,
+            default_compensation="none",
+            since=2,
+        ),
         Kind(
             *("early-kv", "q", "kv", "w", "borrows keys and values, with queries from the lender's input"),
             early=True,
+            default_compensation="none",
             since=2,
         ),
         Kind("pooled", "qkv", "", "p", "has fewer key/value heads", fewer_heads=True),
@@ -150,12 +171,12 @@ class LayerPlan:
     compensation: str | int = "none"
 
     @classmethod
-    def from_dict(cls, entry: dict, compensation: str | int = "full") -> LayerPlan:
+    def from_dict(cls, entry: dict, compensation: str | int = "auto") -> LayerPlan:
         """Reads one entry of a layout file, of a recipe or of `config.json`.
 
         Args:
             entry: the mapping.
-            compensation: what a changed layer gets whose entry names none.
+            compensation: asked for where the entry names none, see `Kind.compensation_for`.
 
         Raises:
             ValueError: unknown keys or a value of the wrong type.
@@ -174,8 +195,7 @@ class LayerPlan:
                 raise ValueError(f"heads must read like '4:0 4:2 3:1' (layer:head), not {heads!r}") from None
         kind = entry.get("kind", "softmax" if "leader" in entry or heads else "own")
         # A kind that nobody knows is reported by `Layout.problems`.
-        rule = KINDS[kind].compensation if kind in KINDS else "optional"
-        default = {"forbidden": "none", "required": "full"}.get(rule, compensation)
+        default = KINDS[kind].compensation_for(compensation) if kind in KINDS else compensation
         return cls(kind, entry.get("leader"), heads, entry.get("kv_heads"), entry.get("compensation", default))
 
     def to_dict(self) -> dict:
@@ -229,7 +249,7 @@ class Layout:
         return cls((LayerPlan(),) * layers)
 
     @classmethod
-    def from_list(cls, entries: Sequence[dict], compensation: str | int = "full") -> Layout:
+    def from_list(cls, entries: Sequence[dict], compensation: str | int = "auto") -> Layout:
         """Reads the list written by `to_list`; `compensation` as in `LayerPlan.from_dict`.
 
         Raises:

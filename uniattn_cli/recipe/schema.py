@@ -266,7 +266,12 @@ class ConversionSpec:
         choices=("both", "compensation", "output", "none", "reference"),
         common=True,
     )
-    rank: int | str = setting("full", "rank of W_c", choices=("full",), minimum=1)
+    rank: int | str = setting(
+        "auto",
+        "rank of W_c, or full; auto: full, and no W_c in early layers, which need none",
+        choices=("auto", "full"),
+        minimum=1,
+    )
     align: int = setting(
         100,
         "steps that train queries to reproduce the base's maps with borrowed keys; 0 skips this",
@@ -626,7 +631,7 @@ class Recipe:
             faults.append(
                 "layout.max_group needs layout.sources: one (a follower of several layers belongs to no single group)"
             )
-        if self.conversion.solve == "reference" and self.conversion.rank != "full":
+        if self.conversion.solve == "reference" and isinstance(self.conversion.rank, int):
             faults.append("conversion.solve: reference needs a full W_c; remove conversion.rank")
         for key in ("train", "calibration", "text"):
             if getattr(self.data, key) == ():
