@@ -198,7 +198,11 @@ def sweep(
     ] = None,
     solve: Annotated[
         str | None,
-        typer.Option("--solve", metavar="WHAT,...", help="What the fit solves: both, compensation, output, none."),
+        typer.Option(
+            "--solve",
+            metavar="WHAT,...",
+            help="What the fit solves: both (then with a W_c in every kind), compensation, output, none.",
+        ),
     ] = None,
     discard: Annotated[bool, typer.Option("--discard", help="Delete the weights of each point after scoring.")] = False,
     run_dir: RunDirOption = Path("."),

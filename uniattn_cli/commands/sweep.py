@@ -103,7 +103,8 @@ def sweep(
         kv: budgets, as shares of the KV bytes; `DEFAULT_KV` if there is no other budget.
         followers: budgets, as numbers of changed layers.
         kinds: sets of kinds that a layout may use; the recipe's if there are none.
-        solve: what the fit solves; the recipe's if there is none.
+        solve: what the fit solves; the recipe's if there is none. With `both` all kinds have a W_c, unless the recipe
+            has another `conversion.rank`.
         discard: delete the weights of each point once it is scored.
         overrides: `key.path=value` settings that override the recipe's at every point.
         options: device, starting over, progress.
@@ -117,6 +118,9 @@ def sweep(
     options.torch_device()  # a device that is not there is told before any work
     source = base_of(recipe)
     check_analysis(run, recipe, source.fingerprint)
+    if "both" in solve and recipe.conversion.rank == "auto":
+        # Who names what is solved wants a W_c from `both`, also in kinds that have none by default.
+        overrides = [*overrides, "conversion.rank=full"]
     points = _points(recipe, kv, followers, kinds, solve)
     # All faults are told before the first point is begun.
     recipes = {point: Recipe.load(run.recipe, _settings(point, recipe, overrides)) for point in points}
