@@ -77,6 +77,9 @@ class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):  # type: ignore
             setattr(self.qkv_proj, name, nn.Parameter(torch.cat([rows[part] for part in self.kept])))
 
     def project(self, hidden_states: torch.Tensor, parts: str, heads: slice | None = None) -> dict[str, torch.Tensor]:
+        if heads is None and parts not in self.kept:
+            # Rows that are not neighbours.
+            return {part: self.project(hidden_states, part)[part] for part in parts}
         if not parts:
             return {}
         widths = self._widths()
@@ -84,7 +87,6 @@ class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):  # type: ignore
         if parts == self.kept and heads is None:
             fused = self.qkv_proj(hidden_states)
         else:
-            # Parts that are wanted together are neighbours.
             start = sum(widths[part] for part in self.kept[: self.kept.index(parts)])
             rows = slice(0, sum(sizes)) if heads is None else self._rows(heads)
             sizes = sizes if heads is None else [rows.stop - rows.start]
