@@ -3,7 +3,8 @@
     python -m benchmarks.layouts MODEL --text c4.jsonl --wikitext wiki.tokens \\
         --calibration wikipedia.jsonl chat.jsonl:120 --out docs/benchmarks/layouts.json
 
-`--parts` picks rows, `--mixes` those of the part `aligned`. Evaluation: the first 30,720 tokens of the pages of
+`--parts` picks rows, `--mixes` those of the parts `aligned` and `budgets`, of which the second takes the steps of one
+search as layouts for every budget of `--budgets`. Evaluation: the first 30,720 tokens of the pages of
 `--text` (`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`), in windows of
 1,024. Without a GPU the searches take hours.
 """
@@ -47,6 +48,8 @@ LENGTH = 1024
 ANALYSIS_TOKENS, SEARCH_TOKENS, SCORE_TOKENS = 80 * LENGTH, 80 * LENGTH, 24 * LENGTH
 # Searched and converted with queries aligned to borrowed keys; those of the part `kinds` are without.
 ALIGNED = {
+    "softmax": ("softmax",),
+    "linear": ("linear",),
     "key": ("key",),
     "kv": ("kv",),
     "softmax + key + kv + linear": ("softmax", "key", "kv", "linear"),
@@ -56,7 +59,7 @@ ALIGNED = {
 }
 # Of these, a row without W_c too: their queries already are as many weights as W_c is for softmax followers.
 WITHOUT_COMPENSATION = ("early", "early-kv")
-PARTS = ("layouts", "compensation", "heads", "kinds", "aligned")
+PARTS = ("layouts", "compensation", "heads", "kinds", "aligned", "budgets")
 
 
 class Bench:
@@ -246,8 +249,10 @@ def with_compensation(layout: Layout, spec: dict) -> Layout:
 def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> None:
     """All rows of the parts."""
     bench, parts, seeds = Bench(arguments, results), arguments.parts, arguments.seeds
-    if set(parts) - {"aligned"}:
+    if set(parts) - {"aligned", "budgets"}:
         run_unaligned(bench, parts, seeds)
+    if "budgets" in parts:
+        run_budgets(bench, arguments.mixes, sorted(arguments.budgets, reverse=True), seeds)
     if "aligned" in parts:
         align, refined = ConversionSpec().align, {"refine": ConversionSpec().refine}
         for name in arguments.mixes:
@@ -257,6 +262,18 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
             if name in WITHOUT_COMPENSATION:
                 bench.row(f"KV 80 %, {name}, aligned, no W_c", steps[-1], seeds, solve="output")
                 bench.row(f"KV 80 %, {name}, refined, no W_c", steps[-1], seeds, solve="output", **refined)
+
+
+def run_budgets(bench: Bench, mixes: list[str], budgets: list[float], seeds: list[int]) -> None:
+    """Every budget with the first layout of a search that meets it; early layers without W_c."""
+    for name in mixes:
+        least = LayoutSpec(kv=budgets[-1])
+        steps = bench.searched(f"{name}, to {budgets[-1]:.0%}", ALIGNED[name], least, "free", ConversionSpec().align)
+        for share in budgets:
+            limit = Budget.of(LayoutSpec(kv=share), bench.shape, bench.base.config)
+            layout = next(step for step in steps if limit.met(step))
+            spec = {"solve": "output"} if name in WITHOUT_COMPENSATION else {}
+            bench.row(f"KV {share:.0%}, {name}", layout, seeds, **spec)
 
 
 def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:
@@ -316,7 +333,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", nargs="*", default=[], help="more calibration text, FILE or FILE:ROWS")
     parser.add_argument("--fit-tokens", type=int, default=448 * LENGTH, help="tokens of the fits that are not compared")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--mixes", nargs="*", choices=ALIGNED, default=list(ALIGNED), help="of the part `aligned`")
+    parser.add_argument(
+        "--mixes", nargs="*", choices=ALIGNED, default=list(ALIGNED), help="of the parts `aligned` and `budgets`"
+    )
+    parser.add_argument(
+        "--budgets", nargs="*", type=float, default=[0.8, 0.7, 0.6], metavar="SHARE", help="of KV bytes"
+    )
 
 
 if __name__ == "__main__":
