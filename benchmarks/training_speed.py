@@ -3,8 +3,9 @@
     python -m benchmarks.training_speed --out docs/benchmarks/training_speed.json
 
 By default a Llama-3.1-8B width with random weights and 8 of 32 layers, so that weights, gradients and optimiser fit
-into one GPU of 80 GB; half of the converted model's layers borrow their maps. Cases: everything but embeddings trained
-with gradient checkpointing and without, and the compensation stage, which is compared with the base's full training.
+into one GPU of 80 GB; half of the converted model's layers borrow from the layer below. Cases: everything but
+embeddings trained with gradient checkpointing and without, where layers borrow maps and where they ask early; and the
+compensation stage, which is compared with the base's full training.
 Rounds of base and converted model alternate, so that what slows the machine down slows both. Tokens per second do not
 depend on the weights. Peak memory is measured on CUDA only.
 """
@@ -37,11 +38,13 @@ from uniattn_cli.training.trained import prepare
 from uniattn_cli.training.trainer import StageTrainer
 from uniattn_cli.training.trl_config import compute_dtype, make_config
 
-# Name of the case: what the converted model trains, gradient checkpointing.
+# Name of the case: what the converted model trains, gradient checkpointing, the kind of layer that borrows.
 CASES = {
-    "all": ("all", False),
-    "all, gradient checkpointing": ("all", True),
-    "compensation": ("compensation", False),
+    "all": ("all", False, "softmax"),
+    "all, gradient checkpointing": ("all", True, "softmax"),
+    "all, early layers": ("all", False, "early"),
+    "all, early layers, gradient checkpointing": ("all", True, "early"),
+    "compensation": ("compensation", False, "softmax"),
 }
 
 
@@ -110,13 +113,12 @@ def measure(
 
 def measure_case(name: str, arguments: argparse.Namespace) -> dict:
     """Alternating rounds of base and converted model."""
-    trains, checkpointing = CASES[name]
+    trains, checkpointing, kind = CASES[name]
     config = known_config(arguments.shape, arguments.layers)
-    # Every second layer follows the one below it.
-    plans = [{"leader": layer - 1} if layer % 2 else {} for layer in range(arguments.layers)]
+    plans = [{"kind": kind, "leader": layer - 1} if layer % 2 else {} for layer in range(arguments.layers)]
 
     def train(who: str) -> tuple[float, float | None]:
-        layouts = {} if who == BASE else {who: Layout.from_list(plans, "full")}
+        layouts = {} if who == BASE else {who: Layout.from_list(plans)}
         release_memory(arguments.device)
         model = random_models(config, layouts, "bfloat16", arguments.device)[who]
         # The base has no compensation; its full training is what that stage saves time against.
@@ -149,7 +151,7 @@ def markdown(content: runner.Content) -> str:
         table.append([name, *speeds, f"{row['ratio']:.2f}×", *peaks])
     return runner.page(
         "Speed and memory of training, converted and base",
-        f"{setting['layers']} layers of the shape {setting['shape']}, half of them followers; {setting['batch']} "
+        f"{setting['layers']} layers of the shape {setting['shape']}, half of which borrow; {setting['batch']} "
         f"sequences of {setting['length']} tokens; {setting['device']}. Medians of {setting['rounds']} alternating "
         "rounds. Made by `benchmarks/training_speed.py`.",
         Table("", COLUMNS, table),

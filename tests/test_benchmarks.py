@@ -98,11 +98,12 @@ def test_speed_benchmark_alternates_base_and_converted(tmp_path):
     done = run_benchmark("training_speed", "--out", out, *size, *run)
     assert done.returncode == 0, done.stderr
     cases = json.loads(out.read_text())["cases"]
-    assert list(cases) == ["all", "all, gradient checkpointing", "compensation"]
+    early = ["all, early layers", "all, early layers, gradient checkpointing"]
+    assert list(cases) == ["all", "all, gradient checkpointing", *early, "compensation"]
     for row in cases.values():
         assert len(row["ratios"]) == 2 and row["ratio"] > 0
         assert row["base"]["tokens_per_second"] > 0 and row["converted"]["peak_gib"] is None
-    assert out.with_suffix(".md").read_text().count("×") == 3
+    assert out.with_suffix(".md").read_text().count("×") == 5
 
 
 def test_files_of_several_processes_are_merged(tmp_path, monkeypatch):
