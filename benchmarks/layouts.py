@@ -273,7 +273,7 @@ def run_budgets(bench: Bench, mixes: list[str], budgets: list[float], seeds: lis
             limit = Budget.of(LayoutSpec(kv=share), bench.shape, bench.base.config)
             layout = next(step for step in steps if limit.met(step))
             spec = {"solve": "output"} if name in WITHOUT_COMPENSATION else {}
-            bench.row(f"KV {share:.0%}, {name}", layout, seeds, **spec)
+            bench.row(f"KV {share:.0%}, {name}", layout, seeds, refine=ConversionSpec().refine, **spec)
 
 
 def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:

@@ -138,7 +138,7 @@ class _Reader:
                 self.fault(node, key, f"{path} must be one of {', '.join(meta['choices'])}, not '{value}'{near}")
             return self.text(value, node, key, meta)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if math.isnan(value) or (math.isinf(value) and not meta["endless"]):
                 self.fault(node, key, f"{path} must be a finite number, not {value}")
                 return value
             for name, broken, words in (

@@ -35,6 +35,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    endless: bool = False,
     common: bool = False,
     path: bool = False,
 ) -> Any:
@@ -47,11 +48,12 @@ def setting(
         minimum: smallest value allowed.
         maximum: largest value allowed.
         above: the value must be greater than this.
+        endless: infinity is allowed, for a limit that is never reached.
         common: whether the recipe that `analyze` writes shows the field.
         path: a path, or a name that may stand in its place; a relative one starts at the recipe's folder.
     """
     bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    metadata = {"help": help, "common": common, "path": path, **bounds}
+    metadata = {"help": help, "endless": endless, "common": common, "path": path, **bounds}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -432,7 +434,12 @@ class TrainSpec:
         "optimiser steps between measurements of the validation loss; null means ten times per stage",
         minimum=1,
     )
-    max_rise: float = setting(2.0, "stop training if its loss stays this many nats above the lowest so far", above=0)
+    max_rise: float = setting(
+        2.0,
+        "stop training if its loss stays this many nats above the lowest so far; .inf never does",
+        above=0,
+        endless=True,
+    )
     distillation: DistillationSpec = setting(DistillationSpec, "settings of stages with loss: distillation")
     report_to: tuple[str, ...] = setting(tuple, "also log to: tensorboard, wandb, trackio")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", minimum=1)
