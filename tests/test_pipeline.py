@@ -39,7 +39,7 @@ def uniattn(folder: Path, *arguments: object) -> str:
 def shrink(recipe: Path) -> None:
     """Edits a recipe as a user would: small settings, a remark, and lines in an order of their own."""
     tree = read_tree(recipe)
-    tree["conversion"]["tokens"] = 2048
+    tree["conversion"].update(tokens=2048, align=10, refine=5)
     tree["conversion"].yaml_add_eol_comment(REMARK, "tokens")
     tree["train"]["stages"] = [
         {"trains": "compensation", "steps": 2, "learning_rate": 0.01},

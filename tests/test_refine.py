@@ -58,8 +58,8 @@ def test_errors_are_smaller_on_unseen_tokens_and_the_base_is_left_alone(entry, n
     base = make_base(entry)
     before = {key: weight.clone() for key, weight in base.named_parameters()}
     layout = make_layout(name, base.config)
-    model, fits = fitted(base, layout, windows[:256])
-    plain, without = fitted(base, layout, windows[:256], 0)
+    model, fits = fitted(base, layout, windows[:128], STEPS // 2)
+    plain, without = fitted(base, layout, windows[:128], 0)
     assert [found.layer for found in fits if found.refined is not None] == attending(layout)
     assert all(found.refined is None for found in without)
     # What arrives at the first of them is the same.
