@@ -128,7 +128,8 @@ class Bench:
                 "batch_size": recipe.train.batch_size,
                 "max_length": recipe.train.max_length,
                 "group_by_length": recipe.train.group_by_length,
-                **({"align": align} if (align := recipe.conversion.align) else {}),
+                # Absent from files of before they existed.
+                **{key: steps for key in ("align", "refine") if (steps := getattr(recipe.conversion, key))},
                 **({"refine": refine} if (refine := recipe.conversion.refine) else {}),
                 **({"settings": spec.set} if spec.set else {}),
                 "evaluated_tokens": {name: windows.numel() for name, windows in self.texts.items()},
