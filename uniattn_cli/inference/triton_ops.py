@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from uniattn_cli.inference import kernels, matvec, pointwise, tuning
 from uniattn_cli.inference.caches import BLOCKS, Caches
+from uniattn_cli.inference.head_tables import HeadTable, head_tables
 from uniattn_cli.inference.lending import Lending, plan_lending
 from uniattn_cli.inference.ops import TorchOps
 from uniattn_cli.inference.program import Gated, LayerProgram, Program
@@ -89,26 +90,6 @@ def choose_splits(rows: int, keys: int, slots: int) -> int:
     return best
 
 
-@dataclass(frozen=True)
-class HeadTable:
-    """Where the heads of a layer begin in the caches' memory.
-
-    Attributes:
-        queries: [heads], or for a lender [heads of keys, units * group], elements from a row's first query.
-        keys: [heads of keys], elements from the beginning of the memory; None where the layer reads none.
-        values: [heads of keys, 1 + lent], likewise, its own and then those that it weighs for others; -1 for none.
-        borrowers: [heads of keys, units], heads from the beginning of `lent`, see `lead_kernel`.
-        row: elements from one row of the batch to the next, for keys and for values.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor | None
-    values: torch.Tensor
-    key_row: int
-    value_row: int
-    borrowers: torch.Tensor | None = None
-
-
 class TritonOps(TorchOps):
     """Needs 16-bit or float32 weights, heads of at most 256, and a CUDA device or Triton's interpreter.
 
@@ -132,7 +113,7 @@ class TritonOps(TorchOps):
         self.served = frozenset(self.lending.slots)
         self.tunings = {role: tuning or Tuning.of(role, caches.block) for role in TUNINGS}
         self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
-        self.tables = {layer.index: self._table(layer) for layer in program.layers if layer.kind.attends}
+        self.tables = head_tables(program, caches, self.lending, None if reuse else self.map_rows)
         shape, device = program.shape, program.device
         most = max(
             (
@@ -162,77 +143,8 @@ class TritonOps(TorchOps):
 
     # --- attention of a decoding step
 
-    def _table(self, layer: LayerProgram) -> HeadTable:
-        """Own heads, or those that the layer borrows; one key/value head per query head where its map is free."""
-        caches, dim = self.caches, layer.head_dim
-        own = tuple((layer.index, head) for head in range(layer.kv_heads))
-        key_sources = layer.key_sources or own
-        value_sources = key_sources if layer.kind.borrows_values else own
-        if layer.value_groups > 1 and not self.reuse:
-            value_sources = tuple(source for source in value_sources for _ in range(layer.value_groups))
-        reads_keys = not layer.kind.borrows_maps or not self.reuse
-        sources = self.map_rows.get(layer.index)
-        if sources is not None and not self.reuse:
-            # Queries of a slot lie behind those of all rows of the slots before it.
-            heads = layer.heads
-            queries = (sources // heads * caches.batch * heads + sources % heads) * dim
-        else:
-            queries = torch.arange(layer.heads, device=self.program.device) * dim
-        row = caches.capacity * dim
-        table = HeadTable(
-            queries,
-            caches.head_offsets("k", key_sources) if reads_keys else None,
-            caches.head_offsets("v", value_sources)[:, None],
-            row * self._heads_of(key_sources),
-            row * self._heads_of(value_sources),
-        )
-        return self._with_borrowers(layer, table) if layer.index in self.lending.lenders else table
-
-    def _with_borrowers(self, layer: LayerProgram, table: HeadTable) -> HeadTable:
-        """The table of a lender, with the heads of those that it serves."""
-        lending, group = self.lending, layer.heads // layer.kv_heads
-        lent, units = lending.lent(layer.index), lending.units(layer.index)
-        nobody: list[list[tuple[int, int]]] = [[]] * layer.kv_heads
-        queries, values, borrowers = [], [], []
-        for head, (owning, sharing) in enumerate(
-            zip(lending.owning.get(layer.index, nobody), lending.sharing.get(layer.index, nobody), strict=True)
-        ):
-            taken = [*owning, *[None] * (lent - len(owning)), *sharing, *[None] * (units - 1 - lent - len(sharing))]
-            own = list(range(head * group, (head + 1) * group))
-            asked = [own if unit is None else self._query_places(layer, *unit) for unit in taken]
-            queries.append([place * layer.head_dim for places in (own, *asked) for place in places])
-            offsets = self.caches.head_offsets("v", tuple(owning)).tolist() if owning else []
-            values.append([int(table.values[head, 0]), *offsets, *[-1] * (lent - len(owning))])
-            borrowers.append([-1, *(-1 if unit is None else self._loan(layer, *unit) for unit in taken)])
-        found = [
-            torch.tensor(rows, dtype=torch.int64, device=self.program.device) for rows in (queries, values, borrowers)
-        ]
-        return replace(table, queries=found[0], values=found[1], borrowers=found[2])
-
-    def _query_places(self, lender: LayerProgram, borrower: int, head: int) -> list[int]:
-        """Where among the heads that a lender places the queries for one key/value head of a borrower are."""
-        layer, group = self.program.layers[borrower], lender.heads // lender.kv_heads
-        heads = range(head * group, (head + 1) * group)
-        if layer.kind.borrows_maps:
-            return [layer.query_sources[one][1] for one in heads]
-        used = lender.heads
-        for asked in lender.asked:
-            if asked.borrower == borrower and asked.first <= heads[0] < asked.first + asked.heads:
-                return [used + one - asked.first for one in heads]
-            used += asked.heads
-        raise AssertionError(f"layer {lender.index} projects no queries for head {head} of layer {borrower}")
-
-    def _loan(self, lender: LayerProgram, borrower: int, head: int) -> int:
-        """Head of `lent` where the results for one key/value head of a borrower begin."""
-        slot, group = self.lending.slots[borrower], lender.heads // lender.kv_heads
-        return slot * self.caches.batch * lender.heads + head * group
-
     def _keeps_map(self, layer: LayerProgram) -> bool:
         return layer.map_slot is not None and self.reuse and layer.index not in self.lending.lenders
-
-    def _heads_of(self, sources: tuple[tuple[int, int], ...]) -> int:
-        """Key/value heads of the layers that are borrowed from, which decide where the next row begins."""
-        return self.program.layers[sources[0][0]].kv_heads
 
     def _splits(self, layer: LayerProgram, tuning: Tuning, block: int | None = None) -> int:
         keys, block = self.caches.capacity, block or self.caches.block
