@@ -18,7 +18,7 @@ from uniattn_cli import __version__
 from uniattn_cli.errors import RecipeError, StageError, UniAttnError
 from uniattn_cli.models.device import is_out_of_memory
 from uniattn_cli.options import RunOptions
-from uniattn_cli.run.files import file_errors
+from uniattn_cli.run.files import file_errors, made
 from uniattn_cli.tables import Result
 
 EXIT_INTERRUPTED = 130
@@ -101,21 +101,18 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
         StageError: it does not exist or cannot be entered.
     """
     home = Path.cwd()
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()] if create else []
-    try:
-        with file_errors(path):
-            if missing:
-                path.mkdir(parents=True)
-            os.chdir(path)
-    except FileNotFoundError:
-        raise StageError(f"-C {path}: no such directory; `uniattn analyze MODEL -C {path}` makes it") from None
-    try:
-        yield
-    finally:
-        os.chdir(home)
-        with contextlib.suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            with file_errors(path):
+                if create:
+                    stack.enter_context(made(path))
+                os.chdir(path)
+        except FileNotFoundError:
+            raise StageError(f"-C {path}: no such directory; `uniattn analyze MODEL -C {path}` makes it") from None
+        try:
+            yield
+        finally:
+            os.chdir(home)
 
 
 @contextlib.contextmanager

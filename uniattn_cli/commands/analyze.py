@@ -24,6 +24,7 @@ from uniattn_cli.recipe.reading import move_paths
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Analysis(Result):
     directory: Path
 
 
+@alone
 def analyze(
     model: str | None = None,
     *,

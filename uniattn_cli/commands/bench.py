@@ -18,6 +18,7 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors, now, versions, write_json
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, to_markdown
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class BenchResult(Result):
     measurements: tuple[Measurement, ...]
 
 
+@alone
 def bench(
     checkpoints: Sequence[str] = (),
     *,

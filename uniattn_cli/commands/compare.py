@@ -18,6 +18,7 @@ from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.reporting.pareto import draw_panels
 from uniattn_cli.run.directory import OUTPUTS, RunDir
 from uniattn_cli.run.files import write_json
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, to_markdown
 
 COMPARISON = "comparison.json"
@@ -37,6 +38,7 @@ class Comparison(Result):
     merged: Merged = field(repr=False)
 
 
+@alone
 def compare(
     inputs: Sequence[str],
     *,

@@ -21,6 +21,7 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import REPORT_FILE, RunDir
 from uniattn_cli.run.files import write_json
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Conversion(Result):
     directory: Path | None
 
 
+@alone
 def convert(
     *,
     run_dir: Path | str = ".",

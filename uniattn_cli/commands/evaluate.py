@@ -36,6 +36,7 @@ from uniattn_cli.reporting.page.page import PAGE, write_page
 from uniattn_cli.reporting.pareto import draw
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import write_json
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result
 
 REPORT = "report.md"
@@ -56,6 +57,7 @@ class Evaluation(Result):
     results: dict[str, Any]
 
 
+@alone
 def evaluate(
     checkpoints: Sequence[str] = (),
     *,

@@ -21,12 +21,14 @@ from uniattn_cli.recipe.files import read_tree, write_tree
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors
+from uniattn_cli.run.lock import alone
 
 PLOT_FILE = "frontier.png"
 # Settings that mean nothing where a layout is given.
 CHOOSING = ("layout.followers", "layout.kv", "layout.params", "layout.kinds")
 
 
+@alone
 def group(
     *,
     run_dir: Path | str = ".",

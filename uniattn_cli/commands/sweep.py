@@ -30,6 +30,7 @@ from uniattn_cli.recipe.reading import move_paths
 from uniattn_cli.recipe.schema import Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import read_json, write_json
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, Table
 
 FOLDER = "sweep"
@@ -85,6 +86,7 @@ class Sweep(Result):
     skipped: dict[str, str]
 
 
+@alone
 def sweep(
     *,
     run_dir: Path | str = ".",

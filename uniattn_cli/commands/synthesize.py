@@ -16,6 +16,7 @@ from uniattn_cli.models.of_run import find
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import DatasetSpec, Recipe, flow
 from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, Table
 
 FILES = {"text": "text.jsonl", "messages": "chats.jsonl"}
@@ -38,6 +39,7 @@ class Synthesis(Result):
     directory: Path
 
 
+@alone
 def synthesize(
     *, run_dir: Path | str = ".", overrides: Sequence[str] = (), options: RunOptions = RunOptions()
 ) -> Synthesis:

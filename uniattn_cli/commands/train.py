@@ -17,6 +17,7 @@ from uniattn_cli.options import Progress, RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe, TrainStage
 from uniattn_cli.run.directory import COMMANDS, LOG_FILE, REPORT_FILE, RunDir
 from uniattn_cli.run.files import write_json
+from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import NOTHING, Result, Table
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Training(Result):
     heldout: dict[str, Loss]
 
 
+@alone
 def train(
     *,
     run_dir: Path | str = ".",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,16 +84,11 @@ class RunDir:
         return content
 
     def check_free(self, stage: str, force: bool) -> None:
-        """Refuses to overwrite, and to start what could not be written in the end.
+        """Refuses to overwrite.
 
         Raises:
-            StageError: the output exists and `force` is off, or the run directory cannot be written to.
+            StageError: the output exists and `force` is off.
         """
-        if self.root.exists() and not os.access(self.root, os.W_OK):
-            raise StageError(
-                f"cannot write {self.root.absolute()}: the file system is read-only or permission is denied; choose "
-                "another run directory with -C DIR"
-            )
         output = self.output(stage)
         if output.exists() and not force:
             state = "is complete" if self.is_complete(stage) else "exists but was not written by uniattn"

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import errno
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -53,6 +54,26 @@ def _errno(error: OSError | SafetensorError) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Makes a folder if it is missing; what was made is removed again if nothing was written into it.
+
+    Raises:
+        OSError: it cannot be made, or is a file.
+    """
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for each in missing:
+                each.rmdir()
 
 
 def write_json(path: Path, content: Any, *, finite: bool = True) -> None:
