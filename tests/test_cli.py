@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -188,6 +189,42 @@ def test_errors_become_lines(error, code, line, capsys):
     shown = capsys.readouterr().err
     assert line in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_ends_a_process_is_one_line_and_an_end_in_order(number, code, capsys):
+    cleaned = []
+    with pytest.raises(typer.Exit) as caught, guard.guard("train", debug=False):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            # Another one, or one that is sent to no command, ends the process at once.
+            cleaned.append(signal.getsignal(number))
+    assert caught.value.exit_code == code
+    assert capsys.readouterr().err == "error: terminated; the same command resumes from its last checkpoint\n"
+    assert cleaned == [signal.SIG_DFL] == [signal.getsignal(number)]
+
+
+def test_a_signal_ends_forked_workers_and_other_processes_of_a_launcher_at_once(monkeypatch, capfd):
+    with guard.guard("train", debug=False):
+        there, here = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(here, b"!")
+            time.sleep(30)
+            os._exit(0)
+        os.read(there, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with guard.guard("convert", debug=False):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "nohup"
+        signal.signal(signal.SIGHUP, before)
+    monkeypatch.setenv("RANK", "1")
+    with guard.guard("train", debug=False):
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert capfd.readouterr() == ("", "")
 
 
 def test_running_out_of_memory_on_a_gpu_is_one_line(capsys):

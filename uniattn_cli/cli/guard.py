@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,8 @@ from uniattn_cli.options import RunOptions
 from uniattn_cli.run.files import file_errors, made
 from uniattn_cli.tables import Result
 
-EXIT_INTERRUPTED = 130
+# Signals that ask a process to end, as batch systems and closed terminals send them.
+ENDING = ("SIGTERM", "SIGHUP")
 QUIET_ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -115,6 +118,41 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
             os.chdir(home)
 
 
+class EndedError(BaseException):
+    """A signal has asked this process to end; it is the only argument. No `except Exception` takes it for a failure."""
+
+
+@contextlib.contextmanager
+def end_in_order() -> Iterator[None]:
+    """Signals of `ENDING` raise `EndedError`, so that partial output and the lock are removed as after Ctrl-C.
+
+    A signal that is ignored (`nohup`) stays so. Of the processes that a launcher starts, all but the main one write
+    nothing and end at once: one that waits for others in a collective would not get to see an exception.
+    """
+    owner = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        # The second one ends it at once.
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a forked worker, which its pool ends in this way
+            os.kill(os.getpid(), number)
+            return
+        raise EndedError(signal.Signals(number))
+
+    changed = []
+    # Windows lacks SIGHUP.
+    for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name)):
+        main = threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0"
+        if main and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+            changed.append(number)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def guard(name: str, debug: bool) -> Iterator[None]:
     """Turns errors into lines on stderr and an exit code.
@@ -127,16 +165,21 @@ def guard(name: str, debug: bool) -> Iterator[None]:
         typer.Exit: for everything that went wrong, except a closed pipe, which Click handles.
     """
     try:
-        yield
+        with end_in_order():
+            yield
     except (typer.Exit, BrokenPipeError):
         raise
     except UniAttnError as error:
         _fail(error.faults if isinstance(error, RecipeError) else [str(error)], debug)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EndedError) as error:
+        number, what = (
+            (error.args[0], "terminated") if isinstance(error, EndedError) else (signal.SIGINT, "interrupted")
+        )
         again = RESUMED.get(name, "starts over, and no partial output is left")
-        _fail([f"interrupted; the same command {again}"], debug)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        _fail([f"{what}; the same command {again}"], debug)
+        # As shells give it where a signal has ended a process.
+        raise typer.Exit(128 + number) from None
     except Exception as error:  # the one place where every other exception ends: it is a bug, and says so
         if not is_out_of_memory(error):
             traceback.print_exc()
