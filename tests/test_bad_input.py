@@ -562,6 +562,10 @@ def test_a_full_disk_while_saving_the_converted_model(mounted, run, refuses):
         (OSError(errno.ENOSPC, "No space left on device", "run/x"), "cannot write run/x: the disk is full"),
         (OSError(errno.EROFS, "Read-only file system", "run/x"), "cannot write run/x: the file system is read-only"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "cannot write .*: the disk is full"),
+        (
+            SafetensorError("I/O error: File too large (os error 27)"),
+            r"cannot write .*: files may not be .*raise the limit \(ulimit -f\)",
+        ),
     ],
 )
 def test_errors_of_the_file_system_become_one_line(error, message):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from uniattn_cli.models.hub import locate
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe, TrainSpec, TrainStage
+from uniattn_cli.training import trainer
 from uniattn_cli.training.order import GROUPED_STEPS, accumulation, batches, stage_steps
 from uniattn_cli.training.preview import check_share, mark
 from uniattn_cli.training.trained import freeze_all_but, prepare, trained_names
@@ -217,8 +220,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(run, monke
 def test_a_full_disk_is_one_clear_line(run, monkeypatch):
     from safetensors import SafetensorError
 
-    from uniattn_cli.training import trainer
-
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -226,6 +227,24 @@ def test_a_full_disk_is_one_clear_line(run, monkeypatch):
     with pytest.raises(StageError, match="disk is full"):
         train(run_dir=run, overrides=stages("trains: all, steps: 1"), options=CPU)
     assert not (run / "trained").exists()
+
+
+@pytest.mark.parametrize(("limit", "number"), [(50_000, errno.EFBIG), (resource.RLIM_INFINITY, errno.ENOSPC)])
+def test_what_torch_could_not_write_whole_has_a_reason(limit, number, tmp_path):
+    """A limit on the size of files is met in earnest; a full disk is what else it can be."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "checkpoint-2" / "optimizer.pt"
+    path.parent.mkdir()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(OSError) as caught, trainer.write_errors(tmp_path):
+            torch.save(torch.zeros(100_000), path)
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path))
+    with pytest.raises(RuntimeError, match="shapes"), trainer.write_errors(tmp_path):
+        raise RuntimeError("shapes differ")
 
 
 @pytest.mark.gpu

@@ -33,6 +33,7 @@ def file_errors(root: Path) -> Iterator[None]:
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
         errno.EDQUOT: "the disk quota is exceeded; free some space and run the same command again",
+        errno.EFBIG: "files may not be that large here; raise the limit (ulimit -f) and run the same command again",
         errno.EROFS: "the file system is read-only; choose another run directory with -C DIR",
         errno.EACCES: "permission denied; choose another run directory with -C DIR",
         errno.EPERM: "permission denied; choose another run directory with -C DIR",

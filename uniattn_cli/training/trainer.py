@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback
@@ -141,7 +140,7 @@ class StageTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(_local(parameter)).all():
                 raise diverged(f"{name} is not finite", self.state.global_step, self.folder)
-        with full_disk(self.folder):
+        with write_errors(self.folder):
             # Skips TRL's own step, which writes a model card into the folder of every stage.
             super(SFTTrainer, self)._save_checkpoint(*args, **kwargs)
 
@@ -158,20 +157,31 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def save_weights(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes trained weights into a folder, as a whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    with full_disk(folder):
-        save_file(tensors, folder / f".{WEIGHTS}", metadata={"format": "pt"})
+    save_file(tensors, folder / f".{WEIGHTS}", metadata={"format": "pt"})
     (folder / f".{WEIGHTS}").replace(folder / WEIGHTS)
 
 
 @contextlib.contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """Makes one ordinary `OSError` of what safetensors and torch.save each raise on a full disk."""
+def write_errors(folder: Path) -> Iterator[None]:
+    """Makes an ordinary `OSError` of torch.save's own, which does not say why something was not written whole."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
-        if not any(words in str(error) for words in ("os error 28", "PytorchStreamWriter", "inline_container")):
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("PytorchStreamWriter", "inline_container")):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        number = errno.EFBIG if _at_limit(folder) else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _at_limit(folder: Path) -> bool:
+    """Whether a file there has reached the size that files of this process may have."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return False
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return limit != resource.RLIM_INFINITY and any(path.stat().st_size >= limit for path in files)
 
 
 def diverged(what: str, step: int, folder: Path) -> StageError:
