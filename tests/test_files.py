@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from uniattn_cli.errors import CheckpointError
 from uniattn_cli.recipe.schema import Recipe
@@ -59,3 +63,17 @@ def test_an_infinite_setting_can_be_recorded(tmp_path):
     with run.write("convert", recipe, {}):
         pass
     assert run.record("convert")["settings"]["train"]["max_rise"] == math.inf
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_weights_have_the_permissions_that_the_user_wants(umask, tmp_path):
+    run, before = RunDir(tmp_path), os.umask(umask)
+    try:
+        with run.write("convert", None, {}) as folder:
+            (folder / "deep").mkdir()
+            for path in (folder / "model.safetensors", folder / "deep" / "model.safetensors"):
+                save_file({"x": np.zeros(1)}, path)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in run.output("convert").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}

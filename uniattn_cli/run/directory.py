@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,7 @@ class RunDir:
                 record["finished"] = now()
                 (partial / STARTED_FILE).unlink()
                 write_json(partial / STAGE_FILE, record, finite=False)
+                _share_weights(partial)
                 output = self.output(stage)
                 if output.exists() or output.is_symlink():
                     _remove(output)
@@ -174,6 +176,15 @@ class RunDir:
             # It is still there only after a failure; what can be resumed is kept.
             if not (resume and _has_work(partial)):
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _share_weights(folder: Path) -> None:
+    """Gives weights the permissions of the other files; safetensors lets nobody but their owner read them."""
+    mode = stat.S_IMODE((folder / STAGE_FILE).stat().st_mode)
+    for path in folder.rglob("*.safetensors"):
+        # Some file systems have one mode for all files, and refuse to set any.
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def _remove(path: Path) -> None:
