@@ -18,6 +18,7 @@ from conftest import run_process
 from typer.testing import CliRunner
 
 import uniattn_cli
+from uniattn_cli.__main__ import main
 from uniattn_cli.cli import app as app_module
 from uniattn_cli.cli import console, doctor, flags, guard
 from uniattn_cli.errors import DataError, RecipeError, UsageError
@@ -109,6 +110,24 @@ def test_threads_do_not_spin_beside_other_work_unless_the_user_says_so(own, spin
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment | own, check=True)
     assert done.stdout.splitlines()[-1] == str(spins)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "shown"),
+    [
+        ("ascii", "strict", "sch?ne ?Gr??e? ?\n"),
+        ("ascii", "surrogateescape", "sch?ne ?Gr??e? ?\n"),
+        ("ascii", "backslashreplace", "sch\\xf6ne \\u27e6Gr\\xfc\\xdfe\\u27e7 \\ud800\n"),
+        ("latin-1", "strict", "schöne ?Grüße? ?\n"),
+        ("utf-8", "strict", "schöne ⟦Grüße⟧ ?\n"),
+    ],
+)
+def test_what_an_encoding_lacks_is_replaced(encoding, errors, shown, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(app_module, "app", lambda prog_name: print("schöne ⟦Grüße⟧ \ud800", flush=True))
+    main()
+    assert stream.buffer.getvalue().decode(encoding) == shown
 
 
 def test_completion_knows_the_settings():
