@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import os
+import pwd
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +25,11 @@ from uniattn_cli.__main__ import main
 from uniattn_cli.cli import app as app_module
 from uniattn_cli.cli import console, doctor, flags, guard
 from uniattn_cli.errors import DataError, RecipeError, UsageError
+from uniattn_cli.evaluation import cache
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.paths import located
 from uniattn_cli.tables import Result, Table, to_markdown
 
 ROOT = Path(uniattn_cli.__file__).resolve().parent.parent
@@ -128,6 +133,36 @@ def test_what_an_encoding_lacks_is_replaced(encoding, errors, shown, monkeypatch
     monkeypatch.setattr(app_module, "app", lambda prog_name: print("schöne ⟦Grüße⟧ \ud800", flush=True))
     main()
     assert stream.buffer.getvalue().decode(encoding) == shown
+
+
+@pytest.fixture
+def stranger(monkeypatch):
+    """A user whom the system does not know, without anything in the environment that says who it is."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "HF_HOME", cache.VARIABLE):
+        monkeypatch.setenv(name, "none")  # is undone in the end also where it was not set
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_user_without_home_and_name_has_both_while_the_command_runs(stranger, monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr(app_module, "app", lambda prog_name: found.append((Path.home(), getpass.getuser())))
+    main()
+    (home, name), *_ = found
+    assert home.is_dir() and home.is_absolute() and name == str(os.getuid())
+    assert (
+        capsys.readouterr().err == "note: no home directory is known, so downloads are not kept; set HOME or HF_HOME\n"
+    )
+    shutil.rmtree(home)
+
+
+def test_where_no_home_is_known_paths_stay_as_they_are_and_no_scores_are_kept(stranger):
+    assert located("~/model") == Path("~/model") and located("~nobody-knows/model") == Path("~nobody-knows/model")
+    assert cache.cache_directory() is None
 
 
 def test_completion_knows_the_settings():

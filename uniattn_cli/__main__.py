@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import getpass
 import io
 import os
+import shutil
 import sys
+import tempfile
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
     spin_briefly()
     print_anything()
+    settle_in()
     from uniattn_cli.cli.app import app
 
     app(prog_name="uniattn")
@@ -30,6 +35,24 @@ def print_anything() -> None:
     """Has stdout replace what its encoding lacks (ASCII, Latin-1) instead of failing; stderr does so from the start."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="replace")
+
+
+def settle_in() -> None:
+    """Gives a user that the system does not know, as containers have them, a home and a name while this process runs.
+
+    Libraries ask for both to keep their caches, and fail or write into a folder called `~`; it must run before they are
+    loaded.
+    """
+    if os.path.expanduser("~") == "~":
+        home = tempfile.mkdtemp(prefix="uniattn-home-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ["HOME"] = home
+        if "HF_HOME" not in os.environ:
+            print("note: no home directory is known, so downloads are not kept; set HOME or HF_HOME", file=sys.stderr)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the first before Python 3.13
+        os.environ["USER"] = str(os.getuid())
 
 
 if __name__ == "__main__":

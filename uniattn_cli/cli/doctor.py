@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from uniattn_cli import __version__
+from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.tables import Result, Table
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "huggingface_hub", "safetensors", "tokenizers")
@@ -121,12 +122,12 @@ def _backends(torch: ModuleType) -> Table:
 
 
 def _places() -> Table:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    home = at_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     places = {
         "this folder": Path.cwd(),
         "HF_HOME": home,
-        "hub cache": Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser(),
-        "datasets cache": Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser(),
+        "hub cache": at_home(os.environ.get("HF_HUB_CACHE", home / "hub")),
+        "datasets cache": at_home(os.environ.get("HF_DATASETS_CACHE", home / "datasets")),
     }
     rows = [[name, str(path), _gigabytes(_free(path))] for name, path in places.items()]
     return Table("Folders", ["folder", "path", "free disk"], rows)

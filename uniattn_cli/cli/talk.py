@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError, UsageError
 from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.tables import Result
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def split_arguments(words: Sequence[str]) -> tuple[str | None, str]:
         raise UsageError(f"got {len(words)} arguments, expected at most [CHECKPOINT] PROMPT; quote the prompt")
     if len(words) == 2:
         checkpoint, prompt = words
-    elif words and (Path(words[0]).expanduser() / "config.json").is_file():
+    elif words and (at_home(words[0]) / "config.json").is_file():
         checkpoint, prompt = words[0], "-"
     else:
         checkpoint, prompt = None, words[0] if words else "-"

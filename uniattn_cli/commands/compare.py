@@ -14,6 +14,7 @@ from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, merge, table
 from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.models.of_run import BASE, Subject, base_of, with_given
 from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.reporting.pareto import draw_panels
 from uniattn_cli.run.directory import OUTPUTS, RunDir
@@ -92,7 +93,7 @@ def results_file(text: str) -> Path | None:
     Raises:
         StageError: a run directory without an evaluation.
     """
-    path = Path(text).expanduser()
+    path = at_home(text)
     if path.suffix == ".json" or path.is_file():
         return path
     for candidate in (path / RESULTS, path / OUTPUTS["eval"] / RESULTS):
@@ -109,7 +110,7 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     """For each argument a short label: the run directory's name, or the whole where two would be the same."""
     short = {}
     for name in names:
-        path = Path(name).expanduser().absolute()
+        path = at_home(name).absolute()
         path = path.parent if path.suffix == ".json" else path
         short[name] = (path.parent if path.name in OUTPUTS.values() else path).name
     found = list(short.values())

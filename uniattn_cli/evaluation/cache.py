@@ -18,6 +18,7 @@ from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.models.hub import Source
+from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.run.directory import REPORT_FILE, STAGE_FILE
 from uniattn_cli.run.files import read_json, versions, write_json
 
@@ -30,15 +31,15 @@ BLOCK = 1 << 22
 
 
 def cache_directory() -> Path | None:
-    """Where scores are kept for all runs of a user; None where the user wants none.
+    """Where scores are kept for all runs of a user; None where the user wants none or has no home.
 
     `$UNIATTN_CACHE`, or `uniattn/scores` in `$XDG_CACHE_HOME`, or in `~/.cache`.
     """
     chosen = os.environ.get(VARIABLE)
     if chosen is not None:
-        return None if chosen.strip().lower() in OFF else Path(chosen).expanduser() / "scores"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "uniattn" / "scores"
+        return None if chosen.strip().lower() in OFF else at_home(chosen) / "scores"
+    home = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return home / "uniattn" / "scores" if home.is_absolute() else None
 
 
 class ScoreStore:

@@ -11,6 +11,7 @@ from uniattn_cli.errors import StageError, UsageError, suggest
 from uniattn_cli.models.hub import Source, locate
 from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.recipe.schema import DTYPES, ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 
@@ -151,7 +152,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype '{dtype}': give one of {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
-    path = Path(directory).expanduser()
+    path = at_home(directory)
     source = locate(str(checkpoint_in(path) if path.is_dir() else directory))
     where = RunOptions(device=device).torch_device()
     return load_model(source, ModelSpec(dtype=dtype), where), load_tokenizer(source)

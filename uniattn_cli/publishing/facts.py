@@ -15,7 +15,7 @@ from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.models.hub import Source, locate, transport_errors
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.models.of_run import BASE
-from uniattn_cli.recipe.paths import RecipePath, located
+from uniattn_cli.recipe.paths import RecipePath, at_home, located
 from uniattn_cli.run.directory import OUTPUTS, REPORT_FILE, STAGE_FILE, RunDir
 from uniattn_cli.run.files import read_json
 
@@ -150,7 +150,7 @@ def _base(model: dict[str, Any], run_dir: Path, hub_id: str | None, licence: str
     name, revision = model.get("name") or "", model.get("revision")
     folder = located(RecipePath(name, run_dir)) if name else None
     # What is named by a path was local, whether or not it is still there; a path tells strangers nothing.
-    local = folder if folder and (Path(name).expanduser().is_absolute() or folder.is_dir()) else None
+    local = folder if folder and (at_home(name).is_absolute() or folder.is_dir()) else None
     if hub_id is None and name and not local:
         hub_id = name
     if licence:

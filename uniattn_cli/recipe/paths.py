@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -22,9 +23,14 @@ class RecipePath(str):
         return made
 
 
+def at_home(text: Path | str) -> Path:
+    """A path with the home directory in place of `~`; as it is where the system knows no such user, unlike `Path`."""
+    return Path(os.path.expanduser(text))
+
+
 def located(text: str) -> Path:
     """Where a path is, if it is one: those of a recipe start at its folder, all others at the current one."""
-    path = Path(text).expanduser()
+    path = at_home(text)
     if not isinstance(text, RecipePath):
         return path
     # From a folder that is yet to be made, `..` leads nowhere.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from uniattn_cli.errors import RecipeError, suggest
 from uniattn_cli.recipe.files import apply_overrides, plain
-from uniattn_cli.recipe.paths import RecipePath
+from uniattn_cli.recipe.paths import RecipePath, at_home
 
 Section = TypeVar("Section")
 
@@ -61,7 +61,7 @@ def move_paths(cls: type, tree: Any, old: Path, new: Path) -> None:
     reader = _Reader("", old)
     reader.section(cls, tree, "")
     for node, key in reader.paths:
-        path = Path(node[key]).expanduser()
+        path = at_home(node[key])
         if not path.is_absolute() and (old / path).exists():
             node[key] = os.path.relpath((old / path).resolve(), new.resolve())
 
