@@ -298,6 +298,20 @@ def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(capsys):
     assert "bug in uniattn" in shown.splitlines()[-1]
 
 
+def test_warnings_about_data_are_one_line_and_those_of_libraries_are_silent():
+    code = """
+import warnings
+from uniattn_cli.cli.guard import quiet_libraries
+from uniattn_cli.errors import DataWarning
+quiet_libraries()
+warnings.warn("of a library")
+for _ in range(2):
+    warnings.warn("about data", DataWarning)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "warning: about data\n")
+
+
 # --- what reaches the stages ------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,10 @@ class DataError(UniAttnError):
     """A data set that is missing, empty or lacks the needed columns."""
 
 
+class DataWarning(UserWarning):
+    """Data that can be used, but that the user should know something about; the command line shows it as one line."""
+
+
 class HubError(UniAttnError):
     """A hub that cannot be reached, or that does not let the user write."""
 

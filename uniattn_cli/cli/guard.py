@@ -17,7 +17,7 @@ from pathlib import Path
 import typer
 
 from uniattn_cli import __version__
-from uniattn_cli.errors import RecipeError, StageError, UniAttnError
+from uniattn_cli.errors import DataWarning, RecipeError, StageError, UniAttnError
 from uniattn_cli.models.device import is_out_of_memory
 from uniattn_cli.options import RunOptions
 from uniattn_cli.run.files import file_errors, made
@@ -213,4 +213,6 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
+    warnings.simplefilter("once", DataWarning)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     logging.disable(logging.WARNING)
