@@ -136,10 +136,15 @@ def test_all_packages_are_listed_for_installation():
     folders = {path.parent for path in (ROOT / "uniattn_cli").rglob("*.py")}
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(settings["packages"]) == packages | {"uniattn_cli.recipes"}
+    files = [
+        path.relative_to(ROOT) for path in (ROOT / "uniattn_cli").rglob("*.*") if path.suffix not in (".py", ".pyc")
+    ]
+    given = {(package, pattern) for package, patterns in settings["package-data"].items() for pattern in patterns}
+    assert given == {(".".join(file.parent.parts), file.name) for file in files} | {("uniattn_cli.recipes", "*.yaml")}
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_recipe_and_the_template_of_the_card(tmp_path):
+def test_a_wheel_holds_every_recipe_the_template_of_the_card_and_the_list_of_the_corpus(tmp_path):
     """Needs setuptools in this environment, since nothing may be downloaded."""
     pytest.importorskip("setuptools", minversion="77")
     code = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
@@ -158,7 +163,7 @@ def test_a_wheel_holds_every_recipe_and_the_template_of_the_card(tmp_path):
     names = set(wheel.namelist())
     assert {f"uniattn_cli/recipes/{name}.yaml" for name in ready.names()} <= names
     assert not any(name.startswith("recipes/") for name in names)
-    assert "uniattn_cli/publishing/model_card.md" in names
+    assert {"uniattn_cli/publishing/model_card.md", "uniattn_cli/data/shared_docs.json"} <= names
     wheel.extractall(tmp_path / "installed")
     code = "import uniattn_cli.recipe.ready as r; print(r.folder(), len(r.names()))"
     done = subprocess.run(

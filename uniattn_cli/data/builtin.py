@@ -1,9 +1,10 @@
 """The built-in corpus: text, instructions and test items made on the spot from what every Python installation carries.
 
 Text comes from the language reference in `pydoc_data.topics` and from the docstrings of the standard library's public
-modules, classes and functions (`stdlib_docs`). Every piece belongs to one of three disjoint parts, decided by a hash of
-its text: the same interpreter always gives the same corpus, whatever PYTHONHASHSEED. The reference and long docstrings
-go to calibration, shorter ones make good answers and go to training, and a fifth of all is held out.
+modules, classes and functions (`stdlib_docs`), as far as the supported Python releases say it in the same words: all of
+them give the same corpus. Every piece belongs to one of three disjoint parts, decided by a hash of its text. The
+reference and long docstrings go to calibration, shorter ones make good answers and go to training, and about a third of
+all is held out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from uniattn_cli.data.stdlib_docs import Entry, digest, entries, number, part_of
+from uniattn_cli.data.stdlib_docs import (
+    Entry,
+    digest,
+    entries,
+    number,
+    paragraphs,
+    part_of,
+    shared,
+    short_hash,
+    tell_missing,
+)
 from uniattn_cli.errors import DataError, suggest
 
 PARTS = ("calibration", "train", "heldout")
@@ -59,19 +70,11 @@ def _topic_pages() -> list[str]:
             "the built-in corpus needs the module pydoc_data, which this Python lacks (some systems package it "
             "separately); set data.train, data.calibration and data.text to local files"
         ) from None
-    # What a docstring says too (the debugger's manual does) stays with the docstring's part.
-    seen = {" ".join(block.split()) for entry in entries() for block in re.split(r"\n\s*\n", entry.doc)}
-    pages: list[Any] = []
-    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        paragraphs = re.split(r"\n\s*\n", topics[name].strip("\n"))
-        keys = [" ".join(paragraph.split()) for paragraph in paragraphs]
-        # Short paragraphs ("For example:") may repeat; long ones may not, or parts would overlap.
-        kept = [p for p, key in zip(paragraphs, keys, strict=True) if len(key) < 60 or key not in seen]
-        new = sum(len(key) for key in keys if key not in seen)
-        seen.update(keys)
-        if new > 0.5 * sum(map(len, keys)):
-            pages.extend(_pages(kept))
-    return pages
+    known = {short_hash(paragraph): paragraph for text in topics.values() for paragraph in paragraphs(text)}
+    wanted = shared().topics.values()
+    missing = [key for keys in wanted for key in keys if key not in known]
+    tell_missing(len(missing), sum(map(len, wanted)), "paragraphs")
+    return [page for keys in wanted for page in _pages(known[key] for key in keys if key in known)]
 
 
 def _pages(blocks: Iterable[str]) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """The standard library's own documentation: what every public name is for, read from source with `ast`.
 
-Nothing is imported or run. Every docstring belongs to one of three disjoint parts, decided by a hash of its text.
+Nothing is imported or run. What Python releases say differently is left out: `shared_docs.json` names what those from
+3.10 to 3.14 share, with hashes of the contents, and `scripts/share_docs.py` makes it. Every docstring belongs to one of
+three disjoint parts, decided by a hash of its text.
 """
 
 from __future__ import annotations
@@ -10,22 +12,27 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import os
+import platform
 import re
 import sysconfig
-from collections.abc import Iterator
+import warnings
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from uniattn_cli.errors import DataError
+from uniattn_cli.errors import DataError, DataWarning
 
-HELDOUT_SHARE = 0.2
+SHARED = Path(__file__).with_name("shared_docs.json")
+HELDOUT_SHARE = 0.35
 LONG_DOCSTRING = 900  # characters from which a docstring is text to read rather than an answer
 ANSWER = (40, 700)  # characters of an instruction's answer
 SHARED_PARAGRAPH = 120  # characters from which a paragraph in two docstrings keeps them in one part
 
-# Folders that hold tests, vendored or generated code, and modules whose docstrings say nothing.
+# Tests, vendored or generated code, what some systems package separately, and modules whose docstrings say nothing.
 _SKIPPED = {
+    "curses", "dbm", "tkinter", "turtle",
     "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data", "turtledemo",
     "ensurepip", "distutils", "encodings", "lib-dynload", "ntpath", "this", "antigravity",
 }  # fmt: skip
@@ -57,38 +64,99 @@ class Entry:
     part: str
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all supported Python releases document in the same words.
+
+    Attributes:
+        docstrings: module to the rest of a public name (`.Path.exists`) to `content_hash`.
+        topics: topic of the language reference to the `short_hash` of its paragraphs, in order.
+    """
+
+    docstrings: dict[str, dict[str, str]]
+    topics: dict[str, list[str]]
+
+
+@functools.lru_cache(maxsize=1)
+def shared() -> Shared:
+    """The list of what the corpus consists of."""
+    return Shared(**json.loads(SHARED.read_text(encoding="utf-8")))
+
+
 @functools.lru_cache(maxsize=1)
 def entries() -> tuple[Entry, ...]:
-    """All documented public names of the standard library, without duplicates, sorted by name.
+    """The documented public names that all supported Python releases share, without duplicates, sorted by name.
+
+    Warns where this Python lacks some of them.
 
     Raises:
         DataError: no sources were found.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, Entry] = {}
-    seen_docs: set[str] = set()
-    seen_answers: set[str] = set()
-    part_with: dict[str, str] = {}
-    for module, path in _modules(root):
-        for entry in _read_module(module, path):
-            key = " ".join(entry.doc.split())
-            # Classes of one module often repeat a docstring; the first keeps it, so that no two parts share it.
-            if entry.name in found or key in seen_docs or (entry.answer and entry.answer in seen_answers):
-                continue
-            seen_docs.add(key)
-            seen_answers.add(entry.answer)
-            # Related functions (json.load, json.loads) share whole paragraphs; they go where the first one went.
-            blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", entry.doc)]
-            blocks = [block for block in blocks if len(block) >= SHARED_PARAGRAPH]
-            part = next((part_with[block] for block in blocks if block in part_with), entry.part)
-            part_with.update((block, part) for block in blocks if block not in part_with)
-            found[entry.name] = dataclasses.replace(entry, part=part)
+    listed = shared().docstrings
+    wanted = {module + rest: content for module, names in listed.items() for rest, content in names.items()}
+    found = {e.name: e for e in documented(root, listed) if wanted.get(e.name) == content_hash(e)}
     if not found:
         raise DataError(
             f"the built-in corpus needs the standard library's sources, but {root} has none; "
             "set data.train and data.text to local files"
         )
-    return tuple(found[name] for name in sorted(found))
+    tell_missing(len(wanted) - len(found), len(wanted), "docstrings")
+    return tuple(distinct(found[name] for name in sorted(found)))
+
+
+def tell_missing(missing: int, of: int, what: str) -> None:
+    """Warns that some of the corpus is missing, which makes it another corpus."""
+    if missing:
+        warnings.warn(
+            f"Python {platform.python_version()} lacks {missing} of the {of} {what} of the built-in corpus: scores on "
+            "it differ from those of other machines",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def distinct(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries without those that repeat a docstring or answer; entries that share a paragraph share their part."""
+    seen_docs: set[str] = set()
+    seen_answers: set[str] = set()
+    part_with: dict[str, str] = {}
+    for entry in entries:
+        key = " ".join(entry.doc.split())
+        # Classes of one module often repeat a docstring; the first keeps it, so that no two parts share it.
+        if key in seen_docs or (entry.answer and entry.answer in seen_answers):
+            continue
+        seen_docs.add(key)
+        seen_answers.add(entry.answer)
+        # Related functions (json.load, json.loads) share whole paragraphs; they go where the first one went.
+        blocks = [" ".join(block.split()) for block in paragraphs(entry.doc)]
+        blocks = [block for block in blocks if len(block) >= SHARED_PARAGRAPH]
+        part = next((part_with[block] for block in blocks if block in part_with), entry.part)
+        part_with.update((block, part) for block in blocks if block not in part_with)
+        yield dataclasses.replace(entry, part=part)
+
+
+def documented(root: Path, modules: Container[str] | None = None) -> Iterator[Entry]:
+    """Every documented public name below `root`, in the order of the sources; of all modules or only of those given."""
+    for module, path in _modules(root):
+        if modules is None or module in modules:
+            yield from _read_module(module, path)
+
+
+def paragraphs(text: str) -> list[str]:
+    """What blank lines separate, without blanks at the ends of lines."""
+    lines = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+    return re.split(r"\n\n+", lines)
+
+
+def content_hash(entry: Entry) -> str:
+    """A hash of all that the corpus says about a name."""
+    return short_hash("\n".join((entry.kind, entry.signature, entry.doc)))
+
+
+def short_hash(text: str) -> str:
+    """The start of `digest`: enough to tell one text from its other versions."""
+    return digest(text)[:8]
 
 
 def digest(value: str) -> str:
@@ -178,10 +246,10 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> tu
 
 def _answer(doc: str, name: str) -> str:
     """The first paragraphs of prose of a docstring, each on one line; empty where they do not make a good answer."""
-    paragraphs: list[str] = []
-    for block in re.split(r"\n\s*\n", doc):
+    kept: list[str] = []
+    for block in paragraphs(doc):
         lines = block.split("\n")
-        if not paragraphs and re.match(rf"(?:[\w.]*\.)?{re.escape(name)}\b\s*(\(|\[|$)", lines[0]):
+        if not kept and re.match(rf"(?:[\w.]*\.)?{re.escape(name)}\b\s*(\(|\[|$)", lines[0]):
             lines = lines[1:]  # docstrings often begin with a copy of the signature
         prose = " ".join(" ".join(lines).split())
         if not prose:
@@ -189,12 +257,12 @@ def _answer(doc: str, name: str) -> str:
         structured = any(line.startswith((" ", "\t", ">>>", "-", "*", "|", "@", ":param")) for line in lines)
         if structured or "--" in prose or re.match(r"[\w ]{1,20}:(\s|$)", prose):
             break
-        if sum(map(len, paragraphs)) + len(prose) > ANSWER[1]:
+        if sum(map(len, kept)) + len(prose) > ANSWER[1]:
             break
-        paragraphs.append(re.sub(r":\w+:`~?([^`]+)`", r"`\1`", prose).replace("``", "`"))
-    while paragraphs and paragraphs[-1].endswith(":"):
-        paragraphs.pop()
-    answer = "\n\n".join(paragraphs)
+        kept.append(re.sub(r":\w+:`~?([^`]+)`", r"`\1`", prose).replace("``", "`"))
+    while kept and kept[-1].endswith(":"):
+        kept.pop()
+    answer = "\n\n".join(kept)
     if len(answer) < ANSWER[0] or len(answer.split()) < 6 or not answer[0].isupper():
         return ""
     return answer if answer[-1] in ".!?`)" else answer + "."
