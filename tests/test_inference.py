@@ -141,6 +141,19 @@ def test_compensation_is_part_of_one_product_and_no_copy(layout):
     assert any(layer.extra for layer in program.layers)
 
 
+@pytest.mark.parametrize("family", ["llama_tied_bias", "qwen3", "phi3", "olmo2"])
+@pytest.mark.parametrize("layout", ["early", "low_rank"])
+def test_weights_that_are_trained_later_are_those_of_the_engine(family, layout):
+    model = make_model(named(family), layout)
+    engine = engine_for(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    assert engine_for(model) is engine
+    assert engine._compare(model) < 1e-5
+
+
 def test_models_that_share_weights_share_the_fused_ones():
     base = tiny.make_base(tiny.FAMILIES[0])
     converted = build_converted(base, tiny.make_layout("leader"))

@@ -1,7 +1,7 @@
 """Weights laid side by side, so that one matrix product does the work of several.
 
-The fused tensor takes the place of the parts: their parameters become views of it. A model that decodes therefore takes
-no more memory than before, and what is trained later is seen here.
+The fused tensor takes the place of the parts: their parameters, biases too, become views of it. A model that decodes
+therefore takes no more memory than before, and what is trained later is seen here.
 """
 
 from __future__ import annotations
@@ -42,11 +42,18 @@ def fuse_columns(parts: Sequence[nn.Parameter]) -> torch.Tensor:
 
 
 def fuse_biases(biases: Sequence[nn.Parameter | None], rows: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
-    """The bias of fused rows, zero where a part has none; None where no part has one."""
-    if all(bias is None for bias in biases):
+    """The bias of fused rows, [rows], zero where a part has none; None where no part has one."""
+    found = [bias for bias in biases if bias is not None]
+    if len(found) == len(biases):
+        return fuse_rows(found)
+    if not found:
         return None
     parts = [like.new_zeros(count) if bias is None else bias.data for bias, count in zip(biases, rows, strict=True)]
-    return torch.cat(parts)
+    fused = torch.cat(parts)
+    for bias, view in zip(biases, fused.split(list(rows)), strict=True):
+        if bias is not None:
+            bias.data = view
+    return fused
 
 
 def _adjacent(parts: Sequence[nn.Parameter]) -> bool:
