@@ -81,7 +81,7 @@ def fit_layers(
 
     Args:
         base: the stock model.
-        converted: result of `checkpoint.build_converted`; its unchanged weights are those of the base.
+        converted: result of `models.building.build_converted`; its unchanged weights are those of the base.
         windows: [sequences, length] calibration tokens without padding.
         spec: what is solved, the rank, the target and the share of sequences held out for the ridge strength.
         chooser: chooses the sources of borrowing layers anew, and changes the layout of `converted`.

@@ -39,7 +39,7 @@ class Batch:
         base: hidden states of the base, [rows, length, hidden].
         converted: hidden states of the converted model.
         kwargs: keyword arguments of each layer.
-        shared: queries and keys handed over in the converted model.
+        shared: what layers of the converted model hand over.
         held: whether the tokens are held out from fits.
         target: what a layer's attention output is to be, [rows, length, hidden], while the layer is fitted.
     """

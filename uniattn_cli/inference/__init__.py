@@ -1,1 +1,1 @@
-"""Decoding without overhead: static caches, kernels that use a leader's map once, one engine for base and converted."""
+"""Decoding without overhead: static caches, kernels that read lent keys once, one engine for base and converted."""

@@ -19,7 +19,8 @@ class TorchOps:
     Args:
         program: the model.
         caches: of the session; tables and workspaces are made for them.
-        reuse: followers use the map that their leader kept; else they compute it again from its queries and keys.
+        reuse: followers use the map that their leader kept; else they compute it again from its queries and keys, as
+            layers that ask early always do here.
     """
 
     name = "torch"

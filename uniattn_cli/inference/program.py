@@ -66,16 +66,22 @@ class LayerProgram:
     Attributes:
         index: number of the layer.
         plan: its entry of the layout.
+        heads, head_dim: query heads, and the size of a head.
         kv_heads: key/value heads of its own.
         window: keys that a query sees at most, None for all.
         rope: the key of its table of rotary embeddings, None where it knows no positions.
+        scale, softcap: of its scores; None for no soft-cap.
         pre_attention, post_attention, pre_mlp, post_mlp: norms before and after the two parts, None where absent.
         feed: the feed-forward part; the model's own module where it is not the usual one.
+        compensation: the module of W_c, None where it has none.
         project: [rows, hidden]: queries, those that others ask early, keys, values, and `down` of a low-rank W_c.
+        project_bias: [rows], None where no part has one.
         output: [hidden, heads * head_dim + extra]: W_o, then W_c or `up` of a low-rank one.
+        output_bias: [hidden], None where W_o has none.
         extra: columns of `output` beside those of the heads.
         takes_input: the extra columns multiply the layer's input (full W_c), not rows of `project` (low rank).
-        wide_norm: norms of queries and keys run over all heads.
+        q_norm, k_norm: norms of its queries and keys, None where absent.
+        wide_norm: these norms run over all heads.
         query_norms: [layers * head_dim], weights of the norm of its queries and of those that others ask, one after the
             other; None where `q_norm` has all there are.
         asked: queries of others that it projects, those that are rows of `project` first.
@@ -111,7 +117,6 @@ class LayerProgram:
     wide_norm: bool = False
     query_norms: torch.Tensor | None = None
     asked: tuple[Asked, ...] = ()
-    is_source: bool = False
     map_slot: int | None = None
     query_sources: tuple[tuple[int, int], ...] = ()
     key_sources: tuple[tuple[int, int], ...] = ()

@@ -119,7 +119,6 @@ def _read_layer(block: Any, layout: Layout, shape: AttentionShape, index: int, w
         compensation=getattr(attention, "compensation", None),
         q_norm=getattr(attention, "q_norm", None),
         k_norm=getattr(attention, "k_norm", None),
-        is_source=index in layout.last_use,
     )
     norm: Any = layer.q_norm or layer.k_norm
     layer.wide_norm = norm is not None and norm.weight.shape[0] != shape.head_dim

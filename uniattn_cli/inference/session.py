@@ -61,7 +61,7 @@ class Session:
         sampling: how tokens are chosen.
         stop: end-of-sequence tokens; a row that has met one goes on with `pad`.
         graph: capture the step as a CUDA graph.
-        reuse: followers use their leader's map; else they recompute it.
+        reuse: borrowers use what their lender's pass gives them; else each computes its map anew, see `TorchOps`.
         flat: memory for the caches, shared with other sessions that are not in use.
     """
 

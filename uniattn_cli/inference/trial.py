@@ -52,7 +52,6 @@ def attention_program(
             pre_mlp=None,
             post_mlp=None,
             feed=nn.Identity(),
-            is_source=index in layout.last_use,
             map_slot=slots.get(index),
         )
         if layer.kind.attends:
