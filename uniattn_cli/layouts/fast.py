@@ -56,7 +56,7 @@ def frontier(
     matcher = matcher.for_kind(kind)
     if max_group is not None and matcher.several:
         raise LayoutError(
-            "layout.max_group needs layout.sources: one (a follower of several layers belongs to no single group)"
+            "layout.max_group needs layout.sources: one (a borrower of several layers belongs to no single group)"
         )
     protected = set(protect)
     # States: per layer of the window, nearest first, how many more layers it may lend to (0: none, or not `own`).

@@ -139,7 +139,7 @@ class Workbench:
         """The layout with the heads that a conversion matches by output; as it is where there is nothing to match.
 
         Args:
-            fixed: followers keep the leaders that the layout names.
+            fixed: layers keep the lenders that the layout names.
         """
         from uniattn_cli.fitting.match_outputs import Limits
 
@@ -164,7 +164,7 @@ class Workbench:
         Args:
             layout: what to convert to.
             windows: LongTensor [n, length].
-            fixed: followers keep the leaders that the layout names.
+            fixed: layers keep the lenders that the layout names.
             trial: only the heads are wanted.
             advance: told about each layer.
         """

@@ -1,8 +1,9 @@
 """Attention layers that borrow from earlier layers, for any family that calls transformers' attention interface.
 
 A follower computes `W_o concat_h(softmax(Q_l K_l^T s) V) + W_c x` with the queries and keys that its source layers
-handed over (UniAttn, arXiv 2502.00439, with head maps; see `layout_uniattn`). Softmax is recomputed by the ordinary
-attention backend from borrowed Q and K, so memory stays linear in the length. Copied into every checkpoint.
+handed over (UniAttn, arXiv 2502.00439, with head maps); other kinds of layer borrow less, see `layout_uniattn`. Softmax
+is computed by the ordinary attention backend from Q and K, borrowed ones too, so memory stays linear in the length.
+Copied into every checkpoint.
 """
 
 from __future__ import annotations

@@ -636,7 +636,7 @@ class Recipe:
             )
         if self.layout.max_group is not None and self.layout.sources == "several":
             faults.append(
-                "layout.max_group needs layout.sources: one (a follower of several layers belongs to no single group)"
+                "layout.max_group needs layout.sources: one (a borrower of several layers belongs to no single group)"
             )
         if self.conversion.solve == "reference" and isinstance(self.conversion.rank, int):
             faults.append("conversion.solve: reference needs a full W_c; remove conversion.rank")

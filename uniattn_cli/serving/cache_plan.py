@@ -1,7 +1,7 @@
 """What an engine that owns its cache has to keep for a layout, and which cached heads each layer reads.
 
 Everything is counted in units: the keys, or the values, of one layer. Units have the same shape in every layer, so one
-block table addresses all of them; a follower is one unit where a stock layer is two. Standard library only.
+block table addresses all of them: a stock layer is two, one that borrows its keys only one. Standard library only.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 vLLM's CPU kernel reads keys and values through one set of strides, so both must lie in tensors of the same shape. Keys
 and values are therefore cached as layers of their own, half a stock page each: an `own` layer has two (`attn` and
-`attn_keys`), a follower one. All have the same specification, so vLLM's own cache manager puts them under one block
-table, and its numbers of blocks follow from the number of units. A borrowing layer calls the stock kernel with the
-source's keys and its own values, once for each run of neighbouring heads.
+`attn_keys`), one that borrows its keys only one. All have the same specification, so vLLM's own cache manager puts them
+under one block table, and its numbers of blocks follow from the number of units. A borrowing layer calls the stock
+kernel with the source's keys and its own values, once for each run of neighbouring heads.
 """
 
 from __future__ import annotations

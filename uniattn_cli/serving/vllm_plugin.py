@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`: lets vLLM drop the keys of followers from its cache.
+"""Entry point `vllm.general_plugins`: lets vLLM drop borrowed keys and values from its cache.
 
 vLLM calls `register` in each of its processes. Only this file's functions and the other `vllm_*` files import vLLM.
 """

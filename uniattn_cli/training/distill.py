@@ -9,7 +9,7 @@ tokens, or with `tokens: all` those of prompts too: a teacher has something to s
 its own, because a step of long prompts with short answers would otherwise count several times as much as another.
 E_layer is the mean |teacher's attention output|² over the compared tokens of the stage's first step; as a constant it
 keeps the loss a sum over tokens, which comes out the same however a step is divided. Both models see the same rows;
-the attention output is that of the attention block, where a follower's compensation has been added.
+the attention output is that of the attention block, where a layer's compensation has been added.
 """
 
 from __future__ import annotations
