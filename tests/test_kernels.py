@@ -1,6 +1,6 @@
 """The attention of a decoding step against maps in float64: the plain form always, the kernels where Triton is.
 
-On a machine without CUDA: `pip install triton "numpy<2.4"` and `TRITON_INTERPRET=1 pytest tests/test_kernels.py`.
+On a machine without CUDA: `pip install "triton<3.9" "numpy<2.4"` and `TRITON_INTERPRET=1 pytest tests/test_kernels.py`.
 """
 
 from __future__ import annotations
