@@ -154,6 +154,19 @@ def test_weights_that_are_trained_later_are_those_of_the_engine(family, layout):
     assert engine._compare(model) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama_tied_bias", "qwen3", "phi3"])
+@pytest.mark.parametrize("layout", ["early", "low_rank"])
+def test_a_model_that_has_been_decoded_can_be_saved(family, layout, tmp_path):
+    model = make_model(named(family), layout)
+    tokens, _ = make_prompt()
+    Engine(model)
+    assert not all(parameter.is_contiguous() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
 def test_models_that_share_weights_share_the_fused_ones():
     base = tiny.make_base(tiny.FAMILIES[0])
     converted = build_converted(base, tiny.make_layout("leader"))

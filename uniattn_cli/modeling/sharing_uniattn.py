@@ -482,6 +482,15 @@ class SharedPreTrainedMixin(_Model):
         if isinstance(module, Compensation):
             init.zeros_(module.weight)
 
+    def save_pretrained(  # type: ignore[override]  # what follows differs between releases
+        self, save_directory: Any, is_main_process: bool = True, state_dict: dict | None = None, **kwargs
+    ) -> None:
+        """As transformers', which cannot save weights that are columns of one tensor, as an engine lays W_o and W_c."""
+        if state_dict is None and not getattr(self, "_hf_peft_config_loaded", False):
+            if not all(parameter.is_contiguous() for parameter in self.parameters()):
+                state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Called by `from_pretrained` at its end, which would otherwise only print what it has made up.
 
