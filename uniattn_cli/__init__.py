@@ -1,4 +1,4 @@
-"""uniattn: let layers of a pre-trained LLM share Softmax maps, post-train it, and measure the result.
+"""uniattn: let layers of a pre-trained LLM share attention maps or keys, post-train it, and measure the result.
 
 Every command is one function here, and `load` opens a model. Inputs come first, everything else is given by keyword:
 `run_dir`, `recipe`, what only this command has, `overrides`, `options`. They are imported on first use, so that

@@ -14,7 +14,7 @@ from uniattn_cli.cli.guard import guard
 
 app = typer.Typer(
     name="uniattn",
-    help="Let layers of a pre-trained LLM share Softmax maps, post-train it, and measure the result.\n\n"
+    help="Let layers of a pre-trained LLM share attention maps or keys, post-train it, and measure the result.\n\n"
     "\b\nIn an empty folder:\n  uniattn analyze HuggingFaceTB/SmolLM2-135M-Instruct\n  uniattn convert --groups auto\n"
     "  uniattn train recipe.yaml\n  uniattn eval",
     no_args_is_help=True,
