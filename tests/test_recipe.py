@@ -71,6 +71,8 @@ def test_all_faults_are_reported_at_once_with_line_and_nearest_name(tmp_path):
         (MODEL + "seed:\n", "seed must be a whole number, not empty"),
         (MODEL + "layout: {kv: 0}\n", "layout.kv must be greater than 0, not 0"),
         (MODEL + "train: {warmup: .inf}\n", "train.warmup must be a finite number, not inf"),
+        (MODEL + f"train: {{warmup: {10**400}}}\n", "train.warmup must be a finite number, not inf"),
+        (MODEL + f"seed: {10**400}\n", "seed must be at most"),
         (MODEL + "layout: {kv: 0.5, followers: 3}\n", "only one budget can be given, not followers and kv"),
         (MODEL + "layout: {protect: 3}\n", "layout.protect must be a list, not 3"),
         (MODEL + "layout: {protect: [a]}\n", "layout.protect[0] must be a whole number, not 'a'"),

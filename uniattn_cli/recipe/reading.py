@@ -129,7 +129,7 @@ class _Reader:
             names = " or ".join(_TYPE_NAMES[option] for option in scalars)
             self.fault(node, key, f"{path} must be {names}, not {_describe(value)}")
             return None
-        return self.bounded(float(value) if number else value, path, node, key, meta)
+        return self.bounded(_as_float(value) if number else value, path, node, key, meta)
 
     def bounded(self, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> Any:
         if isinstance(value, str):
@@ -138,7 +138,7 @@ class _Reader:
                 self.fault(node, key, f"{path} must be one of {', '.join(meta['choices'])}, not '{value}'{near}")
             return self.text(value, node, key, meta)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if math.isnan(value) or (math.isinf(value) and not meta["endless"]):
+            if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not meta["endless"])):
                 self.fault(node, key, f"{path} must be a finite number, not {value}")
                 return value
             for name, broken, words in (
@@ -183,6 +183,14 @@ class _Reader:
             else:
                 items.append(self.value(item_hint, item, where, value, index, meta))
         return tuple(items)
+
+
+def _as_float(value: Any) -> float:
+    """A number as it is stored; infinity where a whole number is beyond all others."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _describe(value: Any) -> str:
