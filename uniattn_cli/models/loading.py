@@ -10,8 +10,9 @@ from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.models.building import converted_classes
 from uniattn_cli.models.families import family_of, is_converted
 from uniattn_cli.models.hub import Source, _fetch, context_window
+from uniattn_cli.models.weight_files import check_numbers, check_weight_files, has_own_head
 from uniattn_cli.recipe.schema import ModelSpec
-from uniattn_cli.run.files import read_json
+from uniattn_cli.run.files import check_not_pointer, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +51,28 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.path)
+        config = AutoConfig.from_pretrained(source.path)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
+    if config.tie_word_embeddings and has_own_head(source.path):
+        config.tie_word_embeddings = False
+    return config
+
+
+def head_note(source: Source, config: Any) -> list[str]:
+    """A note where a model's head is its own although its `config.json` says that it is the embedding.
+
+    Args:
+        config: of the loaded model.
+    """
+    from transformers import AutoConfig
+
+    if config.tie_word_embeddings or not AutoConfig.from_pretrained(source.path).tie_word_embeddings:
+        return []
+    return [
+        f"{source.name} has a head of its own, although its config.json says tie_word_embeddings: true; it is kept, "
+        "and what is made of it says false"
+    ]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -107,6 +127,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     path = _fetch(source, weights=False)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    for name in TOKENIZER_FILES:
+        if (path / name).is_file():
+            check_not_pointer(path / name, ModelError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -131,7 +154,8 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
 
     Raises:
         ModelError: the weights cannot be read, or the backend is not available.
-        CheckpointError: weights are missing, unexpected or of another shape.
+        CheckpointError: weight files are missing or damaged; weights are missing, unexpected, of another shape, or not
+            finite.
     """
     import torch
     from safetensors import SafetensorError
@@ -146,10 +170,12 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             f"set model.attention to {' or '.join(family.backends)}"
         )
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    folder = _fetch(source)
+    check_weight_files(folder)
     try:
         # With `output_loading_info` there are two results, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _fetch(source),
+            folder,
             config=config,
             dtype=dtype,
             attn_implementation=backend,
@@ -174,7 +200,12 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             word = key.removesuffix("_keys")
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source.name} is damaged: {word} weight {names[0]}{more}; copy the model again")
-    return model.to(device).eval()
+    if config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        # Only now does one see it in weights that were downloaded just now, or are not in safetensors files.
+        model.config.tie_word_embeddings = False
+    model = model.to(device).eval()
+    check_numbers(model, source.name)
+    return model
 
 
 def _last_line(error: BaseException) -> str:

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from uniattn_cli.errors import StageError, UniAttnError
 from uniattn_cli.recipe.files import write_whole
 
+# A clone without Git LFS has such a text in the place of each large file.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 
 
@@ -91,6 +93,21 @@ def write_json(path: Path, content: Any, *, finite: bool = True) -> None:
     write_whole(path, text + "\n")
 
 
+def check_not_pointer(path: Path, error: type[UniAttnError]) -> None:
+    """Refuses a file that Git LFS has not fetched yet.
+
+    Args:
+        path: a file that exists.
+        error: class of the error.
+
+    Raises:
+        UniAttnError: of the class `error`; names the file and the command that fetches it.
+    """
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise error(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in {path.parent}")
+
+
 def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError) -> dict[str, Any]:
     """The object that a JSON file holds.
 
@@ -102,6 +119,7 @@ def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError
         UniAttnError: of the class `error`; the file is missing, unreadable, or holds something else.
     """
     try:
+        check_not_pointer(path, error)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} is missing; {next_step}") from None

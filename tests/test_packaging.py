@@ -1,0 +1,163 @@
+"""Models as people bring them: what their files say holds, or they are refused in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, make_base, make_layout
+from tiny_run import make_tokenizer
+
+from uniattn_cli.errors import CheckpointError, ModelError
+from uniattn_cli.models.building import build_converted, save_checkpoint
+from uniattn_cli.models.costs import count_parameters
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import head_note, load_config, load_model, load_tokenizer
+from uniattn_cli.recipe.schema import ModelSpec
+
+CPU = torch.device("cpu")
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456789\n"
+LLAMA = FAMILIES[0]
+TIED = [entry for entry in FAMILIES if entry[1]().tie_word_embeddings]
+
+
+def load(folder, **spec):
+    return load_model(locate(str(folder)), ModelSpec(**spec), CPU)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Llama with its tokenizer, to be spoilt."""
+    save_checkpoint(make_base(LLAMA), make_tokenizer(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A Llama in several weight files."""
+    make_base(LLAMA).save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    return tmp_path / "sharded"
+
+
+# --- the head -------------------------------------------------------------------------------------------------------
+
+
+def says_tied(base, folder):
+    """Saves a model whose head is not its embedding under a configuration that says so."""
+    head = torch.nn.Parameter(torch.randn_like(base.lm_head.weight))
+    base.lm_head.weight, base.config.tie_word_embeddings, base.all_tied_weights_keys = head, False, {}
+    base.save_pretrained(folder)
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    return head
+
+
+@pytest.mark.parametrize("entry", TIED, ids=[entry[0] for entry in TIED])
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(entry, tmp_path):
+    head = says_tied(make_base(entry), tmp_path / "base")
+    source = locate(str(tmp_path / "base"))
+    config = load_config(source)
+    assert config.tie_word_embeddings is False
+    base = load_model(source, ModelSpec(), CPU)
+    layout = make_layout("mixed", config)
+    assert count_parameters(config, layout) == sum(p.numel() for p in build_converted(base, layout).parameters())
+    assert "head of its own" in head_note(source, base.config)[0]
+    # As after `convert`, and once more as after `train`.
+    save_checkpoint(build_converted(base, layout), make_tokenizer(), tmp_path / "converted")
+    save_checkpoint(load(tmp_path / "converted"), make_tokenizer(), tmp_path / "trained")
+    for name in ("converted", "trained"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["lm_head.weight"], head)
+        loaded = load(tmp_path / name)
+        assert torch.equal(loaded.lm_head.weight, head)
+        assert head_note(locate(str(tmp_path / name)), loaded.config) == []
+
+
+def test_a_head_of_its_own_is_seen_in_other_files_than_safetensors(tmp_path):
+    says_tied(make_base(LLAMA), tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert load(tmp_path).config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_head_that_is_the_embedding_stays_so(twice, tmp_path):
+    base = make_base(TIED[0])
+    base.save_pretrained(tmp_path / "base")
+    if twice:
+        embeddings = "model.embed_tokens.weight"
+        edit_weights(tmp_path / "base", lambda weights: weights.update({"lm_head.weight": weights[embeddings].clone()}))
+    loaded = load(tmp_path / "base")
+    assert loaded.config.tie_word_embeddings and head_note(locate(str(tmp_path / "base")), loaded.config) == []
+    save_checkpoint(build_converted(loaded, make_layout("leader")), make_tokenizer(), tmp_path / "converted")
+    assert json.loads((tmp_path / "converted" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(tmp_path / "converted" / "model.safetensors")
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_named(value, dtype, tmp_path):
+    make_base(LLAMA).to(dtype).save_pretrained(tmp_path)
+    names = ["model.layers.2.self_attn.q_proj.weight", "model.layers.5.post_attention_layernorm.weight"]
+
+    def spoil(weights):
+        for name in names:
+            weights[name].view(-1)[3] = value
+
+    edit_weights(tmp_path, spoil)
+    with pytest.raises(CheckpointError, match=rf"weight {names[0]} and 1 more .* or not a number: .* diverged; copy"):
+        load(tmp_path)
+
+
+def test_a_weight_that_a_smaller_dtype_cannot_hold_is_named(tmp_path):
+    make_base(LLAMA).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights["lm_head.weight"].fill_(1e6))
+    assert load(tmp_path).lm_head.weight.max() == 1e6
+    with pytest.raises(CheckpointError, match=r"weight lm_head\.weight .* too large for float16, set model\.dtype"):
+        load(tmp_path, dtype="float16")
+
+
+def test_files_that_are_pointers_of_git_lfs_are_recognised(folder, sharded):
+    shard = max(sharded.glob("model-*.safetensors"))
+    places = [shard, folder / "model.safetensors", folder / "tokenizer.json", folder / "config.json"]
+    for path in places:
+        path.write_text(LFS_POINTER)
+        with pytest.raises(
+            (CheckpointError, ModelError), match=rf"{re.escape(str(path))} is a pointer of Git LFS.*`git lfs pull`"
+        ):
+            load_tokenizer(locate(str(folder))) if path.name == "tokenizer.json" else load(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder, shard: shard.unlink(), "{shard} is missing"),
+        (lambda folder, shard: shard.write_bytes(shard.read_bytes()[:-50]), "{shard} is damaged or cut off"),
+        (lambda folder, shard: shard.write_bytes(b""), "{shard} is damaged or cut off"),
+        (lambda folder, shard: (folder / "model.safetensors.index.json").unlink(), "index.json is missing"),
+        (lambda folder, shard: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+        (lambda folder, shard: [path.unlink() for path in folder.glob("model*")], "has no weights"),
+    ],
+    ids=["missing", "cut-off", "empty", "no-index", "other-index", "nothing"],
+)
+def test_weight_files_that_are_not_whole_are_named(spoil, says, sharded):
+    shard = max(sharded.glob("model-*.safetensors"))
+    spoil(sharded, shard)
+    with pytest.raises(CheckpointError, match=re.escape(says.format(shard=shard))):
+        load(sharded)
