@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_base, make_layout
 from tiny_run import make_tokenizer
 
+import uniattn_cli
 from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.costs import count_parameters
@@ -161,3 +164,55 @@ def test_weight_files_that_are_not_whole_are_named(spoil, says, sharded):
     spoil(sharded, shard)
     with pytest.raises(CheckpointError, match=re.escape(says.format(shard=shard))):
         load(sharded)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def add_adapter(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("beside", ["nothing", "config", "tokenizer"])
+def test_an_adapter_is_told_from_a_model(beside, folder, tmp_path):
+    add_adapter(tmp_path / "adapter")
+    for path in folder.glob({"nothing": "-", "config": "config.json", "tokenizer": "tokenizer*"}[beside]):
+        path.rename(tmp_path / "adapter" / path.name)
+    # `load` looks for a model or a run.
+    for find in (locate, uniattn_cli.load):
+        with pytest.raises(ModelError, match=r"is an adapter for owner/base, not a whole model; merge it with peft"):
+            find(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(folder, sharded):
+    for whole in (folder, sharded):
+        add_adapter(whole)
+        with pytest.raises(ModelError, match=r"whole model with an adapter beside it \(adapter_config\.json, for"):
+            locate(str(whole))
+
+
+@pytest.mark.parametrize(
+    ("others", "says"), [((), "an adapter for owner/base"), (("model.safetensors",), "a whole model with an adapter")]
+)
+def test_an_adapter_on_the_hub(others, says, monkeypatch, tmp_path):
+    add_adapter(tmp_path / "hub")
+    files = ["adapter_config.json", "adapter_model.safetensors", *others]
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: info)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **kwargs: str(tmp_path / "hub" / file))
+    with pytest.raises(ModelError, match=f"owner/adapter is {says}"):
+        locate("owner/adapter")
+
+
+def test_an_adapter_in_the_cache_beside_a_whole_model_is_refused_without_a_network(folder, monkeypatch):
+    add_adapter(folder)
+
+    def offline(*args, **kwargs):
+        raise OfflineModeIsEnabled
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **kwargs: str(folder / file))
+    with pytest.raises(ModelError, match="owner/model is a whole model with an adapter"):
+        locate("owner/model")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.errors import ModelError
+from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.recipe.paths import located
+from uniattn_cli.run.files import read_json
+
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,13 @@ def locate(name: str, revision: str | None = None) -> Source:
     """Finds a model directory or a hub model; only the configuration of the latter is downloaded.
 
     Raises:
-        ModelError: nothing is there, it is gated, or there is no network and no copy in the cache.
+        ModelError: nothing is there, it is an adapter, it is gated, or there is no network and no copy in the cache.
+        CheckpointError: the adapter's configuration is damaged.
     """
     path = located(name)
     if path.is_dir():
+        if (path / ADAPTER).is_file():
+            raise _adapter(name, path / ADAPTER, (entry.name for entry in path.iterdir()))
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} is a directory without config.json; give a Hugging Face model directory")
         return Source(name, path, fingerprint(path))
@@ -45,6 +52,26 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such directory (looked for {path.absolute()})")
     return _locate_on_hub(name, revision)
+
+
+def _adapter(name: str, config: Path, files: Iterable[str]) -> ModelError:
+    """What to say of an adapter, or of a whole model beside one, which transformers would apply to it unasked.
+
+    Args:
+        name: what the user gave.
+        config: the adapter's configuration.
+        files: names of all files beside it.
+    """
+    base = read_json(config, "copy the adapter again", CheckpointError).get("base_model_name_or_path") or "unknown"
+    if any(file.startswith(("model", "pytorch_model")) and file.endswith((".safetensors", ".bin")) for file in files):
+        return ModelError(
+            f"{name} is a whole model with an adapter beside it ({ADAPTER}, for {base}), which would silently be applied "
+            f"to it; remove {ADAPTER} if the adapter is merged or not wanted, else merge it first"
+        )
+    return ModelError(
+        f"{name} is an adapter for {base}, not a whole model; merge it with peft, add the tokenizer and give that "
+        f"directory: AutoPeftModelForCausalLM.from_pretrained('{name}').merge_and_unload().save_pretrained('merged')"
+    )
 
 
 def _locate_on_hub(name: str, revision: str | None) -> Source:
@@ -60,11 +87,12 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
         RevisionNotFoundError,
     )
 
-    trouble = "cannot be reached"
+    trouble, files = "cannot be reached", list[str]()
     try:
         try:
             # Downloads retry for half a minute without a network; this one call tells at once.
-            HfApi().model_info(name, revision=revision, timeout=10)
+            info = HfApi().model_info(name, revision=revision, timeout=10)
+            files = [sibling.rfilename for sibling in info.siblings or ()]
             offline = False
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             raise
@@ -75,6 +103,8 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
         except ValueError:
             # A sign-in page or a proxy in the hub's place; it speaks no JSON.
             offline, trouble = True, "gives no valid answer"
+        if ADAPTER in files:
+            raise _adapter(name, Path(hf_hub_download(name, ADAPTER, revision=revision)), files)
         config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
     except GatedRepoError:
         raise ModelError(f"{name} is gated: accept its terms on its hub page, then run `hf auth login`") from None
@@ -93,6 +123,8 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
         raise ModelError(f"{name}: the hub returns HTTP status {error.response.status_code}; try again later") from None
     except HFValidationError:
         raise ModelError(f"'{name}' is neither a directory nor a valid hub id (OWNER/NAME)") from None
+    if (config.parent / ADAPTER).is_file():
+        raise _adapter(name, config.parent / ADAPTER, (entry.name for entry in config.parent.iterdir()))
     return Source(name, config.parent, config.parent.name, on_hub=True)
 
 

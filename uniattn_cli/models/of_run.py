@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import StageError, UsageError, suggest
-from uniattn_cli.models.hub import Source, locate
+from uniattn_cli.models.hub import ADAPTER, Source, locate
 from uniattn_cli.models.loading import load_model, load_tokenizer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.paths import at_home
@@ -123,12 +123,13 @@ def newest(run: RunDir) -> Path:
 
 
 def checkpoint_in(directory: Path) -> Path:
-    """A directory itself if it is a model, else the newest one of the run that it holds.
+    """A directory itself if it is a model or an adapter, else the newest one of the run that it holds.
 
     Raises:
         StageError: it is neither.
     """
-    return directory if (directory / "config.json").is_file() else newest(RunDir(directory))
+    is_model = any((directory / name).is_file() for name in ("config.json", ADAPTER))
+    return directory if is_model else newest(RunDir(directory))
 
 
 def load(
