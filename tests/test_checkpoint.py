@@ -257,6 +257,15 @@ def test_the_stored_configuration_keeps_the_stock_settings(tmp_path):
         ({"model_type": "t5"}, ModelError, "type 't5' are not supported; supported: .*llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, ModelError, "not a causal language model"),
         ({"quantization_config": {"quant_method": "awq"}}, ModelError, r"quantised weights \(awq\)"),
+        ({"compression_config": {"quant_method": "nvfp4"}}, ModelError, r"quantised weights \(nvfp4\)"),
+        ({"quantization_config": "int8"}, ModelError, r"quantised weights \(int8\)"),
+        ({"per_layer_config": {"2": {"num_key_value_heads": 1}}}, ModelError, r"different shapes \(per_layer_config"),
+        ({"per_layer_config": {"1": {"skip": ["attention"]}}}, ModelError, r"different shapes \(per_layer_config"),
+        ({"block_configs": [{"attention": {"no_op": True}}]}, ModelError, r"different shapes \(block_configs"),
+        ({"num_key_value_heads": [3, 3, 1, 3, 3, 3]}, CheckpointError, "not valid"),
+        ({"rope_parameters": {"rope_type": "mystery", "factor": 2.0}}, ModelError, "of type 'mystery' .*longrope"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "mystery"}}, ModelError, "of type 'mystery'"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, (ModelError, CheckpointError), "yarn"),
         ({"model_type": "uniattn_llama"}, ModelError, "already converted"),
         ({"num_hidden_layers": "six"}, CheckpointError, "not valid"),
         ({"model_type": 5}, CheckpointError, "its model_type is not a string"),
@@ -266,6 +275,22 @@ def test_models_that_cannot_be_converted_are_refused_by_their_configuration(chan
     make_base(FAMILIES[0]).save_pretrained(tmp_path)
     edit_config(tmp_path, lambda content: content.update(change))
     with pytest.raises(error, match=words):
+        load_config(locate(str(tmp_path)))
+
+
+@families
+def test_an_unknown_rotary_embedding_is_refused_in_every_family(entry, tmp_path):
+    config = entry[1]()
+    config.architectures = [entry[2].__name__]
+    config.save_pretrained(tmp_path)
+    assert load_config(locate(str(tmp_path))).model_type == config.model_type
+
+    def change(content):
+        sets = [value for value in content["rope_parameters"].values() if isinstance(value, dict)]
+        (sets or [content["rope_parameters"]])[-1]["rope_type"] = "mystery"
+
+    edit_config(tmp_path, change)
+    with pytest.raises((ModelError, CheckpointError), match="mystery"):
         load_config(locate(str(tmp_path)))
 
 

@@ -65,8 +65,8 @@ def _adapter(name: str, config: Path, files: Iterable[str]) -> ModelError:
     base = read_json(config, "copy the adapter again", CheckpointError).get("base_model_name_or_path") or "unknown"
     if any(file.startswith(("model", "pytorch_model")) and file.endswith((".safetensors", ".bin")) for file in files):
         return ModelError(
-            f"{name} is a whole model with an adapter beside it ({ADAPTER}, for {base}), which would silently be applied "
-            f"to it; remove {ADAPTER} if the adapter is merged or not wanted, else merge it first"
+            f"{name} is a whole model with an adapter beside it ({ADAPTER}, for {base}), which would be applied to it "
+            f"silently; remove {ADAPTER} if the adapter is merged or not wanted, else merge it first"
         )
     return ModelError(
         f"{name} is an adapter for {base}, not a whole model; merge it with peft, add the tokenizer and give that "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Keys of config.json that give single layers sizes of their own, or take parts from them.
+PER_LAYER = ("per_layer_config", "block_configs")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -28,7 +30,8 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
         converted: whether to expect a converted checkpoint or a base model; None takes either.
 
     Raises:
-        ModelError: not a causal LM, an unsupported family, or quantised weights.
+        ModelError: not a causal LM, an unsupported family or type of rotary embedding, layers of different shapes, or
+            quantised weights.
         CheckpointError: the file is damaged, or of a newer format.
     """
     raw = read_config(source.path)
@@ -44,9 +47,16 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
         architectures = raw.get("architectures") or []
         if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
             raise ModelError(f"{source.name} is not a causal language model but a {architectures[0]}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown method")
+    quantised = raw.get("quantization_config") or raw.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(f"{source.name} has quantised weights ({method}); give the unquantised model")
+    for key in PER_LAYER:
+        if raw.get(key):
+            raise ModelError(
+                f"{source.name} has layers of different shapes ({key} in its config.json), which cannot share; give a "
+                "model whose layers are all alike"
+            )
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -54,9 +64,27 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
         config = AutoConfig.from_pretrained(source.path)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
+    _check_rope(source, config)
     if config.tie_word_embeddings and has_own_head(source.path):
         config.tie_word_embeddings = False
     return config
+
+
+def _check_rope(source: Source, config: Any) -> None:
+    """Rejects rotary embeddings of a type that transformers does not know, of which it only warns here."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = config.rope_parameters or {}
+    # One set of settings, or one for each type of layer.
+    sets = [entry for entry in settings.values() if isinstance(entry, dict)] or [settings]
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    for entry in sets:
+        kind = entry.get("rope_type", "default")
+        if kind not in known:
+            raise ModelError(
+                f"{source.path / 'config.json'}: this version of transformers knows no rotary embeddings of type "
+                f"'{kind}' (only {', '.join(known)}); update transformers, or give another model"
+            )
 
 
 def head_note(source: Source, config: Any) -> list[str]:
