@@ -216,3 +216,38 @@ def test_an_adapter_in_the_cache_beside_a_whole_model_is_refused_without_a_netwo
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **kwargs: str(folder / file))
     with pytest.raises(ModelError, match="owner/model is a whole model with an adapter"):
         locate("owner/model")
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_tokenizer_are_those_of_the_base(folder, tmp_path):
+    # Fields that transformers would leave out or rewrite when it saves, and a file that it would not write.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "of_the_base": 1}
+    edit_json(folder / "tokenizer_config.json", **settings)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
+    own = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    # What is converted is trained, and saved once more.
+    for before, after in ((folder, tmp_path / "converted"), (tmp_path / "converted", tmp_path / "trained")):
+        source = locate(str(before))
+        save_checkpoint(load_model(source, ModelSpec(), CPU), load_tokenizer(source), after)
+        for name in own:
+            assert (after / name).read_bytes() == (folder / name).read_bytes()
+        assert load_tokenizer(locate(str(after))).get_vocab() == make_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_the_template_of_a_copied_tokenizer_is_the_one_in_use(place, template, folder, tmp_path):
+    stored = (folder / "chat_template.jinja").read_text()
+    if place != "chat_template.jinja":
+        (folder / "chat_template.jinja").unlink()
+        edit_json(folder / place, chat_template=stored)
+    source = locate(str(folder))
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.chat_template == stored
+    tokenizer.chat_template = template or stored
+    save_checkpoint(load_model(source, ModelSpec(), CPU), tokenizer, tmp_path / "saved")
+    assert load_tokenizer(locate(str(tmp_path / "saved"))).chat_template == (template or stored)
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == (template or stored)
+    assert "chat_template" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import CheckpointError, HubError, UsageError
+from uniattn_cli.models.building import TOKENIZER_FILES
 from uniattn_cli.models.hub import locate, transport_errors
-from uniattn_cli.models.loading import TOKENIZER_FILES, load_config, read_config
+from uniattn_cli.models.loading import load_config, read_config
 from uniattn_cli.models.weight_files import check_weight_files
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card

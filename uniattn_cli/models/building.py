@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from uniattn_cli.errors import CheckpointError
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.families import family_of, is_converted
+from uniattn_cli.run.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 
 # Fields that belong to one class or file and must not travel from the base's configuration to the converted one.
 UNPORTABLE_FIELDS = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+# A tokenizer is there if one of these is.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What else can belong to one; templates have files of their own.
+BESIDE_TOKENIZER = ("merges.txt", "tekken.json", "added_tokens.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,28 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         converted_classes(model.config.model_type)
     with _valid_generation_config(model):
         model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    _save_tokenizer(tokenizer, directory)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Copies the files that a tokenizer was loaded from, and writes the chat template that it has now.
+
+    transformers would write files of its own version: with another class, which other versions and engines do not know,
+    and without `add_bos_token`. It writes them here for a tokenizer that was made in memory.
+    """
+    origin = Path(tokenizer.name_or_path)
+    names = [name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER) if (origin / name).is_file()]
+    if not tokenizer.name_or_path or not names:
+        tokenizer.save_pretrained(directory)
+        return
+    for name in names:
+        shutil.copyfile(origin / name, directory / name)
+    tokenizer.save_chat_templates(directory, {}, None, save_jinja_files=True)
+    settings = directory / "tokenizer_config.json"
+    content = read_json(settings, "copy it again", CheckpointError) if settings.is_file() else {}
+    if content.pop("chat_template", None) is not None:
+        # What lies in a file of its own may be another one, and counts.
+        write_json(settings, content)
 
 
 @contextlib.contextmanager

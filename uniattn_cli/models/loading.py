@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
-from uniattn_cli.models.building import converted_classes
+from uniattn_cli.models.building import TOKENIZER_FILES, converted_classes
 from uniattn_cli.models.families import family_of, is_converted
 from uniattn_cli.models.hub import Source, _fetch, context_window
 from uniattn_cli.models.weight_files import check_numbers, check_weight_files, has_own_head
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Keys of config.json that give single layers sizes of their own, or take parts from them.
 PER_LAYER = ("per_layer_config", "block_configs")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_config(source: Source, *, converted: bool | None = False) -> Any:
@@ -153,11 +152,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         # Tokenizers are chosen by the configuration; unless it is ours, the user is asked to trust the copied code.
         converted_classes(raw["model_type"])
     path = _fetch(source, weights=False)
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if not found:
         raise ModelError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    for name in TOKENIZER_FILES:
-        if (path / name).is_file():
-            check_not_pointer(path / name, ModelError)
+    for file in found:
+        check_not_pointer(file, ModelError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
