@@ -13,13 +13,21 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_base, make_layout
 from tiny_run import make_tokenizer
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 
 import uniattn_cli
 from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.costs import count_parameters
 from uniattn_cli.models.hub import locate
-from uniattn_cli.models.loading import head_note, load_config, load_model, load_tokenizer
+from uniattn_cli.models.loading import load_config, load_model, load_tokenizer, loading_notes
 from uniattn_cli.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")
@@ -77,7 +85,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(entry, tmp_pa
     base = load_model(source, ModelSpec(), CPU)
     layout = make_layout("mixed", config)
     assert count_parameters(config, layout) == sum(p.numel() for p in build_converted(base, layout).parameters())
-    assert "head of its own" in head_note(source, base.config)[0]
+    assert "head of its own" in loading_notes(source, base.config)[0]
     # As after `convert`, and once more as after `train`.
     save_checkpoint(build_converted(base, layout), make_tokenizer(), tmp_path / "converted")
     save_checkpoint(load(tmp_path / "converted"), make_tokenizer(), tmp_path / "trained")
@@ -86,7 +94,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(entry, tmp_pa
         assert torch.equal(load_file(tmp_path / name / "model.safetensors")["lm_head.weight"], head)
         loaded = load(tmp_path / name)
         assert torch.equal(loaded.lm_head.weight, head)
-        assert head_note(locate(str(tmp_path / name)), loaded.config) == []
+        assert loading_notes(locate(str(tmp_path / name)), loaded.config) == []
 
 
 def test_a_head_of_its_own_is_seen_in_other_files_than_safetensors(tmp_path):
@@ -104,7 +112,7 @@ def test_a_head_that_is_the_embedding_stays_so(twice, tmp_path):
         embeddings = "model.embed_tokens.weight"
         edit_weights(tmp_path / "base", lambda weights: weights.update({"lm_head.weight": weights[embeddings].clone()}))
     loaded = load(tmp_path / "base")
-    assert loaded.config.tie_word_embeddings and head_note(locate(str(tmp_path / "base")), loaded.config) == []
+    assert loaded.config.tie_word_embeddings and loading_notes(locate(str(tmp_path / "base")), loaded.config) == []
     save_checkpoint(build_converted(loaded, make_layout("leader")), make_tokenizer(), tmp_path / "converted")
     assert json.loads((tmp_path / "converted" / "config.json").read_text())["tie_word_embeddings"] is True
     assert "lm_head.weight" not in load_file(tmp_path / "converted" / "model.safetensors")
@@ -251,3 +259,120 @@ def test_the_template_of_a_copied_tokenizer_is_the_one_in_use(place, template, f
     assert load_tokenizer(locate(str(tmp_path / "saved"))).chat_template == (template or stored)
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == (template or stored)
     assert "chat_template" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+
+
+# --- multi-modal models -----------------------------------------------------------------------------------------------
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+
+
+def text_settings(family):
+    config = next(entry for entry in FAMILIES if entry[0] == family)[1]()
+    # The whole says what is tied; the part's own word is not heard.
+    return config.to_dict() | {"tie_word_embeddings": family == "mistral"}
+
+
+def gemma3():
+    config = Gemma3Config(text_config=text_settings("gemma3_text"), vision_config=VISION, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config)
+
+
+def mistral3():
+    vision = {"model_type": "pixtral", "head_dim": 8, **VISION}
+    config = Mistral3Config(text_config=text_settings("mistral"), vision_config=vision, tie_word_embeddings=False)
+    return Mistral3ForConditionalGeneration(config)
+
+
+def llava():
+    vision = {"model_type": "clip_vision_model", "projection_dim": 16, **VISION}
+    config = LlavaConfig(text_config=text_settings("llama"), vision_config=vision, tie_word_embeddings=False)
+    return LlavaForConditionalGeneration(config)
+
+
+def save_whole(make, folder, dtype=torch.float32):
+    torch.manual_seed(3)
+    whole = make().to(dtype).eval()
+    whole.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [gemma3, mistral3, llava])
+def test_a_multi_modal_model_is_converted_as_its_language_model(make, dtype, tmp_path):
+    whole = save_whole(make, tmp_path / "whole", dtype)
+    source = locate(str(tmp_path / "whole"))
+    config = load_config(source)
+    assert config.model_type == whole.config.text_config.model_type and config.dtype == dtype
+    assert config.tie_word_embeddings is whole.config.tie_word_embeddings is (make is gemma3)
+    base = load(tmp_path / "whole", attention="eager")
+    assert base.config._attn_implementation == "eager" and base.dtype == dtype
+    assert any("multi-modal" in note and config.model_type in note for note in loading_notes(source, base.config))
+    tokens = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        expected = whole(tokens).logits
+        found = load(tmp_path / "whole")(tokens).logits
+        assert (found - expected).norm() <= 0.02 * expected.norm()
+        for model in (base, build_converted(base, make_layout("mixed", base.config))):
+            name = model.config.model_type
+            save_checkpoint(model, make_tokenizer(), tmp_path / name)
+            again = load(tmp_path / name, attention="eager")
+            assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert count_parameters(config, make_layout("mixed", config)) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_head_of_its_own_is_kept_in_a_multi_modal_model(tmp_path):
+    head = save_whole(mistral3, tmp_path / "whole").lm_head.weight
+    edit_json(tmp_path / "whole" / "config.json", tie_word_embeddings=True)
+    source = locate(str(tmp_path / "whole"))
+    base = load_model(source, ModelSpec(), CPU)
+    assert load_config(source).tie_word_embeddings is base.config.tie_word_embeddings is False
+    assert len(loading_notes(source, base.config)) == 2
+    save_checkpoint(base, make_tokenizer(), tmp_path / "text")
+    assert torch.equal(load(tmp_path / "text").lm_head.weight, head)
+
+
+@pytest.mark.parametrize("lost", ["language_model.model.layers.1.mlp.up_proj.weight", "vision_tower"])
+def test_a_multi_modal_model_with_a_weight_too_few_is_refused(lost, tmp_path):
+    save_whole(gemma3, tmp_path)
+    name = next(name for name in load_file(tmp_path / "model.safetensors") if name.startswith(lost))
+    edit_weights(tmp_path, lambda weights: weights.pop(name))
+    with pytest.raises(CheckpointError, match=rf"missing weight .*{name.removeprefix('language_model.model.')}"):
+        load(tmp_path)
+
+
+def test_a_multi_modal_model_that_does_more_than_its_language_model_is_refused(monkeypatch, tmp_path):
+    save_whole(gemma3, tmp_path)
+    forward = Gemma3ForConditionalGeneration.forward
+
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.1
+        return output
+
+    monkeypatch.setattr(Gemma3ForConditionalGeneration, "forward", scaled)
+    with pytest.raises(ModelError, match=r"language model alone \('gemma3_text'\) does not give the logits"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (
+            {"model_type": "voxtral", "text_config": {"model_type": "llama"}},
+            "'voxtral'.*of type 'llama'",
+        ),
+        ({"model_type": "internvl_chat", "llm_config": {"model_type": "qwen2"}}, "'internvl_chat'.*of type 'qwen2'"),
+        (
+            {"model_type": "qwen2_vl", "vision_config": {}},
+            "'qwen2_vl'.*of type 'qwen2_vl_text', which is not supported",
+        ),
+        ({"model_type": "gemma3", "text_config": {}, "quantization_config": {"quant_method": "awq"}}, "quantised.*awq"),
+        ({"model_type": "gemma3", "text_config": {"per_layer_config": {"1": {"head_dim": 4}}}}, "different shapes"),
+    ],
+)
+def test_multi_modal_models_that_cannot_be_taken_apart_are_refused_by_name(raw, says, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=says):
+        load_config(locate(str(tmp_path)))

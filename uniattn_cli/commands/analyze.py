@@ -71,7 +71,7 @@ def analyze(
     """
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.windows import calibration_windows
-    from uniattn_cli.models.loading import check_lengths, head_note, load_config, load_model
+    from uniattn_cli.models.loading import check_lengths, load_config, load_model, loading_notes
     from uniattn_cli.models.of_run import base_of
 
     run = RunDir(run_dir)
@@ -90,7 +90,7 @@ def analyze(
 
     options.progress.note(f"loading {settings.model.name} on {device}")
     loaded = load_model(source, _readable(settings.model), device)
-    notes += head_note(source, loaded.config)
+    notes += loading_notes(source, loaded.config)
     inputs = {"model": source.fingerprint}
     with run.write("analyze", settings, inputs, force=options.force) as directory:
         with options.progress.track("analyzing", len(windows)) as advance:

@@ -193,7 +193,7 @@ def _convert(
     from uniattn_cli.fitting.fit import fit_layers
     from uniattn_cli.fitting.stream import layer_by_layer, placement
     from uniattn_cli.models.building import build_converted, save_checkpoint
-    from uniattn_cli.models.loading import head_note, load_model
+    from uniattn_cli.models.loading import load_model, loading_notes
 
     spec = recipe.conversion
     progress = options.progress
@@ -211,7 +211,7 @@ def _convert(
     where = f"on {home}" if device is None else f"in CPU memory, one layer at a time on {device}"
     progress.note(f"loading {recipe.model.name} {where}")
     base = load_model(source, recipe.model, home)
-    notes += head_note(source, base.config)
+    notes += loading_notes(source, base.config)
     torch.manual_seed(recipe.seed)
     converted = build_converted(base, layout)
     batch_size = recipe.evaluation.batch_size

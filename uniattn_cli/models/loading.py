@@ -10,6 +10,13 @@ from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.models.building import TOKENIZER_FILES, converted_classes
 from uniattn_cli.models.families import family_of, is_converted
 from uniattn_cli.models.hub import Source, _fetch, context_window
+from uniattn_cli.models.text_part import (
+    check_separable,
+    is_multi_modal,
+    language_settings,
+    text_config,
+    text_part,
+)
 from uniattn_cli.models.weight_files import check_numbers, check_weight_files, has_own_head
 from uniattn_cli.recipe.schema import ModelSpec
 from uniattn_cli.run.files import check_not_pointer, read_json
@@ -18,7 +25,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Keys of config.json that give single layers sizes of their own, or take parts from them.
+# Keys of config.json that say that weights are quantised.
+QUANTISED = ("quantization_config", "compression_config")
+# Those that give single layers sizes of their own, or take parts from them.
 PER_LAYER = ("per_layer_config", "block_configs")
 
 
@@ -39,19 +48,23 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
         raise CheckpointError(f"{source.name} is not a converted checkpoint (model_type '{model_type}')")
     if converted is False and is_converted(model_type):
         raise ModelError(f"the model is already converted ('{model_type}'); give its base model")
+    multi_modal = is_multi_modal(raw)
     if is_converted(model_type):
         converted_classes(model_type)
+    elif multi_modal:
+        check_separable(source.name, raw)
     else:
         family_of(model_type)
         architectures = raw.get("architectures") or []
         if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
             raise ModelError(f"{source.name} is not a causal language model but a {architectures[0]}")
-    quantised = raw.get("quantization_config") or raw.get("compression_config")
+    settings = language_settings(raw)
+    quantised = next((part[key] for part in (raw, settings) for key in QUANTISED if part.get(key)), None)
     if quantised:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(f"{source.name} has quantised weights ({method}); give the unquantised model")
     for key in PER_LAYER:
-        if raw.get(key):
+        if settings.get(key):
             raise ModelError(
                 f"{source.name} has layers of different shapes ({key} in its config.json), which cannot share; give a "
                 "model whose layers are all alike"
@@ -63,6 +76,8 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
         config = AutoConfig.from_pretrained(source.path)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
+    if multi_modal:
+        config = text_config(source.name, config)
     _check_rope(source, config)
     if config.tie_word_embeddings and has_own_head(source.path):
         config.tie_word_embeddings = False
@@ -86,20 +101,26 @@ def _check_rope(source: Source, config: Any) -> None:
             )
 
 
-def head_note(source: Source, config: Any) -> list[str]:
-    """A note where a model's head is its own although its `config.json` says that it is the embedding.
+def loading_notes(source: Source, config: Any) -> list[str]:
+    """What a user should know of how a model was read: only in part, or otherwise than its configuration says.
 
     Args:
         config: of the loaded model.
     """
     from transformers import AutoConfig
 
-    if config.tie_word_embeddings or not AutoConfig.from_pretrained(source.path).tie_word_embeddings:
-        return []
-    return [
-        f"{source.name} has a head of its own, although its config.json says tie_word_embeddings: true; it is kept, "
-        "and what is made of it says false"
-    ]
+    stated, notes = AutoConfig.from_pretrained(source.path), []
+    if stated.model_type != config.model_type:
+        notes.append(
+            f"{source.name} is a multi-modal model ('{stated.model_type}'); only its language model, of type "
+            f"'{config.model_type}', is used"
+        )
+    if stated.tie_word_embeddings and not config.tie_word_embeddings:
+        notes.append(
+            f"{source.name} has a head of its own, although its config.json says tie_word_embeddings: true; it is "
+            "kept, and what is made of it says false"
+        )
+    return notes
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -161,7 +182,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {_last_line(error)}") from None
-    known = raw.get("vocab_size")
+    known = language_settings(raw).get("vocab_size")
     # Added tokens are not counted: some published models have one more of them than embeddings, and never use it.
     if isinstance(known, int) and tokenizer.vocab_size > known:
         raise ModelError(
@@ -186,9 +207,10 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = load_config(source, converted=None)
+    multi_modal = is_multi_modal(read_config(source.path))
     family = family_of(config.model_type)
     backend = spec.attention if spec.attention != "auto" else family.attention
     if backend is not None and backend not in family.backends:
@@ -201,11 +223,11 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     check_weight_files(folder)
     try:
         # With `output_loading_info` there are two results, which its annotation does not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (AutoModelForImageTextToText if multi_modal else AutoModelForCausalLM).from_pretrained(
             folder,
-            config=config,
+            config=None if multi_modal else config,
             dtype=dtype,
-            attn_implementation=backend,
+            attn_implementation={"text_config": backend} if multi_modal and backend else backend,
             output_loading_info=True,
             # Reported below, in one line.
             ignore_mismatched_sizes=True,
@@ -227,12 +249,13 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             word = key.removesuffix("_keys")
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source.name} is damaged: {word} weight {names[0]}{more}; copy the model again")
-    if config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    check_numbers(model, source.name)
+    if multi_modal:
+        model = text_part(source.name, model)
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         # Only now does one see it in weights that were downloaded just now, or are not in safetensors files.
         model.config.tie_word_embeddings = False
-    model = model.to(device).eval()
-    check_numbers(model, source.name)
-    return model
+    return model.to(device).eval()
 
 
 def _last_line(error: BaseException) -> str:

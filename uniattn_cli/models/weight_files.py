@@ -13,7 +13,8 @@ from uniattn_cli.run.files import check_not_pointer, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+# What names end with; multi-modal models have longer ones.
+HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 AGAIN = "copy the model again"
 
 
@@ -68,19 +69,18 @@ def has_own_head(folder: Path) -> bool:
     """
     import torch
 
-    places: dict[str, Path] = {}
+    places = []
     for path in weight_files(folder):
         if not path.is_file() or path.suffix != ".safetensors":
             return False
         with _opened(path) as stored:
-            places |= {name: path for name in (HEAD, EMBEDDINGS) if name in set(stored.keys())}
-    if len(places) < 2:
-        return False
+            places += [(path, name) for name in set(stored.keys()) if name.endswith((HEAD, EMBEDDINGS))]
     tensors = []
-    for name, path in places.items():
+    # One of the two alone is both, and more of them belong to no model that is known here.
+    for path, name in places if len(places) == 2 else ():
         with _opened(path, "pt") as stored:
             tensors.append(stored.get_tensor(name))
-    return not torch.equal(*tensors)
+    return bool(tensors) and not torch.equal(*tensors)
 
 
 @contextlib.contextmanager
