@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_base, make_layout
-from tiny_run import make_tokenizer
+from tiny_run import make_model, make_tokenizer
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -53,8 +53,7 @@ def edit_weights(folder, change):
 @pytest.fixture
 def folder(tmp_path):
     """A Llama with its tokenizer, to be spoilt."""
-    save_checkpoint(make_base(LLAMA), make_tokenizer(), tmp_path / "model")
-    return tmp_path / "model"
+    return make_model(tmp_path / "model")
 
 
 @pytest.fixture
@@ -172,6 +171,24 @@ def test_weight_files_that_are_not_whole_are_named(spoil, says, sharded):
     spoil(sharded, shard)
     with pytest.raises(CheckpointError, match=re.escape(says.format(shard=shard))):
         load(sharded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_act": "mystery"}, "KeyError 'mystery'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "two"}}, "unsupported operand"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "much"}}, "unsupported operand"),
+        ({"num_attention_heads": 0}, "modulo by zero|division"),
+        ({"dtype": "float7"}, "float7"),
+        ({"pad_token_id": 500}, "Padding_idx"),
+    ],
+)
+def test_settings_of_which_no_model_can_be_built_are_told_in_one_line(changes, says, folder):
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

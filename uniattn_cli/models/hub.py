@@ -87,7 +87,8 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
         RevisionNotFoundError,
     )
 
-    trouble, files = "cannot be reached", list[str]()
+    trouble = "cannot be reached"
+    files: list[str] = []
     try:
         try:
             # Downloads retry for half a minute without a network; this one call tells at once.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What transformers raises for settings that make no sense, once it uses them.
+NONSENSE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 # Keys of config.json that say that weights are quantised.
 QUANTISED = ("quantization_config", "compression_config")
 # Those that give single layers sizes of their own, or take parts from them.
@@ -43,21 +45,43 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
         CheckpointError: the file is damaged, or of a newer format.
     """
     raw = read_config(source.path)
+    _check_type(source, raw, converted)
+    _check_settings(source, raw)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+        if is_multi_modal(raw):
+            config = text_config(source.name, config)
+    except (StrictDataclassError, *NONSENSE) as error:
+        raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
+    _check_rope(source, config)
+    if config.tie_word_embeddings and has_own_head(source.path):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _check_type(source: Source, raw: dict[str, Any], converted: bool | None) -> None:
+    """Rejects models of another type than expected, and of types that are not supported."""
     model_type = raw["model_type"]
     if converted and not is_converted(model_type):
         raise CheckpointError(f"{source.name} is not a converted checkpoint (model_type '{model_type}')")
     if converted is False and is_converted(model_type):
         raise ModelError(f"the model is already converted ('{model_type}'); give its base model")
-    multi_modal = is_multi_modal(raw)
     if is_converted(model_type):
         converted_classes(model_type)
-    elif multi_modal:
+    elif is_multi_modal(raw):
         check_separable(source.name, raw)
     else:
         family_of(model_type)
         architectures = raw.get("architectures") or []
         if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
             raise ModelError(f"{source.name} is not a causal language model but a {architectures[0]}")
+
+
+def _check_settings(source: Source, raw: dict[str, Any]) -> None:
+    """Rejects quantised weights, and layers that are not alike."""
     settings = language_settings(raw)
     quantised = next((part[key] for part in (raw, settings) for key in QUANTISED if part.get(key)), None)
     if quantised:
@@ -69,19 +93,6 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
                 f"{source.name} has layers of different shapes ({key} in its config.json), which cannot share; give a "
                 "model whose layers are all alike"
             )
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.path)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
-    if multi_modal:
-        config = text_config(source.name, config)
-    _check_rope(source, config)
-    if config.tie_word_embeddings and has_own_head(source.path):
-        config.tie_word_embeddings = False
-    return config
 
 
 def _check_rope(source: Source, config: Any) -> None:
@@ -235,7 +246,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
         model, info = loaded
     except (OSError, ImportError, SafetensorError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {_last_line(error)}") from None
-    except (RuntimeError, ValueError) as error:
+    except NONSENSE as error:
         raise CheckpointError(
             f"{source.name} is damaged or does not match its configuration: {_last_line(error)}"
         ) from None
@@ -260,4 +271,6 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
 
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    words = lines[-1] if lines else ""
+    # Of a key that is missing, the message is the key alone.
+    return f"{type(error).__name__} {words}".rstrip() if not words or isinstance(error, LookupError) else words

@@ -94,18 +94,22 @@ def write_json(path: Path, content: Any, *, finite: bool = True) -> None:
 
 
 def check_not_pointer(path: Path, error: type[UniAttnError]) -> None:
-    """Refuses a file that Git LFS has not fetched yet.
+    """Refuses a file that Git LFS has not fetched yet, or that the user may not read.
 
     Args:
         path: a file that exists.
         error: class of the error.
 
     Raises:
-        UniAttnError: of the class `error`; names the file and the command that fetches it.
+        UniAttnError: of the class `error`; names the file, and the command that fetches it.
     """
-    with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise error(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in {path.parent}")
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except PermissionError:
+        raise error(f"{path} cannot be read: permission denied") from None
+    if start == LFS_POINTER:
+        raise error(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in {path.parent}")
 
 
 def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError) -> dict[str, Any]:
