@@ -213,7 +213,7 @@ BROKEN = [
     ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', "a.jsonl, line 2: no column 'text' .it has: txt"),
     ("a.jsonl", '{"text": 3}', "line 1: column 'text' is int, not text"),
     ("a.jsonl", '{"instruction": "", "output": "y"}', "line 1: instruction and input are both empty"),
-    ("a.jsonl", '{"instruction": "x", "output": null}', "line 1: column 'output' is NoneType"),
+    ("a.jsonl", '{"instruction": "x", "output": null}', "line 1: column 'output' is null"),
     ("a.jsonl", '{"messages": []}', "line 1: column 'messages' must be a list of messages"),
     ("a.jsonl", '{"messages": ["hi"]}', "message 1 of 'messages' must have role and content"),
     ("a.jsonl", '{"messages": [{"role": "boss", "content": "x"}]}', "unknown role 'boss'"),

@@ -230,9 +230,3 @@ def test_a_named_column_that_is_missing_is_told(tmp_path):
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
     with pytest.raises(DataError, match=r"line 1: no column 'questoin' for prompt \(did you mean 'question'\?\)"):
         load(path, columns={"prompt": "questoin", "completion": "answer"})
-
-
-def test_tool_calls_are_refused_not_lost(tmp_path):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
-    with pytest.raises(DataError, match="message 2 of 'messages' contains tool calls"):
-        load(write(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "q"}, call]}))

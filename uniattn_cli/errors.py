@@ -54,6 +54,10 @@ class DataWarning(UserWarning):
     """Data that can be used, but that the user should know something about; the command line shows it as one line."""
 
 
+class RowError(DataError):
+    """A row that cannot be used, although others of its data set may be."""
+
+
 class HubError(UniAttnError):
     """A hub that cannot be reached, or that does not let the user write."""
 

@@ -4,16 +4,18 @@ The mask comes from the chat template itself: what a template adds when an assis
 prompt is that turn, its end-of-turn token included. A template that changes earlier turns once more follow (which drops
 what a reasoning model thought, say) never shows the model all its answers in the form in which it gives them: such a
 conversation becomes one sequence per answer, each as the model will see it. Where it cannot be told what the assistant
-wrote, an error is raised rather than a wrong mask returned.
+wrote, an error is raised rather than a wrong mask returned. Messages have the form of `conversations`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from uniattn_cli.data import templates
+from uniattn_cli.data.conversations import THOUGHTS, Message
 from uniattn_cli.data.encoding import encode
 from uniattn_cli.errors import DataError
 from uniattn_cli.models.loading import load_tokenizer
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 
     from uniattn_cli.models.hub import Source
 
-Messages = list[dict[str, str]]
+Messages = list[Message]
 Span = tuple[int, int]
+# What an answer may begin with that no template writes: it ends the header of a turn.
+MARK = "\ue000"
 # For templates that tell the model the date: with today's, no two days would train on the same tokens. A macro goes
 # before the function of that name.
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
@@ -107,11 +111,41 @@ class ChatRenderer:
     def rendered(self, messages: Messages) -> list[tuple[str, list[Span]]]:
         """The texts of a conversation and the characters in them that are learned, for `masked`; see `sequences`."""
         text = self._render(messages, False)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = [self._turn(messages, index) for index in answers]
+        turns = [self._turn(messages, index) for index in _answers(messages) if messages[index].get("train", True)]
         if all(text.startswith(upto) for upto, _ in turns):
             return [(text, [span for _, span in turns])]
         return [(upto, [span]) for upto, span in turns]
+
+    def hidden(self, messages: Messages) -> tuple[str, list[Span]]:
+        """The whole conversation as text, and the characters of its answers that are not to be learned.
+
+        Raises:
+            DataError: as `sequences`, also where the template changes an answer once more turns follow.
+        """
+        text = self._render(messages, False)
+        turns = [self._turn(messages, index) for index in _answers(messages) if not messages[index].get("train", True)]
+        if not all(text.startswith(upto) for upto, _ in turns):
+            raise DataError(
+                "the chat template changes earlier turns, so an answer that is not to be learned cannot be located; "
+                "set another data.chat_template, or train.loss: responses"
+            )
+        return text, [span for _, span in turns]
+
+    def unseen(self, messages: Messages) -> list[str]:
+        """The names of what messages hold beside text, but the template does not show.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        found = []
+        for name in ("tools", "tool_calls", *THOUGHTS):
+            places = [index for index, message in enumerate(messages) if name in message]
+            if places:
+                # Some templates show the thoughts of the last answer only, and each answer is the last once.
+                upto = messages if name == "tools" else messages[: places[-1] + 1]
+                bare = [{key: value for key, value in message.items() if key != name} for message in upto]
+                found += [name] if self._render(upto, False) == self._render(bare, False) else []
+        return found
 
     def masked(self, texts: Sequence[tuple[str, list[Span]]]) -> list[tuple[list[int], list[bool]]]:
         """Token ids and masks of rendered texts; many at once are quicker, as all cores work on them."""
@@ -132,7 +166,8 @@ class ChatRenderer:
             return ""  # nothing is left of a conversation in which only the assistant speaks
         try:
             text = self.tokenizer.apply_chat_template(
-                messages,
+                [_handed(message) for message in messages],
+                tools=messages[0].get("tools"),
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=prompt,
@@ -152,7 +187,7 @@ class ChatRenderer:
         turn = upto[len(before) :]
         start = len(before) if upto.startswith(before) else -1
         if start >= 0 and not self._has_generation_prompt:
-            skipped = turn.find(messages[index]["content"].strip())
+            skipped = self._header(messages, index, len(before), turn)
             start = start + skipped if skipped >= 0 else -1
         if start < 0:
             raise DataError(
@@ -160,6 +195,14 @@ class ChatRenderer:
                 "assistant's text cannot be located; set another data.chat_template, or train.loss: all"
             )
         return upto, (start, len(before) + len(turn.rstrip()))
+
+    def _header(self, messages: Messages, index: int, start: int, turn: str) -> int:
+        """How many characters of an answer's turn are not its own, or -1; the turn begins at `start` of the text."""
+        if messages[index].keys() <= {"role", "content", "train"}:
+            return turn.find(messages[index]["content"].strip())
+        # What it begins with, thoughts or a call, is written by the template.
+        probe = self._render([*messages[:index], {"role": "assistant", "content": MARK}], False)[start:]
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(turn, probe, strict=False)))
 
     def _mask_by_prefixes(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
         ids = encode(self.tokenizer, text)
@@ -173,6 +216,17 @@ class ChatRenderer:
                 borders.append(len(prefix))
             mask[borders[0] : borders[1]] = [True] * (borders[1] - borders[0])
         return ids, mask
+
+
+def _answers(messages: Messages) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _handed(message: Message) -> Message:
+    """A message as a template gets it: with thoughts under any name that templates have for them."""
+    kept = {name: value for name, value in message.items() if name not in ("tools", "train")}
+    thoughts = next((message[name] for name in THOUGHTS if name in message), None)
+    return kept if thoughts is None else kept | dict.fromkeys(THOUGHTS, thoughts)
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

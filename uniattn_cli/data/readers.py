@@ -139,7 +139,7 @@ def _read_parquet(path: Path) -> Iterator[Raw]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", _without_gaps(row)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable parquet file ({error})") from None
 
@@ -162,7 +162,18 @@ def _read_hub(spec: DatasetSpec) -> Iterator[Raw]:
             f"be loaded: {_first_line(error)}. Without a network, use a local file ({' '.join(EXTENSIONS)}) in data.*"
         ) from None
     for number, row in enumerate(rows, 1):
-        yield f"{name}, row {number}", row
+        yield f"{name}, row {number}", _without_gaps(row)
+
+
+def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the nulls in its objects: there, each has every field that any row has."""
+    return {name: _filled(value) for name, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(field) for name, field in value.items() if field is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

@@ -1,29 +1,31 @@
 """Brings rows of any column layout into one form, and checks them.
 
-A normalised row is a dict with `messages` (a list of `{"role", "content"}`) or `text`; the other key is None.
+A normalised row is a dict with `messages` (see `conversations`) or `text`; the other key is None.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from uniattn_cli.data.conversations import MEDIA, Message, conversation, definitions, empty, with_tools
 from uniattn_cli.data.readers import raw_rows
-from uniattn_cli.errors import DataError, suggest
+from uniattn_cli.errors import DataError, RowError, suggest
 from uniattn_cli.recipe.schema import DatasetSpec
 
 BUILTIN = "builtin"
 
-_ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
-}  # fmt: skip
 _COLUMNS = {
     "messages": "messages (or conversations)",
     "prompt_completion": "prompt and completion",
     "alpaca": "instruction and output (input is optional), or input and output",
     "text": "text",
 }
+# Columns beside a conversation that are its own: its system turn, and the definitions of its tools.
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
 # Names that each format can use, and those without which it is nothing.
 _USED = {
     "messages": {"messages", "conversations"},
@@ -63,7 +65,7 @@ def read_rows(spec: DatasetSpec, *, whole_text: bool = False) -> Iterator[dict[s
     for where, raw in raw_rows(spec, whole_text):
         raw = _renamed(raw, spec.columns, where) if spec.columns else raw
         layout = layout or _layout(spec, set(raw))
-        row = _NORMALISE[layout](raw, where)
+        row = _NORMALISE[layout](raw, where, set())
         if row["messages"] is None and not row["text"].strip():
             continue
         yield row
@@ -79,7 +81,7 @@ def _renamed(raw: dict[str, Any], columns: dict[str, str], where: str) -> dict[s
     for name, column in columns.items():
         if column not in raw:
             have = ", ".join(sorted(raw)) or "none"
-            raise DataError(f"{where}: no column '{column}' for {name}{suggest(column, raw)} (it has: {have})")
+            raise RowError(f"{where}: no column '{column}' for {name}{suggest(column, raw)} (it has: {have})")
     taken = set(columns.values()) | set(columns)
     others = {name: value for name, value in raw.items() if name not in taken}
     return others | {name: raw[column] for name, column in columns.items()}
@@ -133,37 +135,45 @@ def _like(name: str, columns: set[str]) -> str | None:
     return lower[near[0]] if near else None
 
 
-def _from_messages(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    column = "messages" if raw.get("messages") is not None else "conversations"
-    return _row(_messages(raw.get(column), where, column))
+def _from_messages(raw: dict[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
+    names = [name for name in ("messages", "conversations") if name in raw]
+    column = next((name for name in names if not empty(raw[name])), names[0] if names else "messages")
+    return _row(conversation(_given(raw, column, where), where, column, unused), raw, where, unused)
 
 
-def _from_prompt(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _from_prompt(raw: dict[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
     turns = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        if column not in raw:
-            raise DataError(f"{where}: no column '{column}' (it has: {', '.join(sorted(raw))})")
-        value = raw[column]
+        value = _given(raw, column, where)
         if isinstance(value, str):
-            turns.append({"role": role, "content": value})
+            turns.append({"role": role, "content": value if role == "user" else _answer(raw, column, where)})
         else:
-            turns.extend(_messages(value, where, column))
-    return _row(turns)
+            turns.extend(conversation(value, where, column, unused))
+    return _row(turns, raw, where, unused)
 
 
-def _from_alpaca(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    prompt = "\n\n".join(raw[key] for key in ("instruction", "input") if _text(raw, key, where, optional=True))
+def _from_alpaca(raw: dict[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
+    prompt = "\n\n".join(_text(raw, key, where) for key in ("instruction", "input") if not empty(raw.get(key)))
     if not prompt:
-        raise DataError(f"{where}: instruction and input are both empty")
-    answer = _text(raw, "output", where)
-    return _row([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+        raise RowError(f"{where}: instruction and input are both empty")
+    history = [] if empty(raw.get("history")) else raw["history"]
+    if not isinstance(history, list) or not all(_is_exchange(pair) for pair in history):
+        raise RowError(f"{where}: column 'history' must be a list of pairs of question and answer")
+    said = [*itertools.chain(*history), prompt, _answer(raw, "output", where)]
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    return _row(turns, raw, where, unused)
 
 
-def _from_text(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _is_exchange(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+def _from_text(raw: dict[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
     return {"messages": None, "text": _text(raw, "text", where)}
 
 
-_NORMALISE: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
+_NORMALISE: dict[str, Callable[[dict[str, Any], str, set[str]], dict[str, Any]]] = {
     "messages": _from_messages,
     "prompt_completion": _from_prompt,
     "alpaca": _from_alpaca,
@@ -171,41 +181,42 @@ _NORMALISE: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
 }
 
 
-def _text(raw: dict[str, Any], column: str, where: str, optional: bool = False) -> str:
-    value = raw.get(column)
-    if optional and value is None:
-        return ""
+def _given(raw: dict[str, Any], column: str, where: str) -> Any:
+    if column not in raw:
+        raise RowError(f"{where}: no column '{column}' (it has: {', '.join(sorted(raw))})")
+    return raw[column]
+
+
+def _text(raw: dict[str, Any], column: str, where: str) -> str:
+    value = _given(raw, column, where)
     if not isinstance(value, str):
-        have = ", ".join(sorted(raw))
-        fault = f"column '{column}' is {type(value).__name__}, not text" if column in raw else f"no column '{column}'"
-        raise DataError(f"{where}: {fault} (it has: {have})")
+        kind = "null" if value is None else f"{type(value).__name__}, not text"
+        raise RowError(f"{where}: column '{column}' is {kind} (it has: {', '.join(sorted(raw))})")
     return value
 
 
-def _row(messages: list[dict[str, str]]) -> dict[str, Any]:
+def _answer(raw: dict[str, Any], column: str, where: str) -> str:
+    answer = _text(raw, column, where)
+    if not answer.strip():
+        raise RowError(f"{where}: column '{column}' is empty, so there is no answer")
+    return answer
+
+
+def _row(messages: list[Message], raw: dict[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
+    """The row of a conversation, with what other columns say of it."""
+    media = [name for name in MEDIA if not empty(raw.get(name))]
+    if media:
+        raise RowError(f"{where} has {media[0]} beside its conversation; only text is supported")
     # Shared conversations often begin with the model's greeting; chat templates expect the user first.
     first = next((i for i, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
-    return {"messages": messages[first:], "text": None}
-
-
-def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
-    """Checks a conversation, in the form of OpenAI (role, content) or of ShareGPT (from, value)."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: column '{column}' must be a list of messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        here = f"{where}, message {number} of '{column}'"
-        if not isinstance(message, dict):
-            raise DataError(f"{here} must have role and content (or from and value)")
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(part["text"] for part in content)
-        if role not in _ROLES:
-            raise DataError(f"{here}: unknown role {role!r}; known: {', '.join(_ROLES)}")
-        if message.get("tool_calls"):
-            raise DataError(f"{here} contains tool calls, which are not supported; remove such rows")
-        if not isinstance(content, str):
-            raise DataError(f"{here} has no text content; only text is supported")
-        messages.append({"role": _ROLES[role], "content": content})
-    return messages
+    messages = messages[first:]
+    for column in SYSTEM:
+        if empty(raw.get(column)):
+            continue
+        if messages[:1] and messages[0]["role"] == "system":
+            unused.update({column} if raw[column] != messages[0]["content"] else ())
+        else:
+            messages = [{"role": "system", "content": _text(raw, column, where)}, *messages]
+    for column in TOOLS:
+        messages = with_tools(messages, definitions(raw.get(column), where))
+    return {"messages": messages, "text": None}

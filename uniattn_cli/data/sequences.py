@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data.chat import ChatRenderer
+from uniattn_cli.data.chat import ChatRenderer, Messages
 from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
 from uniattn_cli.errors import DataError
 from uniattn_cli.models.losses import IGNORED
@@ -114,9 +114,9 @@ def tokenize(
     """Tokens and labels of normalised rows.
 
     With `responses` every assistant turn is learned, its end-of-turn token included and everything else masked; text
-    rows are learned in full. Conversations are rendered with the tokenizer's chat template (`masks.ChatRenderer`
-    tells what happens without one), text rows end with EOS. Longer conversations are cut at `max_length` tokens, longer
-    texts divided into sequences of so many.
+    rows are learned in full. Answers marked `train: False` are never learned. Conversations are rendered with the
+    tokenizer's chat template (`chat.ChatRenderer` tells what happens without one), text rows end with EOS. Longer
+    conversations are cut at `max_length` tokens, longer texts divided into sequences of so many.
 
     Args:
         rows: columns `messages` and `text`, one of them None per row (or missing); `source` where known.
@@ -173,9 +173,7 @@ class RowEncoder:
         self.tokenizer, self.loss = tokenizer, loss
         self.renderer, self.bos, self.eos = ChatRenderer(tokenizer), bos_of(tokenizer), eos_of(tokenizer)
 
-    def batch(
-        self, messages: Sequence[list[dict[str, str]] | None], texts: Sequence[str | None]
-    ) -> list[list[Encoded]]:
+    def batch(self, messages: Sequence[Messages | None], texts: Sequence[str | None]) -> list[list[Encoded]]:
         """The sequences of each row: one, or one per answer where the template asks for it.
 
         Args:
@@ -191,8 +189,11 @@ class RowEncoder:
             for row, text, parts in zip(messages, texts, rendered, strict=True)
         ]
 
-    def _whole(self, messages: list[dict[str, str]] | None, text: str | None) -> Encoded:
-        """A row of which everything is learned."""
+    def _whole(self, messages: Messages | None, text: str | None) -> Encoded:
+        """A row of which everything is learned, but for answers that are marked."""
+        if text is None and any("train" in message for message in messages or ()):
+            [(ids, hidden)] = self.renderer.masked([self.renderer.hidden(messages or [])])
+            return ids, [not token for token in hidden]
         if text is None:
             ids = self.renderer.ids(messages or [])
         else:

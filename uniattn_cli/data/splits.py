@@ -47,7 +47,7 @@ def load_mix(
             once, and such a source runs out before the end.
 
     Returns:
-        Columns `messages` (list of role and content) and `text`, one of them None per row (a column that is None
+        Columns `messages` (see `conversations`) and `text`, one of them None per row (a column that is None
         everywhere is left out), and `source`.
 
     Raises:
@@ -84,8 +84,11 @@ def _dataset(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
     import datasets
 
     columns: dict[str, list] = {key: [row[key] for row in rows] for key in ("messages", "text", "source")}
+    plain = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    more = any(message.keys() != plain.keys() for row in rows for message in row["messages"] or ())
     features = {
-        "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+        # The arguments of calls have other names in every row, which a table would give to all of them.
+        "messages": datasets.List(datasets.Json() if more else plain),
         "text": datasets.Value("string"),
         "source": datasets.Value("string"),
     }

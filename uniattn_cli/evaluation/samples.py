@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.data.chat import ChatRenderer
+from uniattn_cli.data.encoding import encode
 from uniattn_cli.data.splits import load_rows
 from uniattn_cli.generation.decode import Decoding, answer
-from uniattn_cli.generation.prompts import chat_ids, plain_ids
+from uniattn_cli.generation.prompts import plain_ids
 from uniattn_cli.models.of_run import Subject
 from uniattn_cli.models.pool import ModelPool
 from uniattn_cli.options import Progress
@@ -64,11 +66,12 @@ def _prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt |
         words = row["text"].split(" ")
         given, rest = " ".join(words[:GIVEN_WORDS]), " ".join(words[GIVEN_WORDS:])
         return Prompt(given, rest, tuple(plain_ids(tokenizer, given))) if rest.strip() else None
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
-    first = next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), None)
+    turns = row["messages"]
+    first = next((index for index, turn in enumerate(turns) if turn["role"] == "assistant" and turn["content"]), None)
     if not first:
         return None
-    return Prompt(turns[first - 1]["content"], turns[first]["content"], tuple(chat_ids(tokenizer, turns[:first])))
+    ids = encode(tokenizer, ChatRenderer(tokenizer).prompt(turns[:first]))
+    return Prompt(turns[first - 1]["content"], turns[first]["content"], tuple(ids))
 
 
 def sample_all(
