@@ -70,6 +70,7 @@ def analyze(
         UniAttnError: one of the subclasses in `uniattn_cli.errors`, with one clear line.
     """
     from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.data.screen import Screen
     from uniattn_cli.data.windows import calibration_windows
     from uniattn_cli.models.loading import check_lengths, load_config, load_model, loading_notes
     from uniattn_cli.models.of_run import base_of
@@ -84,7 +85,14 @@ def analyze(
     check_protected(settings.layout, attention_shape(config))
     device = options.torch_device()
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
-    windows = calibration_windows(settings.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=settings.seed)
+    windows = calibration_windows(
+        settings.data,
+        tokenizer,
+        tokens=spec.tokens,
+        length=spec.length,
+        seed=settings.seed,
+        screen=Screen(settings.data, tokenizer, options.progress.warn),
+    )
     notes = _check_text(windows, tokenizer, spec.tokens)
     from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
 

@@ -189,6 +189,7 @@ def _convert(
     import torch
 
     from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.data.screen import Screen
     from uniattn_cli.data.windows import calibration_windows, heldout_windows
     from uniattn_cli.fitting.fit import fit_layers
     from uniattn_cli.fitting.stream import layer_by_layer, placement
@@ -198,9 +199,13 @@ def _convert(
     spec = recipe.conversion
     progress = options.progress
     tokenizer = load_chat_tokenizer(source, recipe.data.chat_template)
-    windows = calibration_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed)
+    data, scored = recipe.data, recipe.evaluation
+    screen = Screen(data, tokenizer, progress.warn)
+    windows = calibration_windows(
+        data, tokenizer, tokens=spec.tokens, length=spec.length, seed=recipe.seed, screen=screen
+    )
     heldout = heldout_windows(
-        recipe.data, tokenizer, tokens=min(recipe.evaluation.tokens, QUICK_TOKENS), length=recipe.evaluation.length
+        data, tokenizer, tokens=min(scored.tokens, QUICK_TOKENS), length=scored.length, screen=screen
     )
     notes = []
     if windows.numel() < spec.tokens - spec.length:

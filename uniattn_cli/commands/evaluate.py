@@ -11,6 +11,7 @@ from typing import Any
 
 from uniattn_cli.data.chat import load_chat_tokenizer
 from uniattn_cli.data.heldout import length_rows, response_rows, text_rows
+from uniattn_cli.data.screen import Screen
 from uniattn_cli.errors import DataError, ModelError
 from uniattn_cli.evaluation.agreement import Reference
 from uniattn_cli.evaluation.batches import Batches
@@ -188,7 +189,8 @@ def load_material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str])
             tasks = load_tasks(spec.tasks, limit=spec.limit, fewshot=spec.fewshot, chat_template=spec.chat_template)
         else:
             notes.append(MISSING_HARNESS)
-    text, responses = text_rows(recipe, tokenizer), response_rows(recipe, tokenizer)
+    screen = Screen(recipe.data, tokenizer, notes.append)
+    text, responses = text_rows(recipe, tokenizer, screen), response_rows(recipe, tokenizer, screen=screen)
     lengths = length_rows(recipe, tokenizer, load_config(subjects[0].source), notes)
     return Material(tokenizer, text, responses, tasks, lengths, _retrieval(recipe, tokenizer, text, lengths))
 

@@ -55,6 +55,7 @@ def synthesize(
     """
     from uniattn_cli.data import splits
     from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.data.screen import Screen
     from uniattn_cli.models.loading import check_lengths, load_model
 
     run = RunDir(run_dir)
@@ -70,7 +71,8 @@ def synthesize(
     tokenizer = load_chat_tokenizer(source, recipe.data.chat_template)
     # What a model wrote is not continued once more.
     given = [each for each in recipe.data.train if each.heldout]
-    rows = splits.load_rows(given, "train", holdout=recipe.data.holdout, seed=recipe.seed, repeat=False)
+    screen = Screen(recipe.data, tokenizer, options.progress.warn)
+    rows = splits.load_rows(given, "train", holdout=recipe.data.holdout, seed=recipe.seed, repeat=False, screen=screen)
     options.progress.note(f"loading {source.name} on {device}")
     model = load_model(source, recipe.model, device)
     check_lengths(model.config, {"train.max_length": length})

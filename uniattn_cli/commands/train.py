@@ -244,10 +244,12 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Row
     """The tokenised training rows, checked and shown, and all held-out ones, None where there are none."""
     from uniattn_cli.data import sequences, splits, templates
     from uniattn_cli.data.heldout import response_rows
+    from uniattn_cli.data.screen import Screen
     from uniattn_cli.training.preview import check_share, describe, mark
 
     spec = recipe.train
-    raw, mixed = splits.load_mix(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
+    data, screen = recipe.data, Screen(recipe.data, tokenizer, progress.warn)
+    raw, mixed = splits.load_mix(data.train, "train", holdout=data.holdout, seed=recipe.seed, screen=screen)
     for share in mixed if len(mixed) > 1 else ():
         progress.note(str(share))
     if not tokenizer.chat_template and "messages" in raw.column_names:
@@ -258,7 +260,7 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Row
     progress.note(describe(rows.counts, spec.max_length))
     progress.note(f"first row, loss tokens in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
     try:
-        heldout = response_rows(recipe, tokenizer)
+        heldout = response_rows(recipe, tokenizer, screen=screen)
     except DataError as error:
         progress.warn(f"no loss on held-out responses: {error}")
         heldout = None

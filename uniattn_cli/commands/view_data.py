@@ -67,6 +67,7 @@ def view_data(
     """
     from uniattn_cli.data import sequences, splits, templates
     from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.data.screen import Screen
     from uniattn_cli.models.of_run import base_of
     from uniattn_cli.recipe import ready
 
@@ -76,8 +77,10 @@ def view_data(
     settings = Recipe.load(path, overrides, None if recipe is None or path == Path(recipe) else run.root)
     source = base_of(settings)
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
-    rows, shares = splits.load_mix(settings.data.train, part, holdout=settings.data.holdout, seed=settings.seed)
-    notes = []
+    data = settings.data
+    notes: list[str] = []
+    screen = Screen(data, tokenizer, notes.append)
+    rows, shares = splits.load_mix(data.train, part, holdout=data.holdout, seed=settings.seed, screen=screen)
     if not tokenizer.chat_template and "messages" in rows.column_names:
         notes.append(templates.complete(tokenizer))
     shown = _samples(settings, tokenizer, rows, samples, settings.seed if seed is None else seed)

@@ -61,7 +61,7 @@ def conversation(value: Any, where: str, column: str, unused: set[str]) -> list[
         rest = {name: field for name, field in message.items() if not empty(field)}
         tools = tools or definitions(rest.pop("tools", None), here)
         found.append(_message(rest, here))
-        unused.update(f"{name} of messages" for name in rest)
+        unused.update(f"{name} of messages" for name in rest if name != "id")
     return with_tools(found, tools)
 
 

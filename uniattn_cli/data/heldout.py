@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.data.screen import Screen
 from uniattn_cli.data.sequences import tokenize
 from uniattn_cli.data.splits import load_rows
 from uniattn_cli.data.windows import heldout_windows
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, screen: Screen | None = None) -> Rows:
     """Windows of held-out text; every token but the first of a window is scored.
+
+    Args:
+        screen: leaves out rows that cannot be used; None is one that tells nobody.
 
     Raises:
         DataError: there is not enough text.
     """
     spec = recipe.evaluation
-    windows = list(heldout_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length))
+    windows = list(heldout_windows(recipe.data, tokenizer, tokens=spec.tokens, length=spec.length, screen=screen))
     return Rows(windows, windows)
 
 
@@ -58,18 +62,22 @@ def length_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any,
     return found
 
 
-def response_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, skip: int = 0) -> Rows:
+def response_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, skip: int = 0, screen: Screen | None = None
+) -> Rows:
     """Held-out rows of the training data; only the responses are scored.
 
     Args:
         skip: leave out this many of the rows; the rows then are others than those of `skip=0`.
+        screen: leaves out rows that cannot be used; None is one that tells nobody.
 
     Raises:
         DataError: there are no such rows.
     """
     import torch
 
-    rows = load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed)
+    screen = screen or Screen(recipe.data, tokenizer)
+    rows = load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed, screen=screen)
     if len(rows) <= skip:
         raise DataError(f"only {len(rows)} rows are held out; raise data.holdout or add more rows")
     rows = rows.select(range(skip, min(skip + recipe.evaluation.responses, len(rows))))

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.errors import DataError
+from uniattn_cli.errors import DataError, RowError
 from uniattn_cli.recipe.paths import located
 from uniattn_cli.recipe.schema import DatasetSpec
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
 
-Raw = tuple[str, dict[str, Any]]  # where the row stands, for messages; its columns
+# Where the row stands, for messages; its columns, or why it has none.
+Raw = tuple[str, dict[str, Any] | RowError]
 
 
-def read_objects(path: Path) -> Iterator[Raw]:
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where, object) for every line of a local .jsonl file.
 
     Raises:
@@ -31,11 +32,34 @@ def read_objects(path: Path) -> Iterator[Raw]:
     if not path.is_file():
         raise DataError(f"{path} not found (looked for {path.absolute()})")
     with _file_errors(path):
-        yield from _read_jsonl(path)
+        for where, row in _read_jsonl(path):
+            check_text(sound(row), where)
+            yield where, sound(row)
+
+
+def sound(raw: dict[str, Any] | RowError) -> dict[str, Any]:
+    """The columns of a row; raises the error that stands in place of a broken one."""
+    if isinstance(raw, RowError):
+        raise raw
+    return raw
+
+
+def check_text(value: Any, where: str) -> None:
+    """Refuses what cannot be written down: half a character, or what is no JSON.
+
+    Raises:
+        RowError: with `where`.
+    """
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{where} has half a surrogate pair, which is no text") from None
+    except TypeError as error:
+        raise RowError(f"{where} has a value that is no JSON ({error})") from None
 
 
 def raw_rows(spec: DatasetSpec, whole_text: bool) -> Iterator[Raw]:
-    """Yields (where, columns) for every row of a local file or a hub data set.
+    """Yields (where, columns) for every row of a local file or a hub data set; an error in place of a broken row.
 
     Args:
         spec: the source; not the built-in one.
@@ -91,10 +115,10 @@ def _read_jsonl(path: Path) -> Iterator[Raw]:
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = _mapping(json.loads(line), where)
             except ValueError as error:
-                raise DataError(f"{where} is not JSON ({error}); a .jsonl file has one object per line") from None
-            yield where, _mapping(row, where)
+                row = RowError(f"{where} is not JSON ({error}); a .jsonl file has one object per line")
+            yield where, row
 
 
 def _read_json(path: Path) -> Iterator[Raw]:
@@ -110,9 +134,9 @@ def _read_json(path: Path) -> Iterator[Raw]:
         yield where, _mapping(row, where)
 
 
-def _mapping(row: Any, where: str) -> dict[str, Any]:
+def _mapping(row: Any, where: str) -> dict[str, Any] | RowError:
     if not isinstance(row, dict):
-        raise DataError(f"{where} must be an object with named columns, not {json.dumps(row)[:40]}")
+        return RowError(f"{where} must be an object with named columns, not {json.dumps(row)[:40]}")
     return row
 
 
@@ -122,10 +146,9 @@ def _read_csv(path: Path) -> Iterator[Raw]:
         reader = csv.DictReader(stream, strict=True)
         try:
             for number, row in enumerate(reader, 1):
-                if None in row or None in row.values():
-                    fields = ", ".join(reader.fieldnames or ())
-                    raise DataError(f"{path}, row {number} does not have exactly the columns {fields}")
-                yield f"{path}, row {number}", row
+                where, sound = f"{path}, row {number}", None not in row and None not in row.values()
+                fields = ", ".join(reader.fieldnames or ())
+                yield where, row if sound else RowError(f"{where} does not have exactly the columns {fields}")
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num} is not CSV ({error})") from None
 

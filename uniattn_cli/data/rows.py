@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from uniattn_cli.data.conversations import MEDIA, Message, conversation, definitions, empty, with_tools
-from uniattn_cli.data.readers import raw_rows
+from uniattn_cli.data.readers import check_text, raw_rows, sound
+from uniattn_cli.data.screen import Screen
 from uniattn_cli.errors import DataError, RowError, suggest
 from uniattn_cli.recipe.schema import DatasetSpec
 
@@ -33,6 +34,11 @@ _USED = {
     "alpaca": {"instruction", "input", "output"},
     "text": {"text"},
 }
+# Columns that say which row it is and where it comes from; no one expects them to be learned.
+ORIGIN = {"id", "idx", "index", "uuid", "source", "dataset", "url"}
+# Everything that each format reads of a row, or needs not.
+_READ = {name: columns | ORIGIN | ({*SYSTEM, *TOOLS} if name != "text" else set()) for name, columns in _USED.items()}
+_READ["alpaca"] |= {"history"}
 _NEEDED = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
@@ -50,28 +56,41 @@ _ALSO_CALLED = {
 }
 
 
-def read_rows(spec: DatasetSpec, *, whole_text: bool = False) -> Iterator[dict[str, Any]]:
+def read_rows(spec: DatasetSpec, *, whole_text: bool = False, screen: Screen | None = None) -> Iterator[dict[str, Any]]:
     """Yields the normalised rows of a local file or a hub data set, in order; empty text is skipped.
 
     Args:
         spec: source, format and limit. Not the built-in source.
         whole_text: a .txt file is one row; otherwise its paragraphs are.
+        screen: leaves out and counts rows that cannot be used; None is one that tells nobody.
 
     Raises:
-        DataError: missing, unreadable, empty or malformed; or the columns of the format are not there.
+        DataError: missing, unreadable or empty; the columns of the format are not there; too many rows are bad.
     """
     count = 0
     layout = None
-    for where, raw in raw_rows(spec, whole_text):
-        raw = _renamed(raw, spec.columns, where) if spec.columns else raw
-        layout = layout or _layout(spec, set(raw))
-        row = _NORMALISE[layout](raw, where, set())
-        if row["messages"] is None and not row["text"].strip():
-            continue
-        yield row
-        count += 1
-        if count == spec.limit:
-            return
+    screen = screen or Screen()
+    with screen.counting(spec.source) as tally:
+        for where, raw in raw_rows(spec, whole_text):
+            tally.rows += 1
+            unused: set[str] = set()
+            try:
+                raw = _renamed(sound(raw), spec.columns or {}, where)
+                layout = layout or _layout(spec, set(raw))
+                row = _NORMALISE[layout](raw, where, unused)
+                check_text(row["messages"] or row["text"], where)
+                screen.check(row["messages"] or [], where, unused)
+            except RowError as error:
+                tally.leave_out(error)
+                continue
+            tally.unused.update(unused)
+            tally.unused.update(f"column {name}" for name in raw if name not in _READ[layout] and not empty(raw[name]))
+            if row["messages"] is None and not row["text"].strip():
+                continue
+            yield row
+            count += 1
+            if count == spec.limit:
+                return
     if not count:
         raise DataError(f"{spec.source} has no rows; use a data set with at least one")
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uniattn_cli.data import builtin
 from uniattn_cli.data.mixing import Share, draw, shares
 from uniattn_cli.data.rows import BUILTIN, read_rows
+from uniattn_cli.data.screen import Screen
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec
 
@@ -24,14 +25,26 @@ if TYPE_CHECKING:
 
 
 def load_rows(
-    specs: Sequence[DatasetSpec], part: Literal["train", "heldout"], *, holdout: float, seed: int, repeat: bool = True
+    specs: Sequence[DatasetSpec],
+    part: Literal["train", "heldout"],
+    *,
+    holdout: float,
+    seed: int,
+    repeat: bool = True,
+    screen: Screen | None = None,
 ) -> datasets.Dataset:
     """The training or the held-out rows of one or several sources, normalised; `load_mix` without its counts."""
-    return load_mix(specs, part, holdout=holdout, seed=seed, repeat=repeat)[0]
+    return load_mix(specs, part, holdout=holdout, seed=seed, repeat=repeat, screen=screen)[0]
 
 
 def load_mix(
-    specs: Sequence[DatasetSpec], part: Literal["train", "heldout"], *, holdout: float, seed: int, repeat: bool = True
+    specs: Sequence[DatasetSpec],
+    part: Literal["train", "heldout"],
+    *,
+    holdout: float,
+    seed: int,
+    repeat: bool = True,
+    screen: Screen | None = None,
 ) -> tuple[datasets.Dataset, list[Share]]:
     """The training or the held-out rows of one or several sources, normalised, and what each source gave.
 
@@ -45,6 +58,7 @@ def load_mix(
     Args:
         repeat: whether a source with fewer rows than its share gives them several times; otherwise each row comes
             once, and such a source runs out before the end.
+        screen: leaves out rows that cannot be used; None is one that tells nobody.
 
     Returns:
         Columns `messages` (see `conversations`) and `text`, one of them None per row (a column that is None
@@ -57,7 +71,8 @@ def load_mix(
     specs = [spec for spec in specs if spec.heldout or not heldout]
     kept_back: set[str] = set()
     # In the order of hashes, so that the order of a file decides nothing.
-    read = [sorted(_part_rows(spec, heldout, holdout, kept_back), key=_first) for spec in specs]
+    screen = screen or Screen()
+    read = [sorted(_part_rows(spec, heldout, holdout, kept_back, screen), key=_first) for spec in specs]
     if not heldout and not all(spec.heldout for spec in specs):
         read = [[pair for pair in rows if pair[0] not in kept_back] for rows in read]
     names = [label(spec) for spec in specs]
@@ -112,14 +127,14 @@ def _hash(row: dict[str, Any]) -> str:
 
 
 def _part_rows(
-    spec: DatasetSpec, heldout: bool, holdout: float, kept_back: set[str]
+    spec: DatasetSpec, heldout: bool, holdout: float, kept_back: set[str], screen: Screen
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Hash and row of those in the part; `kept_back` gets the hashes of rows that the source holds out."""
     if spec.source == BUILTIN:
         for row in _builtin_rows(spec, "heldout" if heldout else "train"):
             yield _hash(row), row
         return
-    for row in read_rows(spec):
+    for row in read_rows(spec, screen=screen):
         digest = _hash(row)
         held = spec.heldout and int(digest[:13], 16) / 16**13 < holdout
         if held:

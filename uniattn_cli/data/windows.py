@@ -12,6 +12,7 @@ from uniattn_cli.data import builtin
 from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
 from uniattn_cli.data.rows import BUILTIN, read_rows
+from uniattn_cli.data.screen import Screen
 from uniattn_cli.data.splits import load_rows
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec, DataSpec
@@ -72,26 +73,35 @@ def windows(
 
 
 def calibration_windows(
-    data: DataSpec, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int, seed: int, skip: int = 0
+    data: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    length: int,
+    seed: int,
+    skip: int = 0,
+    screen: Screen | None = None,
 ) -> torch.Tensor:
     """Windows for analysis and fit, [n, length]: never from held-out rows or held-out text.
 
     From `data.calibration` if given, else from the training rows, rendered with the chat template. Where these are
     the built-in ones, built-in text and instructions are mixed about 2:1, so that the fit sees both text and chat.
     Weights hold for calibration too, but no row comes twice. Documents are shuffled by the seed. In a share
-    `data.repeat` of the windows, evenly spread, the second half repeats the first. For `skip` and errors see `windows`.
+    `data.repeat` of the windows, evenly spread, the second half repeats the first. For `skip` and errors see `windows`;
+    `screen` leaves out rows that cannot be used, None is one that tells nobody.
     """
+    screen = screen or Screen(data, tokenizer)
     specs = data.train if data.calibration is None else data.calibration
     if all(spec.source == BUILTIN for spec in specs):
-        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False)
+        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False, screen=screen)
         text = builtin.text("calibration")
         random.Random(seed).shuffle(text)
         documents: Iterable[str] = _mix(text, _texts(rows, tokenizer))
     elif data.calibration is None:
-        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False)
+        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False, screen=screen)
         documents = _texts(rows, tokenizer)
     else:
-        documents = list(_documents(specs, tokenizer, "calibration"))
+        documents = list(_documents(specs, tokenizer, "calibration", screen))
         random.Random(seed).shuffle(documents)
     return repeat_passages(windows(documents, tokenizer, tokens=tokens, length=length, skip=skip), data.repeat)
 
@@ -109,8 +119,12 @@ def repeat_passages(windows: torch.Tensor, share: float) -> torch.Tensor:
     return windows
 
 
-def heldout_windows(data: DataSpec, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int) -> torch.Tensor:
+def heldout_windows(
+    data: DataSpec, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int, screen: Screen | None = None
+) -> torch.Tensor:
     """Windows of `data.text` for perplexity, [n, length], in the order of the source; for errors see `windows`.
+
+    `screen` leaves out rows that cannot be used, None is one that tells nobody.
 
     Raises:
         DataError: also if a source of `data.text` is one of those of training or calibration.
@@ -119,7 +133,8 @@ def heldout_windows(data: DataSpec, tokenizer: PreTrainedTokenizerBase, *, token
     for spec in data.text:
         if spec.source != BUILTIN and (spec.source, spec.config, spec.split) in used:
             raise DataError(f"data.text: {spec.source} is also used for training or calibration; use other text")
-    return windows(_documents(data.text, tokenizer, "heldout"), tokenizer, tokens=tokens, length=length)
+    documents = _documents(data.text, tokenizer, "heldout", screen or Screen(data, tokenizer))
+    return windows(documents, tokenizer, tokens=tokens, length=length)
 
 
 def _mix(text: Iterable[str], chat: Iterable[str]) -> Iterator[str]:
@@ -135,13 +150,15 @@ def _mix(text: Iterable[str], chat: Iterable[str]) -> Iterator[str]:
         yield document
 
 
-def _documents(specs: Sequence[DatasetSpec], tokenizer: PreTrainedTokenizerBase, part: str) -> Iterator[str]:
+def _documents(
+    specs: Sequence[DatasetSpec], tokenizer: PreTrainedTokenizerBase, part: str, screen: Screen
+) -> Iterator[str]:
     """Texts of all rows of the sources; the built-in source gives its text of the part."""
     for spec in specs:
         if spec.source == BUILTIN:
             yield from builtin.text(part)[: spec.limit]
         else:
-            yield from _texts(read_rows(spec, whole_text=True), tokenizer)
+            yield from _texts(read_rows(spec, whole_text=True, screen=screen), tokenizer)
 
 
 def _texts(rows: Iterable[str | dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -79,16 +79,15 @@ class Workbench:
     def windows(self, tokens: int) -> torch.Tensor:
         """Calibration windows. Raises `DataError` if the text does not hold even one."""
         from uniattn_cli.data.chat import load_chat_tokenizer
+        from uniattn_cli.data.screen import Screen
         from uniattn_cli.data.windows import calibration_windows
 
         recipe = self.recipe
         length = recipe.conversion.length
+        tokenizer = load_chat_tokenizer(self.source, recipe.data.chat_template)
+        screen = Screen(recipe.data, tokenizer, self.options.progress.warn)
         return calibration_windows(
-            recipe.data,
-            load_chat_tokenizer(self.source, recipe.data.chat_template),
-            tokens=tokens,
-            length=length,
-            seed=recipe.seed,
+            recipe.data, tokenizer, tokens=tokens, length=length, seed=recipe.seed, screen=screen
         )
 
     @cached_property

@@ -143,6 +143,12 @@ class DataSpec:
         above=0,
         maximum=0.5,
     )
+    max_bad_rows: float = setting(
+        0.01,
+        "share of the rows of a data set that may be left out because they cannot be used; more is an error",
+        minimum=0,
+        maximum=1,
+    )
 
     def contradictions(self) -> list[str]:
         """Faults of data-set settings that are valid on their own but not together."""

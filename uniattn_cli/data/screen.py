@@ -1,0 +1,135 @@
+"""Which rows of a data set can be used: the others are left out, counted and told, and too many of them refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from uniattn_cli.data.chat import ChatRenderer
+from uniattn_cli.data.conversations import Message
+from uniattn_cli.errors import DataError, RowError
+from uniattn_cli.recipe.schema import DataSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 3  # rows named with their fault
+
+
+@dataclass
+class Tally:
+    """What was found in the rows of a data set.
+
+    Attributes:
+        source: its name.
+        rows: rows read, the bad ones included.
+        bad: rows that cannot be used.
+        faults: what is wrong with the first of them.
+        unused: rows that hold something that is not used, by its name.
+    """
+
+    source: str
+    rows: int = 0
+    bad: int = 0
+    faults: list[str] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, error: RowError) -> None:
+        """Counts a row that cannot be used."""
+        self.bad += 1
+        self.faults += [str(error)] if len(self.faults) < SHOWN else []
+
+
+class Screen:
+    """Looks at the rows of data sets as one command reads them, perhaps several times.
+
+    Args:
+        data: gives `max_bad_rows`; None takes its default.
+        tokenizer: conversations that its chat template refuses cannot be used; None lets all pass.
+        tell: gets a line on each data set of which something is not used, once.
+    """
+
+    def __init__(
+        self,
+        data: DataSpec | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ):
+        self.most = (data or DataSpec()).max_bad_rows
+        self.renderer = None if tokenizer is None else ChatRenderer(tokenizer)
+        self._tell = tell
+        self._told: set[tuple[str, str]] = set()
+        # A template's answer to turns of text depends on who speaks, and most conversations are of a few forms.
+        self._refused: dict[tuple[str, ...], str] = {}
+
+    @contextlib.contextmanager
+    def counting(self, source: str) -> Iterator[Tally]:
+        """Counts what a data set holds, and says so at the end.
+
+        Raises:
+            DataError: too many of its rows, or all, cannot be used.
+        """
+        tally = Tally(source)
+        try:
+            yield tally
+        except GeneratorExit:  # enough was read
+            self._report(tally)
+            raise
+        if tally.bad > self.most * tally.rows or tally.bad == tally.rows > 0:
+            raise DataError(
+                f"{source}: {tally.bad:,} of {tally.rows:,} rows cannot be used ({tally.bad / tally.rows:.1%}, "
+                f"data.max_bad_rows allows {self.most:.1%}); the first: {tally.faults[0]}"
+            )
+        self._report(tally)
+
+    def check(self, messages: list[Message], where: str, unused: set[str]) -> None:
+        """Asks the chat template whether it takes a conversation and shows what it holds.
+
+        Args:
+            messages: the conversation.
+            where: the row, for messages to the user.
+            unused: gets what it does not show.
+
+        Raises:
+            RowError: it does not.
+        """
+        if self.renderer is None or not messages:
+            return
+        form = tuple(message["role"] for message in messages)
+        more = {name for message in messages for name in message} - {"role", "content", "train"}
+        if more or form not in self._refused:
+            try:
+                self.renderer.text(messages)
+                hidden = self.renderer.unseen(messages) if more else []
+                fault = "the chat template does not show its tool calls" if "tool_calls" in hidden else ""
+                unused.update(f"{name}, which the chat template does not show," for name in hidden)
+            except DataError as error:
+                fault = str(error)
+            if more:
+                self._fail(fault, where)
+                return
+            self._refused[form] = fault
+        self._fail(self._refused[form], where)
+
+    def _fail(self, fault: str, where: str) -> None:
+        if fault:
+            raise RowError(f"{where}: {fault}")
+
+    def _report(self, tally: Tally) -> None:
+        source = tally.source
+        if tally.bad:
+            what = (
+                f"{tally.bad:,} of {tally.rows:,} rows cannot be used and {'is' if tally.bad == 1 else 'are'} left out"
+            )
+            self._once((source, "bad"), f"{source}: {what}: {'; '.join(tally.faults)}{'; ...' * (tally.bad > SHOWN)}")
+        if tally.unused:
+            named = "; ".join(f"{name} in {count:,} of {tally.rows:,} rows" for name, count in tally.unused.items())
+            self._once((source, "unused"), f"{source}: {named}: not used")
+
+    def _once(self, key: tuple[str, str], line: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            self._tell(line)
