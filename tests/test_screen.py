@@ -11,6 +11,7 @@ import pytest
 from test_data import CHATML, INST, make_tokenizer, turns, write
 
 import uniattn_cli
+from uniattn_cli.commands.view_data import view_data
 from uniattn_cli.data import rows, splits, windows
 from uniattn_cli.data.heldout import response_rows, text_rows
 from uniattn_cli.data.items import load_items
@@ -200,3 +201,19 @@ def test_items_of_an_evaluation_are_refused_not_left_out(tmp_path):
     path = write(tmp_path / "a.jsonl", *[item] * 200, {**item, "query": "one \ud83d and"})
     with pytest.raises(DataError, match=r"a\.jsonl, line 201 has half a surrogate pair"):
         load_items(TaskSpec(source=path))
+
+
+def test_data_is_shown_without_a_recipe(tiny_runs, tmp_path, monkeypatch, uniattn):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", *mixed({57: {"messages": None}}))
+    view = view_data(model=str(tiny_runs / "model"), train=["rows.jsonl"], samples=2)
+    assert view.shares[0].source == "rows.jsonl" and len(view.samples) == 2
+    assert any("1 of 201 rows cannot be used and is left out: rows.jsonl, line 57" in note for note in view.notes)
+    done = uniattn("data", "--model", tiny_runs / "model", "--train", "rows.jsonl", "--samples", 1)
+    assert done.returncode == 0 and "rows.jsonl, line 57: column 'messages' is null" in done.stdout
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.yaml").write_text(
+        "model: {name: no/such}\ndata: {train: [none.jsonl], holdout: 0.5}\n"
+    )
+    other = view_data(recipe="elsewhere/mine.yaml", model=str(tiny_runs / "model"), train=["rows.jsonl"], samples=0)
+    assert view.shares[0].rows > 150 > other.shares[0].rows

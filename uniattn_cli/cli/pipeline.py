@@ -173,8 +173,17 @@ def train(
 
 def data(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="The YAML file, or the name of a ready recipe.")
-    ] = "recipe.yaml",
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="The YAML file, or the name of a ready recipe; default: recipe.yaml."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Hub id or directory; with it, no recipe is needed."),
+    ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option("--train", metavar="FILE", help="File or hub data set of training rows; repeatable."),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=0, help="Rows to show.")] = 3,
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Show other rows; changes nothing else.")
@@ -192,13 +201,21 @@ def data(
     \b
     Example:
       uniattn data recipe.yaml --samples 5 --set train.max_length=1024
+      uniattn data --model HuggingFaceTB/SmolLM2-135M --train chats.jsonl
     """
 
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.commands.view_data import view_data
 
         return view_data(
-            recipe=recipe, samples=samples, seed=seed, part=split.value, overrides=overrides, options=options
+            recipe=recipe,
+            model=model,
+            train=train or (),
+            samples=samples,
+            seed=seed,
+            part=split.value,
+            overrides=overrides,
+            options=options,
         )
 
     run_command("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)

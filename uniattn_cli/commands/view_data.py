@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def view_data(
     *,
     run_dir: Path | str = ".",
     recipe: Path | str | None = None,
+    model: str | None = None,
+    train: Sequence[str] = (),
     samples: int = 3,
     seed: int | None = None,
     part: Literal["train", "heldout"] = "train",
@@ -54,8 +57,10 @@ def view_data(
     """Reads, renders and tokenises the recipe's training or held-out rows, and counts them.
 
     Args:
-        run_dir: holds `recipe.yaml`.
+        run_dir: holds `recipe.yaml`; with `model`, there need not be one.
         recipe: another file, or the name of a ready recipe, with which paths of overrides start at the run directory.
+        model: hub id or directory, in place of the recipe's.
+        train: files or hub data sets, in place of the recipe's training rows.
         samples: rows to show.
         seed: which ones; None takes the recipe's. It changes nothing else.
         part: the rows that are trained on, or those that are held out.
@@ -69,12 +74,8 @@ def view_data(
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.screen import Screen
     from uniattn_cli.models.of_run import base_of
-    from uniattn_cli.recipe import ready
 
-    run = RunDir(run_dir)
-    path = run.recipe if recipe is None else ready.resolve(recipe)
-    # A ready recipe lies in the package, where no user's file is.
-    settings = Recipe.load(path, overrides, None if recipe is None or path == Path(recipe) else run.root)
+    settings = _settings(RunDir(run_dir), recipe, model, train, overrides)
     source = base_of(settings)
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     data = settings.data
@@ -99,6 +100,25 @@ def view_data(
         notes += [warning] if warning else []
     title = f"{'training' if part == 'train' else 'held-out'} rows of {settings.model.name}"
     return DataView(tokenised, shares, title=title, samples=shown, tables=tables, notes=notes)
+
+
+def _settings(
+    run: RunDir, recipe: Path | str | None, model: str | None, train: Sequence[str], overrides: Sequence[str]
+) -> Recipe:
+    from uniattn_cli.recipe import ready
+
+    def from_here(name: str) -> str:
+        # What a given recipe names starts at its folder.
+        return str(Path(name).resolve()) if recipe is not None and Path(name).exists() else name
+
+    named = [] if model is None else [f"model.name={json.dumps(from_here(model))}"]
+    named += [f"data.train={json.dumps([from_here(name) for name in train])}"] if train else []
+    if recipe is None and model is not None and not run.recipe.exists():
+        return Recipe.from_tree({}, "recipe", [*named, *overrides], run.root)
+    path = run.recipe if recipe is None else ready.resolve(recipe)
+    # A ready recipe lies in the package, where no user's file is.
+    folder = None if recipe is None or path == Path(recipe) else run.root
+    return Recipe.load(path, [*named, *overrides], folder)
 
 
 def _samples(
