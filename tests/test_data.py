@@ -120,7 +120,9 @@ def test_text_rows_are_paragraphs_or_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("One\nstill one\n\nTwo\n \n\nThree\n", encoding="utf-8")
     assert sorted(load(path)["text"]) == ["One\nstill one", "Three", "Two"]
-    path.write_text("One\nTwo\n", encoding="utf-8")
+    path.write_text("\ufeffOne\nTwo\n", encoding="utf-8")
+    assert sorted(load(path)["text"]) == ["One", "Two"]
+    path.write_text("\ufeffOne\n\nTwo\n", encoding="utf-8")
     assert sorted(load(path)["text"]) == ["One", "Two"]
 
 

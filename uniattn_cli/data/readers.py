@@ -98,7 +98,7 @@ def _file_errors(path: Path) -> Iterator[None]:
 
 
 def _read_txt(path: Path, whole_text: bool) -> Iterator[Raw]:
-    content = path.read_text(encoding="utf-8")
+    content = path.read_text(encoding="utf-8-sig")
     if whole_text:
         yield str(path), {"text": content}
         return
