@@ -386,11 +386,16 @@ def test_truncation_and_dropping_are_counted():
     rows = chat_rows(fits, cut, lost, turns("no answer"))
     result = sequences.tokenize(rows, tokenizer, max_length=6, loss="responses")
     assert (result.counts.rows, result.counts.used, result.counts.dropped, result.counts.truncated) == (4, 2, 2, 3)
+    assert result.counts.why_dropped == (
+        "1 with a prompt that fills train.max_length, 1 without an answer to learn; raise train.max_length"
+    )
     assert pieces(tokenizer, result, 1) == [("q\n", False), ("1234", True)]
     assert (result.counts.tokens, result.counts.supervised) == (5 + 6, 3 + 4)
     assert result.counts.share == 7 / 11
-    with pytest.raises(DataError, match="none of the 1 rows has a loss token within its first 6 tokens"):
+    with pytest.raises(DataError, match=r"within its first 6 tokens: 1 with a prompt .*; raise train\.max_length$"):
         sequences.tokenize(chat_rows(lost), tokenizer, max_length=6, loss="responses")
+    with pytest.raises(DataError, match=r"1 without an answer to learn; check that the rows have assistant turns$"):
+        sequences.tokenize(chat_rows(turns("no answer")), tokenizer, max_length=6, loss="responses")
 
 
 # Windows

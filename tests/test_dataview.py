@@ -113,9 +113,9 @@ def test_a_model_without_template_says_so_and_what_will_be_refused_is_told(folde
     counts = short.tokenised.counts
     assert counts.used == 0 and counts.dropped == counts.rows, "the counts show why"
     assert "so it is dropped" in short.samples[0].title
-    assert any("`uniattn train` will reject these rows" in note for note in short.notes)
+    assert any("`uniattn train` will refuse these rows" in note for note in short.notes)
     text = view_data(recipe=folder / "recipe.yaml", overrides=[f"data.train={folder / 'text.txt'}"])
-    assert any("`uniattn train` will reject these rows" in note for note in text.notes)
+    assert any("`uniattn train` will refuse these rows" in note for note in text.notes)
 
 
 def test_answers_at_which_generation_would_not_stop_are_told(folder, tmp_path):

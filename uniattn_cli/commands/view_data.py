@@ -264,10 +264,12 @@ def _remarks(recipe: Recipe, counts: Counts) -> list[str]:
         )
     if counts.divided:
         notes.append(f"texts longer than train.max_length were split: {counts.divided:,} more sequences than rows")
+    if counts.dropped and counts.used:
+        notes.append(f"{counts.dropped:,} sequences have nothing to learn: {counts.why_dropped}")
     if counts.lost_share > 0.1:
         notes.append(f"{counts.lost_share:.0%} of all tokens are lost; raise train.max_length if memory allows")
     try:
         check_share(counts, recipe.train.loss)
     except DataError as error:
-        notes.append(f"`uniattn train` will reject these rows: {error}")
+        notes.append(f"`uniattn train` will refuse these rows: {error}")
     return notes

@@ -33,6 +33,7 @@ class Counts:
         divided: sequences made beyond one per row, because texts were longer than the limit.
         used: sequences kept.
         dropped: sequences left out because no token to learn was left.
+        unanswered: those of them that had none before they were cut either.
         truncated: sequences longer than the limit, those dropped included.
         tokens: tokens of the sequences kept.
         lost: tokens that were cut off or belonged to a sequence left out.
@@ -45,6 +46,7 @@ class Counts:
     divided: int = 0
     used: int = 0
     dropped: int = 0
+    unanswered: int = 0
     truncated: int = 0
     tokens: int = 0
     lost: int = 0
@@ -61,6 +63,15 @@ class Counts:
         """Share of all tokens that were cut off or left out, 0 to 1."""
         return self.lost / (self.tokens + self.lost) if self.lost else 0.0
 
+    @property
+    def why_dropped(self) -> str:
+        """How many sequences were left out for which reason, and what helps; empty if none was."""
+        cut = self.dropped - self.unanswered
+        reasons = [f"{cut:,} with a prompt that fills train.max_length"] if cut else []
+        reasons += [f"{self.unanswered:,} without an answer to learn"] if self.unanswered else []
+        remedy = "raise train.max_length" if cut else "check that the rows have assistant turns"
+        return f"{', '.join(reasons)}; {remedy}" if reasons else ""
+
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
 
@@ -70,12 +81,19 @@ class Counts:
         self.split += sequences - 1
         self.divided += pieces - sequences
 
-    def add_sequence(self, length: int, mask: Sequence[bool]) -> bool:
-        """Counts a sequence of `length` tokens of which those of `mask` are left; whether it is kept."""
+    def add_sequence(self, whole: Sequence[bool], limit: int) -> bool:
+        """Counts a sequence, of whose tokens `limit` are left; whether it is kept.
+
+        Args:
+            whole: for each token whether it is learned.
+            limit: most tokens of a sequence.
+        """
+        length, mask = len(whole), whole[:limit]
         kept = any(mask)
         self.lengths.append(length)
         self.used += kept
         self.dropped += not kept
+        self.unanswered += not any(whole)
         self.truncated += length > len(mask)
         self.tokens += len(mask) if kept else 0
         self.lost += length - len(mask) if kept else length
@@ -147,7 +165,7 @@ def tokenize(
             parts = sequences if text is None else list(_divided(sequences, max_length))
             counts.add_row(len(sequences), len(parts))
             for ids, mask in parts:
-                if counts.add_sequence(len(ids), mask[:max_length]):
+                if counts.add_sequence(mask, max_length):
                     ids = ids[:max_length]
                     inputs.append(ids)
                     labels.append([token if learned else IGNORED for token, learned in zip(ids, mask, strict=False)])
@@ -156,8 +174,8 @@ def tokenize(
     together = sum(sources.values(), Counts())
     if needed and not together.used:
         raise DataError(
-            f"none of the {len(rows)} rows has a loss token within its first {max_length} tokens; "
-            "raise train.max_length, or check that the rows have assistant turns"
+            f"none of the {len(rows)} rows has a loss token within its first {max_length} tokens: "
+            f"{together.why_dropped}"
         )
     return Tokenised(datasets.Dataset(pyarrow.concat_tables(tables)), together, dict(sorted(sources.items())))
 

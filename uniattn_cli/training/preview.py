@@ -28,6 +28,7 @@ def describe(counts: Counts, max_length: int) -> str:
     return (
         f"training rows: {counts.used:,} with {counts.tokens:,} tokens, {counts.share:.1%} of them in the loss; {split}"
         f"{counts.truncated:,} rows truncated to {max_length} tokens, {counts.dropped:,} dropped without loss tokens"
+        + (f" ({counts.why_dropped})" if counts.dropped else "")
         + (f" ({counts.lost_share:.1%} of all tokens lost)" if counts.lost else "")
     )
 
@@ -54,7 +55,7 @@ def check_share(counts: Counts, loss: str) -> None:
         DataError: with `loss` `responses`, none or all of the tokens are learned; with `all`, none.
     """
     if counts.supervised == 0:
-        raise DataError("no token of the training rows counts in the loss; check that the rows have assistant turns")
+        raise DataError(f"no token of the training rows counts in the loss: {counts.why_dropped}")
     if loss == "responses" and counts.supervised == counts.tokens:
         raise DataError(
             "every token of the training rows counts in the loss, so they have no prompts; use rows with prompts and "
