@@ -130,6 +130,15 @@ def test_roles_of_others(tmp_path, role, expected):
     assert chat(tmp_path, ASKED, {"from": role, "value": "x", "role": None}, SAID)[1]["role"] == expected
 
 
+def test_a_system_turn_may_say_nothing(tmp_path):
+    system = {"role": "system", "content": ""}
+    assert chat(tmp_path, system, ASKED, SAID) == [system, ASKED, SAID]
+
+
+def test_a_table_of_text_holds_conversations_as_json(tmp_path):
+    assert load(tmp_path, {"messages": json.dumps([ASKED, SAID])})[0]["messages"] == [ASKED, SAID]
+
+
 def test_content_in_parts(tmp_path):
     parts = [{"type": "text", "text": "wea"}, {"type": "input_text", "text": "ther"}, "?"]
     assert chat(tmp_path, {"role": "user", "content": parts}, SAID) == [ASKED, SAID]
@@ -188,6 +197,7 @@ def test_columns_beside_a_conversation(tmp_path):
     ("raw", "says"),
     [
         ({"messages": None}, "line 1: column 'messages' is null"),
+        ({"messages": "no JSON"}, "column 'messages' must be a list"),
         ({"conversations": []}, "column 'conversations' must be a list"),
         ({"prompt": "x", "completion": "  "}, "column 'completion' is empty"),
         ({"instruction": "x", "output": ""}, "column 'output' is empty"),

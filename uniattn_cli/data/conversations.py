@@ -28,6 +28,7 @@ CALLING_ROLES = ("function_call", "tool_call")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 # Numbers or truth values that say whether an answer is learned.
 LEARNED = ("weight", "train", "training", "loss")
+CONTENT = ("content", "value")
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -41,7 +42,7 @@ def conversation(value: Any, where: str, column: str, unused: set[str]) -> list[
     """Checks a conversation, in the form of OpenAI (role, content) or of ShareGPT (from, value).
 
     Args:
-        value: the list of messages.
+        value: the list of messages, or its JSON.
         where: the row, for messages to the user.
         column: where in the row it stands.
         unused: gets what the messages hold that is not used.
@@ -49,6 +50,8 @@ def conversation(value: Any, where: str, column: str, unused: set[str]) -> list[
     Raises:
         RowError: it cannot be used.
     """
+    if isinstance(value, str):  # a table of text holds it as JSON
+        value = _parsed(value) or value
     if not isinstance(value, list) or not value:
         fault = "is null" if value is None else "must be a list of messages"
         raise RowError(f"{where}: column '{column}' {fault}")
@@ -58,7 +61,7 @@ def conversation(value: Any, where: str, column: str, unused: set[str]) -> list[
         here = f"{where}, message {number} of '{column}'"
         if not isinstance(message, dict):
             raise RowError(f"{here} must have role and content (or from and value)")
-        rest = {name: field for name, field in message.items() if not empty(field)}
+        rest = {name: field for name, field in message.items() if not empty(field) or name in CONTENT}
         tools = tools or definitions(rest.pop("tools", None), here)
         found.append(_message(rest, here))
         unused.update(f"{name} of messages" for name in rest if name != "id")
@@ -78,9 +81,9 @@ def definitions(value: Any, here: str) -> list[dict]:
     Raises:
         RowError: they are neither.
     """
-    tools = _parsed(value) if isinstance(value, str) and value.strip() else value
-    if empty(tools):
+    if empty(value):
         return []
+    tools = _parsed(value) if isinstance(value, str) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"{here}: tools must be a list of definitions, each an object")
     return [tool if "function" in tool or "name" not in tool else _function(tool) for tool in tools]
@@ -93,13 +96,13 @@ def _function(content: dict) -> dict:
 def _message(rest: dict[str, Any], here: str) -> Message:
     """The message; what is used of it is taken out of `rest`."""
     given = _first(rest, "role", "from")
-    named = given.strip().lower() if isinstance(given, str) else given
-    if named not in ROLES:
+    named = given.strip().lower() if isinstance(given, str) else None
+    if named is None or named not in ROLES:
         raise RowError(f"{here}: unknown role {given!r}; known: {', '.join(ROLES)}")
     media = [name for name in MEDIA if name in rest]
     if media:
         raise RowError(f"{here} has {media[0]}; only text is supported")
-    message: Message = {"role": ROLES[named], "content": _first(rest, "content", "value")}
+    message: Message = {"role": ROLES[named], "content": _first(rest, *CONTENT)}
     content, thoughts = _text(message["content"], here)
     if message["role"] == "assistant":
         message |= _answer(named, content, thoughts, rest, here)
