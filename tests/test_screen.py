@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
 
 import datasets
 import pytest
+from rich.console import Console
 from test_data import CHATML, INST, make_tokenizer, turns, write
 
 import uniattn_cli
+from uniattn_cli.cli.console import RichProgress
 from uniattn_cli.commands.view_data import view_data
 from uniattn_cli.data import rows, splits, windows
 from uniattn_cli.data.heldout import response_rows, text_rows
@@ -192,8 +195,17 @@ def test_every_command_says_what_it_left_out(tiny_runs, tmp_path, monkeypatch):
     for name, command in commands.items():
         recorder = Recorder()
         result = command(options=uniattn_cli.RunOptions("cpu", force=True, progress=recorder))
-        said = [line for line in [*recorder.told, *result.notes] if "cannot be used and is left out" in line]
-        assert len(said) == 1 and "1 of 201 rows" in said[0] and "rows.jsonl, line 201" in said[0], name
+        [line] = {line for line in [*recorder.told, *result.notes] if "cannot be used and is left out" in line}
+        assert "1 of 201 rows" in line and "rows.jsonl, line 201" in line, name
+
+
+def test_a_warning_is_on_the_screen_once():
+    file = io.StringIO()
+    console = Console(file=file, width=80)
+    progress = RichProgress(console)
+    for text in ("one", "two", "one"):
+        progress.warn(text)
+    assert file.getvalue() == "warning: one\nwarning: two\n"
 
 
 def test_items_of_an_evaluation_are_refused_not_left_out(tmp_path):

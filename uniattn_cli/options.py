@@ -22,7 +22,7 @@ class Progress(Protocol):
         ...
 
     def warn(self, text: str) -> None:
-        """One line that stays on the screen and that the user should act on."""
+        """One line that stays on the screen and that the user should act on; a command may say it twice."""
         ...
 
 

@@ -119,6 +119,7 @@ class RichProgress:
         self.console = console or make_console(stderr=True)
         self._bars: Progress | None = None
         self._open = 0
+        self._warned: set[str] = set()
 
     @contextlib.contextmanager
     def track(self, description: str, total: int | None) -> Iterator[Callable[..., None]]:
@@ -166,7 +167,10 @@ class RichProgress:
         self.console.print(Text(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """One line that stays on the screen and that the user should act on."""
+        """One line that stays on the screen and that the user should act on; the same is said once."""
+        if text in self._warned:
+            return
+        self._warned.add(text)
         self.console.print(Text("warning: ", style="yellow") + Text(text), soft_wrap=True)
 
 

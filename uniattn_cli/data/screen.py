@@ -98,25 +98,25 @@ class Screen:
         """
         if self.renderer is None or not messages:
             return
+        more = any(message.keys() - {"role", "content", "train"} for message in messages)
         form = tuple(message["role"] for message in messages)
-        more = {name for message in messages for name in message} - {"role", "content", "train"}
-        if more or form not in self._refused:
-            try:
-                self.renderer.text(messages)
-                hidden = self.renderer.unseen(messages) if more else []
-                fault = "the chat template does not show its tool calls" if "tool_calls" in hidden else ""
-                unused.update(f"{name}, which the chat template does not show," for name in hidden)
-            except DataError as error:
-                fault = str(error)
-            if more:
-                self._fail(fault, where)
-                return
-            self._refused[form] = fault
-        self._fail(self._refused[form], where)
-
-    def _fail(self, fault: str, where: str) -> None:
+        fault = None if more else self._refused.get(form)
+        if fault is None:
+            fault = self._fault(self.renderer, messages, unused)
+            if not more:
+                self._refused[form] = fault
         if fault:
             raise RowError(f"{where}: {fault}")
+
+    def _fault(self, renderer: ChatRenderer, messages: list[Message], unused: set[str]) -> str:
+        """Why the template does not take a conversation; empty if it does."""
+        try:
+            renderer.text(messages)
+            hidden = renderer.unseen(messages)
+        except DataError as error:
+            return str(error)
+        unused.update(f"{name}, which the chat template does not show," for name in hidden)
+        return "the chat template does not show its tool calls" if "tool_calls" in hidden else ""
 
     def _report(self, tally: Tally) -> None:
         source = tally.source
