@@ -197,6 +197,7 @@ def test_a_hub_data_set_is_loaded_by_config_and_split(monkeypatch):
 
 # Errors
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 BROKEN = [
     ("a.jsonl", "", "a.jsonl has no rows"),
     ("a.json", "", "a.json has no rows"),
@@ -210,6 +211,7 @@ BROKEN = [
     ("a.json", "[{]", "a.json is not JSON"),
     ("a.csv", "instruction,output\na,b\nc\n", "a.csv, row 2 does not have exactly the columns instruction, output"),
     ("a.parquet", "no parquet", "a.parquet is not a readable parquet file"),
+    *((name, LFS, f"{name} is a pointer of Git LFS") for name in ("a.parquet", "a.jsonl", "a.txt", "a.csv", "a.json")),
     ("a.xml", "<a/>", "unsupported extension '.xml'; supported are .json .jsonl"),
     ("a.jsonl", '{"question": "x", "answer": "y"}', "lacks the needed columns: .* It has: answer, question"),
     ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', "a.jsonl, line 2: no column 'text' .it has: txt"),

@@ -14,6 +14,7 @@ from typing import Any
 from uniattn_cli.errors import DataError, RowError
 from uniattn_cli.recipe.paths import located
 from uniattn_cli.recipe.schema import DatasetSpec
+from uniattn_cli.run.files import check_not_pointer
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
 
@@ -90,6 +91,7 @@ def raw_rows(spec: DatasetSpec, whole_text: bool) -> Iterator[Raw]:
 @contextlib.contextmanager
 def _file_errors(path: Path) -> Iterator[None]:
     try:
+        check_not_pointer(path, DataError)
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
