@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from uniattn_cli.inference.program import LayerProgram, Program
+from uniattn_cli.inference.program import LayerProgram, Program, share_slots
 
 # Borrowers for each key/value head of a lender; a kernel's shared memory holds blocks of no more values.
 MOST_LENT = 3
@@ -67,7 +67,8 @@ def plan_lending(program: Program) -> Lending:
         kept = more
     # A kernel that writes its map serves nobody.
     found.take(layer for layer in program.layers if layer.kind.early and not kept & _lenders(layer))
-    return Lending(found.owning, found.sharing, _slots(found.served))
+    spans = {layer.index: (min(_lenders(layer)), layer.index) for layer in found.served}
+    return Lending(found.owning, found.sharing, share_slots(spans))
 
 
 def _lenders(layer: LayerProgram) -> set[int]:
@@ -101,14 +102,3 @@ class _Served:
 
     def _count(self, lender: int, head: int) -> int:
         return sum(len(served[lender][head]) for served in (self.owning, self.sharing) if lender in served)
-
-
-def _slots(served: Iterable[LayerProgram]) -> dict[int, int]:
-    slots: dict[int, int] = {}
-    spans: dict[int, tuple[int, int]] = {}
-    for layer in served:
-        begin, end = min(_lenders(layer)), layer.index
-        taken = {slots[other] for other, (first, last) in spans.items() if first <= end and begin <= last}
-        slots[layer.index] = next(slot for slot in range(len(slots) + 1) if slot not in taken)
-        spans[layer.index] = begin, end
-    return slots

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,36 +201,28 @@ def map_slots(layout: Layout) -> tuple[dict[int, int], int]:
     for index, plan in enumerate(layout):
         if plan.traits.borrows_maps:
             last.update(dict.fromkeys(plan.source_layers, index))
-    taken: dict[int, int] = {}
-    slots: dict[int, int] = {}
-    for index in range(len(layout)):
-        if index in last:
-            slots[index] = next(slot for slot in range(len(last)) if slot not in taken.values())
-            taken[index] = slots[index]
-        taken = {layer: slot for layer, slot in taken.items() if last[layer] > index}
+    slots = share_slots({source: (source, last[source]) for source in sorted(last)})
     return slots, max(slots.values(), default=-1) + 1
+
+
+def share_slots(spans: Mapping[int, tuple[int, int]]) -> dict[int, int]:
+    """The first place for each that is free from the first to the last layer of its span, both included."""
+    slots: dict[int, int] = {}
+    for index, (begin, end) in spans.items():
+        taken = {slot for other, slot in slots.items() if spans[other][0] <= end and begin <= spans[other][1]}
+        slots[index] = next(slot for slot in range(len(slots) + 1) if slot not in taken)
+    return slots
 
 
 def read_sources(layer: LayerProgram, shape: AttentionShape) -> None:
     """Says which heads a layer borrows."""
-    group = shape.group_size
-    layer.key_sources = layer.plan.sources(shape)
     if layer.kind.borrows_maps:
-        layer.query_sources = layer.key_sources
-        keys = tuple((source, head // group) for source, head in layer.query_sources)
-        if all(len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)):
-            layer.key_sources = keys[::group]
-        else:
-            layer.key_sources, layer.value_groups = keys, group
+        layer.query_sources = layer.plan.sources(shape)
+    layer.key_sources, layer.value_groups = layer.plan.key_sources(shape)
 
 
-def plan_asking(layers: Sequence[LayerProgram]) -> None:
+def plan_asking(layers: Sequence[LayerProgram], shape: AttentionShape) -> None:
     """Tells lenders which queries of others they project: those of each layer that asks early, run by run of heads."""
     for layer in layers:
-        if not layer.kind.early:
-            continue
-        unit, first = layer.heads // len(layer.key_sources), 0
-        for lender, run in itertools.groupby(lender for lender, _ in layer.key_sources):
-            heads = unit * len(list(run))
-            layers[lender].asked += (Asked(layer.index, first, heads),)
-            first += heads
+        for lender, heads in layer.plan.asked(shape):
+            layers[lender].asked += (Asked(layer.index, heads.start, heads.stop - heads.start),)

@@ -53,7 +53,7 @@ def read_program(model: PreTrainedModel) -> Program:
         layer.map_slot = slots.get(index)
         layer.rope = _rope_key(block.self_attn, config, index, by_type)
         layers.append(layer)
-    plan_asking(layers)
+    plan_asking(layers, shape)
     _read_projections(layers, [block.self_attn for block in base.layers])
     return Program(
         config=config,

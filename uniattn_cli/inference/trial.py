@@ -57,7 +57,7 @@ def attention_program(
         if layer.kind.attends:
             read_sources(layer, shape)
         layers.append(layer)
-    plan_asking(layers)
+    plan_asking(layers, shape)
     return Program(
         config=config,
         shape=shape,

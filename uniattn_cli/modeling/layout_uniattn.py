@@ -5,6 +5,7 @@ This file is copied into every checkpoint, so it needs the standard library only
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -219,6 +220,33 @@ class LayerPlan:
         if self.leader is not None:
             return tuple((self.leader, head) for head in range(self.traits.borrowed_heads(shape)))
         return ()
+
+    def key_sources(self, shape: AttentionShape) -> tuple[tuple[tuple[int, int], ...], int]:
+        """(layer, key/value head) of each borrowed key head, and the query heads that one own value head serves there.
+
+        Borrowed maps keep the grouped-query shape, and the count is 1, if each group takes query heads of one group;
+        else there is one key head for each query head.
+        """
+        sources = self.sources(shape)
+        if not self.traits.borrows_maps:
+            return sources, 1
+        group = shape.group_size
+        keys = tuple((layer, head // group) for layer, head in sources)
+        if all(len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)):
+            return keys[::group], 1
+        return keys, group
+
+    def asked(self, shape: AttentionShape) -> list[tuple[int, slice]]:
+        """Of a layer that asks early, run by run: the layer whose input is asked, and the query heads that ask it."""
+        found: list[tuple[int, slice]] = []
+        if not self.traits.early:
+            return found
+        start = 0
+        for layer, units in itertools.groupby(layer for layer, _ in self.sources(shape)):
+            stop = start + len(list(units)) * shape.group_size
+            found.append((layer, slice(start, stop)))
+            start = stop
+        return found
 
     @property
     def traits(self) -> Kind:

@@ -8,7 +8,6 @@ Copied into every checkpoint.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -202,7 +201,6 @@ class SharedAttentionMixin(_Attention):
         plan = layout[layer_idx]
         self.plan = plan
         self.lend_to(layout)
-        self.value_groups = 1
         # Asking a module for what it has not is slow, and is done in each call otherwise.
         self.normed = [part for part in "qkv" if hasattr(self, f"{part}_norm")]
         self.drop_projections(plan.traits.removed)
@@ -224,23 +222,13 @@ class SharedAttentionMixin(_Attention):
         Args:
             shape: of the heads that are here; an engine may have a shard of them.
         """
-        self.key_sources = plan.sources(shape)
+        self.key_sources, self.value_groups = plan.key_sources(shape)
         if plan.traits.borrows_maps:
-            self.query_runs, group = head_runs(self.key_sources), shape.group_size
-            keys = tuple((layer, head // group) for layer, head in self.key_sources)
-            if all(len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)):
-                self.key_sources = keys[::group]
-            else:
-                self.key_sources, self.value_groups, self.num_key_value_groups = keys, group, 1
+            self.query_runs = head_runs(plan.sources(shape))
+        if self.value_groups > 1:
+            self.num_key_value_groups = 1
         self.key_runs = head_runs(self.key_sources)
-        # Of a layer that asks early: the layers whose input is asked, each with the query heads that it is asked by.
-        self.asked: list[tuple[int, slice]] = []
-        if plan.traits.early:
-            start = 0
-            for layer, units in itertools.groupby(layer for layer, _ in self.key_sources):
-                stop = start + len(list(units)) * shape.group_size
-                self.asked.append((layer, slice(start, stop)))
-                start = stop
+        self.asked = plan.asked(shape)
 
     def drop_projections(self, removed: tuple[str, ...]) -> None:
         """Deletes the modules that a layer of this kind does not have."""
