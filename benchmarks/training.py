@@ -10,7 +10,8 @@ is better. The gap is the score minus that of the control of the same seed. `--p
 `control converted` converts the control instead of the base and learns from it, so that it has seen the data twice.
 `--synthetic` adds rows of `uniattn synthesize`; with `--controls`, controls of other runs, without these rows, are the
 teachers. A part may name its own learning rates and settings of the recipe's `train.distillation`: `one@3e-4`,
-`two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`. Layouts are searched, or taken from `benchmarks/layouts.py`
+`two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`; `one@1e-4/1e-3` has the second for the attention of changed
+layers. Layouts are searched, or taken from `benchmarks/layouts.py`
 with `--layouts-from`.
 """
 
@@ -285,7 +286,7 @@ class Bench:
             stages = [("all", steps, "")]
         chosen = rates.split(",") if rates else [RATES[trains] for trains, *_ in stages]
         entries = [
-            f"{{trains: {trains}, steps: {count}, learning_rate: {float(rate)}{more}}}"
+            f"{{trains: {trains}, steps: {count}, {_rates(str(rate))}{more}}}"
             for (trains, count, more), rate in zip(stages, chosen, strict=True)
         ]
         teacher = "control" if part == "control teaches" else "base"
@@ -301,6 +302,12 @@ class Bench:
         rows = response_rows(self._recipe(seed), self.tokenizer)
         found["responses"] = row_losses(model, rows, batch_size=16).summary().mean
         return found
+
+
+def _rates(text: str) -> str:
+    """Learning rates of a stage as settings, from `RATE` or `RATE/RATE of changed attention`."""
+    rate, _, changed = text.partition("/")
+    return f"learning_rate: {float(rate)}" + (f", changed_learning_rate: {float(changed)}" if changed else "")
 
 
 def write_recipe(folder: Path, model: str, layers: list[dict]) -> None:

@@ -117,6 +117,7 @@ def test_what_the_base_trains_where_it_has_nothing_of_that_name(trains, expected
     assert {stage.loss for stage in found} == {"cross_entropy"} and {stage.epochs for stage in found} == {0.5}
     own = {stage.trains: stage.learning_rate for stage in spec}
     assert [stage.learning_rate for stage in found] == [own.get(name, TrainStage().learning_rate) for name in expected]
+    assert control_stages([TrainStage(changed_learning_rate=1e-3)])[0].changed_learning_rate is None
     targets = control_stages([TrainStage(trains="lora", lora=LoraSpec(targets=("v_proj", "compensation")))])
     assert targets[0].lora.targets == ("v_proj",)
 

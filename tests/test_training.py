@@ -306,6 +306,29 @@ def make_trainer(run: Path, rows: list[dict], *, packing: bool, attention: str, 
     return StageTrainer(model, config, CrossEntropy(), train_dataset=data, processing_class=make_tokenizer()), model
 
 
+def test_the_attention_of_changed_layers_may_have_a_learning_rate_of_its_own(run):
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    trainer, model = make_trainer(run, rows, packing=False, attention="eager", batch=1)
+    trainer.changed_rate = 0.5
+    trainer.create_optimizer_and_scheduler(4)
+    rates = {id(each): group["lr"] for group in trainer.optimizer.param_groups for each in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    parts = [f"layers.{layer}.self_attn." for layer in model.config.layout.changed]
+    changed = {name: any(part in name for part in parts) for name, _ in model.named_parameters()}
+    assert any(changed.values()) and not all(changed.values())
+    factor = trainer.lr_scheduler.lr_lambdas[0](0)
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == factor * (0.5 if changed[name] else TrainStage().learning_rate)
+    # The log says the first group's.
+    assert trainer._get_learning_rate() == factor * TrainStage().learning_rate
+
+
+def test_a_learning_rate_that_would_be_the_only_one_is_refused(run):
+    setting = stages("trains: followers, steps: 1, changed_learning_rate: 0.001")
+    with pytest.raises(RecipeError, match="stage 'followers' trains only changed layers; remove changed_learning_rate"):
+        train(run_dir=run, overrides=setting, options=CPU)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_never_see_each_other_nor_padding(run, packing, attention):

@@ -139,7 +139,7 @@ def _check(recipe: Recipe, stages: Sequence[TrainStage], process: PartialState) 
     """Finds out about what is missing or impossible here, before anything slow begins.
 
     Raises:
-        RecipeError: the batch cannot be divided evenly, or a setting cannot be had here.
+        RecipeError: the batch cannot be divided evenly, or a setting cannot be had here or says nothing.
         StageError: peft is missing.
     """
     from uniattn_cli.training import lora
@@ -158,6 +158,11 @@ def _check(recipe: Recipe, stages: Sequence[TrainStage], process: PartialState) 
         raise RecipeError("train.fsdp needs GPUs (accelerate does not shard on CPUs); remove it")
     if any(stage.trains == "lora" for stage in stages):
         lora.check_installed()
+    for stage in stages:
+        if stage.changed_learning_rate is not None and stage.trains in ("compensation", "followers"):
+            raise RecipeError(
+                f"stage '{stage.label}' trains only changed layers; remove changed_learning_rate, set learning_rate"
+            )
     with quiet_training():
         for stage in stages:
             make_config(

@@ -196,6 +196,8 @@ def _stage_table(report: dict[str, Any], settings: dict[str, Any]) -> Table:
         # Stages with nothing to train were skipped; the others come in the order of the recipe.
         plan = next((plan for plan in planned if (plan["name"] or plan["trains"]) == stage["name"]), None)
         rate = str(plan.get("learning_rate", NOTHING) if plan else NOTHING)
+        if plan and (changed := plan.get("changed_learning_rate")):
+            rate += f", changed attention {changed}"
         rows.append([stage["name"], stage["trains"], rate, f"{stage['steps']:,}", f"{stage['tokens']:,}"])
     return Table("", ["stage", "trains", "learning rate", "steps", "tokens"], rows)
 

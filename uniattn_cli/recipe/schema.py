@@ -346,6 +346,9 @@ class TrainStage:
         common=True,
     )
     learning_rate: float = setting(1e-4, "peak learning rate", above=0, maximum=1, common=True)
+    changed_learning_rate: float | None = setting(
+        None, "peak learning rate of the attention of changed layers; null means learning_rate", above=0, maximum=1
+    )
     epochs: float = setting(1.0, "passes over the training rows", above=0, common=True)
     steps: int | None = setting(None, "optimiser steps; overrides epochs", minimum=1)
     name: str | None = setting(None, "name of the stage's folder; null means what it trains")

@@ -255,6 +255,7 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
                 name=f"{job.partial.absolute().parent.name}-{stage.label}",
             ),
             OBJECTIVES[stage.loss](job, model.config),
+            stage.changed_learning_rate,
             train_dataset=job.sequences.select([row for batch in order for row in batch]),
             # TRL gives it a padding token, which must not reach the saved tokenizer.
             processing_class=copy.deepcopy(job.tokenizer),

@@ -65,6 +65,7 @@ def control_stages(stages: Sequence[TrainStage]) -> tuple[TrainStage, ...]:
                 name=stage.label,
                 trains=model.trains,
                 learning_rate=model.learning_rate,
+                changed_learning_rate=None,
                 lora=replace(model.lora, targets=targets),
                 loss="cross_entropy",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,22 @@ class StageTrainer(SFTTrainer):
 
     Args:
         objective: the loss.
+        changed_rate: peak learning rate of the attention of changed layers; None: that of `args`, as for all else.
     """
 
     model: PreTrainedModel
     train_dataset: datasets.Dataset
 
-    def __init__(self, model: PreTrainedModel, args: SFTConfig, objective: Objective, **kwargs: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        objective: Objective,
+        changed_rate: float | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(model, args, **kwargs)
+        self.changed_rate = changed_rate
         attach_objective(self.model)
         self.remove_callback(PrinterCallback)
         call = partial(self.callback_handler.call_event, trainer=self)
@@ -56,6 +65,18 @@ class StageTrainer(SFTTrainer):
         """Where its checkpoints go."""
         assert self.args.output_dir is not None
         return Path(self.args.output_dir)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The base class's, in which the attention of changed layers may have a learning rate of its own."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            optimizer = super().create_optimizer(model)
+            if self.changed_rate is not None:
+                parts = [f"layers.{layer}.self_attn." for layer in self.model.config.layout.changed]
+                named = (self.model if model is None else model).named_parameters()
+                changed = {id(parameter) for name, parameter in named if any(part in name for part in parts)}
+                split_groups(optimizer, changed, self.changed_rate)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -147,6 +168,16 @@ class StageTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             save_weights(self._only_trained(state_dict), Path(output_dir or self.folder))
+
+
+def split_groups(optimizer: torch.optim.Optimizer, chosen: Container[int], rate: float) -> None:
+    """Gives the parameters with these ids a learning rate of their own, in groups behind those of the others."""
+    groups = []
+    for group in optimizer.param_groups:
+        parts = [[each for each in group["params"] if (id(each) in chosen) is inside] for inside in (False, True)]
+        group["params"] = parts[0]
+        groups.append({**group, "params": parts[1], "lr": rate})
+    optimizer.param_groups = [group for group in [*optimizer.param_groups, *groups] if group["params"]]
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
