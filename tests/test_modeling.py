@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
+    LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -161,6 +162,13 @@ def test_parity_is_proven_for_published_shapes_in_little_time(name):
     with torch.device("meta"):
         assert sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny).parameters()) < 2_000_000
     prove_parity(config)
+
+
+def test_a_configuration_that_gives_no_numbers_is_told_from_wrong_code():
+    from uniattn_cli.errors import ModelError
+
+    with pytest.raises(ModelError, match="no finite numbers with the settings"):
+        prove_parity(LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 0.0}))
 
 
 @cases

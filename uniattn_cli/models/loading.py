@@ -31,6 +31,13 @@ NONSENSE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError
 QUANTISED = ("quantization_config", "compression_config")
 # Those that give single layers sizes of their own, or take parts from them.
 PER_LAYER = ("per_layer_config", "block_configs")
+# Sizes that some models list layer by layer.
+SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")
+# Layers that have an attention map over what came before, and so something to share.
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# Settings of rotary embeddings that something is divided by.
+DIVISORS = ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings")
+DIVISORS += ("short_factor", "long_factor", "low_freq_factor", "high_freq_factor")
 
 
 def load_config(source: Source, *, converted: bool | None = False) -> Any:
@@ -56,6 +63,7 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
             config = text_config(source.name, config)
     except (StrictDataclassError, *NONSENSE) as error:
         raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
+    _check_layer_types(source, config)
     _check_rope(source, config)
     if config.tie_word_embeddings and has_own_head(source.path):
         config.tie_word_embeddings = False
@@ -87,16 +95,26 @@ def _check_settings(source: Source, raw: dict[str, Any]) -> None:
     if quantised:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise ModelError(f"{source.name} has quantised weights ({method}); give the unquantised model")
-    for key in PER_LAYER:
-        if settings.get(key):
+    for key in (*PER_LAYER, *SIZES):
+        if settings.get(key) and (key in PER_LAYER or isinstance(settings[key], list)):
             raise ModelError(
                 f"{source.name} has layers of different shapes ({key} in its config.json), which cannot share; give a "
                 "model whose layers are all alike"
             )
 
 
+def _check_layer_types(source: Source, config: Any) -> None:
+    """Rejects layers without an attention map, which the code of a family would run as if they had one."""
+    others = set(getattr(config, "layer_types", None) or ()).difference(LAYER_TYPES)
+    if others:
+        raise ModelError(
+            f"{source.path / 'config.json'}: layer_types has '{min(others)}', and layers of type '{config.model_type}' "
+            f"can only be {' or '.join(LAYER_TYPES)}; correct it, or give another model"
+        )
+
+
 def _check_rope(source: Source, config: Any) -> None:
-    """Rejects rotary embeddings of a type that transformers does not know, of which it only warns here."""
+    """Rejects rotary embeddings of which transformers only warns: of unknown types, and with impossible numbers."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     settings = config.rope_parameters or {}
@@ -110,6 +128,18 @@ def _check_rope(source: Source, config: Any) -> None:
                 f"{source.path / 'config.json'}: this version of transformers knows no rotary embeddings of type "
                 f"'{kind}' (only {', '.join(known)}); update transformers, or give another model"
             )
+        for name in DIVISORS:
+            values = entry.get(name)
+            wrong = [each for each in (values if isinstance(values, list) else [values]) if _is_not_positive(each)]
+            if wrong:
+                raise ModelError(
+                    f"{source.path / 'config.json'}: {name} of its rotary embeddings is {wrong[0]} and must be greater "
+                    "than zero; correct it, or copy the file again"
+                )
+
+
+def _is_not_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not value > 0
 
 
 def loading_notes(source: Source, config: Any) -> list[str]:

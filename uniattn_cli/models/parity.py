@@ -31,7 +31,8 @@ def prove_parity(config: Any) -> None:
     """Proves on a tiny random model of this configuration that converted code with nothing shared equals stock.
 
     Raises:
-        ModelError: outputs differ, so that the installed transformers must not be used with this family.
+        ModelError: outputs differ, so that the installed transformers must not be used with this family; or stock's
+            own are not finite.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -43,7 +44,13 @@ def prove_parity(config: Any) -> None:
         stock = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32, attn_implementation=attention).eval()
         ours = build_converted(stock, Layout.own(tiny.num_hidden_layers))
         tokens = torch.randint(3, tiny.vocab_size, (2, TOKENS))
-        difference = (stock(tokens).logits - ours(tokens).logits).abs().max().item()
+        expected = stock(tokens).logits
+        difference = (expected - ours(tokens).logits).abs().max().item()
+    if not expected.isfinite().all():
+        raise ModelError(
+            f"models of type '{config.model_type}' compute no finite numbers with the settings in config.json, in "
+            "transformers' own code too; compare the file with the published one"
+        )
     if difference != 0.0:
         import transformers
 
