@@ -13,7 +13,7 @@ from tiny_run import settings
 from uniattn_cli import convert
 from uniattn_cli.fitting import align_queries, rows
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.stream import run_layer, start_batches
+from uniattn_cli.fitting.stream import positions_of, run_layer, start_batches
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_attention, build_converted
 from uniattn_cli.recipe.schema import ConversionSpec
@@ -79,7 +79,7 @@ def test_the_map_is_that_of_the_attention_backend(entry, windows):
             own = build_attention(base, Layout.own(len(base.model.layers)), index)
             given = align_queries.attention_inputs(layer, batch.base, batch.kwargs[index])
             states = own.project(given["hidden_states"], "qk")
-            own.embed_positions(states, given["position_embeddings"])
+            own.embed_positions(states, *positions_of(given))
             scores = rows.scores(own, states["q"], states["k"])
             found = rows.masked(own, scores, given.get("attention_mask")).softmax(-1)
             torch.testing.assert_close(found, expected[index][: len(found)], atol=1e-5, rtol=1e-4)

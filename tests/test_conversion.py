@@ -325,7 +325,7 @@ def test_nothing_is_converted_where_the_code_does_not_equal_stock(tmp_path, monk
     overrides = [*settings(), "layout.head_map=identity"]
     before = {path.name for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(SharedAttentionMixin, "embed_positions", lambda self, states, position: None)
+        patch.setattr(SharedAttentionMixin, "embed_positions", lambda self, states, *positions: None)
         with pytest.raises(ModelError, match=r"'llama' differs from transformers .*; nothing was converted"):
             convert(run_dir=tmp_path, groups="every:3", overrides=overrides)
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -11,7 +11,7 @@ from uniattn_cli.fitting.align_queries import _Queries
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, matched, unrotated
 from uniattn_cli.fitting.match_outputs import Block, Borrowing, SourceChooser, candidate_blocks
-from uniattn_cli.fitting.stream import attention_inputs, start_batches
+from uniattn_cli.fitting.stream import attention_inputs, positions_of, start_batches
 from uniattn_cli.layouts.greedy import ThoroughSearch
 from uniattn_cli.layouts.thorough import proposer
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
@@ -45,7 +45,7 @@ def test_rotary_embedding_is_undone(entry):
     for index in range(2):
         _, own, given, states = own_states(base, index)
         rotated = dict(states)
-        own.embed_positions(rotated, given["position_embeddings"])
+        own.embed_positions(rotated, *positions_of(given))
         torch.testing.assert_close(
             unrotated(own, rotated["k"], given["position_embeddings"]), states["k"], atol=1e-5, rtol=1e-5
         )
@@ -63,7 +63,7 @@ def test_keys_that_are_functions_of_the_borrowed_ones_are_met(entry):
     turns = 2 * torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator)).Q
     order = torch.randperm(heads, generator=generator)
     lent = {"k": (keys @ turns + torch.randn(heads, 1, dim, generator=generator))[:, order]}
-    own.embed_positions(lent, given["position_embeddings"])
+    own.embed_positions(lent, *positions_of(given))
     shared = SharedStates()
     shared.lend(0, None, torch.randn(keys.shape, generator=generator), None)
     shared.lend(1, None, lent["k"].to(states["k"].dtype), None)

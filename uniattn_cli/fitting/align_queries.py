@@ -19,7 +19,7 @@ from torch import nn
 from uniattn_cli.fitting.adam import TrainedWeights, gain_of
 from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, query_projection
 from uniattn_cli.fitting.rows import Rows, in_turn, masked, rows_per_step, scores, single_rows
-from uniattn_cli.fitting.stream import Batch, attention_inputs
+from uniattn_cli.fitting.stream import Batch, attention_inputs, positions_of
 from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, gather_heads
 
 # Largest step of Adam, in units of the root mean square of the weights.
@@ -136,7 +136,7 @@ def _prepare(base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index
     base = attention_inputs(base_layer, batch.base, batch.kwargs[index])
     kwargs = attention_inputs(layer, batch.converted, batch.kwargs[index], batch.shared)
     own_states = own.project(base["hidden_states"], "qk")
-    own.embed_positions(own_states, base["position_embeddings"])
+    own.embed_positions(own_states, *positions_of(base))
     attention, device = layer.self_attn, batch.converted.device
     states: dict[Any, torch.Tensor] = {"queries": own_states["q"], "base_keys": own_states["k"]}
     states["keys"] = gather_heads(batch.shared.keys, attention.key_runs, device)
@@ -167,5 +167,5 @@ def _positioned_queries(attention: SharedAttentionMixin, rows: Rows) -> torch.Te
         states = {"q": attention.early_queries(inputs, rows["queries"].device)}
     else:
         states = attention.project(rows["input"].float(), "q")
-    attention.embed_positions(states, rows.positions)
+    attention.embed_positions(states, *rows.positions)
     return states["q"]

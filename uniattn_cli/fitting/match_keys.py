@@ -195,5 +195,5 @@ def unrotated(attention: SharedAttentionMixin, keys: torch.Tensor, position_embe
     # One, but where rotary embedding scales too (arXiv 2309.00071).
     scale = cos.square() + sin.square()
     states = {"k": keys.float()}
-    attention.embed_positions(states, (cos / scale, -sin / scale))
+    attention.embed_positions(states, (cos / scale, -sin / scale), None)
     return states["k"]

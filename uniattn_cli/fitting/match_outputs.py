@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, matched
 from uniattn_cli.fitting.moments import Moments
-from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step
+from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step, positions_of
 from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.building import build_attention
 
@@ -247,7 +247,7 @@ class Borrowing:
         else:
             late = states.get("q")
             queries = self._early_queries(shared, source) if late is None else late
-            queries = self._queries(queries, source, offset, kwargs["position_embeddings"])
+            queries = self._queries(queries, source, offset, kwargs)
             values = shared.values[source] if KINDS[self.kind].borrows_values else states["v"].roll(offset, 1)
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
@@ -259,14 +259,14 @@ class Borrowing:
         lent = shared.inputs[source]
         return self.own.project(lent if self.inputs is None else self.inputs.estimate(source, lent), "q")["q"]
 
-    def _queries(self, queries: torch.Tensor, source: int, offset: int, position_embeddings: Any) -> torch.Tensor:
+    def _queries(self, queries: torch.Tensor, source: int, offset: int, kwargs: dict[str, Any]) -> torch.Tensor:
         """Own queries with positions, rolled so that each group meets the head of the source `offset` places on."""
         units = self.shape.kv_heads
         if self.matches is not None:
             pairs = [(source, (unit + offset) % units) for unit in range(units)]
             queries = matched(queries, self.matches.maps(pairs))
         states = {"q": queries}
-        self.own.embed_positions(states, position_embeddings)
+        self.own.embed_positions(states, *positions_of(kwargs))
         return states["q"].roll(offset * self.shape.group_size, 1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from uniattn_cli.fitting.stream import Batch
+from uniattn_cli.fitting.stream import Batch, positions_of
 from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
 
 # Tokens of one step, in whole rows: a fifth of a second for a model of 0.1 billion parameters on two CPU cores.
@@ -22,7 +22,8 @@ class Rows:
     """What a fit needs of some rows, which have no padding and equal length, so that the mask is that of one row.
 
     Attributes:
-        states: by name, each [rows, ...]; `cos` and `sin` [rows, tokens, dim] among them.
+        states: by name, each [rows, ...]; `cos` and `sin` [rows, tokens, dim] and `position_ids` [rows, tokens] among
+            them, the latter where layers are given them.
         mask: as the layer gives it to its attention module, [1, ...]; None where that is left to the backend.
         scores: of one row.
     """
@@ -35,17 +36,20 @@ class Rows:
     def of(cls, attention: SharedAttentionMixin, states: dict[Any, torch.Tensor], kwargs: dict[str, Any]) -> Rows:
         """From the states of a batch and what the attention module is called with."""
         rows, length, _ = kwargs["hidden_states"].shape
-        for name, each in zip(("cos", "sin"), kwargs["position_embeddings"], strict=True):
+        embeddings, places = positions_of(kwargs)
+        for name, each in zip(("cos", "sin"), embeddings, strict=True):
             states[name] = each.expand(rows, -1, -1)
+        if places is not None:
+            states["position_ids"] = places.expand(rows, -1)
         mask = kwargs.get("attention_mask")
         # One that only a backend can read says, without padding, nothing that is not known.
         mask = mask[:1] if isinstance(mask, torch.Tensor) else None
         return cls(states, mask, attention.config.num_attention_heads * length**2)
 
     @property
-    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary embeddings, float32."""
-        return self["cos"].float(), self["sin"].float()
+    def positions(self) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        """Rotary embeddings, float32, and positions, as `embed_positions` is given them."""
+        return (self["cos"].float(), self["sin"].float()), self.states.get("position_ids")
 
     def __getitem__(self, name: Any) -> torch.Tensor:
         return self.states[name]

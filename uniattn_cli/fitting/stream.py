@@ -246,6 +246,11 @@ def attention_inputs(
     return seen
 
 
+def positions_of(kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
+    """What `embed_positions` is given beside states, of what an attention module is called with."""
+    return kwargs["position_embeddings"], kwargs.get("position_ids")
+
+
 def release(shared: SharedStates, layout: Layout, index: int, max_distance: int | None = None) -> None:
     """Forgets what no layer after `index` borrows.
 

@@ -34,10 +34,10 @@ class UniAttnSmolLM3Attention(SharedAttentionMixin, SmolLM3Attention):
     def attention_arguments(self) -> dict:
         return {"sliding_window": self.sliding_window}
 
-    def embed_positions(self, states: dict, position_embeddings) -> None:
+    def embed_positions(self, states: dict, position_embeddings, position_ids) -> None:
         """Some layers know no positions."""
         if self.use_rope:
-            super().embed_positions(states, position_embeddings)
+            super().embed_positions(states, position_embeddings, position_ids)
 
 
 class UniAttnSmolLM3Model(SharedModelMixin, SmolLM3Model):

@@ -314,8 +314,14 @@ class SharedAttentionMixin(_Attention):
         parts = [self.project(_lent(inputs, layer).to(device), "q", heads)["q"] for layer, heads in self.asked]
         return torch.cat(parts, dim=1)
 
-    def embed_positions(self, states: dict[str, torch.Tensor], position_embeddings) -> None:
-        """Rotates queries and keys in place of the mapping."""
+    def embed_positions(self, states: dict[str, torch.Tensor], position_embeddings, position_ids) -> None:
+        """Rotates queries and keys in place of the mapping.
+
+        Args:
+            states: queries and keys, [batch, heads, tokens, head_dim] each, as far as they are wanted.
+            position_embeddings: cosines and sines of the model's rotary embedding.
+            position_ids: [batch or 1, tokens], for families in which queries depend on them in another way too.
+        """
         cos, sin = position_embeddings
         parts = [part for part in "qk" if part in states]
         if len(parts) == 2:
@@ -353,7 +359,8 @@ class SharedAttentionMixin(_Attention):
         if not kind.attends:
             without = torch.zeros_like if self.compensation is None else self.compensation
             return without(hidden_states), None
-        queries, keys, values = self.states(hidden_states, position_embeddings, past_key_values, uniattn_shared)
+        positions = (position_embeddings, kwargs.get("position_ids"))
+        queries, keys, values = self.states(hidden_states, positions, past_key_values, uniattn_shared)
         if self.plan.kind != "own" and hasattr(self, "attn"):
             keys, values = self._fit_engine(queries, keys, values)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
@@ -405,14 +412,18 @@ class SharedAttentionMixin(_Attention):
             nothing = hidden_states.new_empty(*hidden_states.shape[:2], 0).unsqueeze(1)
             past_key_values.update(nothing, nothing, self.layer_idx)
 
-    def states(self, hidden_states, position_embeddings, past_key_values, shared):
-        """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder."""
+    def states(self, hidden_states, positions, past_key_values, shared):
+        """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder.
+
+        Args:
+            positions: what `embed_positions` is given beside states.
+        """
         kind, device = self.plan.traits, hidden_states.device
         if kind.early:
             states = self.project(hidden_states, kind.caches) | {"q": self.early_queries(shared.inputs, device)}
         else:
             states = self.project(hidden_states, kind.projects)
-        self.embed_positions(states, position_embeddings)
+        self.embed_positions(states, *positions)
         if not kind.borrows:
             queries, keys, values = states["q"], states["k"], states["v"]
             if past_key_values is not None:
