@@ -92,8 +92,19 @@ def run_process(
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with few tests that take long come first: a process that gets one last works alone while others wait."""
+    """Leaves to the slow tests what other families show, and sorts the others.
+
+    Files with few tests that take long come first: a process that gets one last works alone while others wait.
+    """
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if "entry" in values:
+            from tiny import shown_by_others
+
+            if shown_by_others(values["entry"], values.get("layout", values.get("name"))):
+                item.add_marker(pytest.mark.slow)
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONG_FILES, -counts[item.path]))
 

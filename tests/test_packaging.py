@@ -301,6 +301,12 @@ def mistral3():
     return Mistral3ForConditionalGeneration(config)
 
 
+def ministral3():
+    vision = {"model_type": "pixtral", "head_dim": 8, **VISION}
+    config = Mistral3Config(text_config=text_settings("ministral3"), vision_config=vision, tie_word_embeddings=False)
+    return Mistral3ForConditionalGeneration(config)
+
+
 def llava():
     vision = {"model_type": "clip_vision_model", "projection_dim": 16, **VISION}
     config = LlavaConfig(text_config=text_settings("llama"), vision_config=vision, tie_word_embeddings=False)
@@ -316,7 +322,7 @@ def save_whole(make, folder, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [gemma3, mistral3, llava])
+@pytest.mark.parametrize("make", [gemma3, mistral3, ministral3, llava])
 def test_a_multi_modal_model_is_converted_as_its_language_model(make, dtype, tmp_path):
     whole = save_whole(make, tmp_path / "whole", dtype)
     source = locate(str(tmp_path / "whole"))

@@ -5,16 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -68,6 +80,9 @@ MULTIPLIERS = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.0,
 }
+# Queries are scaled from the fifth token on.
+FAR = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 64.0, "beta_fast": 32.0, "beta_slow": 1.0}
+FAR |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 
 # One entry per family, with the flags that it brings: name, configuration, model class.
@@ -109,6 +124,16 @@ FAMILIES = [
         lambda: SmolLM3Config(**SIZES | {"num_hidden_layers": 12}, no_rope_layers=[1, 0] * 6),
         SmolLM3ForCausalLM,
     ),
+    ("glm", lambda: GlmConfig(**SIZES), GlmForCausalLM),
+    ("glm4", lambda: Glm4Config(**SIZES), Glm4ForCausalLM),
+    ("exaone4", lambda: Exaone4Config(**ALTERNATING, layer_types=SLIDING_AND_FULL), Exaone4ForCausalLM),
+    (
+        "cohere2",
+        lambda: Cohere2Config(**ALTERNATING | {"head_dim": 8}, layer_types=SLIDING_AND_FULL, logit_scale=0.5),
+        Cohere2ForCausalLM,
+    ),
+    ("ministral", lambda: MinistralConfig(**ALTERNATING, layer_types=SLIDING_AND_FULL), MinistralForCausalLM),
+    ("ministral3", lambda: Ministral3Config(**SIZES, rope_parameters=dict(FAR)), Ministral3ForCausalLM),
 ]
 
 # For six layers of one sort; `make_layout` applies them to each sort of layers that a model has.
@@ -157,6 +182,16 @@ CASE_IDS = [f"{entry[0]}-{name}" for entry, name in CASES]
 TYPICAL = ("llama", "gemma3_text", "phi3", "qwen3_moe")
 
 
+# Their own code does nothing to a layer that the code of another family does not: one layout, which has most kinds, is
+# tried quickly.
+LIKE_OTHERS = ("glm", "exaone4", "cohere2", "ministral")
+
+
+def shown_by_others(entry, layout: str | None) -> bool:
+    """Whether a test of a family and a layout of `LAYOUTS` is left to `make test-slow`."""
+    return entry[0] in LIKE_OTHERS and layout in LAYOUTS and layout != "mixed"
+
+
 def _marks(quick: bool) -> list:
     return [] if quick else [pytest.mark.slow]
 
@@ -179,7 +214,7 @@ def make_base(entry, seed: int = 0):
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "self_attn" in name and "norm" in name:
+            if ".self_attn." in name and "norm" in name:
                 # Queries and keys have the length that their norm gives them.
                 parameter.add_(1 + 0.3 * torch.randn_like(parameter))
             elif "self_attn" in name and "bias" in name:

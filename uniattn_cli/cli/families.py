@@ -10,6 +10,7 @@ from uniattn_cli.tables import Result, Table
 def list_families() -> Result:
     """One row per family."""
     rows = []
+    others = [family.model_type for family in FAMILIES.values() if family.not_in_engine]
     for family in FAMILIES.values():
         # flash_attention_2 and _3 are one thing to a reader.
         backends = dict.fromkeys(name.split("_")[0] for name in family.backends)
@@ -18,6 +19,7 @@ def list_families() -> Result:
     notes = [
         f"Every kind of layer works in every family: {', '.join(KINDS)}.",
         "Layers share only with layers of the same type: full, sliding, with or without positions.",
+        f"The decoding engine runs all but {', '.join(others)}, whose text transformers writes.",
         "`uniattn convert` checks on a tiny model of the same configuration that nothing else changes.",
     ]
     return Result(title=f"{len(rows)} model families", tables=[table], notes=notes)

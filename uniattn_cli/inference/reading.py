@@ -51,7 +51,7 @@ def read_program(model: PreTrainedModel) -> Program:
     for index, block in enumerate(base.layers):
         layer = _read_layer(block, layout, shape, index, windows[index])
         layer.map_slot = slots.get(index)
-        layer.rope = _rope_key(block.self_attn, config, index, by_type)
+        layer.rope = _rope_key(config, shape.mask_types[index], index, by_type)
         layers.append(layer)
     plan_asking(layers, shape)
     _read_projections(layers, [block.self_attn for block in base.layers])
@@ -77,9 +77,11 @@ def read_program(model: PreTrainedModel) -> Program:
 def _refuse_unknown(model: PreTrainedModel) -> None:
     config = model.config
     try:
-        family_of(config.model_type)
+        family = family_of(config.model_type)
     except UniAttnError as error:
         raise UnsupportedError(str(error)) from None
+    if family.not_in_engine:
+        raise UnsupportedError(family.not_in_engine)
     if getattr(config, "use_bidirectional_attention", None):
         raise UnsupportedError("its attention is not causal")
     if model.lm_head.bias is not None:
@@ -90,8 +92,8 @@ def _refuse_unknown(model: PreTrainedModel) -> None:
         raise UnsupportedError("its weights are on several devices or of several dtypes")
 
 
-def _rope_key(attention: nn.Module, config: Any, index: int, by_type: bool) -> str | None:
-    if not getattr(attention, "use_rope", True):
+def _rope_key(config: Any, mask_type: str, index: int, by_type: bool) -> str | None:
+    if mask_type.endswith("/no_rope"):
         return None
     return config.layer_types[index] if by_type else ""
 

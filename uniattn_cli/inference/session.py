@@ -342,6 +342,8 @@ def rotary_types(program: Program) -> set[str]:
 def check_rotary(program: Program, prompt: int, total: int) -> None:
     """Refuses lengths at which frequencies change while decoding, so that cached keys would be of another sort.
 
+    Refused, too, are lengths at which queries are scaled by their position.
+
     Args:
         prompt: tokens of the longest row of the prompt.
         total: the same with all new tokens.
@@ -356,6 +358,8 @@ def check_rotary(program: Program, prompt: int, total: int) -> None:
         original = rope.get("original_max_position_embeddings") or known
         if rope.get("rope_type") == "longrope" and prompt <= original < total:
             raise UnsupportedError(f"its rotary frequencies change at {original} tokens, while decoding")
+        if rope.get("llama_4_scaling_beta") and total > original:
+            raise UnsupportedError(f"its queries are scaled by their position from {original} tokens on")
 
 
 def rotary_tables(program: Program, total: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

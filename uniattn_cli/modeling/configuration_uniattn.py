@@ -14,6 +14,8 @@ else:
 
 # Layer types of changed layers start with this on disk; a stock configuration class refuses such names.
 LAYER_TYPE_PREFIX = "uniattn_"
+# Families whose full layers know no positions where there are sliding ones.
+WITHOUT_POSITIONS = ("cohere2", "exaone4")
 
 
 def attention_shape(config) -> AttentionShape:
@@ -26,6 +28,8 @@ def attention_shape(config) -> AttentionShape:
     if not types:
         types = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * layers
     rotary = getattr(config, "no_rope_layers", None)
+    if not rotary and config.model_type.removeprefix("uniattn_") in WITHOUT_POSITIONS and config.sliding_window:
+        rotary = [name != "full_attention" for name in types]
     if rotary:
         types = [name if used else f"{name}/no_rope" for name, used in zip(types, rotary, strict=True)]
     query_heads = config.num_attention_heads

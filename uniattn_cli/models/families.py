@@ -27,6 +27,7 @@ class Family:
         masks: what its layers attend to: `full`, `sliding` (a window), or how layers of both sorts are mixed.
         backends: attention backends that give the family's own numbers.
         post_norm: the attention output is normed or scaled before it is added to the residual stream.
+        not_in_engine: why the decoding engine cannot run it, to be read after its name; empty where it can.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class Family:
     masks: str = "full"
     backends: tuple[str, ...] = BACKENDS
     post_norm: bool = False
+    not_in_engine: str = ""
 
     @property
     def module(self) -> str:
@@ -49,6 +51,7 @@ class Family:
 
 # SDPA knows no soft-capping of the scores.
 WITHOUT_SDPA = tuple(name for name in BACKENDS if name != "sdpa")
+PAIRS = "its rotary embedding turns neighbouring entries of a head"
 
 FAMILIES = {
     family.model_type: family
@@ -69,6 +72,18 @@ FAMILIES = {
         Family("olmo3", "UniAttnOlmo3", "OLMo 3 7B, 32B", "three sliding, then one full", post_norm=True),
         Family("granite", "UniAttnGranite", "Granite 3.x 2B, 8B", post_norm=True),
         Family("smollm3", "UniAttnSmolLM3", "SmolLM3 3B", "full, some without positions"),
+        Family("glm", "UniAttnGlm", "GLM-4-9B, GLM-Edge", not_in_engine=PAIRS),
+        Family("glm4", "UniAttnGlm4", "GLM-4-0414 9B, 32B, GLM-Z1", post_norm=True, not_in_engine=PAIRS),
+        Family(
+            *("exaone4", "UniAttnExaone4", "EXAONE 4.0 1.2B, 32B", "full, or sliding and full without positions"),
+            post_norm=True,
+        ),
+        Family(
+            *("cohere2", "UniAttnCohere2", "Command R7B, Command A", "three sliding, then one full without positions"),
+            not_in_engine=PAIRS,
+        ),
+        Family("ministral", "UniAttnMinistral", "Ministral 8B", "full and sliding"),
+        Family("ministral3", "UniAttnMinistral3", "Ministral 3 3B, 8B, 14B"),
     )
 }
 

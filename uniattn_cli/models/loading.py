@@ -36,8 +36,10 @@ SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")
 # Layers that have an attention map over what came before, and so something to share.
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Settings of rotary embeddings that something is divided by.
-DIVISORS = ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings")
-DIVISORS += ("short_factor", "long_factor", "low_freq_factor", "high_freq_factor")
+DIVISORS = (
+    *("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("short_factor", "long_factor", "low_freq_factor", "high_freq_factor"),
+)
 
 
 def load_config(source: Source, *, converted: bool | None = False) -> Any:

@@ -13,7 +13,8 @@ from uniattn_cli.models.families import family_of
 
 TOKENS = 24
 HEAD_DIM = 16
-# Whatever else is a size. Windows are shorter than `TOKENS`, so that it matters where they are applied.
+# Whatever else is a size. Windows are shorter than `TOKENS`, so that it matters where they are applied; so is what a
+# model knows of positions, where it scales queries beyond that.
 SIZES = {
     "intermediate_size": 32,
     "moe_intermediate_size": 16,
@@ -105,6 +106,8 @@ def _shrink_heads(config: Any, fields: dict[str, Any]) -> None:
         for name in ("short_factor", "long_factor"):
             if rope.get(name):
                 rope[name] = (rope[name] * frequencies)[:frequencies]
+        if rope.get("llama_4_scaling_beta"):
+            rope["original_max_position_embeddings"] = WINDOW
 
 
 def _rope_settings(parameters: dict[str, Any]) -> list[dict[str, Any]]:
