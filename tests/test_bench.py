@@ -137,6 +137,33 @@ def test_what_does_not_fit_is_noted_and_the_rest_goes_on(monkeypatch):
     assert not any(one.fits for one in found)
 
 
+def test_memory_that_is_short_in_a_later_round_ends_only_that_model(monkeypatch):
+    base = tiny.make_base(tiny.FAMILIES[0])
+    models = {"base": base, "shared": build_converted(base, tiny.make_layout("leader"))}
+    engines = {name: Engine(model) for name, model in models.items()}
+    calls = []
+
+    def short(timed):
+        def run(*arguments):
+            calls.append(arguments)
+            # Both models have had their first run, and each its turn in the first round, when it is the first one's.
+            if len(calls) == 5:
+                raise torch.OutOfMemoryError
+            return timed(*arguments)
+
+        return run
+
+    monkeypatch.setattr(measurement, "_time_generate", short(measurement._time_generate))
+    monkeypatch.setattr(measurement, "_time_once", short(measurement._time_once))
+    finished = []
+    prompt = torch.ones(1, 4, dtype=torch.long)
+    found = measurement.measure_stock(models, prompt, new=1, repeats=3, static=False, advance=finished.append)
+    calls.clear()
+    found += measure_shape(engines, 1, 4, new=1, repeats=3, prompts=True, bandwidth=1e9, advance=finished.append)
+    assert [(one.fits, one.step and len(one.step.values)) for one in found] == [(False, None), (True, 3)] * 2
+    assert sum(finished) == 12
+
+
 def test_the_largest_batch_is_found_by_running_it(monkeypatch):
     engine = Engine(tiny.make_base(tiny.FAMILIES[0]))
     tried = []

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from uniattn_cli.models.device import Series, available_bytes, clock, is_out_of_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Seconds = TypeVar("Seconds")
 # Left free on the host, so that measuring does not push it into swap.
 HOST_RESERVE = 1 << 29
 
@@ -78,6 +79,35 @@ def room(what: str) -> Iterator[None]:
         raise NoRoomError(f"{what} does not fit into memory") from None
 
 
+@contextlib.contextmanager
+def _noted(found: dict[str, Measurement], name: str, what: str) -> Iterator[None]:
+    """Notes down that something of a model does not fit into memory, and goes on behind the block."""
+    try:
+        with room(what):
+            yield
+    except NoRoomError as error:
+        found[name] = replace(found[name], fits=False, note=str(error))
+
+
+def _in_turn(
+    calls: Mapping[str, Callable[[], Seconds]],
+    found: dict[str, Measurement],
+    what: str,
+    repeats: int,
+    advance: Callable[[int], None],
+) -> dict[str, list[Seconds]]:
+    """What each model that fits takes in every round; one for which memory is short in a later round fits no more."""
+
+    def call(name: str) -> Seconds | None:
+        if found[name].fits:
+            with _noted(found, name, what):
+                return calls[name]()
+        return None
+
+    taken = take_turns({name: partial(call, name) for name in calls}, repeats, advance)
+    return {name: [one for one in turns if one is not None] for name, turns in taken.items() if found[name].fits}
+
+
 def measure_shape(
     engines: dict[str, Engine],
     batch: int,
@@ -107,21 +137,14 @@ def measure_shape(
     sessions: dict[str, Session] = {}
     flat = _shared_memory(engines, batch, context + new + 1, found)
     prompt = random_prompt(next(iter(engines.values())), batch, context)
+    timed = prompt if prompts else None
     for name in [name for name in engines if found[name].fits]:
-        try:
-            with room("the workspace"):
-                session = engines[name].session(batch, context + new + 1, new + 1, flat=flat)
-                time_steps(session, context, min(new, WARM_UP_TOKENS))
-                if prompts:
-                    time_prompt(session, prompt)
+        with _noted(found, name, "the workspace"):
+            session = engines[name].session(batch, context + new + 1, new + 1, flat=flat)
+            _time_once(session, context, min(new, WARM_UP_TOKENS), timed)
             sessions[name] = session
-        except NoRoomError as error:
-            found[name] = replace(found[name], fits=False, note=str(error))
-    calls = {
-        name: partial(_time_once, session, context, new, prompt if prompts else None)
-        for name, session in sessions.items()
-    }
-    for name, seconds in take_turns(calls, repeats, advance).items():
+    calls = {name: partial(_time_once, session, context, new, timed) for name, session in sessions.items()}
+    for name, seconds in _in_turn(calls, found, "the workspace", repeats, advance).items():
         steps, firsts = zip(*seconds, strict=True)
         found[name] = replace(found[name], step=Series(steps), first=Series(firsts) if prompts else None)
     del sessions, flat, calls
@@ -220,17 +243,13 @@ def measure_stock(
     path = f"transformers {'static' if static else 'dynamic'}"
     found = {name: Measurement(name, path, *prompt.shape) for name in models}
     calls = {name: partial(_time_generate, model, prompt, new, static) for name, model in models.items()}
-    for name in list(calls):
-        try:
-            with room("generate"):
-                # The first run compiles, and allocates a cache for just as many tokens.
-                for _ in range(2 if static else 1):
-                    calls[name]()
-        except NoRoomError as error:
-            found[name] = replace(found[name], fits=False, note=str(error))
-            del calls[name]
+    for name, call in calls.items():
+        with _noted(found, name, "generate"):
+            # The first run compiles, and allocates a cache for just as many tokens.
+            for _ in range(2 if static else 1):
+                call()
         release_memory(prompt.device)
-    for name, seconds in take_turns(calls, repeats, advance).items():
+    for name, seconds in _in_turn(calls, found, "generate", repeats, advance).items():
         firsts, steps = zip(*seconds, strict=True)
         found[name] = replace(found[name], step=Series(steps), first=Series(firsts))
     release_memory(prompt.device)
