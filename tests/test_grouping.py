@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 
-from uniattn_cli.errors import LayoutError
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.modeling.layout_uniattn import AttentionShape
@@ -69,11 +68,6 @@ def test_groups_are_no_larger_than_allowed_and_still_optimal(seed, largest):
         assert sum(1 - s for s in choice.scores.values()) == pytest.approx(expected[choice.changed], abs=1e-9)
         lenders = [plan.source_layers[0] for plan in choice.layout if plan.kind != "own"]
         assert all(lenders.count(lender) <= largest for lender in lenders)
-
-
-def test_group_size_needs_one_source():
-    with pytest.raises(LayoutError, match=r"needs layout\.sources: one"):
-        frontier(random_matcher(0, 6, 3, "grouped", "several"), max_group=2)
 
 
 @pytest.mark.parametrize("sources", ["one", "several"])

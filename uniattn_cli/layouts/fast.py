@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from uniattn_cli.errors import LayoutError
 from uniattn_cli.fitting.match_maps import Match, Matcher
 from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan, Layout
 
@@ -49,15 +48,9 @@ def frontier(
         max_group: largest number of borrowers of one layer; only with one source layer for each of them.
         compensation: W_c that is asked for, see `Kind.compensation_for`.
         kind: one that borrows. Where maps are alike, so are keys, up to a linear map.
-
-    Raises:
-        LayoutError: `max_group` with several sources.
     """
     matcher = matcher.for_kind(kind)
-    if max_group is not None and matcher.several:
-        raise LayoutError(
-            "layout.max_group needs layout.sources: one (a borrower of several layers belongs to no single group)"
-        )
+    assert max_group is None or not matcher.several, "recipes with both are refused"
     protected = set(protect)
     # States: per layer of the window, nearest first, how many more layers it may lend to (0: none, or not `own`).
     unlimited = max_group or 1
