@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from tiny import FAMILIES, backends, make_base, make_layout, typical_families
-from tiny_run import settings
+from tiny_run import convert_layers
 
 from uniattn_cli import convert
 from uniattn_cli.fitting import align_queries, rows
@@ -155,13 +152,10 @@ def test_the_same_seed_gives_the_same_queries(windows):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_convert_aligns_and_reports(tiny_runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
+def test_convert_aligns_and_reports(tiny_runs, tmp_path):
     layers = "[{}, {}, {kind: kv, leader: 1}, {}, {kind: key, leader: 3}, {}]"
-    quick = [entry for entry in settings() if not entry.startswith("layout.")]
-    result = convert(overrides=[*quick, f"layout.layers={layers}", "conversion.align=5"])
-    report = json.loads((result.directory / "uniattn_report.json").read_text())
-    assert [len(fit["divergence"]) for fit in report["fits"]] == [2, 2]
+    result, fits = convert_layers(tiny_runs / "analysed", tmp_path / "run", layers)
+    assert [len(fit["divergence"]) for fit in fits] == [2, 2]
     assert any("aligned queries" in table.title for table in result.tables)
     assert not any("noise" in note for note in result.notes)
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from tiny import FAMILIES, TYPICAL, make_base, make_layout
-from tiny_run import settings
+from tiny_run import convert_layers
 
-from uniattn_cli import convert
 from uniattn_cli.fitting import fit, moments, refine
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.stream import attention_inputs, base_step, run_layer, start_batches
@@ -172,12 +168,9 @@ def test_training_sees_nothing_of_the_held_out_tokens(windows, monkeypatch):
     assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
-def test_convert_refines_and_reports(tiny_runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
+def test_convert_refines_and_reports(tiny_runs, tmp_path):
     layers = "[{}, {}, {kind: kv, leader: 1}, {kind: key, leader: 1}, {kind: linear}, {leader: 1}]"
-    quick = [entry for entry in settings() if not entry.startswith("layout.")]
-    result = convert(overrides=[*quick, f"layout.layers={layers}", "conversion.refine=5"])
-    report = json.loads((result.directory / "uniattn_report.json").read_text())
-    assert [fit["refined"] and len(fit["refined"]) for fit in report["fits"]] == [2, 2, None, 2]
+    result, fits = convert_layers(tiny_runs / "analysed", tmp_path / "run", layers)
+    assert [fit["refined"] and len(fit["refined"]) for fit in fits] == [2, 2, None, 2]
     [table] = [table for table in result.tables if "refined" in table.title]
     assert [row[:2] for row in table.rows] == [["2", "kv"], ["3", "key"], ["5", "softmax"]]

@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import uniattn_cli
 from uniattn_cli import RunOptions
+from uniattn_cli.commands.convert import Conversion
+from uniattn_cli.run.directory import REPORT_FILE
+from uniattn_cli.run.files import read_json
 
 CPU = RunOptions(device="cpu")
 SPECIALS = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
@@ -131,3 +134,19 @@ def make_runs(folder: Path) -> None:
     uniattn_cli.convert(run_dir=run, groups="every:3", options=CPU)
     uniattn_cli.train(run_dir=run, overrides=[f"train.stages={TWO_STAGES}"], options=CPU)
     uniattn_cli.evaluate(run_dir=run, options=CPU)
+
+
+def convert_layers(analysed: Path, folder: Path, layers: str) -> tuple[Conversion, list[dict]]:
+    """Converts given layers in a copy of an analysed run.
+
+    Args:
+        analysed: the run directory.
+        folder: becomes the copy.
+        layers: `layout.layers`, one entry for each.
+
+    Returns:
+        The result, and what was fitted in each changed layer.
+    """
+    run = shutil.copytree(analysed, folder)
+    result = uniattn_cli.convert(run_dir=run, overrides=settings(layout__layers=layers), options=CPU)
+    return result, read_json(result.directory / REPORT_FILE, "")["fits"]
