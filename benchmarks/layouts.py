@@ -39,8 +39,9 @@ from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
 from uniattn_cli.models.device import describe_device, timed
 from uniattn_cli.models.hub import locate
-from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.losses import window_loss
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
 from uniattn_cli.tables import Table
 

@@ -31,8 +31,9 @@ from uniattn_cli.data import sequences, splits
 from uniattn_cli.data.heldout import response_rows
 from uniattn_cli.models.device import describe_device
 from uniattn_cli.models.hub import locate
-from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.losses import row_losses, window_loss
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.files import read_json

@@ -31,6 +31,7 @@ from uniattn_cli.data.rows import read_rows
 from uniattn_cli.errors import CheckpointError, DataError, LayoutError, ModelError, RecipeError, StageError, UsageError
 from uniattn_cli.models import loading
 from uniattn_cli.models.hub import locate
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import read_tree, write_tree
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
@@ -257,7 +258,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(model, tmp_path):
     edit_json(model / "config.json", lambda content: content | {"vocab_size": 100})
     source = locate(str(model))
     with pytest.raises(ModelError, match="the tokenizer has 300 tokens, the model only 100"):
-        loading.load_tokenizer(source)
+        load_tokenizer(source)
     with pytest.raises(
         CheckpointError, match=r"lm_head.weight \(stored \[300, 48\], expected \[100, 48\]\) and 1 more"
     ):
@@ -265,7 +266,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(model, tmp_path):
     for path in model.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer; copy tokenizer\.json"):
-        loading.load_tokenizer(source)
+        load_tokenizer(source)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])

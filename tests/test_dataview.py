@@ -13,7 +13,7 @@ from uniattn_cli.cli.console import make_console, show
 from uniattn_cli.commands.view_data import histogram, percentile, view_data
 from uniattn_cli.data import sequences, splits
 from uniattn_cli.models.hub import locate
-from uniattn_cli.models.loading import load_tokenizer
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.schema import DatasetSpec, Recipe
 from uniattn_cli.tables import Result, Sample
 

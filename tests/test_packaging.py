@@ -27,7 +27,8 @@ from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.costs import count_parameters
 from uniattn_cli.models.hub import locate
-from uniattn_cli.models.loading import load_config, load_model, load_tokenizer, loading_notes
+from uniattn_cli.models.loading import load_config, load_model, loading_notes
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")
@@ -173,6 +174,38 @@ def test_weight_files_that_are_not_whole_are_named(spoil, says, sharded):
         load(sharded)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_whose_numbers_stand_for_others_are_refused(dtype, folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder, lambda weights: weights.update({name: (100 * weights[name]).to(dtype)}))
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors: {name} is quantised \(.*8.*\); give the unquantised"
+    ):
+        load(folder)
+
+
+class Program:
+    """Would run when it is unpickled."""
+
+    def __reduce__(self):
+        return exit, ()
+
+
+def test_a_file_of_weights_that_is_a_program_is_not_run(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Program()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="may be a program; give the model as safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", [LFS_POINTER, "{", "[]", "[" * 100_000], ids=["pointer", "cut-off", "list", "deep"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_settings_that_cannot_be_read_are_named(name, text, folder):
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(folder / name))} is (damaged|a pointer of Git LFS)"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -189,6 +222,54 @@ def test_settings_of_which_no_model_can_be_built_are_told_in_one_line(changes, s
     with pytest.raises(CheckpointError, match=says) as caught:
         load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [[7], "LlamaModel", {"a": "LlamaModel"}])
+def test_architectures_that_are_no_causal_model_are_told_however_they_are_written(given, folder):
+    edit_json(folder / "config.json", architectures=given)
+    with pytest.raises(ModelError, match="is not a causal language model but a "):
+        load(folder)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer_config.json", None),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}),
+        ("tokenizer.json", {"model": {"type": "of next year"}}),
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense_is_one_line(name, changes, folder):
+    if changes is None:
+        (folder / name).write_text("[]")
+    else:
+        edit_json(folder / name, **changes)
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded: ") as caught:
+        load_tokenizer(locate(str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("use", ["bos_token", "eos_token", "pad_token", "chat_template", None])
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_where_it_is_used(use, folder):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    if use:
+        setattr(tokenizer, use, "<|new|>")
+    tokenizer.save_pretrained(folder)
+    if use is None:
+        assert len(load_tokenizer(locate(str(folder)))) == 301
+        return
+    role = "is in its chat template" if use == "chat_template" else f"is its {use}"
+    with pytest.raises(
+        ModelError, match=rf"token '<\|new\|>' \(number 300\) {role}, but .* only 300 embeddings; resize"
+    ):
+        load_tokenizer(locate(str(folder)))
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

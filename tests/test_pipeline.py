@@ -20,6 +20,7 @@ import uniattn_cli
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.models import hub, loading
 from uniattn_cli.models.fingerprint import fingerprint
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.files import read_tree, write_tree
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
@@ -138,7 +139,7 @@ def test_converted_and_trained_load_and_differ_where_they_should(whole):
     for name in ("converted", "trained"):
         source = hub.locate(str(whole.run / name))
         models[name] = loading.load_model(source, ModelSpec(), CPU)
-        assert len(loading.load_tokenizer(source)) == 300
+        assert len(load_tokenizer(source)) == 300
     layout = models["converted"].config.layout
     assert layout == models["trained"].config.layout
     # 0.8 of the KV bytes of six layers is met with three layers.
@@ -280,7 +281,7 @@ def test_rows_of_all_lengths_are_packed_without_padding(tiny_runs, tmp_path, mon
     conversion = uniattn_cli.convert()
     assert analysis.measured.tokens == 1024 and analysis.measured.sequences == 16
     assert all(fit.error_after <= fit.error_before for fit in conversion.fits) and conversion.fits
-    tokenizer = loading.load_tokenizer(hub.locate(str(tiny_runs / "model")))
+    tokenizer = load_tokenizer(hub.locate(str(tiny_runs / "model")))
     assert len(seen) >= 2 and all(windows.shape[1] == 64 for windows in seen)
     assert not any((windows == tokenizer.pad_token_id).any() for windows in seen)
     assert any((windows == tokenizer.eos_token_id).any() for windows in seen)

@@ -17,7 +17,8 @@ from uniattn_cli.generation.prompts import chat_ids, plain_ids
 from uniattn_cli.generation.writer import Writer, _asked, _passage, _whole_sentences
 from uniattn_cli.inference.engine import Decoded
 from uniattn_cli.models.hub import locate
-from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.loading import load_model
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import commented_tree, write_tree
 from uniattn_cli.recipe.schema import ModelSpec, Recipe, SynthesisSpec

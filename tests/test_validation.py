@@ -110,7 +110,7 @@ def test_validation_rows_are_others_than_those_of_the_report(run):
     from uniattn_cli.data.heldout import response_rows
 
     recipe = Recipe.load(run / "recipe.yaml")
-    from uniattn_cli.models.loading import load_tokenizer
+    from uniattn_cli.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(locate(str(run / "base")))
     reported = response_rows(recipe, tokenizer)

@@ -24,7 +24,8 @@ from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.hub import locate
-from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.loading import load_model
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.schema import ModelSpec
 from uniattn_cli.serving import cache_plan
 

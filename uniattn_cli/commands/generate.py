@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from uniattn_cli.generation.decode import Answer, Decoding, answer
 from uniattn_cli.generation.prompts import chat_ids, plain_ids
-from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.of_run import find, newest
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir

@@ -18,7 +18,7 @@ from uniattn_cli.data import templates
 from uniattn_cli.data.conversations import THOUGHTS, Message
 from uniattn_cli.data.encoding import encode
 from uniattn_cli.errors import DataError
-from uniattn_cli.models.loading import load_tokenizer
+from uniattn_cli.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import CheckpointError, StageError
 from uniattn_cli.models.hub import Source
-from uniattn_cli.models.loading import load_tokenizer
 from uniattn_cli.models.of_run import BASE, CONTROL, CONVERTED, STAGES, Subject, own_models, with_given
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import COMMANDS, RunDir
 

@@ -135,7 +135,7 @@ def transport_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     return (*others, *(importlib.import_module(name).TransportError for name in found))
 
 
-def _fetch(source: Source, *, weights: bool = True) -> Path:
+def fetch(source: Source, *, weights: bool = True) -> Path:
     """The directory with all files of a model; downloads what a hub model still lacks, with or without its weights."""
     if not source.on_hub:
         return source.path

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
-from uniattn_cli.models.building import TOKENIZER_FILES, converted_classes
+from uniattn_cli.models.building import converted_classes
 from uniattn_cli.models.families import family_of, is_converted
-from uniattn_cli.models.hub import Source, _fetch, context_window
+from uniattn_cli.models.hub import Source, context_window, fetch
 from uniattn_cli.models.text_part import (
     check_separable,
     is_multi_modal,
@@ -17,13 +18,13 @@ from uniattn_cli.models.text_part import (
     text_config,
     text_part,
 )
-from uniattn_cli.models.weight_files import check_numbers, check_weight_files, has_own_head
+from uniattn_cli.models.weight_files import AGAIN, check_dtypes, check_numbers, check_weight_files, has_own_head
 from uniattn_cli.recipe.schema import ModelSpec
-from uniattn_cli.run.files import check_not_pointer, read_json
+from uniattn_cli.run.files import read_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 # What transformers raises for settings that make no sense, once it uses them.
 NONSENSE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
@@ -64,7 +65,7 @@ def load_config(source: Source, *, converted: bool | None = False) -> Any:
         if is_multi_modal(raw):
             config = text_config(source.name, config)
     except (StrictDataclassError, *NONSENSE) as error:
-        raise CheckpointError(f"{source.path / 'config.json'} is not valid: {_last_line(error)}") from None
+        raise CheckpointError(f"{source.path / 'config.json'} is not valid: {last_line(error)}") from None
     _check_layer_types(source, config)
     _check_rope(source, config)
     if config.tie_word_embeddings and has_own_head(source.path):
@@ -85,7 +86,8 @@ def _check_type(source: Source, raw: dict[str, Any], converted: bool | None) -> 
         check_separable(source.name, raw)
     else:
         family_of(model_type)
-        architectures = raw.get("architectures") or []
+        given = raw.get("architectures") or []
+        architectures = [str(name) for name in given] if isinstance(given, list) else [str(given)]
         if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
             raise ModelError(f"{source.name} is not a causal language model but a {architectures[0]}")
 
@@ -172,11 +174,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    path, next_step = folder / "config.json", "copy the model again"
-    raw = read_json(path, next_step, CheckpointError)
+    path = folder / "config.json"
+    raw = read_json(path, AGAIN, CheckpointError)
     raw["model_type"] = raw.get("model_type") or "unknown"
     if not isinstance(raw["model_type"], str):
-        raise CheckpointError(f"{path} is damaged (its model_type is not a string); {next_step}")
+        raise CheckpointError(f"{path} is damaged (its model_type is not a string); {AGAIN}")
     return raw
 
 
@@ -198,41 +200,6 @@ def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
     ]
     if faults:
         raise RecipeError(faults)
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that belongs to a model.
-
-    Args:
-        source: result of `locate`; weights of hub models are not downloaded.
-
-    Raises:
-        ModelError: the directory holds none, or one with more tokens than the model knows.
-    """
-    from transformers import AutoTokenizer
-
-    raw = read_config(source.path)
-    if is_converted(raw["model_type"]):
-        # Tokenizers are chosen by the configuration; unless it is ours, the user is asked to trust the copied code.
-        converted_classes(raw["model_type"])
-    path = _fetch(source, weights=False)
-    found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    if not found:
-        raise ModelError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    for file in found:
-        check_not_pointer(file, ModelError)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {_last_line(error)}") from None
-    known = language_settings(raw).get("vocab_size")
-    # Added tokens are not counted: some published models have one more of them than embeddings, and never use it.
-    if isinstance(known, int) and tokenizer.vocab_size > known:
-        raise ModelError(
-            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}; give the model "
-            "its own tokenizer"
-        )
-    return tokenizer
 
 
 def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrainedModel:
@@ -262,8 +229,12 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             f"set model.attention to {' or '.join(family.backends)}"
         )
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    folder = _fetch(source)
-    check_weight_files(folder)
+    folder = fetch(source)
+    files = check_weight_files(folder)
+    if getattr(config, "quantization_config", None) is None:
+        check_dtypes(files)
+    if (settings := folder / "generation_config.json").is_file():
+        read_json(settings, AGAIN, CheckpointError)  # transformers goes on without a damaged one
     try:
         # With `output_loading_info` there are two results, which its annotation does not say.
         loaded: Any = (AutoModelForImageTextToText if multi_modal else AutoModelForCausalLM).from_pretrained(
@@ -277,10 +248,15 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
         )
         model, info = loaded
     except (OSError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{source.name} cannot be loaded: {_last_line(error)}") from None
+        raise ModelError(f"{source.name} cannot be loaded: {last_line(error)}") from None
+    except UnpicklingError:
+        raise CheckpointError(
+            f"{source.name}: its .bin file is damaged, or holds more than weights, which is not loaded because it may "
+            "be a program; give the model as safetensors"
+        ) from None
     except NONSENSE as error:
         raise CheckpointError(
-            f"{source.name} is damaged or does not match its configuration: {_last_line(error)}"
+            f"{source.name} is damaged or does not match its configuration: {last_line(error)}"
         ) from None
     wrong = {key: sorted(str(name) for name in info.get(key) or ()) for key in ("missing_keys", "unexpected_keys")}
     wrong["mismatched_keys"] = sorted(
@@ -301,7 +277,8 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     return model.to(device).eval()
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = lines[-1] if lines else ""
     # Of a key that is missing, the message is the key alone.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import StageError, UsageError, suggest
 from uniattn_cli.models.hub import ADAPTER, Source, locate
-from uniattn_cli.models.loading import load_model, load_tokenizer
+from uniattn_cli.models.loading import load_model
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.recipe.schema import DTYPES, ModelSpec, Recipe

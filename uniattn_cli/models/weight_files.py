@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from uniattn_cli.run.files import check_not_pointer, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# As safetensors files name them; weights of other dtypes mean nothing without scales that some library applies.
+DTYPES = {"F64", "F32", "F16", "BF16"}
 # What names end with; multi-modal models have longer ones.
 HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 AGAIN = "copy the model again"
@@ -56,6 +58,29 @@ def check_weight_files(folder: Path) -> list[Path]:
         else:
             check_not_pointer(path, CheckpointError)
     return files
+
+
+def check_dtypes(files: Iterable[Path]) -> None:
+    """Refuses weights whose numbers stand for others, although the model's configuration says nothing of it.
+
+    transformers would take them as they are.
+
+    Args:
+        files: result of `check_weight_files`; only those of safetensors are looked at.
+
+    Raises:
+        CheckpointError: names the first such weight.
+    """
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        with _opened(path) as stored:
+            for name in sorted(stored.keys()):
+                dtype = stored.get_slice(name).get_dtype()
+                if name.endswith(".weight") and dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {name} is quantised (stored as {dtype}); give the unquantised model"
+                    )
 
 
 def has_own_head(folder: Path) -> bool:

@@ -127,7 +127,7 @@ def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} is missing; {next_step}") from None
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path} is damaged ({reason}); {next_step}") from None
     if not isinstance(content, dict):
         raise error(f"{path} is damaged (a {type(content).__name__}, not an object); {next_step}")
