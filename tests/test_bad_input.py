@@ -239,6 +239,25 @@ def test_a_name_that_is_no_model(name, says, refuses, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["analyze", "there/model"],
+        ["analyze", "./there/model"],
+        ["train", "there/recipe.yaml"],
+        ["generate", "there/model", "Hi"],
+        ["eval", "--set", "evaluation.tasks=[there/rows.jsonl]"],
+        ["data", "--set", 'data.train=["there/rows.jsonl"]'],
+    ],
+)
+def test_what_is_in_the_folder_that_one_came_from_is_told(arguments, run, tmp_path, refuses):
+    (tmp_path / "there" / "model").mkdir(parents=True)
+    for name in ("recipe.yaml", "rows.jsonl"):
+        (tmp_path / "there" / name).touch()
+    name = arguments[1] if arguments[1].lstrip("./").startswith("there") else "there/rows.jsonl"
+    refuses(tmp_path, *arguments, "-C", "run", says=[f"; paths start at -C run: write ../{name.removeprefix('./')}"])
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda c: c | {"architectures": ["LlamaForSequenceClassification"]}, ["is not a causal language model but"]),

@@ -15,6 +15,10 @@ class UniAttnError(Exception):
 
     exit_code = 1
 
+    def add(self, words: str) -> None:
+        """Ends the message with these words, too."""
+        self.args = (f"{self}{words}",)
+
 
 class UsageError(UniAttnError):
     """An option or argument of the command line that makes no sense; exit code 2, as Click uses it."""
@@ -32,6 +36,9 @@ class RecipeError(UniAttnError):
     def __init__(self, faults: str | Iterable[str]):
         self.faults = [faults] if isinstance(faults, str) else list(faults)
         super().__init__("\n".join(self.faults))
+
+    def add(self, words: str) -> None:
+        self.faults[-1] += words
 
 
 class LayoutError(UniAttnError):

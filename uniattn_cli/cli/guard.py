@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -96,6 +97,8 @@ def run_command(
 def run_directory(path: Path, *, create: bool) -> Iterator[None]:
     """Works inside `path`, so that every relative path of command line and recipe means the same in every stage.
 
+    An error that names a path which is in the folder that one came from, and not here, says so.
+
     Args:
         path: the run directory.
         create: make it if it is missing; what was made is removed again if nothing was written.
@@ -114,8 +117,21 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
             raise StageError(f"-C {path}: no such directory; `uniattn analyze MODEL -C {path}` makes it") from None
         try:
             yield
+        except UniAttnError as error:
+            if name := _left_behind(home, str(error)):
+                error.add(f"; paths start at -C {path}: write {os.path.relpath(home / name)}")
+            raise
         finally:
             os.chdir(home)
+
+
+def _left_behind(home: Path, message: str) -> str | None:
+    """The word of the command line that a message names and that is a path in `home`, but not here."""
+    words = [word for argument in sys.argv[1:] for word in (argument, *re.split(r"[=,\[\]{}\s\"']+", argument))]
+    return next(
+        (word for word in words if word and word in message and not Path(word).exists() and (home / word).exists()),
+        None,
+    )
 
 
 class EndedError(BaseException):
