@@ -10,6 +10,8 @@ from test_data import CHATML, INST, make_tokenizer, pieces, turns, write
 
 from uniattn_cli.data import sequences, splits
 from uniattn_cli.data.chat import ChatRenderer
+from uniattn_cli.data.rows import read_rows
+from uniattn_cli.data.screen import Screen
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec
 
@@ -64,7 +66,16 @@ def test_tool_calls_of_any_form_are_one_form(tmp_path, call):
     assert load(tmp_path, shared)[0]["messages"] == expected
 
 
-@pytest.mark.parametrize("call", [{"function": {"arguments": {}}}, {"name": "f", "arguments": "no JSON"}, "f", [3]])
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"function": {"arguments": {}}},
+        {"name": "f", "arguments": "no JSON"},
+        {"name": "f", "arguments": "[" * 100_000},
+        "f",
+        [3],
+    ],
+)
 def test_a_call_that_is_none_is_told(tmp_path, call):
     with pytest.raises(DataError, match="message 2 of 'messages' has a tool call"):
         chat(tmp_path, ASKED, {"role": "assistant", "tool_calls": call}, TOLD, SAID)
@@ -96,6 +107,20 @@ def test_what_a_template_does_not_show_is_known(tmp_path):
     assert ChatRenderer(make_tokenizer(FULL)).unseen(row) == []
     for template in (CHATML, None):
         assert ChatRenderer(make_tokenizer(template)).unseen(row) == ["tools", "tool_calls", "thinking"]
+
+
+def test_turns_that_a_template_does_not_show_are_known(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    row = chat(tmp_path, system, ASKED, CALLED, TOLD, SAID)
+    for roles in (["system"], ["tool"], ["system", "tool"]):
+        passed = FULL.replace("{% for m in messages %}", f"{{% for m in messages if m.role not in {roles} %}}")
+        assert passed != FULL
+        assert ChatRenderer(make_tokenizer(passed)).unseen(row) == [f"{role} turns" for role in roles]
+    told: list[str] = []
+    path = write(tmp_path / "rows.jsonl", *[{"messages": [system, ASKED, SAID]}] * 3)
+    screen = Screen(tokenizer=make_tokenizer(passed), tell=told.append)
+    assert len(list(read_rows(DatasetSpec(source=path), screen=screen))) == 3
+    assert told == [f"{path}: system turns, which the chat template does not show, in 3 of 3 rows: not used"]
 
 
 def test_thoughts_of_every_answer_count_as_shown_where_only_the_last_are(tmp_path):

@@ -108,6 +108,14 @@ def test_what_the_template_refuses_is_left_out(tmp_path):
         assert "line 9: the chat template does not show its tool calls" in line
 
 
+@pytest.mark.parametrize("expression", ["1 / 0", "[].index(1)", "range(10 ** 9)", "nothing.at.all", "none + 1"])
+def test_what_an_expression_in_a_template_raises_is_no_traceback(expression, tmp_path):
+    path = write(tmp_path / "a.jsonl", *mixed({9: {"messages": turns("odd", "a", "b", "c")}}))
+    odd = CHATML + "{% if messages[2] %}{{ " + expression + " }}{% endif %}"
+    found, [line] = read(path, make_tokenizer(odd))
+    assert len(found) == 200 and "line 9: the chat template rejects a conversation with the roles user" in line
+
+
 def test_what_is_not_used_is_named_once(tmp_path):
     thought = [turns("q")[0], {"role": "assistant", "content": "a", "thinking": "b", "weight": 0.5, "stars": 5}]
     path = write(tmp_path / "a.jsonl", {"messages": thought, "stage": 3, "id": 4}, *CHAT)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 Messages = list[Message]
 Span = tuple[int, int]
-# What an answer may begin with that no template writes: it ends the header of a turn.
+# What a turn may hold that no template writes: where it appears, what the turn says does.
 MARK = "\ue000"
+# What an expression in a template may raise.
+EXPRESSIONS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # For templates that tell the model the date: with today's, no two days would train on the same tokens. A macro goes
 # before the function of that name.
 DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
@@ -132,7 +134,7 @@ class ChatRenderer:
         return text, [span for _, span in turns]
 
     def unseen(self, messages: Messages) -> list[str]:
-        """The names of what messages hold beside text, but the template does not show.
+        """The names of what messages hold, but the template does not show: beside text, and whole turns.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -145,6 +147,12 @@ class ChatRenderer:
                 upto = messages if name == "tools" else messages[: places[-1] + 1]
                 bare = [{key: value for key, value in message.items() if key != name} for message in upto]
                 found += [name] if self._render(upto, False) == self._render(bare, False) else []
+        text = self._render(messages, False)
+        for role in ("system", "user", "tool"):
+            place = next((index for index, message in enumerate(messages) if message["role"] == role), None)
+            if place is not None:
+                other = [*messages[:place], {**messages[place], "content": MARK}, *messages[place + 1 :]]
+                found += [f"{role} turns"] if self._render(other, False) == text else []
         return found
 
     def masked(self, texts: Sequence[tuple[str, list[Span]]]) -> list[tuple[list[int], list[bool]]]:
@@ -173,7 +181,7 @@ class ChatRenderer:
                 add_generation_prompt=prompt,
             )
             return str(text)
-        except (TemplateError, TypeError) as error:  # the second from an expression in the template
+        except (TemplateError, *EXPRESSIONS) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the chat template rejects a conversation with the roles {roles}: {error}") from None
 

@@ -187,7 +187,7 @@ def _calls(value: Any, here: str) -> list[dict]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -63,7 +63,7 @@ class Screen:
         self._tell = tell
         self._told: set[tuple[str, str]] = set()
         # A template's answer to turns of text depends on who speaks, and most conversations are of a few forms.
-        self._refused: dict[tuple[str, ...], str] = {}
+        self._answers: dict[tuple[str, ...], tuple[str, list[str]]] = {}
 
     @contextlib.contextmanager
     def counting(self, source: str) -> Iterator[Tally]:
@@ -100,23 +100,15 @@ class Screen:
             return
         more = any(message.keys() - {"role", "content", "train"} for message in messages)
         form = tuple(message["role"] for message in messages)
-        fault = None if more else self._refused.get(form)
-        if fault is None:
-            fault = self._fault(self.renderer, messages, unused)
+        answer = None if more else self._answers.get(form)
+        if answer is None:
+            answer = _ask(self.renderer, messages)
             if not more:
-                self._refused[form] = fault
+                self._answers[form] = answer
+        fault, hidden = answer
         if fault:
             raise RowError(f"{where}: {fault}")
-
-    def _fault(self, renderer: ChatRenderer, messages: list[Message], unused: set[str]) -> str:
-        """Why the template does not take a conversation; empty if it does."""
-        try:
-            renderer.text(messages)
-            hidden = renderer.unseen(messages)
-        except DataError as error:
-            return str(error)
         unused.update(f"{name}, which the chat template does not show," for name in hidden)
-        return "the chat template does not show its tool calls" if "tool_calls" in hidden else ""
 
     def _report(self, tally: Tally) -> None:
         source = tally.source
@@ -133,3 +125,12 @@ class Screen:
         if key not in self._told:
             self._told.add(key)
             self._tell(line)
+
+
+def _ask(renderer: ChatRenderer, messages: list[Message]) -> tuple[str, list[str]]:
+    """Why the template does not take a conversation (empty if it does), and what of it is not shown."""
+    try:
+        hidden = renderer.unseen(messages)
+    except DataError as error:
+        return str(error), []
+    return "the chat template does not show its tool calls" if "tool_calls" in hidden else "", hidden
