@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_process
-from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout
+from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout, randomise_compensation
 from tiny_run import make_tokenizer
 
 from uniattn_cli.commands.serve import serve
@@ -23,6 +23,7 @@ from uniattn_cli.modeling.sharing_uniattn import gather_heads, head_runs
 from uniattn_cli.models.building import build_converted, make_config, save_checkpoint
 from uniattn_cli.models.costs import cached_heads
 from uniattn_cli.serving import cache_plan
+from uniattn_cli.serving.head_order import in_order_of_sources, joined, reorder_weights
 
 SHAPE = AttentionShape(query_heads=6, kv_heads=3, head_dim=8, hidden_size=48, mask_types=("full_attention",) * 6)
 
@@ -168,7 +169,7 @@ def test_a_directory_without_a_checkpoint(uniattn, tmp_path, checkpoint, engine)
 # --- what the cache holds ---------------------------------------------------------------------------------------------
 
 
-def simulate(layout: Layout, shape: AttentionShape, index: int, queries, keys, values, caches) -> torch.Tensor:
+def simulate(layout: Layout, shape, index: int, strided: bool, queries, keys, values, caches) -> torch.Tensor:
     """What an engine does for one layer: writes new values (and keys), then calls a kernel for each run.
 
     queries, keys, values: [heads, tokens, size], as the model code passes them; caches: per layer, keys and values.
@@ -183,24 +184,27 @@ def simulate(layout: Layout, shape: AttentionShape, index: int, queries, keys, v
         caches[write.key_layer]["k"][write.key_head : write.key_head + write.heads] = keys[passed]
         caches[index]["v"][write.value_head : write.value_head + write.heads] = values[passed]
     output = torch.full_like(queries, torch.nan)
-    for run in cache_plan.read_runs(layout, shape, index):
+    for run in cache_plan.read_runs(layout, shape, index, strided):
         here = slice(run.query_head, run.query_head + run.query_heads)
-        k = caches[run.key_layer]["k"][run.key_head : run.key_head + run.kv_heads]
-        v = caches[run.value_layer]["v"][run.value_head : run.value_head + run.kv_heads]
+        k = caches[run.key_layer]["k"][run.key_head :: run.key_step][: run.kv_heads]
+        v = caches[run.value_layer]["v"][run.value_head :: run.value_step][: run.kv_heads]
         output[here] = torch.nn.functional.scaled_dot_product_attention(
             queries[None, here], k[None], v[None], is_causal=True, enable_gqa=True
         )[0]
     return output
 
 
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize(("entry", "name"), CASES, ids=CASE_IDS)
-def test_runs_read_what_the_model_code_passes(entry, name):
+def test_runs_read_what_the_model_code_passes(entry, name, strided):
     """Runs are checked against attention on the tensors that the model code hands to its backend, layer by layer."""
     from transformers import AttentionInterface
 
     base = make_base(entry)
-    layout = make_layout(name, base.config)
     shape = attention_shape(base.config)
+    layout = make_layout(name, base.config)
+    if strided:
+        layout, _ = in_order_of_sources(layout, shape, strided)
     model = build_converted(base, layout)
     caches = {index: {} for index in range(len(layout))}
     seen = []
@@ -213,7 +217,7 @@ def test_runs_read_what_the_model_code_passes(entry, name):
             values.repeat_interleave(groups, 1),
             is_causal=True,
         )
-        found = simulate(layout, shape, module.layer_idx, queries[0], keys[0], values[0], caches)
+        found = simulate(layout, shape, module.layer_idx, strided, queries[0], keys[0], values[0], caches)
         torch.testing.assert_close(found, expected[0])
         assert keys.shape[1] == cache_plan.passed_kv_heads(layout, shape, module.layer_idx)
         seen.append(module.layer_idx)
@@ -242,6 +246,58 @@ def test_neighbouring_heads_take_one_call():
         (1, 0, 1),
         (2, 2, 2),
     ]
+
+
+def calls(heads: str, strided: bool, kind: str = "key", shape: AttentionShape | None = None) -> int:
+    """Kernel calls of a layer with this head map, once its heads are in order."""
+    shape = shape or AttentionShape(16, 8, 8, 128, ("full_attention",) * 4)
+    layout = Layout.from_list([{}, {}, {}, {"kind": kind, "heads": heads}])
+    ordered, _ = in_order_of_sources(layout, shape, strided)
+    assert sorted(ordered[3].heads) == sorted(layout[3].heads)
+    return len(cache_plan.read_runs(ordered, shape, 3, strided))
+
+
+def test_heads_in_the_order_of_their_sources_take_few_calls():
+    permuted = "1:5 1:0 1:7 1:2 1:6 1:1 1:4 1:3"
+    several = "0:6 2:1 1:3 0:2 1:0 2:7 2:4 0:4"
+    assert [calls(permuted, strided) for strided in (False, True)] == [1, 1]
+    assert [calls(permuted, strided, "kv") for strided in (False, True)] == [1, 1]
+    assert [calls(several, strided) for strided in (False, True)] == [8, 3], "as many as there are source layers"
+    # A head that two groups read needs a second call.
+    assert calls("1:0 1:1 1:0 1:3 1:2 1:4 1:5 1:6", True) == 2
+    pairs = " ".join(f"1:{head} 1:{head + 1}" for head in (4, 0, 14, 8, 2, 6, 12, 10))
+    assert calls(pairs, True, "softmax") == 1
+
+
+def head_map_cases() -> list:
+    """Every family with queries and values of its own behind a head map, and what else has one in one family."""
+    return [(entry, "early") for entry in FAMILIES] + [(FAMILIES[0], name) for name in ("grouped_several", "key", "kv")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"), head_map_cases(), ids=lambda value: value if type(value) is str else value[0]
+)
+def test_heads_in_another_order_compute_the_same(entry, name):
+    base = make_base(entry)
+    shape, layout = attention_shape(base.config), make_layout(name, base.config)
+    model = randomise_compensation(build_converted(base, layout))
+    ordered, orders = in_order_of_sources(layout, shape, True)
+    assert orders
+    moved = build_converted(make_base(entry), ordered)
+    moved.load_state_dict(dict(reorder_weights(model.state_dict().items(), layout, shape, orders)))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected, found = (each(input_ids=ids, use_cache=False).logits for each in (model, moved))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_shards_keep_their_own_order():
+    shape = AttentionShape(8, 4, 8, 64, ("full_attention",) * 3)
+    layout = Layout.from_list([{}, {}, {"kind": "key", "heads": "1:1 0:0 1:2 1:3"}])
+    ordered = [in_order_of_sources(*cache_plan.shard_layout(layout, shape, rank, 2), True) for rank in range(2)]
+    orders = joined([orders for _, orders in ordered], 2)
+    assert orders == {2: (1, 0, 2, 3)}
+    assert ordered[0][0][2].heads == ((0, 0), (1, 1))
 
 
 def test_shards_of_a_head_map():

@@ -26,7 +26,9 @@ class Run:
         key_head: first key head there.
         value_layer: layer whose cached values they read.
         value_head: first value head there.
-        kv_heads: how many neighbouring key heads, and as many value heads.
+        kv_heads: how many key heads, and as many value heads.
+        key_step: distance of one key head to the next.
+        value_step: the same for value heads.
     """
 
     query_head: int
@@ -36,6 +38,8 @@ class Run:
     value_layer: int
     value_head: int
     kv_heads: int
+    key_step: int = 1
+    value_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,14 @@ def kv_heads_of(layout: Layout, shape: AttentionShape, index: int) -> int:
     return layout[index].own_kv_heads(shape)
 
 
-def read_runs(layout: Layout, shape: AttentionShape, index: int) -> tuple[Run, ...]:
+def read_runs(layout: Layout, shape: AttentionShape, index: int, strided: bool = False) -> tuple[Run, ...]:
     """The kernel calls of one layer, as few as its head map allows: one where heads are neighbours of one layer.
 
     Args:
         layout: of the heads that are here (`shard_layout`).
         shape: sizes to match.
         index: the layer.
+        strided: the kernel also takes heads at equal distances, and other distances of keys than of values.
     """
     plan = layout[index]
     group = shape.query_heads // kv_heads_of(layout, shape, index)
@@ -83,7 +88,7 @@ def read_runs(layout: Layout, shape: AttentionShape, index: int) -> tuple[Run, .
             sources.append((layer, head, *values))
     else:
         sources = [(index, query // group, index, query // group) for query in range(shape.query_heads)]
-    return _merge(sources)
+    return _merge(sources, strided)
 
 
 def passed_kv_heads(layout: Layout, shape: AttentionShape, index: int) -> int:
@@ -117,8 +122,8 @@ def writes(layout: Layout, shape: AttentionShape, index: int) -> tuple[Write, ..
     return tuple(first.values())
 
 
-def _merge(sources: Sequence[tuple[int, int, int, int]]) -> tuple[Run, ...]:
-    """Joins query heads that read the same heads, then neighbours of equal size that read neighbouring heads."""
+def _merge(sources: Sequence[tuple[int, int, int, int]], strided: bool) -> tuple[Run, ...]:
+    """Joins query heads that read the same heads, then groups of equal size that read heads at equal distances."""
     groups: list[list] = []
     for query, source in enumerate(sources):
         if groups and groups[-1][2] == source:
@@ -127,26 +132,36 @@ def _merge(sources: Sequence[tuple[int, int, int, int]]) -> tuple[Run, ...]:
             groups.append([query, 1, source])
     runs: list[Run] = []
     for query, count, (key_layer, key_head, value_layer, value_head) in groups:
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and (last.key_layer, last.value_layer) == (key_layer, value_layer)
-            and last.query_heads == last.kv_heads * count
-            and last.key_head + last.kv_heads == key_head
-            and last.value_head + last.kv_heads == value_head
-        ):
-            runs[-1] = Run(
-                last.query_head,
-                last.query_heads + count,
-                key_layer,
-                last.key_head,
-                value_layer,
-                last.value_head,
-                last.kv_heads + 1,
-            )
-        else:
+        joined = None if not runs else _extended(runs[-1], count, key_layer, key_head, value_layer, value_head, strided)
+        if joined is None:
             runs.append(Run(query, count, key_layer, key_head, value_layer, value_head, 1))
+        else:
+            runs[-1] = joined
     return tuple(runs)
+
+
+def _extended(
+    run: Run, count: int, key_layer: int, key_head: int, value_layer: int, value_head: int, strided: bool
+) -> Run | None:
+    """A run with `count` query heads more, which read these heads; None where they need a call of their own."""
+    if (run.key_layer, run.value_layer) != (key_layer, value_layer) or run.query_heads != run.kv_heads * count:
+        return None
+    last = run.kv_heads - 1
+    steps = (
+        key_head - run.key_head - last * run.key_step,
+        value_head - run.value_head - last * run.value_step,
+    )
+    if steps != (1, 1) if not strided else min(steps) < 1:
+        return None
+    if last and steps != (run.key_step, run.value_step):
+        return None
+    return replace(
+        run,
+        query_heads=run.query_heads + count,
+        kv_heads=run.kv_heads + 1,
+        key_step=steps[0],
+        value_step=steps[1],
+    )
 
 
 def shard_layout(layout: Layout, shape: AttentionShape, rank: int, ranks: int) -> tuple[Layout, AttentionShape]:
