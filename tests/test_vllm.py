@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_flash
 from tiny import FAMILIES, LAYOUTS, REDUCED, make_base, make_layout, randomise_compensation
 from tiny_run import make_tokenizer
-from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, reference
+from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, reference, set_obstacles
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
@@ -203,6 +204,19 @@ def test_the_plain_path_serves_without_saving(name, engine, base_blocks, tmp_pat
     assert done.blocks == base_blocks
 
 
+@pytest.mark.parametrize(("name", "saved"), [("kv", 1), ("mixed", 2), ("linear_none", 3), ("leader", 0)])
+def test_where_the_plugin_cannot_share_keys_the_engine_shares_what_it_can(name, saved, engine, base_blocks, tmp_path):
+    """A `kv` layer with one source reads that one's cache; layers without attention have none."""
+    directory = write(tmp_path, FAMILIES[0], name)
+    engine.call(set_obstacles, ["a test asks for it"])
+    try:
+        done = engine.run(directory, (prompts(), TOKENS))
+    finally:
+        engine.call(set_obstacles, [])
+    assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
+    assert abs(done.blocks - base_blocks * 6 // (6 - saved)) <= 1
+
+
 def test_the_plain_path_refuses_free_head_maps(engine, tmp_path):
     directory = write(tmp_path, FAMILIES[0], "free_several")
     with pytest.raises(ValueError, match="install uniattn for vLLM"):
@@ -231,7 +245,43 @@ def test_an_unknown_vllm_is_left_alone_with_one_warning():
     assert done.returncode == 0, done.stderr
     warnings = [line for line in (done.stdout + done.stderr).splitlines() if "uniattn's plugin supports" in line]
     assert len(warnings) == 1
-    assert "not 99.1.0, and is disabled" in warnings[0]
+    assert "not 99.1.0 on cpu, and is disabled" in warnings[0]
+
+
+# --- the GPU's attention, with PyTorch in the place of its kernels ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flash():
+    engine = Engine()
+    engine.call(torch_flash.install)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [pytest.param(*case, id=f"{case[0][0]}-{case[1]}", marks=[] if is_quick(*case) else SLOW) for case in CASES],
+)
+def test_attention_of_gpus_gives_the_text_of_transformers(entry, name, flash, tmp_path):
+    directory, before = write(tmp_path, entry, name), flash.call(torch_flash.calls)
+    done = flash.run(directory, (prompts(), TOKENS), (prompts(), TOKENS))
+    assert flash.call(torch_flash.calls) > before
+    assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
+    assert_same(done.outputs[1], done.outputs[0])
+    assert done.counters["prefix_cache_hits"] >= BLOCK
+    if entry[0] == "llama":
+        assert abs(done.blocks - CACHE_BYTES // page_bytes(directory)) <= 1
+
+
+@SLOW
+def test_preemption_with_attention_of_gpus(flash, tmp_path):
+    directory = write(tmp_path, FAMILIES[0], "mixed")
+    torch.manual_seed(1)
+    load = [torch.randint(4, 300, (100,)).tolist() for _ in range(6)]
+    done = flash.run(directory, (load, 60), num_gpu_blocks_override=8, max_num_batched_tokens=256)
+    assert done.counters["num_preemptions"] > 0
+    assert_same(done.outputs[0], reference(directory, load, 60))
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -355,9 +405,10 @@ def test_a_killed_server_starts_again(tmp_path):
 
 @SLOW
 def test_tensor_parallel_over_two_workers(tmp_path):
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    # Heads that are not their leader's are borrowed inside a worker's half.
-    plans = [{}, {}, {"leader": 1}, {"heads": "1:1 1:0 0:3 0:3"}, {}, {"leader": 4}]
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    # Heads that are not their leader's are borrowed inside a worker's half, one of which keeps them in another order.
+    maps = {"heads": "1:1 1:0 0:3 0:3 0:4 0:5 1:6 1:7"}, {"kind": "key", "heads": "1:1 0:0 0:3 1:2"}
+    plans = [{}, {}, {"leader": 1}, *maps, {"leader": 0}]
     directory = write(tmp_path / "model", FAMILIES[0], Layout.from_list(plans), **sizes)
     arguments = [*QUICK, "--max-model-len=256", "--tensor-parallel-size=2"]
     with Server(directory, *arguments, log=tmp_path / "log") as server:

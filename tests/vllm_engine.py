@@ -115,6 +115,13 @@ class Engine:
         self.pool = None
 
 
+def set_obstacles(found: list[str]) -> None:
+    """Makes the plugin find in the settings of this process's engines what it has not been made for."""
+    from uniattn_cli.serving import vllm_model
+
+    vllm_model.obstacles = lambda vllm_config: found
+
+
 def _run(directory: Path, loads: Sequence, plugin: bool, options: dict) -> Outcome:
     os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     from huggingface_hub.errors import StrictDataclassError

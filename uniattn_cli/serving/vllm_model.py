@@ -6,20 +6,29 @@ says. Imported by vLLM's processes only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from vllm import envs
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import transformers as backend
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.v1.attention.selector import get_attn_backend
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.serving.cache_plan import shard_layout
+from uniattn_cli.serving.head_order import Orders, in_order_of_sources, joined, reorder_weights
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
+from uniattn_cli.serving.vllm_plugin import tested_backend
 
 if TYPE_CHECKING:
     # The mixin below stands before this class among the bases of a class.
@@ -29,50 +38,97 @@ else:
 
 logger = init_logger("vllm.uniattn")
 # To be raised when the layers of `vllm_layers` are called in another way.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def obstacles(vllm_config) -> list[str]:
     """What, of the engine's settings, the shared cache has not been made for; empty where it can be used."""
-    found = []
-    if not current_platform.is_cpu():
-        found.append(f"it is written for vLLM's CPU attention, not for {current_platform.device_type}")
-    if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"):
-        found.append(f"the cache is stored as {vllm_config.cache_config.cache_dtype}")
-    if vllm_config.kv_transfer_config is not None:
-        found.append("a KV connector is used")
-    if vllm_config.speculative_config is not None:
-        found.append("speculative decoding is used")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        found.append("pipeline parallelism is used")
-    if not isinstance(vllm_config.additional_config, dict):
-        found.append("additional_config is no mapping")
-    if vllm_config.use_v2_model_runner:
-        found.append("model runner V2 is used")
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    checks = {
+        f"the cache is stored as {cache.cache_dtype}": cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+        "a KV connector is used": vllm_config.kv_transfer_config is not None,
+        "fast prefill of layers that share keys and values is used": cache.kv_sharing_fast_prefill,
+        "speculative decoding is used": vllm_config.speculative_config is not None,
+        "pipeline parallelism is used": parallel.pipeline_parallel_size > 1,
+        "context parallelism is used": max(
+            parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size
+        )
+        > 1,
+        "batches are computed in two overlapping parts": parallel.use_ubatching,
+        "additional_config is no mapping": not isinstance(vllm_config.additional_config, dict),
+    }
+    found = [what for what, is_so in checks.items() if is_so]
+    return found + (_cpu_obstacles(vllm_config) if current_platform.is_cpu() else _cuda_obstacles(vllm_config))
+
+
+def _cpu_obstacles(vllm_config) -> list[str]:
+    return ["model runner V2 is used"] if vllm_config.use_v2_model_runner else []
+
+
+def _cuda_obstacles(vllm_config) -> list[str]:
+    model, size = vllm_config.model_config, vllm_config.model_config.get_head_size()
+    chosen = {
+        get_attn_backend(size, model.dtype, vllm_config.cache_config.cache_dtype, has_sliding_window=window).get_name()
+        for window in (False, True)
+    }
+    found = [f"the attention backend is {name}, not FLASH_ATTN" for name in sorted(chosen - {"FLASH_ATTN"})]
+    version = get_flash_attn_version(
+        head_size=size, requires_softcap=getattr(model.hf_text_config, "attn_logit_softcapping", None) is not None
+    )
+    if not found and version != 3:
+        found.append(f"it has been tested with FlashAttention 3, not {version}")
+    if envs.VLLM_BATCH_INVARIANT:
+        found.append("VLLM_BATCH_INVARIANT is set")
     return found
 
 
 class SharedCacheMixin(_Model):
     """Gives each attention module of the model its layer of `vllm_layers`."""
 
-    _shared_layout: Layout | None
+    _layout: Layout | None  # of a converted checkpoint, as it says
+    _shared_layout: Layout | None  # of this rank, where the cache is shared
     _shared_shape: AttentionShape | None
+    _shared_backend: type[AttentionBackend]
+    _shared_orders: Orders
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         self._shared_layout = self._shared_shape = None
+        self._shared_orders = {}
         config = self.text_config
-        layout = Layout.from_list(config.uniattn["layers"]) if getattr(config, "uniattn", None) else None
-        if layout is not None and layout.changed:
+        self._layout = Layout.from_list(config.uniattn["layers"]) if getattr(config, "uniattn", None) else None
+        if self._layout is not None and self._layout.changed:
             if found := obstacles(self.vllm_config):
-                logger.warning("uniattn: borrowed keys and values are cached too, because %s", found[0])
+                logger.warning("uniattn: borrowed keys are cached too, because %s", found[0])
             else:
-                ranks, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
-                self._shared_layout, self._shared_shape = shard_layout(layout, attention_shape(config), rank, ranks)
-                self._localise_heads()
-                # Compiled code is kept by configuration, and that of the plain path writes other caches.
-                self.vllm_config.additional_config |= {"uniattn_cache": CODE_VERSION}
+                self._share(self._layout, attention_shape(config))
+            if isinstance(self.vllm_config.additional_config, dict):
+                # Compiled code is kept by configuration, and writes other caches in each of these cases.
+                self.vllm_config.additional_config |= {"uniattn_cache": [CODE_VERSION, self._shared_layout is not None]}
+            else:
+                self._layout = None
         self._shared_peers: dict[int, SharedCacheAttention] = {}
         super()._create_attention_instances(prefix)
+
+    def _share(self, layout: Layout, shape: AttentionShape) -> None:
+        """Plans the cache of this rank, with heads in the order in which few calls read them."""
+        self._shared_backend = resolve_obj_by_qualname(tested_backend())
+        ranks = self.parallel_config.tensor_parallel_size
+        shards = [shard_layout(layout, shape, rank, ranks) for rank in range(ranks)]
+        self._shared_layout, self._shared_shape = shards[get_tensor_model_parallel_rank()]
+        # Quantised weights come in other pieces than rows, and adapters in the order of the checkpoint.
+        if self.quant_config is None and self.vllm_config.lora_config is None:
+            strided = self._shared_backend.get_impl_cls().strided_heads
+            ordered = [in_order_of_sources(*shard, strided) for shard in shards]
+            self._shared_layout = ordered[get_tensor_model_parallel_rank()][0]
+            self._shared_orders = joined([orders for _, orders in ordered], self._shared_shape.kv_heads)
+        self._localise_heads()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As vLLM's, with the heads of `_shared_orders` moved."""
+        if self._shared_orders:
+            assert self._layout is not None
+            weights = reorder_weights(weights, self._layout, attention_shape(self.text_config), self._shared_orders)
+        return super().load_weights(weights)
 
     def _localise_heads(self) -> None:
         """Gives the model code the head maps of this rank."""
@@ -86,7 +142,22 @@ class SharedCacheMixin(_Model):
 
     def _get_attn_cls(self):
         stock = super()._get_attn_cls()
-        return self._make_attention if stock is Attention and self._shared_layout is not None else stock
+        if stock is not Attention or self._layout is None:
+            return stock
+        return self._make_stock_attention if self._shared_layout is None else self._make_attention
+
+    def _make_stock_attention(self, prefix: str, **arguments) -> nn.Module:
+        """vLLM's own layer; it too can do without the cache of a layer that does not attend or reads another's."""
+        index, layout = extract_layer_index(prefix), self._layout
+        assert layout is not None
+        plan = layout[index]
+        if not plan.traits.attends:
+            return nn.Identity()  # never called, and caches nothing
+        together = self.parallel_config.pipeline_parallel_size == 1
+        # A quantised checkpoint may bring scales for each layer's cache.
+        if plan.traits.borrows_values and plan.leader is not None and together and self.quant_config is None:
+            arguments["kv_sharing_target_layer_name"] = prefix.replace(f".{index}.", f".{plan.leader}.")
+        return Attention(prefix=prefix, **arguments)
 
     def _make_attention(self, prefix: str, **arguments) -> nn.Module:
         index, layout, shape = extract_layer_index(prefix), self._shared_layout, self._shared_shape
@@ -100,6 +171,7 @@ class SharedCacheMixin(_Model):
             peers=self._shared_peers,
             vllm_config=self.vllm_config,
             prefix=prefix,
+            backend=self._shared_backend,
             **arguments,
         )
 

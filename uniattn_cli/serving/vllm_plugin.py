@@ -12,8 +12,11 @@ from typing import Any
 from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.serving.cache_plan import KEYS_SUFFIX, best_capacity, clusters, pack
 
-# Releases whose interfaces the `vllm_*` files were written against and tested with, as major.minor.
-SUPPORTED = ("0.32",)
+# Releases (major.minor) and devices that the `vllm_*` files were written for and tested with, and the attention there.
+TESTED = {
+    ("0.32", "cpu"): "uniattn_cli.serving.vllm_cpu.SharedCPUBackend",
+    ("0.32", "cuda"): "uniattn_cli.serving.vllm_flash.SharedFlashBackend",
+}
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 
 
@@ -22,14 +25,16 @@ def register() -> None:
     import vllm
     from vllm.logger import init_logger
 
-    version = vllm.__version__
-    if ".".join(version.split(".")[:2]) not in SUPPORTED:
+    if tested_backend() is None:
         if multiprocessing.parent_process() is None:
+            from vllm.platforms import current_platform
+
             init_logger("vllm.uniattn").warning(
-                "uniattn's plugin supports vLLM %s, not %s, and is disabled: converted checkpoints are served with "
-                "keys cached for every layer",
-                " and ".join(SUPPORTED),
-                version,
+                "uniattn's plugin supports vLLM %s, not %s on %s, and is disabled: converted checkpoints are served "
+                "with keys cached for every layer",
+                " and ".join(f"{release} on {device}" for release, device in TESTED),
+                vllm.__version__,
+                current_platform.device_name,
             )
         return
     from vllm import ModelRegistry
@@ -40,6 +45,14 @@ def register() -> None:
         ModelRegistry.register_model(f"{family.prefix}ForCausalLM", f"uniattn_cli.serving.vllm_model:{name}")
     if not hasattr(kv_cache_utils.get_kv_cache_groups, "__wrapped__"):
         kv_cache_utils.get_kv_cache_groups = _keep_clusters_together(kv_cache_utils.get_kv_cache_groups)
+
+
+def tested_backend() -> str | None:
+    """Name of the attention backend for this vLLM on this device; None where nobody has tried it."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    return TESTED.get((".".join(vllm.__version__.split(".")[:2]), current_platform.device_name))
 
 
 def _keep_clusters_together(stock: Any) -> Any:
