@@ -62,6 +62,9 @@ def test_all_faults_are_reported_at_once_with_line_and_nearest_name(tmp_path):
         ("- a\n- b\n", "the file must be a mapping of settings, not a list"),
         ("model: [\n", "line 2: not valid YAML"),
         ("seed: 1\nseed: 2\n" + MODEL, "not valid YAML"),
+        ("model: " + 300 * "[", "not valid YAML"),
+        (MODEL + "train: &t {batch_size: 4, <<: *t}\n", "not valid YAML"),
+        (MODEL + f"seed: {'9' * 5000}\n", "not valid YAML"),
         ("model: some/model\n", "line 1: model must be a mapping of settings, not 'some/model'"),
         ("", "model.name is missing"),
         (MODEL + "modle: {}\n", "line 2: unknown key 'modle' (did you mean 'model'?)"),
@@ -96,6 +99,11 @@ def test_a_contradiction_that_an_override_brings_in_names_the_override(tmp_path)
     assert faults(MODEL, tmp_path, "layout.kinds=[]") == [
         "--set layout.kinds=[]: layout.kinds is empty; name at least one kind"
     ]
+
+
+@pytest.mark.parametrize("value", ["[", 300 * "[", "&t [a, *t]", "[{a: &t {b: 3, <<: *t}}]", "9" * 5000])
+def test_a_value_that_cannot_be_parsed_is_one_fault(value, tmp_path):
+    assert faults(MODEL, tmp_path, f"data.train={value}") == [f"--set data.train={value}: the value is not valid YAML"]
 
 
 def test_what_is_no_number_is_one_fault(tmp_path):

@@ -11,6 +11,9 @@ from typing import Any
 
 from uniattn_cli.errors import RecipeError
 
+# What the parser raises for a text that nests too deep, a mapping that merges itself, a number of thousands of digits.
+SENSELESS = (AttributeError, RecursionError, ValueError)
+
 
 def _yaml() -> Any:
     from ruamel.yaml import YAML
@@ -43,7 +46,7 @@ def read_tree(path: Path) -> Any:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     try:
         tree = _yaml().load(text)
-    except YAMLError as error:
+    except (YAMLError, *SENSELESS) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -86,7 +89,8 @@ def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> dict[tuple[in
             raise RecipeError(f"--set {override}: write KEY=VALUE, for example --set analysis.tokens=8192")
         try:
             value = _yaml().load(text) if text.strip() else None
-        except YAMLError:
+            places = list(_places(value))
+        except (YAMLError, *SENSELESS):
             raise RecipeError(f"--set {override}: the value is not valid YAML") from None
         *parents, last = key.split(".")
         node = tree
@@ -97,7 +101,7 @@ def apply_overrides(tree: Any, overrides: typing.Sequence[str]) -> dict[tuple[in
             node = node[parent]
         node[last] = value
         origin[id(node), last] = override
-        origin.update(((place, key), override) for place, key in _places(value))
+        origin.update((place, override) for place in places)
     return origin
 
 
