@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -33,7 +34,7 @@ from training_run import (
 
 from uniattn_cli.commands.train import Training, train
 from uniattn_cli.data.sequences import Counts
-from uniattn_cli.errors import DataError, RecipeError, StageError
+from uniattn_cli.errors import DataError, RecipeError, StageError, UsageError
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.options import RunOptions
@@ -41,6 +42,7 @@ from uniattn_cli.recipe.schema import ModelSpec, Recipe, TrainSpec, TrainStage
 from uniattn_cli.training import trainer
 from uniattn_cli.training.order import GROUPED_STEPS, accumulation, batches, stage_steps
 from uniattn_cli.training.preview import check_share, mark
+from uniattn_cli.training.process import LAUNCHED, join_processes
 from uniattn_cli.training.trained import freeze_all_but, prepare, trained_names
 
 
@@ -473,3 +475,22 @@ def test_preview_marks_what_is_learned():
     labels = [IGNORED] * start + ids[start:]
     assert mark(tokenizer, ids, labels) == "<|user|>hi<|assistant|>⟦yes<eos>⟧"
     assert len(mark(tokenizer, ids[:1] * 900, [IGNORED] * 900)) < 500
+
+
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        ({"LOCAL_RANK": "0"}, "it has no RANK and WORLD_SIZE and MASTER_ADDR and MASTER_PORT; start with `torchrun`"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "it has no MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number; .* or unset WORLD_SIZE"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_what_is_left_of_a_launcher_is_told(left, says, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=says) if says else contextlib.nullcontext():
+        join_processes(RunOptions(device="cpu"))

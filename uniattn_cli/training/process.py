@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.errors import UsageError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
@@ -15,18 +16,40 @@ from uniattn_cli.run.directory import RunDir
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+# What a launcher sets for each process.
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+LAUNCHED = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
+
 
 def join_processes(options: RunOptions) -> PartialState:
-    """Joins what `accelerate launch` or `torchrun` started; its `device` is where this process trains."""
+    """Joins what `accelerate launch` or `torchrun` started; its `device` is where this process trains.
+
+    Raises:
+        UsageError: the environment has only some of the variables that a launcher sets, or impossible ones.
+    """
     import torch
     from accelerate import PartialState
 
+    _check_launcher()
     device = options.torch_device()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     process = PartialState(cpu=device.type == "cpu")
     process.device = device
     return process
+
+
+def _check_launcher() -> None:
+    """Refuses what some batch systems and containers leave of a launcher, on which Accelerate fails or waits."""
+    given = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
+    odd = [f"{name}={value}" for name, value in given.items() if name in NUMBERS and not value.isdecimal()]
+    missing = [name for name in LAUNCHED if name not in given]
+    if odd or (missing and ("LOCAL_RANK" in given or given.get("WORLD_SIZE", "1") != "1")):
+        wrong = f"{' and '.join(odd)} is no number" if odd else f"it has no {' and '.join(missing)}"
+        raise UsageError(
+            f"the environment has {', '.join(given)}, as a launcher sets them, but {wrong}; start with `torchrun` or "
+            f"`accelerate launch`, or unset {', '.join(given)}"
+        )
 
 
 @contextlib.contextmanager
