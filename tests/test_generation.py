@@ -186,6 +186,14 @@ def test_characters_of_several_bytes_come_whole():
     assert len(pieces) > 3 and streamer.tokens == ids
 
 
+@pytest.mark.parametrize("prompt", ["caf\udce9", "half \ud83d"])
+def test_a_prompt_that_is_no_text_is_told(prompt, speaker):
+    with pytest.raises(DataError, match="the prompt is not UTF-8 text"):
+        plain_ids(speaker.tokenizer, prompt)
+    with pytest.raises(DataError, match="the prompt is not UTF-8 text"):
+        chat_ids(speaker.tokenizer, [{"role": "user", "content": prompt}])
+
+
 def test_prompts_that_leave_no_room(speaker):
     window = speaker.model.config.max_position_embeddings
     ids = [5] * (window - 2)
