@@ -230,6 +230,8 @@ def test_no_network_is_told_at_once(at, refuses, tmp_path):
         ("rows.jsonl", ["rows.jsonl is a file; give the directory with config.json"]),
         ("folder", ["folder is a directory without config.json"]),
         ("two words", ["'two words' is neither a directory nor a valid hub id (OWNER/NAME)"]),
+        ("a" * 300, ["a name this long is no path here"]),
+        ("./" + "a" * 300, ["a name this long is no path here"]),
     ],
 )
 def test_a_name_that_is_no_model(name, says, refuses, tmp_path):
@@ -580,6 +582,9 @@ def test_a_full_disk_while_saving_the_converted_model(mounted, run, refuses):
     ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "run/x"), "cannot write run/x: the disk is full"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), r"^x: too many open files; raise the limit \(ulimit -n\)"),
+        (OSError(errno.EIO, "Input/output error", "run/x"), "^run/x: the device reports an error"),
+        (OSError(errno.EISDIR, "Is a directory", "run/x"), "^run/x: a folder is in the place of a file"),
         (OSError(errno.EROFS, "Read-only file system", "run/x"), "cannot write run/x: the file system is read-only"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "cannot write .*: the disk is full"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import io
 import os
@@ -24,7 +25,7 @@ import uniattn_cli
 from uniattn_cli.__main__ import main
 from uniattn_cli.cli import app as app_module
 from uniattn_cli.cli import console, doctor, flags, guard
-from uniattn_cli.errors import DataError, RecipeError, UsageError
+from uniattn_cli.errors import DataError, RecipeError, StageError, UsageError
 from uniattn_cli.evaluation import cache
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.models.families import FAMILIES
@@ -135,6 +136,46 @@ def test_what_an_encoding_lacks_is_replaced(encoding, errors, shown, monkeypatch
     assert stream.buffer.getvalue().decode(encoding) == shown
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: cannot print: No space left on device\n"),
+    ],
+)
+def test_what_happens_before_a_command_or_on_its_screen_is_one_line_too(error, code, line, monkeypatch, capsys):
+    def fail(prog_name):
+        raise error
+
+    monkeypatch.setattr(app_module, "app", fail)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(sys, "stdout", sys.stdout)  # is taken away
+        main()
+    assert caught.value.code == code and capsys.readouterr().err == line
+
+
+def test_a_screen_that_takes_nothing_is_one_line(monkeypatch, uniattn):
+    def full(result):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(console, "show", full)
+    done = uniattn("families")
+    assert done.returncode == 1 and "the disk is full" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_plots_are_files_whatever_backend_the_environment_names(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "of a notebook")
+    monkeypatch.setattr(app_module, "app", lambda prog_name: None)
+    main()
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_python_without_docstrings_is_refused():
+    command = [sys.executable, "-OO", "-m", "uniattn_cli", "analyze", "some/model"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: transformers needs docstrings; start Python without")
+
+
 @pytest.fixture
 def stranger(monkeypatch):
     """A user whom the system does not know, without anything in the environment that says who it is."""
@@ -223,6 +264,17 @@ def test_a_run_directory_that_is_missing(uniattn, tmp_path):
     assert done.returncode == 1
     assert done.stderr == "error: -C nowhere: no such directory; `uniattn analyze MODEL -C nowhere` makes it\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_current_folder_that_is_gone(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with (
+        pytest.raises(StageError, match="the current folder has been removed"),
+        guard.run_directory(Path(), create=True),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,29 @@ import os
 import shutil
 import sys
 import tempfile
+from typing import NoReturn
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    spin_briefly()
-    print_anything()
-    settle_in()
-    from uniattn_cli.cli.app import app
+    try:
+        spin_briefly()
+        print_anything()
+        settle_in()
+        from uniattn_cli.cli.app import app
 
-    app(prog_name="uniattn")
+        app(prog_name="uniattn")
+    except KeyboardInterrupt:  # commands say more
+        _end("interrupted", 130)
+    except OSError as error:  # as above; help and versions have only a screen to fail on
+        _end(f"cannot print: {error.strerror}", 1)
+
+
+def _end(what: str, code: int) -> NoReturn:
+    print(f"error: {what}", file=sys.stderr)
+    # Nothing is left to say; whatever waits for a screen that takes nothing would be told as an error of its own.
+    sys.stdout = None
+    raise SystemExit(code)
 
 
 def spin_briefly() -> None:
@@ -41,8 +54,9 @@ def settle_in() -> None:
     """Gives a user that the system does not know, as containers have them, a home and a name while this process runs.
 
     Libraries ask for both to keep their caches, and fail or write into a folder called `~`; it must run before they are
-    loaded.
+    loaded. Plots are files here, and matplotlib fails on a name of a backend that it does not know.
     """
+    os.environ["MPLBACKEND"] = "agg"
     if os.path.expanduser("~") == "~":
         home = tempfile.mkdtemp(prefix="uniattn-home-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import typer
 
 from uniattn_cli import __version__
-from uniattn_cli.errors import DataWarning, RecipeError, StageError, UniAttnError
+from uniattn_cli.errors import DataWarning, RecipeError, StageError, UniAttnError, UsageError
 from uniattn_cli.models.device import is_out_of_memory
 from uniattn_cli.options import RunOptions
 from uniattn_cli.run.files import file_errors, made
@@ -81,6 +81,8 @@ def run_command(
         typer.Exit: with the exit code of the error, after printing it.
     """
     with guard(name, common.debug):
+        if sys.flags.optimize > 1:
+            raise UsageError("transformers needs docstrings; start Python without -OO and unset PYTHONOPTIMIZE")
         if not common.debug:
             quiet_libraries()
         from uniattn_cli.cli.console import RichProgress, show
@@ -106,7 +108,10 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
     Raises:
         StageError: it does not exist or cannot be entered.
     """
-    home = Path.cwd()
+    try:
+        home = Path.cwd()
+    except FileNotFoundError:
+        raise StageError("the current folder has been removed; change to another one") from None
     with contextlib.ExitStack() as stack:
         try:
             with file_errors(path):
@@ -129,7 +134,12 @@ def _left_behind(home: Path, message: str) -> str | None:
     """The word of the command line that a message names and that is a path in `home`, but not here."""
     words = [word for argument in sys.argv[1:] for word in (argument, *re.split(r"[=,\[\]{}\s\"']+", argument))]
     return next(
-        (word for word in words if word and word in message and not Path(word).exists() and (home / word).exists()),
+        # Unlike `Path.exists`, this raises nothing for names that are too long.
+        (
+            word
+            for word in words
+            if word and word in message and not os.path.exists(word) and os.path.exists(home / word)
+        ),
         None,
     )
 
@@ -181,7 +191,7 @@ def guard(name: str, debug: bool) -> Iterator[None]:
         typer.Exit: for everything that went wrong, except a closed pipe, which Click handles.
     """
     try:
-        with end_in_order():
+        with end_in_order(), file_errors(Path(".")):
             yield
     except (typer.Exit, BrokenPipeError):
         raise

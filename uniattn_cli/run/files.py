@@ -30,8 +30,14 @@ def file_errors(root: Path) -> Iterator[None]:
     """Turns file-system errors that a user can fix into one clear line.
 
     Raises:
-        StageError: what could not be written, why, and the next step.
+        StageError: what could not be read or written, why, and the next step.
     """
+    anywhere = {
+        errno.ENAMETOOLONG: "a name this long is no path here",
+        errno.EISDIR: "a folder is in the place of a file; move it away and run the same command again",
+        errno.EMFILE: "too many open files; raise the limit (ulimit -n) and run the same command again",
+        errno.EIO: "the device reports an error; look at the disk or the mount and run the same command again",
+    }
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
         errno.EDQUOT: "the disk quota is exceeded; free some space and run the same command again",
@@ -45,10 +51,12 @@ def file_errors(root: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = _errno(error)
-        if number not in reasons:
-            raise
         place = getattr(error, "filename", None) or root.absolute()
-        raise StageError(f"cannot write {place}: {reasons[number]}") from error
+        if number in reasons:
+            raise StageError(f"cannot write {place}: {reasons[number]}") from error
+        if number in anywhere:
+            raise StageError(f"{place}: {anywhere[number]}") from error
+        raise
 
 
 def _errno(error: OSError | SafetensorError) -> int | None:
