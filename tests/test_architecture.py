@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +95,27 @@ def test_only_the_plugin_knows_vllm():
 def test_only_the_console_knows_rich():
     users = {path.name for path in files() if any(name.split(".")[0] == "rich" for name in imports(path))}
     assert users == {"console.py"}
+
+
+def test_the_plugin_needs_nothing_that_vllm_does_not_bring():
+    """So that `pip install --no-deps uniattn` is enough in vLLM's environment."""
+    waiting = [path for path in (PACKAGE / "serving").glob("vllm_*.py")]
+    seen, libraries = set(waiting), set()
+    assert len(waiting) == 5
+    while waiting:
+        path = waiting.pop()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # What other files import in functions is for other commands.
+        loaded = ast.walk(tree) if path.name.startswith("vllm_") else tree.body
+        for node in loaded:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module] if not node.level else [f"uniattn_cli.modeling.{node.module}"]
+            for name in names:
+                file = (PACKAGE.parent / name.replace(".", "/")).with_suffix(".py")
+                if name.startswith("uniattn_cli.") and file not in seen:
+                    seen.add(file)
+                    waiting.append(file)
+                libraries.add(name.partition(".")[0])
+    assert libraries - set(sys.stdlib_module_names) <= {"uniattn_cli", "torch", "vllm"}
+    assert PACKAGE / "modeling" / "layout_uniattn.py" in seen

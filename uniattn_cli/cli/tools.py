@@ -62,8 +62,8 @@ def serve(
 ) -> None:
     """Serve a checkpoint with vLLM or transformers.
 
-    Checks the checkpoint, prints the engine's command line and runs it. Options not listed here are passed on to the
-    engine, see `vllm serve --help`.
+    Checks the checkpoint, prints the engine's command line and what its cache will hold, and runs it. Options not
+    listed here are passed on to the engine, see `vllm serve --help`.
 
     \b
     Example:
@@ -75,6 +75,8 @@ def serve(
         command = serve(directory, engine=engine.value, program=program, arguments=context.args)
         typer.echo(str(command))
         if not print_:
+            if command.cache:
+                typer.echo(command.cache)
             sys.stdout.flush()
             command.run()
 

