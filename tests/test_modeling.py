@@ -501,3 +501,7 @@ def test_adapters_and_hooks_see_queries_of_which_some_heads_are_asked_for():
     torch.testing.assert_close(some_rows(adapted, inputs, rows), adapted(inputs)[..., rows])
     plain.register_forward_hook(lambda module, args, output: output * 2)
     torch.testing.assert_close(some_rows(plain, inputs, rows), plain(inputs)[..., rows])
+    rounded = torch.nn.Linear(5, 8)
+    # As compressed-tensors does, which rounds inputs and scales weights there.
+    rounded.forward = lambda given: torch.nn.functional.linear(given.round(), rounded.weight, rounded.bias)
+    torch.testing.assert_close(some_rows(rounded, inputs, rows), rounded(inputs)[..., rows])

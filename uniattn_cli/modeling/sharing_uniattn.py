@@ -141,9 +141,11 @@ def _lent(states: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
 def some_rows(linear: Any, inputs: torch.Tensor, rows: slice) -> torch.Tensor:
     """Some outputs of a projection; the others are not computed where the module is a plain matrix.
 
-    Adapters, quantisation, offloading and parallelism wrap the module or its weight, and are asked for all outputs.
+    Adapters, quantisation, offloading and parallelism wrap the module, its `forward` or its weight, and are asked for
+    all outputs.
     """
-    wrapped = type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks
+    wrapped = type(linear) is not nn.Linear or "forward" in linear.__dict__
+    wrapped = wrapped or linear._forward_hooks or linear._forward_pre_hooks
     if wrapped or type(linear.weight) is not nn.Parameter or linear.weight.device != inputs.device:
         return linear(inputs)[..., rows]
     first, count = rows.start, rows.stop - rows.start
