@@ -409,10 +409,29 @@ class SharedAttentionMixin(_Attention):
         """Lets a layer that caches nothing count tokens like the others, in tensors of zero width.
 
         Before 5.18, transformers crops (prompt lookup, assisted decoding) layers that were never used and fails.
+        Quantised layers cannot hold tensors of zero width.
         """
-        if past_key_values is not None:
+        if past_key_values is not None and not self._is_quantised(past_key_values):
             nothing = hidden_states.new_empty(*hidden_states.shape[:2], 0).unsqueeze(1)
             past_key_values.update(nothing, nothing, self.layer_idx)
+
+    def _cache_values(self, values: torch.Tensor, past_key_values) -> torch.Tensor:
+        """Adds values to the cache of a layer without keys; returns all, [batch, heads, tokens, head_dim].
+
+        They go into the first slot: a cache layer takes its length from it, and cropping or reordering skips layers of
+        length zero. The second slot stays empty, so that the bytes of the keys are really saved. A quantised layer
+        cannot quantise an empty tensor, and gets one half of the heads in each slot, or of the features of a single
+        head.
+        """
+        if not self._is_quantised(past_key_values):
+            values, _ = past_key_values.update(values, values[..., :0], self.layer_idx)
+            return values
+        dim = 1 if values.shape[1] > 1 else -1
+        return torch.cat(past_key_values.update(*values.tensor_split(2, dim), self.layer_idx), dim)
+
+    def _is_quantised(self, past_key_values) -> bool:
+        """Whether this layer's part of a cache is stored in fewer bits; not all releases have one class for these."""
+        return any(hasattr(layer, "_quantize") for layer in past_key_values.layers[self.layer_idx :][:1])
 
     def states(self, hidden_states, positions, past_key_values, shared):
         """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder.
@@ -444,9 +463,7 @@ class SharedAttentionMixin(_Attention):
             return queries, keys, gather_heads(shared.values, self.key_runs, device)
         values = states["v"]
         if past_key_values is not None:
-            # Values go into the first slot: a cache layer takes its length from it, and cropping or reordering skips
-            # layers of length zero. The second slot stays empty, so that the bytes of the keys are really saved.
-            values, _ = past_key_values.update(values, values[..., :0], self.layer_idx)
+            values = self._cache_values(values, past_key_values)
         if self.value_groups > 1:
             values = values.repeat_interleave(self.value_groups, dim=1)
         return queries, keys, values
