@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, LAYOUTS, SIZES, make_base, make_layout, randomise_compensation
+from tiny import CASE_IDS, CASES, FAMILIES, SIZES, make_base, make_layout, randomise_compensation
 from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
@@ -25,6 +25,12 @@ def no_grad():
 def converted_model(entry, layout):
     base = make_base(entry)
     return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
+
+
+@pytest.mark.parametrize("layout", ["leader", "low_rank"])
+def test_every_projection_is_of_the_class_that_quantisers_look_for(layout):
+    model = converted_model(FAMILIES[0], layout)
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
 
 
 class ExactLayer(QuantizedLayer):

@@ -11,7 +11,7 @@ from torch import nn
 
 from uniattn_cli.errors import UniAttnError
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Kind, LayerPlan, Layout
-from uniattn_cli.modeling.sharing_uniattn import Compensation, LowRankCompensation
+from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
 
 
 class UnsupportedError(UniAttnError):
@@ -104,7 +104,7 @@ class LayerProgram:
     pre_mlp: nn.Module | None
     post_mlp: nn.Module | None
     feed: Gated | nn.Module
-    compensation: LowRankCompensation | Compensation | None = None
+    compensation: LowRankCompensation | nn.Linear | None = None
     project: torch.Tensor | None = None
     project_bias: torch.Tensor | None = None
     output: torch.Tensor | None = None

@@ -153,14 +153,15 @@ def some_rows(linear: Any, inputs: torch.Tensor, rows: slice) -> torch.Tensor:
     return nn.functional.linear(inputs, linear.weight.narrow(0, first, count), bias)
 
 
-class Compensation(nn.Linear):
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
     """W_c, or the outer factor of a low-rank W_c: a projection without bias that starts at zero.
 
-    A class of its own because transformers initialises by class, and must never leave W_c at random values.
+    Marked for `_init_weights`, which must never leave W_c at random values, and not of a class of its own, because
+    bitsandbytes quantises what is exactly `nn.Linear`.
     """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    linear: Any = nn.Linear(in_features, out_features, bias=False)
+    linear.starts_at_zero = True
+    return linear
 
 
 class LowRankCompensation(nn.Module):
@@ -169,18 +170,18 @@ class LowRankCompensation(nn.Module):
     def __init__(self, hidden_size: int, rank: int):
         super().__init__()
         self.down = nn.Linear(hidden_size, rank, bias=False)
-        self.up = Compensation(rank, hidden_size)
+        self.up = zero_linear(rank, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(hidden_states))
 
 
-def make_compensation(plan: LayerPlan, hidden_size: int) -> Compensation | LowRankCompensation | None:
+def make_compensation(plan: LayerPlan, hidden_size: int) -> nn.Linear | LowRankCompensation | None:
     """The module of W_c that a plan asks for, or None."""
     if plan.compensation == "none":
         return None
     if plan.compensation == "full":
-        return Compensation(hidden_size, hidden_size)
+        return zero_linear(hidden_size, hidden_size)
     return LowRankCompensation(hidden_size, int(plan.compensation))
 
 
@@ -497,7 +498,7 @@ class SharedPreTrainedMixin(_Model):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Compensation):
+        if isinstance(module, nn.Linear) and getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
 
     def save_pretrained(  # type: ignore[override]  # what follows differs between releases

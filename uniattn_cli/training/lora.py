@@ -68,9 +68,11 @@ def _linear_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
 
 def directly_trained(model: PreTrainedModel, spec: LoraSpec) -> list[str]:
     """Names of the parameters that train themselves beside the adapters: low-rank W_c, and full ones if asked for."""
-    from uniattn_cli.modeling.sharing_uniattn import Compensation, LowRankCompensation
+    import torch
 
-    kinds = (LowRankCompensation, Compensation) if spec.compensation == "full" else (LowRankCompensation,)
+    from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation
+
+    kinds = (LowRankCompensation, torch.nn.Linear) if spec.compensation == "full" else (LowRankCompensation,)
     return [
         f"{name}.{part}"
         for name, module in model.named_modules()
