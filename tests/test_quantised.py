@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+
 import pytest
 import torch
 from tiny import CASE_IDS, CASES, FAMILIES, SIZES, make_base, make_layout, randomise_compensation
-from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache
+from tiny_run import CPU, make_tokenizer, settings
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    QuantizedCache,
+    TorchAoConfig,
+)
 from transformers.cache_utils import QuantizedLayer
 
+from uniattn_cli import evaluate, load
+from uniattn_cli.errors import ModelError
+from uniattn_cli.inference.engine import Engine
+from uniattn_cli.inference.program import UnsupportedError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.models.building import build_converted
+from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models import quantisation
+from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.costs import kv_bytes_per_token
 
 TOKENS = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -72,3 +89,125 @@ def test_a_quantised_cache_holds_what_a_layer_caches(entry, layout, residual):
     ]
     per_token = kv_bytes_per_token(model.config.layout, attention_shape(model.config), 4)
     assert sum(tensor.nbytes for tensor in stored) == per_token * TOKENS.numel()
+
+
+# Wide enough for the kernels and groups of all libraries.
+WIDE = SIZES | {"vocab_size": 300, "hidden_size": 192, "intermediate_size": 256, "head_dim": 32}
+WIDE_LLAMA = ("wide", lambda: LlamaConfig(**WIDE, tie_word_embeddings=True), LlamaForCausalLM)
+WIDE_LAYOUT = [
+    {},
+    {},
+    {"kind": "early", "leader": 1, "compensation": "none"},
+    {"kind": "early", "heads": "0:2 1:1 0:0", "compensation": "none"},
+    {"leader": 1},
+    {"leader": 1, "compensation": 64},
+]
+
+
+def wide_checkpoint(folder):
+    base = make_base(WIDE_LLAMA)
+    model = randomise_compensation(build_converted(base, Layout.from_list(WIDE_LAYOUT)))
+    folder.mkdir()
+    save_checkpoint(model, make_tokenizer(), folder)
+    return folder
+
+
+def torchao_config():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def quantise(folder, scheme):
+    """Loads a checkpoint with quantised weights."""
+    library, config = {
+        "torchao": ("torchao", torchao_config),
+        "int8": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+        "nf4": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+        "fp8": ("llmcompressor", None),
+    }[scheme]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}")
+    if config is not None:
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"]))
+    return model
+
+
+def logits(model):
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("scheme", ["torchao", "int8", "nf4", "fp8"])
+def test_quantised_checkpoints_load_and_take_fewer_bytes(scheme, tmp_path):
+    folder = wide_checkpoint(tmp_path / "whole")
+    model = quantise(folder, scheme)
+    model.save_pretrained(tmp_path / "less")
+    make_tokenizer().save_pretrained(tmp_path / "less")
+    loaded, _ = load(tmp_path / "less", device="cpu")
+    assert torch.equal(logits(loaded), logits(model))
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("less", "whole")]
+    assert sizes[0] < 0.4 * sizes[1]
+    with pytest.raises(UnsupportedError, match="its weights are quantised"):
+        Engine(loaded)
+
+
+def test_each_projection_of_a_quantised_model_is_what_its_weights_say(tmp_path):
+    folder = wide_checkpoint(tmp_path / "whole")
+    model, plain = quantise(folder, "torchao"), AutoModelForCausalLM.from_pretrained(folder)
+    before = logits(plain)
+    rounded = 0
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "dequantize") and type(parameter) is not torch.nn.Parameter:
+            plain.get_parameter(name).copy_(parameter.dequantize())
+            rounded += 1
+    assert rounded == sum(isinstance(module, torch.nn.Linear) for module in model.modules()) - 1
+    assert (logits(model) - logits(plain)).abs().max() < 2e-5 < (logits(model) - before).abs().max()
+
+
+def test_evaluation_takes_a_quantised_checkpoint(tiny_runs, tmp_path):
+    converted = tiny_runs / "finished" / "converted"
+    quantise(converted, "torchao").save_pretrained(tmp_path / "less")
+    load(converted, device="cpu")[1].save_pretrained(tmp_path / "less")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text((tiny_runs / "analysed" / "recipe.yaml").read_text())
+    for name in ("rows.jsonl", "text.txt"):
+        (run / name).write_text((tiny_runs / "analysed" / name).read_text())
+    given = [str(tmp_path / "less"), str(converted)]
+    models = evaluate(run_dir=run, checkpoints=given, overrides=settings(), options=CPU).results["models"]
+    less, whole = (models[name] for name in given)
+    parameters, stored = (
+        [model["cost"][name] for model in (less, whole)] for name in ("parameters", "checkpoint_bytes")
+    )
+    assert parameters[0].value == parameters[1].value and stored[0].value < stored[1].value
+    # Bytes of other formats are not compared.
+    assert stored[0].ratio_to_base is None and stored[1].ratio_to_base
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("gptq", r"quantised weights \(gptq\), of which only those by torchao"),
+        ("torchao", "which need torchao: run pip install torchao"),
+    ],
+)
+def test_quantised_weights_that_cannot_be_read_are_told_in_one_line(method, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(quantisation.TRIED, "torchao", "not_installed")
+    folder = wide_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(ModelError, match=words):
+        load(folder, device="cpu")
+
+
+def test_the_engine_leaves_models_with_integer_weights_alone():
+    model = converted_model(FAMILIES[0], "leader")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedError, match="its weights are quantised"):
+        Engine(model)

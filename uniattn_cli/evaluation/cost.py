@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import ModelError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layout_of
-from uniattn_cli.models.costs import cache_bytes, kv_bytes_per_token
+from uniattn_cli.models.costs import cache_bytes, count_parameters, kv_bytes_per_token
 from uniattn_cli.models.loading import read_config
+from uniattn_cli.models.quantisation import quantisation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,9 @@ def measure_size(name: str, model: PreTrainedModel, folder: Path) -> Size:
             f"{predicted}; nothing is published (please report this)"
         )
     return Size(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(config, layout)
+        if quantisation_of(read_config(folder))
+        else sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_bytes=weight_file_bytes(folder),
         kv_bytes=measured,
         kv_bytes_predicted=predicted,
@@ -104,6 +107,6 @@ def weight_file_bytes(folder: Path) -> int:
 
 
 def dtype_on_disk(folder: Path) -> str | None:
-    """The dtype that `config.json` names, if it does."""
+    """The dtype that `config.json` names, if it does; of quantised weights, by which method they are."""
     config = read_config(folder)
-    return config.get("dtype") or config.get("torch_dtype")
+    return quantisation_of(config) or config.get("dtype") or config.get("torch_dtype")

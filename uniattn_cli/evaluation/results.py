@@ -16,9 +16,10 @@ from uniattn_cli.evaluation.speed import GridPoint, Runner, grid_entry
 from uniattn_cli.evaluation.verdict import verdict
 from uniattn_cli.inference.timing import WARM_UP_TOKENS
 from uniattn_cli.models.device import describe_device
-from uniattn_cli.models.loading import load_config
+from uniattn_cli.models.loading import load_config, read_config
 from uniattn_cli.models.of_run import BASE, CONTROL, Subject
 from uniattn_cli.models.pool import ModelPool
+from uniattn_cli.models.quantisation import quantisation_of
 from uniattn_cli.recipe.schema import Recipe
 
 
@@ -199,7 +200,10 @@ def _footprints(subjects: Sequence[Subject], measured: dict[str, ModelScores]) -
     for subject in subjects:
         size = measured[subject.name].size
         element = getattr(torch, size.dtype).itemsize
-        found[subject.name] = Footprint(load_config(subject.source, converted=None), size.parameters * element, element)
+        config = load_config(subject.source, converted=None, quantised=True)
+        # Quantised weights take in memory what they take on disk.
+        stored = quantisation_of(read_config(subject.source.path))
+        found[subject.name] = Footprint(config, size.checkpoint_bytes if stored else size.parameters * element, element)
     return found
 
 

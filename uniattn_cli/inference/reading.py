@@ -86,8 +86,11 @@ def _refuse_unknown(model: PreTrainedModel) -> None:
         raise UnsupportedError("its attention is not causal")
     if model.lm_head.bias is not None:
         raise UnsupportedError("its output layer has a bias")
+    plain = all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in model.parameters())
+    if getattr(model, "is_quantized", False) or not plain:
+        raise UnsupportedError("its weights are quantised")
     devices = {parameter.device for parameter in model.parameters()}
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(devices) != 1 or len(dtypes) != 1:
         raise UnsupportedError("its weights are on several devices or of several dtypes")
 

@@ -11,6 +11,7 @@ from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.models.building import converted_classes
 from uniattn_cli.models.families import family_of, is_converted
 from uniattn_cli.models.hub import Source, context_window, fetch
+from uniattn_cli.models.quantisation import check_quantisation, quantisation_of
 from uniattn_cli.models.text_part import (
     check_separable,
     is_multi_modal,
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 
 # What transformers raises for settings that make no sense, once it uses them.
 NONSENSE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
-# Keys of config.json that say that weights are quantised.
-QUANTISED = ("quantization_config", "compression_config")
-# Those that give single layers sizes of their own, or take parts from them.
+# Keys of config.json that give single layers sizes of their own, or take parts from them.
 PER_LAYER = ("per_layer_config", "block_configs")
 # Sizes that some models list layer by layer.
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")
@@ -43,19 +42,21 @@ DIVISORS = (
 )
 
 
-def load_config(source: Source, *, converted: bool | None = False) -> Any:
+def load_config(source: Source, *, converted: bool | None = False, quantised: bool = False) -> Any:
     """Reads the configuration of a model that this tool can handle.
 
     Args:
         converted: whether to expect a converted checkpoint or a base model; None takes either.
+        quantised: whether quantised weights will do, which can be run and neither fitted nor trained.
 
     Raises:
         ModelError: not a causal LM, an unsupported family or type of rotary embedding, layers of different shapes, or
-            quantised weights.
+            quantised weights where they will not do, or by a method that was not tried or is not installed.
         CheckpointError: the file is damaged, or of a newer format.
     """
     raw = read_config(source.path)
     _check_type(source, raw, converted)
+    check_quantisation(source.name, raw, allowed=quantised)
     _check_settings(source, raw)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -93,12 +94,8 @@ def _check_type(source: Source, raw: dict[str, Any], converted: bool | None) -> 
 
 
 def _check_settings(source: Source, raw: dict[str, Any]) -> None:
-    """Rejects quantised weights, and layers that are not alike."""
+    """Rejects layers that are not alike."""
     settings = language_settings(raw)
-    quantised = next((part[key] for part in (raw, settings) for key in QUANTISED if part.get(key)), None)
-    if quantised:
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
-        raise ModelError(f"{source.name} has quantised weights ({method}); give the unquantised model")
     for key in (*PER_LAYER, *SIZES):
         if settings.get(key) and (key in PER_LAYER or isinstance(settings[key], list)):
             raise ModelError(
@@ -205,6 +202,8 @@ def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
 def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     """Loads a base or converted model in evaluation mode and refuses any weight that is missing or left over.
 
+    Quantised ones are for running only; whoever changes weights asks `load_config` first.
+
     Args:
         source: result of `locate`.
         spec: dtype and attention backend are taken from here.
@@ -219,8 +218,9 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = load_config(source, converted=None)
-    multi_modal = is_multi_modal(read_config(source.path))
+    config = load_config(source, converted=None, quantised=True)
+    raw = read_config(source.path)
+    multi_modal, quantised = is_multi_modal(raw), quantisation_of(raw) is not None
     family = family_of(config.model_type)
     backend = spec.attention if spec.attention != "auto" else family.attention
     if backend is not None and backend not in family.backends:
@@ -242,6 +242,8 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             config=None if multi_modal else config,
             dtype=dtype,
             attn_implementation={"text_config": backend} if multi_modal and backend else backend,
+            # Quantised weights are laid out for the device that they are loaded onto.
+            device_map={"": device} if quantised else None,
             output_loading_info=True,
             # Reported below, in one line.
             ignore_mismatched_sizes=True,
@@ -274,7 +276,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         # Only now does one see it in weights that were downloaded just now, or are not in safetensors files.
         model.config.tie_word_embeddings = False
-    return model.to(device).eval()
+    return (model if quantised else model.to(device)).eval()
 
 
 def last_line(error: BaseException) -> str:

@@ -125,6 +125,8 @@ def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
 def check_numbers(model: PreTrainedModel, name: str) -> None:
     """Refuses weights that are NaN or infinite, which otherwise look like an overflow in some later layer.
 
+    Quantised weights are passed over: integers are finite, and not every quantised tensor can be asked.
+
     Args:
         name: of the model, for the message.
 
@@ -133,7 +135,12 @@ def check_numbers(model: PreTrainedModel, name: str) -> None:
     """
     import torch
 
-    named = [(key, weight) for key, weight in model.named_parameters() if weight.numel()]
+    plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    named = [
+        (key, weight)
+        for key, weight in model.named_parameters()
+        if weight.numel() and weight.dtype in plain and type(weight) is torch.nn.Parameter
+    ]
     # Both ends are NaN where any value is; they need no memory, and one wait for the device is enough.
     ends = torch.stack([torch.stack(weight.detach().aminmax()).float() for _, weight in named])
     wrong = (~ends.isfinite().all(-1)).nonzero().flatten().tolist()
