@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from transformers import (
 
 from uniattn_cli.evaluation.cost import cache_bytes
 from uniattn_cli.fitting.stream import positions_of
+from uniattn_cli.modeling import sharing_uniattn
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates, some_rows
@@ -303,6 +305,34 @@ def test_cached_modes_equal_uncached(entry, layout, backend):
     if not any(layer_windows(model.config)):
         predicted = kv_bytes_per_token(model.config.layout, attention_shape(model.config), 4)
         assert cache_bytes(steps) == predicted * tokens.numel()
+
+
+@cases
+def test_heads_read_where_they_lie_equal_gathered_ones(entry, layout, monkeypatch):
+    model = converted_model(entry, layout)
+    several = sum(len(layer.self_attn.parts) > 1 for layer in model.model.layers)
+    if model.config._attn_implementation != "sdpa" or not several:
+        pytest.skip("heads of several places are read where they lie by SDPA")
+    tokens = random_tokens()
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+
+    def decoded(call_bytes: int) -> torch.Tensor:
+        monkeypatch.setattr(sharing_uniattn, "CALL_BYTES", {"other": call_bytes})
+        cache = DynamicCache(config=model.config)
+        model(tokens[:, :-2], attention_mask=mask[:, :-2], position_ids=positions[:, :-2], past_key_values=cache)
+        steps = []
+        for end in (TOKENS - 1, TOKENS):
+            place = slice(end - 1, end)
+            inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, place]}
+            steps.append(model(tokens[:, place], past_key_values=cache, **inputs).logits)
+        return torch.cat(steps, 1)
+
+    whole, spied = decoded(1 << 40), Mock(wraps=sharing_uniattn.SharedAttentionMixin._attend_in_parts)
+    monkeypatch.setattr(sharing_uniattn.SharedAttentionMixin, "_attend_in_parts", lambda *args: spied(*args))
+    assert_close(decoded(0), whole)
+    assert spied.call_count == 2 * several
 
 
 @cases

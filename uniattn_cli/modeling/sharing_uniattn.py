@@ -8,6 +8,7 @@ Copied into every checkpoint.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -96,6 +97,37 @@ def head_runs(sources: Sequence[tuple[int, int]]) -> tuple[HeadRun, ...]:
         else:
             runs.append(HeadRun(layer, head, 1))
     return tuple(runs)
+
+
+# Bytes of gathered heads for which, on this type of device, one more attention call costs as much as their copy.
+CALL_BYTES = {"cpu": 1 << 19, "other": 1 << 25}
+
+
+class HeadPart(NamedTuple):
+    """Query heads of a layer, and what one attention call on these alone reads: heads in order, all of one source."""
+
+    queries: tuple[int, int]
+    keys: HeadRun
+    values: tuple[int, int]
+
+
+def head_parts(runs: tuple[HeadRun, ...], value_groups: int, group: int) -> tuple[HeadPart, ...]:
+    """The attention calls that read borrowed heads where they lie.
+
+    Args:
+        runs: of the borrowed key heads.
+        value_groups: query heads that one value head serves, where each query head has a key head of its own; else 1.
+        group: query heads that one key head serves.
+    """
+    parts, first = [], 0
+    for layer, source, count in runs:
+        # Grouped queries take neighbouring value heads; ungrouped ones share a value head with others.
+        for start, heads in [(0, count)] if value_groups == 1 else [(each, 1) for each in range(count)]:
+            place = first + start
+            values = (place // value_groups, heads)
+            parts.append(HeadPart((place * group, heads * group), HeadRun(layer, source + start, heads), values))
+        first += count
+    return tuple(parts)
 
 
 def gather_heads(states: dict[int, torch.Tensor], runs: tuple[HeadRun, ...], device: torch.device) -> torch.Tensor:
@@ -231,6 +263,7 @@ class SharedAttentionMixin(_Attention):
         if self.value_groups > 1:
             self.num_key_value_groups = 1
         self.key_runs = head_runs(self.key_sources)
+        self.parts = head_parts(self.key_runs, self.value_groups, self.num_key_value_groups)
         self.asked = plan.asked(shape)
 
     def drop_projections(self, removed: tuple[str, ...]) -> None:
@@ -363,26 +396,49 @@ class SharedAttentionMixin(_Attention):
             without = torch.zeros_like if self.compensation is None else self.compensation
             return without(hidden_states), None
         positions = (position_embeddings, kwargs.get("position_ids"))
-        queries, keys, values = self.states(hidden_states, positions, past_key_values, uniattn_shared)
+        in_parts = self._reads_in_parts(hidden_states, uniattn_shared)
+        queries, keys, values = self.states(hidden_states, positions, past_key_values, uniattn_shared, not in_parts)
         if self.plan.kind != "own" and hasattr(self, "attn"):
             keys, values = self._fit_engine(queries, keys, values)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
-        output, weights = attention(
+        attend = functools.partial(
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention),
             self,
-            queries,
-            keys,
-            values,
-            attention_mask,
+            attention_mask=attention_mask,
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
             **self.attention_arguments(),
             **kwargs,
         )
+        if in_parts:
+            output, weights = self._attend_in_parts(attend, queries, values, uniattn_shared), None
+        else:
+            output, weights = attend(queries, keys, values)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         output = getattr(self, self.output_name)(output)
         if self.compensation is not None:
             output = output + self.compensation(hidden_states)
         return output, weights
+
+    def _reads_in_parts(self, hidden_states: torch.Tensor, shared: SharedStates | None) -> bool:
+        """Whether copies of borrowed heads, made for this one token, would cost more than several attention calls."""
+        if shared is None or len(self.parts) < 2 or hidden_states.shape[1] > 1 or hasattr(self, "attn"):
+            return False
+        if self.config._attn_implementation != "sdpa":
+            return False
+        lent = _lent(shared.keys, self.parts[0].keys.layer)
+        copied = lent[:, :1].numel() * lent.element_size() * sum(heads for _, _, heads in self.key_runs)
+        if self.value_groups > 1 or self.plan.traits.borrows_values:
+            copied *= 2
+        return copied >= len(self.parts) * CALL_BYTES.get(lent.device.type, CALL_BYTES["other"])
+
+    def _attend_in_parts(self, attend, queries, values, shared) -> torch.Tensor:
+        """Attention of one new token, [batch, 1, heads, head_dim], that reads borrowed heads where they lie."""
+        device, outputs = queries.device, []
+        for heads, (layer, *places), own in self.parts:
+            keys = shared.keys[layer].narrow(1, *places).to(device)
+            read = shared.values[layer].narrow(1, *places).to(device) if values is None else values.narrow(1, *own)
+            outputs.append(attend(queries.narrow(1, *heads), keys, read)[0])
+        return torch.cat(outputs, dim=2)
 
     def _fit_engine(self, queries, keys, values):
         """Keys and values with the heads that vLLM's own attention layer of this module, `attn`, expects.
@@ -434,11 +490,12 @@ class SharedAttentionMixin(_Attention):
         """Whether this layer's part of a cache is stored in fewer bits; not all releases have one class for these."""
         return any(hasattr(layer, "_quantize") for layer in past_key_values.layers[self.layer_idx :][:1])
 
-    def states(self, hidden_states, positions, past_key_values, shared):
+    def states(self, hidden_states, positions, past_key_values, shared, gather: bool = True):
         """Queries, keys and values as the attention backend takes them, own or borrowed; updates cache and holder.
 
         Args:
             positions: what `embed_positions` is given beside states.
+            gather: without, borrowed keys and values are None, and own values are those that are cached.
         """
         kind, device = self.plan.traits, hidden_states.device
         if kind.early:
@@ -446,6 +503,7 @@ class SharedAttentionMixin(_Attention):
         else:
             states = self.project(hidden_states, kind.projects)
         self.embed_positions(states, *positions)
+        keys: Any
         if not kind.borrows:
             queries, keys, values = states["q"], states["k"], states["v"]
             if past_key_values is not None:
@@ -455,17 +513,17 @@ class SharedAttentionMixin(_Attention):
                 queries, keys = queries.to(values.dtype), keys.to(values.dtype)
                 shared.lend(self.layer_idx, queries, keys, values, hidden_states if self.lends_input else None)
             return queries, keys, values
-        keys = gather_heads(shared.keys, self.key_runs, device)
+        keys = gather_heads(shared.keys, self.key_runs, device) if gather else None
         if kind.borrows_maps:
             queries = gather_heads(shared.queries, self.query_runs, device)
         else:
             queries = states["q"]
         if kind.borrows_values:
-            return queries, keys, gather_heads(shared.values, self.key_runs, device)
+            return queries, keys, gather_heads(shared.values, self.key_runs, device) if gather else None
         values = states["v"]
         if past_key_values is not None:
             values = self._cache_values(values, past_key_values)
-        if self.value_groups > 1:
+        if gather and self.value_groups > 1:
             values = values.repeat_interleave(self.value_groups, dim=1)
         return queries, keys, values
 
