@@ -79,9 +79,11 @@ def test_the_map_is_that_of_the_attention_backend(entry, windows):
             own.embed_positions(states, *positions_of(given))
             scores = rows.scores(own, states["q"], states["k"])
             found = rows.masked(own, scores, given.get("attention_mask")).softmax(-1)
+            found = found[..., : scores.shape[-1]]
             torch.testing.assert_close(found, expected[index][: len(found)], atol=1e-5, rtol=1e-4)
             # FlashAttention is given no mask, and windows as a number.
-            torch.testing.assert_close(rows.masked(own, scores, None).softmax(-1), found)
+            without = rows.masked(own, scores, None).softmax(-1)
+            torch.testing.assert_close(without[..., : scores.shape[-1]], found)
             batch.base = layer(batch.base, **batch.kwargs[index])
 
 

@@ -41,6 +41,8 @@ def masked():
 def test_flex_attention_equals_plain_attention(entry, layout):
     """On a CPU it works in forward calls only, and compiles for seconds."""
     model = converted_model(entry, layout)
+    if model.model.layers[0].self_attn.has_sinks:
+        pytest.skip("on a CPU, FlexAttention refuses sinks")
     expected = model(TOKENS, attention_mask=masked(), use_cache=False).logits
     model.set_attn_implementation("flex_attention")
     assert model.config._attn_implementation == "flex_attention"

@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from uniattn_cli.errors import RecipeError
 from uniattn_cli.models.building import build_converted
-from uniattn_cli.models.families import family_of
+from uniattn_cli.models.families import check_packing, family_of
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.training.trainer import pack
@@ -25,10 +25,11 @@ PACKED = 20  # tokens of a packed sequence
 # Weights are float64 where the model can be: experts cannot, and norms and eager softmaxes are always float32.
 CLOSE = 1e-5
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
-WITH_BACKEND = [(entry, name, backend) for entry, name in CASES for backend in backends(entry[1]())]
-IDS = [
-    f"{case}-{backend}" for case, (entry, _) in zip(CASE_IDS, CASES, strict=True) for backend in backends(entry[1]())
+PACKING = {entry[0]: family_of(entry[1]().model_type).packs for entry in FAMILIES}
+WITH_BACKEND = [
+    (entry, name, backend) for entry, name in CASES if PACKING[entry[0]] for backend in backends(entry[1]())
 ]
+IDS = [f"{entry[0]}-{name}-{backend}" for entry, name, backend in WITH_BACKEND]
 
 
 def make_rows() -> list[dict]:
@@ -158,6 +159,19 @@ def test_flash_attention_is_told_where_documents_end(entry, layout):
 
 def test_flash_is_checked_in_most_families():
     assert len({entry[0] for entry, _ in WITH_FLASH}) >= 10
+
+
+@pytest.mark.parametrize("family", [name for name, packs in PACKING.items() if not packs])
+def test_packing_is_refused_where_stock_cannot_do_it(family):
+    base = make_base(next(entry for entry in FAMILIES if entry[0] == family))
+    batch = packed_batch(make_rows())
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with pytest.raises(AssertionError):
+        assert_apart(base, lambda: base(**inputs, use_cache=False).logits, batch)
+    with pytest.raises(
+        RecipeError, match=rf"train\.packing: transformers cannot .* of type '{family}'; set it to false"
+    ):
+        check_packing(base.config.model_type)
 
 
 def test_flex_attention_is_refused_with_packing():

@@ -118,6 +118,17 @@ def test_an_engine_that_is_not_installed(uniattn, checkpoint, tmp_path):
         serve(checkpoint, program="nowhere")
 
 
+def test_families_that_vllm_cannot_serve_are_sent_to_transformers(engine, tmp_path, monkeypatch):
+    base = make_base(next(entry for entry in FAMILIES if entry[0] == "gpt_oss"))
+    save_checkpoint(build_converted(base, make_layout("leader", base.config)), make_tokenizer(), tmp_path / "made")
+    with pytest.raises(
+        UsageError, match="lender's sinks, which models of type 'gpt_oss' have; serve it with --engine tra"
+    ):
+        serve(tmp_path / "made", program=engine)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())
+    assert str(serve(tmp_path / "made", engine="transformers")).endswith("--trust-remote-code")
+
+
 def test_the_newest_checkpoint_of_a_run_is_served(checkpoint, engine, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "trained")
     (tmp_path / "trained" / "stage.json").write_text('{"inputs": {}}', encoding="utf-8")

@@ -35,6 +35,7 @@ from training_run import (
 from uniattn_cli.commands.train import Training, train
 from uniattn_cli.data.sequences import Counts
 from uniattn_cli.errors import DataError, RecipeError, StageError, UsageError
+from uniattn_cli.models import families
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.options import RunOptions
@@ -63,6 +64,13 @@ def load(folder: Path, **spec):
     from uniattn_cli.models.loading import load_model
 
     return load_model(locate(str(folder)), ModelSpec(**spec), torch.device("cpu"))
+
+
+def test_packing_is_refused_where_a_family_cannot_keep_rows_apart(run, monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "llama", dataclasses.replace(families.FAMILIES["llama"], packs=False))
+    with pytest.raises(RecipeError, match=r"train\.packing: .* of type 'llama'; set it to false"):
+        train(run_dir=run, overrides=["train.packing=true"], options=CPU)
+    assert not (run / "trained").exists()
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -24,6 +24,7 @@ from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, reference, set
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
 from uniattn_cli.models.building import build_converted, save_checkpoint
+from uniattn_cli.models.families import family_of
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.tokenizer import load_tokenizer
@@ -38,6 +39,7 @@ SLOW = pytest.mark.slow
 HEAD = {"head_dim": 32}
 SPECIAL = {
     "olmo2": {"hidden_size": 192},
+    "cohere2": {"hidden_size": 192},
     "phi3": {
         "hidden_size": 192,
         "rope_parameters": None,
@@ -49,9 +51,11 @@ SPECIAL = {
         },
     },
 }
-DENSE = [entry for entry in FAMILIES if entry[0] not in ("mixtral", "qwen3_moe")]
+DENSE = [
+    entry for entry in FAMILIES if entry[0] not in ("mixtral", "qwen3_moe") and family_of(entry[1]().model_type).in_vllm
+]
 # Windows beside full attention: the plugin refuses pooled layers there, which `others` has.
-WINDOWED = ("gemma2", "gemma3_text", "olmo3")
+WINDOWED = ("gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2", "ministral")
 # Every layout in one family, every kind in those that set families apart, every family. That each family computes every
 # kind alike, whatever engine holds the cache, is what the tests of its model code show.
 TYPICAL = ("gemma3_text", "phi3", "qwen3")

@@ -19,6 +19,8 @@ from transformers import (
     Glm4ForCausalLM,
     GlmConfig,
     GlmForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -80,9 +82,9 @@ MULTIPLIERS = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.0,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 64.0, "original_max_position_embeddings": 4}
 # Queries are scaled from the fifth token on.
-FAR = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 64.0, "beta_fast": 32.0, "beta_slow": 1.0}
-FAR |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}
+FAR = YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 
 # One entry per family, with the flags that it brings: name, configuration, model class.
@@ -133,6 +135,13 @@ FAMILIES = [
         Cohere2ForCausalLM,
     ),
     ("ministral", lambda: MinistralConfig(**ALTERNATING, layer_types=SLIDING_AND_FULL), MinistralForCausalLM),
+    (
+        "gpt_oss",
+        lambda: GptOssConfig(
+            **ALTERNATING, **EXPERTS, num_local_experts=4, layer_types=SLIDING_AND_FULL, rope_parameters=dict(YARN)
+        ),
+        GptOssForCausalLM,
+    ),
     ("ministral3", lambda: Ministral3Config(**SIZES, rope_parameters=dict(FAR)), Ministral3ForCausalLM),
 ]
 
@@ -182,9 +191,8 @@ CASE_IDS = [f"{entry[0]}-{name}" for entry, name in CASES]
 TYPICAL = ("llama", "gemma3_text", "phi3", "qwen3_moe")
 
 
-# Their own code does nothing to a layer that the code of another family does not: one layout, which has most kinds, is
-# tried quickly.
-LIKE_OTHERS = ("glm", "exaone4", "cohere2", "ministral")
+# What their own code does to a layer is seen in one layout, which has most kinds: the others are tried slowly.
+LIKE_OTHERS = ("glm", "glm4", "exaone4", "cohere2", "ministral", "ministral3")
 
 
 def shown_by_others(entry, layout: str | None) -> bool:
@@ -217,6 +225,8 @@ def make_base(entry, seed: int = 0):
             if ".self_attn." in name and "norm" in name:
                 # Queries and keys have the length that their norm gives them.
                 parameter.add_(1 + 0.3 * torch.randn_like(parameter))
+            elif "sinks" in name:
+                parameter.normal_(std=2.0)
             elif "self_attn" in name and "bias" in name:
                 parameter.normal_(std=0.3)
             elif "q_proj.weight" in name or "k_proj.weight" in name:

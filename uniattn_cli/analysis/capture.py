@@ -37,6 +37,7 @@ class LayerStates:
         mask: None for plain causal attention, else [1, 1 or query_heads, tokens, tokens], boolean or added to scores.
         scaling: factor on the scores.
         softcap: bound of the scores, or None.
+        sinks: a score of each query head for no key at all, [query_heads], or None.
         window: a query sees so many keys, itself included, where the mask does not say it; None for all.
         output: [tokens, query_heads, head_dim], what the backend answered.
         inputs: [tokens, hidden], what the attention module received; None if it cannot be told.
@@ -50,6 +51,7 @@ class LayerStates:
     mask: torch.Tensor | None
     scaling: float
     softcap: float | None
+    sinks: torch.Tensor | None
     window: int | None
     output: torch.Tensor
     inputs: torch.Tensor | None
@@ -121,6 +123,7 @@ class _Call:
             mask=mask,
             scaling=self.scaling,
             softcap=self.softcap,
+            sinks=self.options.get("s_aux"),
             window=self.options.get("sliding_window") if mask is None else None,
             output=real(self.answered(), 0),
             inputs=None if self.inputs is None else real(self.inputs, 0),

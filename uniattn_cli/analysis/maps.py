@@ -35,7 +35,7 @@ class SequenceMaps:
             keys: number of keys that these rows can see at most.
 
         Returns:
-            float32 [layers, query_heads, rows, keys].
+            float32 [layers, query_heads, rows, keys]; what attention sinks take is missing from a row's sum.
         """
         positions = torch.arange(self.tokens, device=self.device)[rows]
         if len(self._groups) == 1:
@@ -55,7 +55,12 @@ class SequenceMaps:
         scores = (queries @ stacked[:, :, :keys].transpose(2, 3)).view(len(indices), self.heads, len(positions), keys)
         if state.softcap is not None:
             scores = scores.div_(state.softcap).tanh_().mul_(state.softcap)
-        return _masked(scores, state, positions).softmax(-1)
+        scores = _masked(scores, state, positions)
+        if state.sinks is None:
+            return scores.softmax(-1)
+        sinks = torch.stack([sinks for index in indices if (sinks := self.layers[index].sinks) is not None]).float()
+        taken = sinks[:, :, None, None].expand(-1, -1, len(positions), 1)
+        return torch.cat([scores, taken], dim=-1).softmax(-1)[..., :keys]
 
 
 def _masked(scores: torch.Tensor, state: LayerStates, positions: torch.Tensor) -> torch.Tensor:

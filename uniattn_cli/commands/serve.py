@@ -13,7 +13,7 @@ from pathlib import Path
 
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
-from uniattn_cli.models.families import is_converted
+from uniattn_cli.models.families import Family, family_of, is_converted
 from uniattn_cli.models.loading import read_config
 from uniattn_cli.models.of_run import checkpoint_in
 from uniattn_cli.models.weight_files import check_weight_files
@@ -83,7 +83,12 @@ def serve(
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory}: no such directory; give a checkpoint or a run directory")
     checkpoint = checkpoint_in(Path(directory))
-    check_checkpoint(checkpoint)
+    family = check_checkpoint(checkpoint)
+    if engine == "vllm" and not family.in_vllm:
+        raise UsageError(
+            f"vLLM cannot give a borrowed attention map its lender's sinks, which models of type '{family.model_type}' "
+            "have; serve it with --engine transformers"
+        )
     found, fixed, cache = find_program(engine, program), ["serve", str(checkpoint)], None
     if engine == "transformers":
         fixed = ["-m", TRANSFORMERS_MODULE, *fixed]
@@ -98,8 +103,11 @@ def serve(
     return ServeCommand(found, (*fixed, *arguments), checkpoint, cache)
 
 
-def check_checkpoint(checkpoint: Path) -> None:
+def check_checkpoint(checkpoint: Path) -> Family:
     """Looks for what an engine would trip over half a minute later; reads no weights.
+
+    Returns:
+        The family of the model.
 
     Raises:
         CheckpointError: not a converted checkpoint, damaged, incomplete, or of a newer format.
@@ -133,6 +141,7 @@ def check_checkpoint(checkpoint: Path) -> None:
         raise CheckpointError(
             f"{checkpoint} lacks its model code ({missing[0] if missing else 'auto_map'}.py); copy all files"
         )
+    return family_of(model_type)
 
 
 def installed_beside(program: Path) -> dict[str, str]:

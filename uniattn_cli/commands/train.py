@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import DataError, RecipeError, StageError
+from uniattn_cli.models.families import check_packing
 from uniattn_cli.models.losses import Loss
 from uniattn_cli.options import Progress, RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe, TrainStage
@@ -86,6 +87,8 @@ def train(
     run.check_free(verb, options.force)
     base, converted = _sources(run, settings)
     config = load_config(converted, converted=True)
+    if settings.train.packing:
+        check_packing(config.model_type)
     stages, notes = planned_stages(settings.train.stages, config)
     stages = control_stages(stages) if control else stages
     teacher = None if control else _teacher(run, settings, stages, base)

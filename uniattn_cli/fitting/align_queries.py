@@ -127,7 +127,8 @@ def _gradients(
     with torch.enable_grad():
         found = scores(attention, _positioned_queries(attention, rows), rows["keys"])
     slopes = masked(attention, found.detach(), rows.mask).softmax(-1).sub_(target)
-    slopes /= slopes[..., 0].numel()
+    # Sinks are not fitted.
+    slopes = slopes[..., : found.shape[-1]] / slopes[..., 0].numel()
     # Not `backward`: weights that are not trained may be those of the base.
     return torch.autograd.grad(found, trained, slopes)
 

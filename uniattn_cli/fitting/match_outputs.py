@@ -252,6 +252,8 @@ class Borrowing:
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
+        if own.has_sinks:
+            arguments["s_aux"] = shared.sinks[source][0] if KINDS[self.kind].borrows_maps else own.sinks
         mask = kwargs.get("attention_mask")
         return backend(own, queries, shared.keys[source], values, mask, **arguments)[0].flatten(0, 1)
 

@@ -60,9 +60,11 @@ def _prepare(layer: Any, index: int, batch: Batch) -> Rows:
     states: dict[Any, torch.Tensor] = {"input": inputs, "target": target}
     traits = attention.plan.traits
     names = [LENT[letter] for letter in traits.borrows] + ["inputs"] * traits.early
+    names += ["sinks"] * (attention.has_sinks and traits.borrows_maps)
     for name in names:
         lent = getattr(batch.shared, name)
-        states |= {(name, source): lent[source].to(inputs.device) for source in attention.plan.source_layers}
+        for source in attention.plan.source_layers:
+            states[name, source] = lent[source].to(inputs.device).expand(len(inputs), *lent[source].shape[1:])
     return Rows.of(attention, states, kwargs)
 
 
@@ -84,7 +86,7 @@ def _output(attention: SharedAttentionMixin, rows: Rows) -> torch.Tensor:
         if isinstance(name, tuple):
             getattr(shared, name[0])[name[1]] = rows[name].float()
     queries, keys, values = attention.states(rows["input"].float(), rows.positions, None, shared)
-    maps = masked(attention, scores(attention, queries, keys), rows.mask).softmax(-1)
+    maps = masked(attention, scores(attention, queries, keys), rows.mask, shared).softmax(-1)[..., : keys.shape[2]]
     # All heads that weigh the same values in one product.
     heads = maps.unflatten(1, (values.shape[1], -1)).flatten(2, 3) @ values
     heads = heads.unflatten(2, (-1, maps.shape[-1])).flatten(1, 2).transpose(1, 2).flatten(2)

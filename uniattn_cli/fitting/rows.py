@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from uniattn_cli.fitting.stream import Batch, positions_of
-from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin
+from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, SharedStates
 
 # Tokens of one step, in whole rows: a fifth of a second for a model of 0.1 billion parameters on two CPU cores.
 STEP_TOKENS = 2048
@@ -112,14 +112,33 @@ def scores(attention: SharedAttentionMixin, queries: torch.Tensor, keys: torch.T
     return found if cap is None else cap * torch.tanh(found / cap)
 
 
-def masked(attention: SharedAttentionMixin, found: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Scores where a token sees another, minus infinity elsewhere."""
+def masked(
+    attention: SharedAttentionMixin,
+    found: torch.Tensor,
+    mask: torch.Tensor | None,
+    shared: SharedStates | None = None,
+) -> torch.Tensor:
+    """Scores where a token sees another, minus infinity elsewhere; in families with sinks, those behind the last key.
+
+    Args:
+        found: [rows, heads, tokens, keys].
+        mask: of `Rows`.
+        shared: what is lent to a layer that borrows maps, whose sinks they are.
+
+    Returns:
+        [rows, heads, tokens, keys], one more where there are sinks.
+    """
     if mask is None:
         window = attention.attention_arguments().get("sliding_window")
         hidden = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).triu(1)
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(-window)
-        return found.masked_fill(hidden, -torch.inf)
-    if mask.dtype is torch.bool:
-        return found.masked_fill(~mask, -torch.inf)
-    return found + mask[..., : found.shape[-1]].float()
+        found = found.masked_fill(hidden, -torch.inf)
+    elif mask.dtype is torch.bool:
+        found = found.masked_fill(~mask, -torch.inf)
+    else:
+        found = found + mask[..., : found.shape[-1]].float()
+    sinks = attention.map_sinks(shared, found.device)
+    if sinks is None:
+        return found
+    return torch.cat([found, sinks[:, :, None, None].float().expand(len(found), -1, found.shape[2], 1)], dim=-1)

@@ -34,7 +34,8 @@ class SharedStates:
 
     An object and not a dict, because tree utilities copy dicts in keyword arguments and each layer would see its own.
     Tensors have shape [batch, heads, tokens, head_dim]; keys and values cover the whole cache, queries the new tokens.
-    Inputs are what a source's attention was given, [batch, new tokens, hidden], where somebody asks early.
+    Inputs are what a source's attention was given, [batch, new tokens, hidden], where somebody asks early. Sinks, in
+    families that have them, are a score of each query head for no key at all, [1, heads]: they belong to the map.
     """
 
     def __init__(self):
@@ -42,6 +43,7 @@ class SharedStates:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
+        self.sinks: dict[int, torch.Tensor] = {}
 
     def lend(
         self,
@@ -50,6 +52,7 @@ class SharedStates:
         keys: torch.Tensor,
         values: torch.Tensor,
         inputs: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Hands over what a layer computed, and was given.
 
@@ -62,10 +65,12 @@ class SharedStates:
         self.queries[layer], self.keys[layer], self.values[layer] = queries, keys, values
         if inputs is not None:
             self.inputs[layer] = inputs
+        if sinks is not None:
+            self.sinks[layer] = sinks
 
     def forget(self, layer: int) -> None:
         """Lets go what a layer lent."""
-        for states in (self.queries, self.keys, self.values, self.inputs):
+        for states in vars(self).values():
             states.pop(layer, None)
 
     def copy(self) -> SharedStates:
@@ -225,7 +230,11 @@ class SharedAttentionMixin(_Attention):
     """
 
     output_name = "o_proj"
-    removable: ClassVar[dict] = {"q_proj": ("q_proj", "q_norm"), "k_proj": ("k_proj", "k_norm"), "v_proj": ("v_proj",)}
+    removable: ClassVar[dict] = {
+        "q_proj": ("q_proj", "q_norm", "sinks"),
+        "k_proj": ("k_proj", "k_norm"),
+        "v_proj": ("v_proj",),
+    }
     # Modules with `head_dim` outputs per key/value head; a `pooled` layer starts from means of the base's.
     pooled_names: ClassVar[tuple] = ("k_proj", "v_proj")
 
@@ -238,6 +247,7 @@ class SharedAttentionMixin(_Attention):
         self.lend_to(layout)
         # Asking a module for what it has not is slow, and is done in each call otherwise.
         self.normed = [part for part in "qkv" if hasattr(self, f"{part}_norm")]
+        self.has_sinks = hasattr(self, "sinks")
         self.drop_projections(plan.traits.removed)
         self.compensation = make_compensation(plan, shape.hidden_size)
         if plan.traits.fewer_heads:
@@ -368,8 +378,17 @@ class SharedAttentionMixin(_Attention):
             states[parts[0]], _ = self.rotate(alone, alone.narrow(1, 0, 0), cos, sin)
 
     def attention_arguments(self) -> dict:
-        """What the family's attention call is given beside scaling and dropout."""
+        """What the family's attention call is given beside scaling, dropout and sinks."""
         return {}
+
+    def map_sinks(self, shared: SharedStates | None, device: torch.device) -> torch.Tensor | None:
+        """Sinks of this layer's map, own or borrowed, [1, heads]; None in families without."""
+        if not self.has_sinks:
+            return None
+        if self.plan.traits.borrows_maps:
+            assert shared is not None, "maps are borrowed"
+            return gather_heads(shared.sinks, self.query_runs, device)
+        return self.sinks[None]
 
     def forward(
         self,
@@ -400,13 +419,16 @@ class SharedAttentionMixin(_Attention):
         queries, keys, values = self.states(hidden_states, positions, past_key_values, uniattn_shared, not in_parts)
         if self.plan.kind != "own" and hasattr(self, "attn"):
             keys, values = self._fit_engine(queries, keys, values)
+        arguments, sinks = self.attention_arguments(), self.map_sinks(uniattn_shared, hidden_states.device)
+        if sinks is not None:
+            arguments["s_aux"] = sinks.flatten()
         attend = functools.partial(
             ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention),
             self,
             attention_mask=attention_mask,
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
-            **self.attention_arguments(),
+            **arguments,
             **kwargs,
         )
         if in_parts:
@@ -511,7 +533,8 @@ class SharedAttentionMixin(_Attention):
             if self.is_source:
                 # Under autocast rotary embedding gives float32, which the attention of every borrower would round.
                 queries, keys = queries.to(values.dtype), keys.to(values.dtype)
-                shared.lend(self.layer_idx, queries, keys, values, hidden_states if self.lends_input else None)
+                inputs = hidden_states if self.lends_input else None
+                shared.lend(self.layer_idx, queries, keys, values, inputs, self.map_sinks(shared, device))
             return queries, keys, values
         keys = gather_heads(shared.keys, self.key_runs, device) if gather else None
         if kind.borrows_maps:

@@ -27,7 +27,9 @@ class Family:
         masks: what its layers attend to: `full`, `sliding` (a window), or how layers of both sorts are mixed.
         backends: attention backends that give the family's own numbers.
         post_norm: the attention output is normed or scaled before it is added to the residual stream.
-        not_in_engine: why the decoding engine cannot run it, to be read after its name; empty where it can.
+        not_in_engine: why the decoding engine cannot run it; empty where it can.
+        in_vllm: vLLM can serve what is made of it.
+        packs: its masks keep the rows of a packed sequence apart.
     """
 
     model_type: str
@@ -37,6 +39,8 @@ class Family:
     backends: tuple[str, ...] = BACKENDS
     post_norm: bool = False
     not_in_engine: str = ""
+    in_vllm: bool = True
+    packs: bool = True
 
     @property
     def module(self) -> str:
@@ -82,6 +86,14 @@ FAMILIES = {
             *("cohere2", "UniAttnCohere2", "Command R7B, Command A", "three sliding, then one full without positions"),
             not_in_engine=PAIRS,
         ),
+        Family(
+            *("gpt_oss", "UniAttnGptOss", "gpt-oss 20B, 120B", "alternating sliding and full, with sinks"),
+            # SDPA and FlashAttention 2 know no sinks; FlashAttention 3 only in a build of its own.
+            ("eager", "flex_attention"),
+            not_in_engine="its attention maps have sinks",
+            in_vllm=False,
+            packs=False,
+        ),
         Family("ministral", "UniAttnMinistral", "Ministral 8B", "full and sliding"),
         Family("ministral3", "UniAttnMinistral3", "Ministral 3 3B, 8B, 14B"),
     )
@@ -116,4 +128,18 @@ def check_target(model_type: str, target: str) -> None:
         raise RecipeError(
             f"conversion.target: models of type '{model_type}' normalise or scale attention outputs before adding them "
             "to the residual stream, so the fit cannot target it; use attention"
+        )
+
+
+def check_packing(model_type: str) -> None:
+    """Rejects packed sequences for families whose masks in transformers do not know where rows end.
+
+    Raises:
+        RecipeError: rows would attend to those before them, in the base too.
+    """
+    family = family_of(model_type)
+    if not family.packs:
+        raise RecipeError(
+            f"train.packing: transformers cannot keep packed rows apart in models of type '{family.model_type}'; "
+            "set it to false"
         )

@@ -40,7 +40,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.v1.core import kv_cache_utils
 
-    for family in FAMILIES.values():
+    for family in (family for family in FAMILIES.values() if family.in_vllm):
         name = "TransformersMoEForCausalLM" if family.model_type in WITH_EXPERTS else "TransformersForCausalLM"
         ModelRegistry.register_model(f"{family.prefix}ForCausalLM", f"uniattn_cli.serving.vllm_model:{name}")
     if not hasattr(kv_cache_utils.get_kv_cache_groups, "__wrapped__"):
