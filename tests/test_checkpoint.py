@@ -255,6 +255,9 @@ def test_the_stored_configuration_keeps_the_stock_settings(tmp_path):
     ("change", "error", "words"),
     [
         ({"model_type": "t5"}, ModelError, "type 't5' are not supported; supported: .*llama"),
+        ({"model_type": "qwen3_next"}, ModelError, r"'qwen3_next' are not supported \(some of .*linear attention"),
+        ({"model_type": "deepseek_v3"}, ModelError, r"'deepseek_v3' are not supported \(.* latent vector"),
+        ({"model_type": "nemotron-nas", "block_configs": [{}]}, ModelError, "different numbers of heads"),
         ({"architectures": ["LlamaForSequenceClassification"]}, ModelError, "not a causal language model"),
         ({"quantization_config": {"quant_method": "awq"}}, ModelError, r"quantised weights \(awq\)"),
         ({"compression_config": {"quant_method": "nvfp4"}}, ModelError, r"quantised weights \(nvfp4\)"),

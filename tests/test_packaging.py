@@ -468,6 +468,8 @@ def test_a_multi_modal_model_that_does_more_than_its_language_model_is_refused(m
             "'voxtral'.*of type 'llama'",
         ),
         ({"model_type": "internvl_chat", "llm_config": {"model_type": "qwen2"}}, "'internvl_chat'.*of type 'qwen2'"),
+        ({"model_type": "qwen3_5", "text_config": {}}, r"'qwen3_5_text', which is not supported \(.*linear attention"),
+        ({"model_type": "llama4", "text_config": {}}, r"'llama4_text', which is not supported \(.* within chunks"),
         (
             {"model_type": "qwen2_vl", "vision_config": {}},
             "'qwen2_vl'.*of type 'qwen2_vl_text', which is not supported",

@@ -99,6 +99,25 @@ FAMILIES = {
     )
 }
 
+PARTLY = "some of their layers have no attention map, but linear attention or a state"
+LATENT = "their keys and values come from one latent vector, which is what they cache"
+# Why models that people ask for cannot be converted; the maintained list of what can is above.
+REFUSED = {
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear", "minimax", "olmo_hybrid"), PARTLY
+    ),
+    **dict.fromkeys(("granitemoehybrid", "nemotron_h", "jamba", "bamba", "falcon_h1", "zamba2", "lfm2"), PARTLY),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "mistral4", "minicpm3"), LATENT),
+    **dict.fromkeys(("nemotron-nas", "deci", "openelm"), "their layers have different numbers of heads"),
+    "llama4_text": "their layers attend within chunks, and norm queries and keys that are rotated already",
+}
+
+
+def unsupported(model_type: str) -> str:
+    """What is said of a stock model type that cannot be converted, to be read after a name of such models."""
+    reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+    return f"not supported{reason}; supported: {', '.join(sorted(FAMILIES))}"
+
 
 def is_converted(model_type: str) -> bool:
     """Whether a `model_type` is that of converted models."""
@@ -113,8 +132,7 @@ def family_of(model_type: str) -> Family:
     """
     stock = model_type.removeprefix(CONVERTED)
     if stock not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"models of type '{stock}' are not supported; supported: {known}")
+        raise ModelError(f"models of type '{stock}' are {unsupported(stock)}")
     return FAMILIES[stock]
 
 

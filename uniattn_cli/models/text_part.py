@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import ModelError
-from uniattn_cli.models.families import FAMILIES
+from uniattn_cli.models.families import FAMILIES, unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def text_config(name: str, whole: Any) -> Any:
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{name} is a multi-modal model ('{whole.model_type}') whose language model is of type "
-            f"'{config.model_type}', which is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"'{config.model_type}', which is {unsupported(config.model_type)}"
         )
     # These two are the whole's to say, and the part's own copies are often wrong.
     config.tie_word_embeddings = whole.tie_word_embeddings

@@ -116,10 +116,12 @@ def _reordered(
         "q_norm": "q" if len(tensor) == shape.query_heads * shape.head_dim else "",
         # A bias belongs to the output, which has no heads.
         "o_proj": "q" if tensor.dim() > 1 else "",
+        "sinks": "q",
     }.get(module, "")
     places: list[int] = []
+    rows = 1 if module == "sinks" else shape.head_dim
     for part in sections:
-        start, size = len(places), heads[part] * shape.head_dim // len(order)
+        start, size = len(places), heads[part] * rows // len(order)
         places += [start + group * size + place for group in order for place in range(size)]
     if not places:
         return tensor
