@@ -452,6 +452,9 @@ def test_an_output_in_the_way(verb, output, run, refuses):
     (run / output / "stage.json").unlink()
     (run / output / "mine.txt").write_text("precious")
     refuses(run, verb, says=[f"{output} exists but was not written by uniattn; use --force to replace it"])
+    shutil.rmtree(run / output)
+    (run / output).symlink_to("nowhere")
+    refuses(run, verb, says=[f"{output} exists but was not written by uniattn; use --force to replace it"])
 
 
 def test_a_run_directory_that_cannot_be(refuses, tmp_path):
@@ -672,6 +675,22 @@ def test_work_of_other_settings_is_not_resumed(fails_in_the_middle, tmp_path):
         with RunDir(tmp_path).write("train", Recipe(), {"model": model}, resume=True) as folder:
             assert (folder / "weights").exists() == kept
         shutil.rmtree(tmp_path / "trained")
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling"])
+def test_whatever_has_the_name_of_the_hidden_folder_is_in_no_ones_way(kind, tmp_path):
+    directory = RunDir(tmp_path)
+    if kind == "file":
+        directory.partial("eval").write_text("a file")
+    else:
+        directory.partial("eval").symlink_to(tmp_path / "target")
+    if kind == "link":
+        (tmp_path / "target").mkdir()
+        (tmp_path / "target" / "precious").touch()
+    with directory.write("eval", Recipe(), {}) as folder:
+        (folder / "results.json").write_text("{}")
+    assert sorted(path.name for path in directory.output("eval").iterdir()) == ["results.json", "stage.json"]
+    assert kind != "link" or (tmp_path / "target" / "precious").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling"])

@@ -91,7 +91,7 @@ class RunDir:
             StageError: the output exists and `force` is off.
         """
         output = self.output(stage)
-        if output.exists() and not force:
+        if _taken(output) and not force:
             state = "is complete" if self.is_complete(stage) else "exists but was not written by uniattn"
             raise StageError(f"{output} {state}; use --force to replace it")
 
@@ -156,7 +156,7 @@ class RunDir:
         }
         try:
             with file_errors(self.root):
-                if partial.exists() and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
+                if _taken(partial) and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
                     _remove(partial)
                 partial.mkdir(parents=True, exist_ok=True)
                 # Settings such as train.max_rise may be infinite.
@@ -169,7 +169,7 @@ class RunDir:
                 write_json(partial / STAGE_FILE, record, finite=False)
                 _share_weights(partial)
                 output = self.output(stage)
-                if output.exists() or output.is_symlink():
+                if _taken(output):
                     _remove(output)
                 partial.rename(output)
         finally:
@@ -185,6 +185,11 @@ def _share_weights(folder: Path) -> None:
         # Some file systems have one mode for all files, and refuse to set any.
         if stat.S_IMODE(path.stat().st_mode) != mode:
             path.chmod(mode)
+
+
+def _taken(path: Path) -> bool:
+    """Whether something has this name, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
 
 
 def _remove(path: Path) -> None:
