@@ -173,9 +173,13 @@ def test_a_layout_file_may_be_a_list_or_a_recipe_or_a_checkpoint_config(tmp_path
     ):
         (tmp_path / name).write_text(json.dumps(content))
         assert parse_groups(str(tmp_path / name), SHAPE) == layout
-    (tmp_path / "bad.yaml").write_text("layers: [{leder: 3}]")
-    with pytest.raises(LayoutError, match=r"layer 0: unknown key 'leder'"):
-        parse_groups(str(tmp_path / "bad.yaml"), SHAPE)
+    for entry, words in (
+        ("leder: 3", "unknown key 'leder'"),
+        ("kind: [key]", r"kind must be one of .*, not \['key'\]"),
+    ):
+        (tmp_path / "bad.yaml").write_text(f"layers: [{{{entry}}}]")
+        with pytest.raises(LayoutError, match=f"layer 0: {words}"):
+            parse_groups(str(tmp_path / "bad.yaml"), SHAPE)
 
 
 def test_kv_bytes_count_what_each_kind_caches():

@@ -195,6 +195,8 @@ class LayerPlan:
             except (TypeError, ValueError):
                 raise ValueError(f"heads must read like '4:0 4:2 3:1' (layer:head), not {heads!r}") from None
         kind = entry.get("kind", "softmax" if "leader" in entry or heads else "own")
+        if not isinstance(kind, str):
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         # A kind that nobody knows is reported by `Layout.problems`.
         default = KINDS[kind].compensation_for(compensation) if kind in KINDS else compensation
         return cls(kind, entry.get("leader"), heads, entry.get("kv_heads"), entry.get("compensation", default))
