@@ -224,6 +224,22 @@ def test_no_network_is_told_at_once(at, refuses, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", "the hub cannot be reached (Using SOCKS proxy, but"),
+        ("SSL_CERT_FILE", "/nowhere", "the hub cannot be reached ([Errno 2] No such file"),
+    ],
+)
+def test_a_client_that_cannot_be_set_up_is_told(variable, value, says, at, refuses, monkeypatch, tmp_path):
+    at("https://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv(variable, value)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    refuses(folder, "analyze", "owner/model", says=[says])
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [
         ("./nowhere", ["./nowhere: no such directory"]),

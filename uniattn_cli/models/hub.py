@@ -14,6 +14,8 @@ from uniattn_cli.recipe.paths import located
 from uniattn_cli.run.files import read_json
 
 ADAPTER = "adapter_config.json"
+# What the HTTP client raises for a SOCKS proxy without its package, and where certificates are not in their place.
+SETUP_ERRORS = (ImportError, FileNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,10 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
             offline = False
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             raise
-        except transport_errors(OfflineModeIsEnabled):
+        except transport_errors(OfflineModeIsEnabled, *SETUP_ERRORS) as error:
             offline = True
+            if isinstance(error, SETUP_ERRORS):
+                trouble += f" ({error})"
         except HfHubHTTPError as error:
             offline, trouble = True, f"returns HTTP status {error.response.status_code}"
         except ValueError:
