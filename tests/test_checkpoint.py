@@ -19,6 +19,7 @@ from uniattn_cli.errors import CheckpointError, ModelError
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_config, load_model
+from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.schema import ModelSpec
 
 CPU = torch.device("cpu")
@@ -236,9 +237,13 @@ def test_a_newer_format_is_refused(tmp_path):
 
 def test_an_illegal_layout_is_refused(tmp_path):
     save_converted(FAMILIES[0], "leader", tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     edit_config(tmp_path, lambda content: content["uniattn"]["layers"][2].update(leader=5))
     with pytest.raises(CheckpointError, match="layer 5, which is not an earlier layer"):
         load_model(locate(str(tmp_path)), ModelSpec(), CPU)
+    # It is read there, too.
+    with pytest.raises(ModelError, match="layer 5, which is not an earlier layer"):
+        load_tokenizer(locate(str(tmp_path)))
 
 
 def test_the_stored_configuration_keeps_the_stock_settings(tmp_path):

@@ -51,9 +51,9 @@ def test_what_cannot_be_read_is_told_in_one_line(content, words, tmp_path):
         read_json(path, "mend it", CheckpointError)
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+def test_a_line_that_is_no_object_is_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
+    path.write_bytes(b'{"step": 1}\n[]\n5\n{"\xfc": 3}\n' + b"[" * 100_000 + b'\n{"step": 2}\n{"st')
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
 
 

@@ -367,7 +367,8 @@ def test_without_a_chat_template_the_text_is_plain_and_said_so(run, tmp_path):
         ),
         (["generate", "hi", "--greedy", "--top-p", "0.9"], 2, "error: --greedy excludes sampling; remove"),
         (["generate", "hi", "--top-p", "1.5"], 2, "error: --top-p must be above 0 and at most 1, not 1.5"),
-        (["generate", "hi", "--temperature", "-1"], 2, "error: --temperature must be at least 0, not -1"),
+        (["generate", "hi", "--temperature", "-1"], 2, "error: --temperature must be 0 or at least 0.001, not -1"),
+        (["chat", "--temperature", "1e-300"], 2, "error: --temperature must be 0 or at least 0.001, not 1e-300"),
         (["chat", "--max-new-tokens", "0"], 2, "error: --max-new-tokens must be at least 1, not 0"),
     ],
 )

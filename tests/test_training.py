@@ -492,6 +492,7 @@ def test_preview_marks_what_is_learned():
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "it has no MASTER_ADDR and MASTER_PORT"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number; .* or unset WORLD_SIZE"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 is no number"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; launch without it, and set train.fsdp"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, None),
     ],
 )

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Logits divided by less have no probabilities in half precision, and the likeliest token is certain long before.
+LOWEST = 1e-3
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen.
@@ -37,8 +41,8 @@ class Decoding:
         """Raises UsageError for values that make no sense."""
         if self.max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"--temperature must be at least 0, not {self.temperature:g}")
+        if self.temperature != 0 and not LOWEST <= self.temperature < float("inf"):
+            raise UsageError(f"--temperature must be 0 or at least {LOWEST:g}, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p must be above 0 and at most 1, not {self.top_p:g}")
 

@@ -25,6 +25,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the directory holds none, a damaged one, or one with more tokens than the model knows.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     raw = read_config(source.path)
@@ -42,7 +43,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer("a")  # some settings are used only now
     except Exception as error:
         # The library for tokenizer.json has no class for its errors.
-        if type(error) is not Exception and not isinstance(error, (OSError, *NONSENSE)):
+        if type(error) is not Exception and not isinstance(error, (OSError, StrictDataclassError, *NONSENSE)):
             raise
         raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {last_line(error)}") from None
     known = language_settings(raw).get("vocab_size")

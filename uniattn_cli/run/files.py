@@ -143,12 +143,12 @@ def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one in each line; a line that an interruption cut off is left out."""
+    """The objects of a file with one in each line; what is none, as a line that was cut off, is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-    return found
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def now() -> str:

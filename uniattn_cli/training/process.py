@@ -41,6 +41,10 @@ def join_processes(options: RunOptions) -> PartialState:
 
 def _check_launcher() -> None:
     """Refuses what some batch systems and containers leave of a launcher, on which Accelerate fails or waits."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise UsageError(
+            "training with DeepSpeed is not supported; launch without it, and set train.fsdp to shard a model"
+        )
     given = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     odd = [f"{name}={value}" for name, value in given.items() if name in NUMBERS and not value.isdecimal()]
     missing = [name for name in LAUNCHED if name not in given]
