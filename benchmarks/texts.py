@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 TEXT_TOKENS, WIKITEXT_TOKENS = 30 * 1024, 64 * 1024
 
 
-def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int]) -> None:
-    """Options for the model, the texts and the seeds."""
+def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> None:
+    """Options for the model, the texts and, where there are several, the seeds."""
     parser.add_argument("model", help="directory or hub id")
     parser.add_argument("--text", type=Path, required=True, help="JSONL with a column `text`")
     parser.add_argument("--wikitext", type=Path, required=True, help="plain text")
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(seeds))
+    if seeds:
+        parser.add_argument("--seeds", nargs="*", type=int, default=list(seeds))
 
 
 def split_pages(

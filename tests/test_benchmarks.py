@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -104,6 +105,32 @@ def test_speed_benchmark_alternates_base_and_converted(tmp_path):
         assert len(row["ratios"]) == 2 and row["ratio"] > 0
         assert row["base"]["tokens_per_second"] > 0 and row["converted"]["peak_gib"] is None
     assert out.with_suffix(".md").read_text().count("×") == 5
+
+
+@pytest.mark.slow
+def test_quantised_benchmark_compares_each_model_with_itself(tmp_path):
+    model = make_model(tmp_path / "model")
+    pages = [{"text": f"Page {n} says that {n} and {n} are {n + n}, and so on for a while. " * 4} for n in range(30)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages), encoding="utf-8")
+    write_data(tmp_path)
+    out = tmp_path / "out" / "quantised.json"
+    common = [model, "--text", tmp_path / "pages.jsonl", "--wikitext", tmp_path / "text.txt", "--out", out]
+    common += ["--tokens", 128, "--fit-tokens", 1024, "--length", 64, "--refine", 0, "--device", "cpu"]
+    schemes = ["cache of 4 bits (quanto)", "int4 in tiles (torchao)"]
+    done = run_benchmark("quantised", *common, "--layouts", "every:2", "early@every:3", "--schemes", *schemes)
+    assert done.returncode == 0, done.stderr
+    assert "left out: int4 in tiles (torchao) (needs a GPU)" in done.stdout
+    rows = json.loads(out.read_text())["rows"]
+    names = ["base", "every:2", "early@every:3"]
+    assert [name for name in names if rows[f"{name} | not quantised"]["ratio"] == {"c4": 1.0, "wt": 1.0}] == names
+    whole = [rows[f"{name} | not quantised"]["kv_bytes_per_token"] for name in names]
+    assert whole[1] == whole[0] * 3 / 4 and whole[2] == whole[0] * 4 / 6
+    if importlib.util.find_spec("optimum"):
+        # Four bits, and two floats for each group of 64 numbers.
+        for name, plain in zip(names, whole, strict=True):
+            cached = rows[f"{name} | cache of 4 bits (quanto)"]
+            assert cached["kv_bytes_per_token"] == pytest.approx(plain * (4 + 2 * 32 / 64) / 32, rel=0.02)
+    assert "| not quantised |" in squeezed(out.with_suffix(".md"))
 
 
 def test_files_of_several_processes_are_merged(tmp_path, monkeypatch):
