@@ -282,6 +282,21 @@ def test_attention_of_gpus_gives_the_text_of_transformers(entry, name, flash, tm
         assert abs(done.blocks - CACHE_BYTES // page_bytes(directory)) <= 1
 
 
+@pytest.mark.parametrize("name", ["early", "mixed"])
+def test_attention_of_gpus_reads_each_tensor_with_the_scale_that_wrote_it(name, flash, tmp_path):
+    """Of a cache in FP8. Whether FP8 is good enough for a model is not what is asked here."""
+    directory, found = write(tmp_path, FAMILIES[0], name), []
+    flash.call(set_obstacles, [])
+    for scaled in (False, True):
+        flash.call(torch_flash.scale, scaled)
+        done = flash.run(directory, (prompts(), TOKENS), kv_cache_dtype="fp8")
+        assert abs(done.blocks - CACHE_BYTES // (page_bytes(directory) // 4)) <= 1
+        found.append(done.outputs[0])
+    flash.call(torch_flash.scale, False)
+    # Small numbers are rounded by their size, so not quite alike; a wrong scale gives other tokens.
+    assert_same(*found, 0.02)
+
+
 @SLOW
 def test_preemption_with_attention_of_gpus(flash, tmp_path):
     directory = write(tmp_path, FAMILIES[0], "mixed")

@@ -8,16 +8,12 @@ tensors through one set of strides; a borrower, which has only values, gives it 
 from __future__ import annotations
 
 import torch
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl, FlashAttentionMetadata
 
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
-
-
-def paged(heads: torch.Tensor) -> torch.Tensor:
-    """Cached heads [blocks, heads, block size, head size] as FlashAttention takes them, heads third; no copy."""
-    return canonicalize_singleton_dim_strides(heads.transpose(1, 2))
 
 
 class SharedFlashImpl(FlashAttentionImpl):
@@ -43,17 +39,18 @@ class SharedFlashImpl(FlashAttentionImpl):
             raise NotImplementedError("fused output quantisation is not supported by vLLM's FlashAttention")
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output.fill_(0)
-        tokens = attn_metadata.num_actual_tokens
+        tokens, requests = attn_metadata.num_actual_tokens, len(attn_metadata.query_start_loc) - 1
         for run in layer.runs:
             heads = slice(run.query_head, run.query_head + run.query_heads)
-            keys = layer.peers[run.key_layer].keys.heads(run.key_head, run.kv_heads, run.key_step)
-            values = layer.peers[run.value_layer].heads(run.value_head, run.kv_heads, run.value_step)
+            lender, owner = layer.peers[run.key_layer], layer.peers[run.value_layer]
+            keys = lender.keys.heads(run.key_head, run.kv_heads, run.key_step)
+            values = owner.heads(run.value_head, run.kv_heads, run.value_step)
             # FlashAttention 3 makes its own division of work where that of the step is for other numbers of heads.
             whole = run.query_heads == self.num_heads and run.kv_heads == layer.stored_heads
             fa_utils.flash_attn_varlen_func(
                 q=query[:tokens, heads],
-                k=paged(keys),
-                v=paged(values),
+                k=self._paged(keys),
+                v=self._paged(values),
                 out=output[:tokens, heads],
                 cu_seqlens_q=attn_metadata.query_start_loc,
                 max_seqlen_q=attn_metadata.max_query_len,
@@ -67,8 +64,18 @@ class SharedFlashImpl(FlashAttentionImpl):
                 scheduler_metadata=attn_metadata.scheduler_metadata if whole else None,
                 fa_version=self.vllm_flash_attn_version,
                 num_splits=attn_metadata.max_num_splits,
+                # Of a cache in FP8: each tensor has the scale of the layer that wrote it.
+                q_descale=layer._q_scale.expand(requests, run.kv_heads),
+                k_descale=lender._k_scale.expand(requests, run.kv_heads),
+                v_descale=owner._v_scale.expand(requests, run.kv_heads),
             )
         return output
+
+    def _paged(self, heads: torch.Tensor) -> torch.Tensor:
+        """Cached heads [blocks, heads, block size, head size] as FlashAttention takes them, heads third; no copy."""
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            heads = heads.view(current_platform.fp8_dtype())
+        return canonicalize_singleton_dim_strides(heads.transpose(1, 2))
 
     def do_kv_cache_update(
         self,

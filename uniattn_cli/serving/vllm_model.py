@@ -45,7 +45,7 @@ def obstacles(vllm_config) -> list[str]:
     """What, of the engine's settings, the shared cache has not been made for; empty where it can be used."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     checks = {
-        f"the cache is stored as {cache.cache_dtype}": cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+        "some layers are left out of the cache's dtype": bool(cache.kv_cache_dtype_skip_layers),
         "a KV connector is used": vllm_config.kv_transfer_config is not None,
         "fast prefill of layers that share keys and values is used": cache.kv_sharing_fast_prefill,
         "speculative decoding is used": vllm_config.speculative_config is not None,
@@ -58,11 +58,15 @@ def obstacles(vllm_config) -> list[str]:
         "additional_config is no mapping": not isinstance(vllm_config.additional_config, dict),
     }
     found = [what for what, is_so in checks.items() if is_so]
-    return found + (_cpu_obstacles(vllm_config) if current_platform.is_cpu() else _cuda_obstacles(vllm_config))
-
-
-def _cpu_obstacles(vllm_config) -> list[str]:
-    return ["model runner V2 is used"] if vllm_config.use_v2_model_runner else []
+    stored = ["auto", "bfloat16", "float16"]
+    if current_platform.is_cpu():
+        found += ["model runner V2 is used"] if vllm_config.use_v2_model_runner else []
+    else:
+        found += _cuda_obstacles(vllm_config)
+        stored += ["fp8", "fp8_e4m3"]
+    if cache.cache_dtype not in stored:
+        found.append(f"the cache is stored as {cache.cache_dtype}")
+    return found
 
 
 def _cuda_obstacles(vllm_config) -> list[str]:
@@ -77,6 +81,8 @@ def _cuda_obstacles(vllm_config) -> list[str]:
     )
     if not found and version != 3:
         found.append(f"it has been tested with FlashAttention 3, not {version}")
+    if vllm_config.cache_config.cache_dtype.startswith("fp8") and vllm_config.quant_config is not None:
+        found.append("the checkpoint is quantised, and may bring scales for a cache in FP8")
     if envs.VLLM_BATCH_INVARIANT:
         found.append("VLLM_BATCH_INVARIANT is set")
     return found
