@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,7 @@ from uniattn_cli.commands.serve import serve
 from uniattn_cli.errors import CheckpointError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, AttentionShape, Layout
-from uniattn_cli.modeling.sharing_uniattn import gather_heads, head_runs
+from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, gather_heads, head_runs
 from uniattn_cli.models.building import build_converted, make_config, save_checkpoint
 from uniattn_cli.models.costs import cached_heads
 from uniattn_cli.serving import cache_plan
@@ -366,6 +369,21 @@ def test_clusters_and_how_they_are_packed():
 # --- the model code in an engine that knows nothing of layouts --------------------------------------------------------
 
 
+def test_engines_find_the_one_attention_call():
+    """vLLM reads the source of `forward`: what is looked up there must be called once, and given a scale by name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(SharedAttentionMixin.forward)))
+    names = {
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and "ALL_ATTENTION_FUNCTIONS." in ast.unparse(node.value)
+    }
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+    assert [ast.unparse(keyword.value) for call in found for keyword in call.keywords if keyword.arg == "scaling"] == [
+        "self.scaling"
+    ]
+    assert len(found) == 1
+
+
 def in_engine(name: str, query_heads: int = 6, kv_heads: int = 3):
     """A converted model whose attention modules have vLLM's layers, of the model's sizes, and its logits without."""
     model = build_converted(make_base(CASES[0][0]), make_layout(name))
@@ -393,6 +411,14 @@ def test_an_engine_that_reserved_other_heads_is_refused():
     model, ids, _ = in_engine("leader", query_heads=3)
     with pytest.raises(ValueError, match="vLLM reserved 3 and 3"):
         model(ids, use_cache=False)
+
+
+def test_an_engine_that_would_leave_sinks_out_is_refused():
+    entry = next(entry for entry in FAMILIES if entry[0] == "gpt_oss")
+    model = build_converted(make_base(entry), make_layout("leader", entry[1]()))
+    model.model.layers[0].self_attn.attn = SimpleNamespace(num_heads=6, num_kv_heads=3)
+    with pytest.raises(ValueError, match="cannot be given a borrowed map's sinks"):
+        model(torch.arange(3, 12)[None], use_cache=False)
 
 
 def test_heads_of_another_device_are_not_borrowed():

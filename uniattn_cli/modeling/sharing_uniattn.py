@@ -8,7 +8,6 @@ Copied into every checkpoint.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -421,20 +420,14 @@ class SharedAttentionMixin(_Attention):
             keys, values = self._fit_engine(queries, keys, values)
         arguments, sinks = self.attention_arguments(), self.map_sinks(uniattn_shared, hidden_states.device)
         if sinks is not None:
-            arguments["s_aux"] = sinks.flatten()
-        attend = functools.partial(
-            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention),
-            self,
-            attention_mask=attention_mask,
-            dropout=0.0 if not self.training else self.attention_dropout,
-            scaling=self.scaling,
-            **arguments,
-            **kwargs,
-        )
+            arguments["s_aux"] = self._without_engine(sinks).flatten()
+        arguments |= {"dropout": 0.0 if not self.training else self.attention_dropout, **kwargs}
         if in_parts:
-            output, weights = self._attend_in_parts(attend, queries, values, uniattn_shared), None
+            output, weights = self._attend_in_parts(queries, values, uniattn_shared, attention_mask, arguments), None
         else:
-            output, weights = attend(queries, keys, values)
+            # vLLM reads this source, and wants one call, with the scale by name.
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
+            output, weights = attention(self, queries, keys, values, attention_mask, scaling=self.scaling, **arguments)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         output = getattr(self, self.output_name)(output)
         if self.compensation is not None:
@@ -453,14 +446,28 @@ class SharedAttentionMixin(_Attention):
             copied *= 2
         return copied >= len(self.parts) * CALL_BYTES.get(lent.device.type, CALL_BYTES["other"])
 
-    def _attend_in_parts(self, attend, queries, values, shared) -> torch.Tensor:
+    def _attend_in_parts(self, queries, values, shared, attention_mask, arguments: dict) -> torch.Tensor:
         """Attention of one new token, [batch, 1, heads, head_dim], that reads borrowed heads where they lie."""
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
         device, outputs = queries.device, []
         for heads, (layer, *places), own in self.parts:
             keys = shared.keys[layer].narrow(1, *places).to(device)
             read = shared.values[layer].narrow(1, *places).to(device) if values is None else values.narrow(1, *own)
-            outputs.append(attend(queries.narrow(1, *heads), keys, read)[0])
+            part = attention(
+                self, queries.narrow(1, *heads), keys, read, attention_mask, scaling=self.scaling, **arguments
+            )
+            outputs.append(part[0])
         return torch.cat(outputs, dim=2)
+
+    def _without_engine(self, sinks: torch.Tensor) -> torch.Tensor:
+        """Sinks, which vLLM's attention layer takes from a module's own only, and leaves out silently otherwise.
+
+        Raises:
+            ValueError: an engine's layer computes the attention.
+        """
+        if hasattr(self, "attn"):
+            raise ValueError("vLLM cannot be given a borrowed map's sinks; serve this model with transformers")
+        return sinks
 
     def _fit_engine(self, queries, keys, values):
         """Keys and values with the heads that vLLM's own attention layer of this module, `attn`, expects.
