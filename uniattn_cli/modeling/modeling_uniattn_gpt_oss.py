@@ -6,8 +6,7 @@ map: a layer that borrows maps has no sinks of its own.
 Annotations are evaluated here: transformers reads the class of `config` from them.
 """
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -26,11 +25,17 @@ from .configuration_uniattn import UniAttnConfigMixin
 from .sharing_uniattn import SharedAttentionMixin, SharedCausalLMMixin, SharedModelMixin, SharedPreTrainedMixin
 
 
+class _Module(NamedTuple):
+    """What stock's eager attention reads from a module."""
+
+    sinks: torch.Tensor
+    num_key_value_groups: int
+    training: bool
+
+
 def eager_attention_forward(module: Any, *states: Any, s_aux: torch.Tensor, **options: Any):
     """Stock's, which reads sinks from the module, with those that it is given."""
-    given: Any = SimpleNamespace(
-        sinks=s_aux, num_key_value_groups=module.num_key_value_groups, training=module.training
-    )
+    given: Any = _Module(s_aux, module.num_key_value_groups, module.training)
     return stock_attention_forward(given, *states, **options)
 
 
