@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.data import builtin
-from uniattn_cli.data.readers import raw_rows, read_objects, sound
+from uniattn_cli.data.readers import read_file, read_objects, sound
 from uniattn_cli.data.rows import BUILTIN
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.paths import located
-from uniattn_cli.recipe.schema import DatasetSpec, TaskSpec
+from uniattn_cli.recipe.schema import TaskSpec
 
 # Columns that an item of each shape must have, in the order in which they are looked for.
 SHAPES = {
@@ -91,9 +91,7 @@ def _item(shape: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
-    return [
-        {"text": text} for text in _joined(sound(raw)["text"] for _, raw in raw_rows(DatasetSpec(str(path)), False))
-    ]
+    return [{"text": text} for text in _joined(sound(raw)["text"] for _, raw in read_file(path, False))]
 
 
 def _joined(paragraphs: Iterator[str]) -> list[str]:

@@ -1,22 +1,26 @@
-"""Reads data files of any supported type, and data sets of the hub, row by row, so that an error can name the row."""
+"""Reads data files of any supported type row by row, so that an error can name the row."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
+import lzma
 import re
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from uniattn_cli.errors import DataError, RowError
-from uniattn_cli.recipe.paths import located
-from uniattn_cli.recipe.schema import DatasetSpec
 from uniattn_cli.run.files import check_not_pointer
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+# By the ending that is added to those; under the names of fsspec.
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 
 # Where the row stands, for messages; its columns, or why it has none.
 Raw = tuple[str, dict[str, Any] | RowError]
@@ -32,7 +36,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path} is not a .jsonl file")
     if not path.is_file():
         raise DataError(f"{path} not found (looked for {path.absolute()})")
-    with _file_errors(path):
+    with reading(path):
         for where, row in _read_jsonl(path):
             check_text(sound(row), where)
             yield where, sound(row)
@@ -59,37 +63,46 @@ def check_text(value: Any, where: str) -> None:
         raise RowError(f"{where} has a value that is no JSON ({error})") from None
 
 
-def raw_rows(spec: DatasetSpec, whole_text: bool) -> Iterator[Raw]:
-    """Yields (where, columns) for every row of a local file or a hub data set; an error in place of a broken row.
+def extension(path: Path) -> str:
+    """The type of a file, that of a compressed one included: `.jsonl` of `rows.jsonl.gz`."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
+
+
+def read_file(path: Path, whole_text: bool) -> Iterator[Raw]:
+    """Yields (where, columns) for every row of a file; an error in place of a broken row.
 
     Args:
-        spec: the source; not the built-in one.
+        path: a file of one of `EXTENSIONS`, perhaps compressed.
         whole_text: a .txt file is one row. Otherwise its paragraphs (or its lines, where no blank line separates
             paragraphs) are the rows.
 
     Raises:
-        DataError: missing, unreadable or malformed.
+        DataError: unreadable or malformed.
     """
-    path = located(spec.source)
-    extension = path.suffix.lower()
-    if not path.exists():
-        # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
-        if extension not in EXTENSIONS and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec.source):
-            yield from _read_hub(spec)
-            return
-        raise DataError(f"data file {spec.source} not found (looked for {path.absolute()}); check data.* in the recipe")
-    if not path.is_file():
-        raise DataError(f"{path.absolute()} is not a file; give a file ({' '.join(EXTENSIONS)}) or a hub data set")
-    if extension not in EXTENSIONS:
-        raise DataError(f"{path} has the unsupported extension '{extension}'; supported are {' '.join(EXTENSIONS)}")
-    if spec.split or spec.config:
-        raise DataError(f"{path} is a local file; `split` and `config` are for hub data sets, remove them")
-    with _file_errors(path):
-        yield from _read_txt(path, whole_text) if extension == ".txt" else _READERS[extension](path)
+    kind = extension(path)
+    with reading(path):
+        yield from _read_txt(path, whole_text) if kind == ".txt" else _READERS[kind](path)
+
+
+def _opened(path: Path, newline: str | None = None) -> IO[str]:
+    """A text file, uncompressed as it is read."""
+    name = COMPRESSED.get(path.suffix.lower())
+    if name is None:
+        return path.open(encoding="utf-8-sig", newline=newline)
+    from fsspec.compression import compr
+
+    if name not in compr:
+        raise DataError(f"{path} needs a package that is missing here; run `pip install zstandard`")
+    return io.TextIOWrapper(compr[name](path.open("rb"), mode="rb"), encoding="utf-8-sig", newline=newline)
 
 
 @contextlib.contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Turns what is wrong with a file as a whole into one clear line.
+
+    Raises:
+        DataError: a pointer of Git LFS, not UTF-8, damaged, or not to be read.
+    """
     try:
         check_not_pointer(path, DataError)
         yield
@@ -97,10 +110,13 @@ def _file_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged or not compressed as its name says: {error}") from None
 
 
 def _read_txt(path: Path, whole_text: bool) -> Iterator[Raw]:
-    content = path.read_text(encoding="utf-8-sig")
+    with _opened(path) as stream:
+        content = stream.read()
     if whole_text:
         yield str(path), {"text": content}
         return
@@ -111,7 +127,7 @@ def _read_txt(path: Path, whole_text: bool) -> Iterator[Raw]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Raw]:
-    with path.open(encoding="utf-8-sig") as stream:
+    with _opened(path) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -124,7 +140,8 @@ def _read_jsonl(path: Path) -> Iterator[Raw]:
 
 
 def _read_json(path: Path) -> Iterator[Raw]:
-    content = path.read_text(encoding="utf-8-sig")
+    with _opened(path) as stream:
+        content = stream.read()
     try:
         rows = json.loads(content) if content.strip() else []
     except ValueError as error:
@@ -144,7 +161,7 @@ def _mapping(row: Any, where: str) -> dict[str, Any] | RowError:
 
 def _read_csv(path: Path) -> Iterator[Raw]:
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    with _opened(path, newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
             for number, row in enumerate(reader, 1):
@@ -164,33 +181,12 @@ def _read_parquet(path: Path) -> Iterator[Raw]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", _without_gaps(row)
+                yield f"{path}, row {number}", without_gaps(row)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable parquet file ({error})") from None
 
 
-def _read_hub(spec: DatasetSpec) -> Iterator[Raw]:
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    split = spec.split or "train"
-    name = f"hub data set {spec.source}" + (f" ({spec.config})" if spec.config else "")
-    try:
-        with _offline_at_once(spec.source):
-            rows = datasets.load_dataset(spec.source, spec.config, split=split)
-    except ValueError as error:
-        # Unknown configuration or split; the message lists the known ones.
-        raise DataError(f"{name}, split {split}: {_first_line(error)}") from None
-    except (OSError, DatasetGenerationError) as error:
-        raise DataError(
-            f"'{spec.source}' is not a file (looked for {located(spec.source).absolute()}), and the {name} could not "
-            f"be loaded: {_first_line(error)}. Without a network, use a local file ({' '.join(EXTENSIONS)}) in data.*"
-        ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{name}, row {number}", _without_gaps(row)
-
-
-def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+def without_gaps(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a table without the nulls in its objects: there, each has every field that any row has."""
     return {name: _filled(value) for name, value in row.items()}
 
@@ -199,35 +195,6 @@ def _filled(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _filled(field) for name, field in value.items() if field is not None}
     return [_filled(item) for item in value] if isinstance(value, list) else value
-
-
-@contextlib.contextmanager
-def _offline_at_once(name: str) -> Iterator[None]:
-    """Lets `datasets` go straight to its cache without a network; left alone it retries for half a minute."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    from uniattn_cli.models.hub import transport_errors
-
-    offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except transport_errors(OfflineModeIsEnabled):
-        datasets.config.HF_HUB_OFFLINE = True
-    except (HfHubHTTPError, HFValidationError):
-        pass  # unknown or gated: load_dataset says so
-    except ValueError:
-        # A sign-in page or a proxy in the hub's place; it speaks no JSON.
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from uniattn_cli.data.conversations import MEDIA, Message, conversation, definitions, empty, with_tools
-from uniattn_cli.data.readers import check_text, raw_rows, sound
-from uniattn_cli.data.screen import Screen
+from uniattn_cli.data.readers import Raw, check_text, sound
+from uniattn_cli.data.screen import CheckedRow, Screen
+from uniattn_cli.data.sources import find
 from uniattn_cli.errors import DataError, RowError, suggest
 from uniattn_cli.recipe.schema import DatasetSpec
 
@@ -57,7 +58,7 @@ _ALSO_CALLED = {
 
 
 def read_rows(spec: DatasetSpec, *, whole_text: bool = False, screen: Screen | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the normalised rows of a local file or a hub data set, in order; empty text is skipped.
+    """Yields the normalised rows of a local file or a hub data set as they are read, in order; empty text is skipped.
 
     Args:
         spec: source, format and limit. Not the built-in source.
@@ -67,32 +68,41 @@ def read_rows(spec: DatasetSpec, *, whole_text: bool = False, screen: Screen | N
     Raises:
         DataError: missing, unreadable or empty; the columns of the format are not there; too many rows are bad.
     """
-    count = 0
-    layout = None
     screen = screen or Screen()
     with screen.counting(spec.source) as tally:
-        for where, raw in raw_rows(spec, whole_text):
-            tally.rows += 1
-            unused: set[str] = set()
-            try:
-                raw = _renamed(sound(raw), spec.columns or {}, where)
-                layout = layout or _layout(spec, set(raw))
-                row = _NORMALISE[layout](raw, where, unused)
-                check_text(row["messages"] or row["text"], where)
-                screen.check(row["messages"] or [], where, unused)
-            except RowError as error:
-                tally.leave_out(error)
-                continue
-            tally.unused.update(unused)
-            tally.unused.update(f"column {name}" for name in raw if name not in _READ[layout] and not empty(raw[name]))
-            if row["messages"] is None and not row["text"].strip():
-                continue
-            yield row
+        for row in checked_rows(spec, find(spec).rows(whole_text), screen):
+            tally.add(row)
+            if row.used:
+                yield {"messages": row.messages, "text": row.text}
+
+
+def checked_rows(spec: DatasetSpec, raw_rows: Iterable[Raw], screen: Screen) -> Iterator[CheckedRow]:
+    """Normalises and checks rows up to the limit of their data set; yields one for each that is read.
+
+    Raises:
+        DataError: the columns of the format are not there, or the source cannot be read.
+    """
+    count = 0
+    layout = None
+    for where, raw in raw_rows:
+        unused: set[str] = set()
+        try:
+            raw = _renamed(sound(raw), spec.columns or {}, where)
+            layout = layout or _layout(spec, set(raw))
+            row = _NORMALISE[layout](raw, where, unused)
+            check_text(row["messages"] or row["text"], where)
+            screen.check(row["messages"] or [], where, unused)
+        except RowError as error:
+            yield CheckedRow(fault=str(error))
+            continue
+        unused.update(f"column {name}" for name in raw if name not in _READ[layout] and not empty(raw[name]))
+        if row["messages"] is None and not row["text"].strip():
+            row = {}
+        else:
             count += 1
-            if count == spec.limit:
-                return
-    if not count:
-        raise DataError(f"{spec.source} has no rows; use a data set with at least one")
+        yield CheckedRow(**row, unused=tuple(sorted(unused)))
+        if count == spec.limit:
+            return
 
 
 def _renamed(raw: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, Any]:

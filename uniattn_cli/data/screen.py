@@ -19,28 +19,56 @@ if TYPE_CHECKING:
 SHOWN = 3  # rows named with their fault
 
 
+@dataclass(frozen=True)
+class CheckedRow:
+    """A row in the one form of all data sets; a conversation, a text, or, where it cannot be used or is empty, neither.
+
+    Attributes:
+        messages: see `conversations`.
+        text: plain text.
+        fault: why it cannot be used.
+        unused: names of what it holds that is not used.
+    """
+
+    messages: list[Message] | None = None
+    text: str | None = None
+    fault: str | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> bool:
+        """Whether it can be used."""
+        return self.messages is not None or self.text is not None
+
+
 @dataclass
 class Tally:
     """What was found in the rows of a data set.
 
     Attributes:
         source: its name.
-        rows: rows read, the bad ones included.
-        bad: rows that cannot be used.
+        rows: rows read, the bad ones and those without text included.
+        used: rows that can be used.
+        bad: rows that cannot.
         faults: what is wrong with the first of them.
         unused: rows that hold something that is not used, by its name.
     """
 
     source: str
     rows: int = 0
+    used: int = 0
     bad: int = 0
     faults: list[str] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
 
-    def leave_out(self, error: RowError) -> None:
-        """Counts a row that cannot be used."""
-        self.bad += 1
-        self.faults += [str(error)] if len(self.faults) < SHOWN else []
+    def add(self, row: CheckedRow) -> None:
+        """Counts a row."""
+        self.rows += 1
+        self.used += row.used
+        self.unused.update(row.unused)
+        if row.fault is not None:
+            self.bad += 1
+            self.faults += [row.fault] if len(self.faults) < SHOWN else []
 
 
 class Screen:
@@ -59,6 +87,7 @@ class Screen:
         tell: Callable[[str], None] = lambda line: None,
     ):
         self.most = (data or DataSpec()).max_bad_rows
+        self.tokenizer = tokenizer
         self.renderer = None if tokenizer is None else ChatRenderer(tokenizer)
         self._tell = tell
         self._told: set[tuple[str, str]] = set()
@@ -67,10 +96,10 @@ class Screen:
 
     @contextlib.contextmanager
     def counting(self, source: str) -> Iterator[Tally]:
-        """Counts what a data set holds, and says so at the end.
+        """Counts what a data set holds as it is read, and says so at the end.
 
         Raises:
-            DataError: too many of its rows, or all, cannot be used.
+            DataError: as `judge`.
         """
         tally = Tally(source)
         try:
@@ -78,12 +107,22 @@ class Screen:
         except GeneratorExit:  # enough was read
             self._report(tally)
             raise
+        self.judge(tally)
+
+    def judge(self, tally: Tally) -> None:
+        """Says what was found in a data set.
+
+        Raises:
+            DataError: too many of its rows, or all, cannot be used, or there are none.
+        """
         if tally.bad > self.most * tally.rows or tally.bad == tally.rows > 0:
             raise DataError(
-                f"{source}: {tally.bad:,} of {tally.rows:,} rows cannot be used ({tally.bad / tally.rows:.1%}, "
+                f"{tally.source}: {tally.bad:,} of {tally.rows:,} rows cannot be used ({tally.bad / tally.rows:.1%}, "
                 f"data.max_bad_rows allows {self.most:.1%}); the first: {tally.faults[0]}"
             )
         self._report(tally)
+        if not tally.used:
+            raise DataError(f"{tally.source} has no rows; use a data set with at least one")
 
     def check(self, messages: list[Message], where: str, unused: set[str]) -> None:
         """Asks the chat template whether it takes a conversation and shows what it holds.

@@ -20,14 +20,13 @@ from uniattn_cli.errors import StageError
 from uniattn_cli.models.hub import Source
 from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.run.directory import REPORT_FILE, STAGE_FILE
-from uniattn_cli.run.files import read_json, versions, write_json
+from uniattn_cli.run.files import content_hash, read_json, versions, write_json
 
 # A directory in place of the usual one, or `off`.
 VARIABLE = "UNIATTN_CACHE"
 OFF = ("off", "0", "")
 SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".py")
 IGNORED_FILES = (STAGE_FILE, REPORT_FILE)
-BLOCK = 1 << 22
 
 
 def cache_directory() -> Path | None:
@@ -103,21 +102,10 @@ def model_key(source: Source) -> str:
 
 def _content_hash(folder: Path) -> str:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in SUFFIXES]
-    stats = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) for path in files)
-    return _hash_files(folder, stats)
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_files(folder: Path, stats: tuple[tuple[str, int, int, int], ...]) -> str:
-    # Kept for this process only, and for files of the same size, time and inode: one model is asked for many times.
-    found = hashlib.blake2b(digest_size=20)
-    for name, size, *_ in stats:
-        if name in IGNORED_FILES:
-            continue
-        found.update(f"{name}:{size};".encode())
-        with (folder / name).open("rb") as stream:
-            while block := stream.read(BLOCK):
-                found.update(block)
+    found = hashlib.sha256()
+    for path in files:
+        if path.name not in IGNORED_FILES:
+            found.update(f"{path.name}:{content_hash(path)};".encode())
     return found.hexdigest()
 
 

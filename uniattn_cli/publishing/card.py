@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.data.readers import EXTENSIONS
 from uniattn_cli.data.rows import BUILTIN
+from uniattn_cli.data.sources import may_be_on_hub
 from uniattn_cli.layouts.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import KINDS, Layout
@@ -171,8 +171,7 @@ def _sources(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _is_on_hub(source: dict[str, Any]) -> bool:
-    name = source["source"]
-    return name != BUILTIN and Path(name).suffix.lower() not in EXTENSIONS
+    return source["source"] != BUILTIN and may_be_on_hub(source["source"])
 
 
 def _source_names(sources: Sequence[dict[str, Any]]) -> str:

@@ -86,7 +86,8 @@ class DatasetSpec:
 
     source: str = setting(
         "builtin",
-        "builtin, a local file (.json .jsonl .parquet .csv .txt) or a hub data set",
+        "builtin, a local file (.json .jsonl .parquet .csv .txt, perhaps compressed), a pattern (rows/*.jsonl) or a "
+        "hub data set",
         common=True,
         path=True,
     )
@@ -99,6 +100,9 @@ class DatasetSpec:
     )
     columns: dict | None = setting(
         None, "names of the columns if they differ, as in {prompt: question, completion: answer}"
+    )
+    streaming: bool = setting(
+        False, "read the rows of a hub data set as they come instead of downloading all of it; useful with limit"
     )
     limit: int | None = setting(None, "use only the first rows, at most this many", minimum=1)
     weight: float | None = setting(

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ from uniattn_cli.recipe.files import write_whole
 
 # A clone without Git LFS has such a text in the place of each large file.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+BLOCK = 1 << 22
 VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate", "lm_eval", "peft")
 
 
@@ -140,6 +143,22 @@ def read_json(path: Path, next_step: str, error: type[UniAttnError] = StageError
     if not isinstance(content, dict):
         raise error(f"{path} is damaged (a {type(content).__name__}, not an object); {next_step}")
     return content
+
+
+def content_hash(path: Path) -> str:
+    """Identifies the bytes of a file; they are read again whenever its size, time or inode has changed."""
+    state = path.stat()
+    return _hash_file(path.resolve(), (state.st_size, state.st_mtime_ns, state.st_ino))
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_file(path: Path, state: tuple[int, int, int]) -> str:
+    # Kept for this process only: one file is asked for many times.
+    found = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
