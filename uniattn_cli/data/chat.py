@@ -113,7 +113,9 @@ class ChatRenderer:
     def rendered(self, messages: Messages) -> list[tuple[str, list[Span]]]:
         """The texts of a conversation and the characters in them that are learned, for `masked`; see `sequences`."""
         text = self._render(messages, False)
-        turns = [self._turn(messages, index) for index in _answers(messages) if messages[index].get("train", True)]
+        turns = [
+            self._turn(messages, index, text) for index in _answers(messages) if messages[index].get("train", True)
+        ]
         if all(text.startswith(upto) for upto, _ in turns):
             return [(text, [span for _, span in turns])]
         return [(upto, [span]) for upto, span in turns]
@@ -125,7 +127,9 @@ class ChatRenderer:
             DataError: as `sequences`, also where the template changes an answer once more turns follow.
         """
         text = self._render(messages, False)
-        turns = [self._turn(messages, index) for index in _answers(messages) if not messages[index].get("train", True)]
+        turns = [
+            self._turn(messages, index, text) for index in _answers(messages) if not messages[index].get("train", True)
+        ]
         if not all(text.startswith(upto) for upto, _ in turns):
             raise DataError(
                 "the chat template changes earlier turns, so an answer that is not to be learned cannot be located; "
@@ -185,13 +189,13 @@ class ChatRenderer:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the chat template rejects a conversation with the roles {roles}: {error}") from None
 
-    def _turn(self, messages: Messages, index: int) -> tuple[str, Span]:
+    def _turn(self, messages: Messages, index: int, whole: str) -> tuple[str, Span]:
         """The conversation up to assistant turn `index`, and the characters of it that this turn wrote.
 
-        They go from the first one after the header to the end-of-turn token.
+        They go from the first one after the header to the end-of-turn token. `whole` is the whole conversation.
         """
         before = self._render(messages[:index], True)
-        upto = self._render(messages[: index + 1], False)
+        upto = whole if index == len(messages) - 1 else self._render(messages[: index + 1], False)
         turn = upto[len(before) :]
         start = len(before) if upto.startswith(before) else -1
         if start >= 0 and not self._has_generation_prompt:
