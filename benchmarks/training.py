@@ -170,8 +170,8 @@ class Bench:
         """Optimiser steps that see about the wanted number of tokens."""
         recipe = self._recipe()
         spec = recipe.train
-        rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
-        tokenised = sequences.tokenize(rows, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
+        mix = splits.load_mix(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
+        tokenised = sequences.tokenize(mix, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
         count = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.counts.used
         return max(1, round(self.arguments.tokens / (tokenised.counts.tokens / count) / spec.batch_size))
 

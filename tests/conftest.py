@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,9 @@ for name, value in {**QUIET_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "A
     os.environ.setdefault(name, value)
 # Scores of one test are not those of another.
 os.environ["UNIATTN_CACHE"] = "off"
+# Nor is what is made of their rows left on the machine.
+_PREPARED = tempfile.TemporaryDirectory(prefix="uniattn-tests-")
+os.environ["HF_DATASETS_CACHE"] = _PREPARED.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test processes that run side by side are given a narrow terminal, in which tables would be wrapped.
 os.environ.pop("COLUMNS", None)

@@ -100,7 +100,7 @@ QA = turns("Why?", "Because.")
 )
 def test_every_layout_becomes_messages(tmp_path, raw, expected):
     found = load(write(tmp_path / "a.jsonl", raw))
-    assert found.column_names == ["messages", "source"]
+    assert found.column_names == ["messages"]
     assert found[0]["messages"] == expected
 
 
@@ -130,11 +130,13 @@ def test_sources_are_mixed_counted_and_limited(tmp_path):
     chat = write(tmp_path / "chat.jsonl", *({"prompt": f"p{i}", "completion": "c"} for i in range(5)))
     text = write(tmp_path / "text.jsonl", *({"text": f"t{i}"} for i in range(4)))
     specs = (DatasetSpec(source=chat), DatasetSpec(source=text, limit=3))
-    found = splits.load_rows(specs, "train", holdout=1e-9, seed=0)
-    assert Counter(found["source"]) == {chat: 5, text: 3}
+    mix = splits.load_mix(specs, "train", holdout=1e-9, seed=0)
+    found = mix.rows
+    assert Counter(mix.chosen.tolist()) == {0: 5, 1: 3} and [share.source for share in mix.shares] == [chat, text]
+    assert all((row["messages"] is None) == bool(number) for row, number in zip(found, mix.chosen, strict=True))
     assert sorted(t for t in found["text"] if t) == ["t0", "t1", "t2"]
     assert sum(m is not None for m in found["messages"]) == 5
-    both = sequences.tokenize(found, make_tokenizer(), max_length=64, loss="responses")
+    both = sequences.tokenize(mix, make_tokenizer(), max_length=64, loss="responses")
     assert (both.counts.used, both.counts.dropped) == (8, 0)
 
 
@@ -246,7 +248,7 @@ def test_missing_and_unreadable_sources(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text"):
         load("a.txt")
     write(tmp_path / "a.jsonl", {"text": "x"})
-    with pytest.raises(DataError, match="`split` and `config` are for hub data sets"):
+    with pytest.raises(DataError, match="`split`, `config` and `streaming` are for hub data sets"):
         load("a.jsonl", split="test")
     with pytest.raises(DataError, match=r"lacks the needed columns: prompt and completion\. It has: text"):
         load("a.jsonl", format="prompt_completion")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +46,7 @@ def table(view, title: str):
 def test_counts_are_those_of_training(folder):
     view = view_data(recipe=folder / "recipe.yaml")
     recipe = Recipe.load(folder / "recipe.yaml")
-    rows = splits.load_rows(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
+    rows = splits.load_mix(recipe.data.train, "train", holdout=recipe.data.holdout, seed=recipe.seed)
     tokenizer = load_tokenizer(locate(recipe.model.name))
     expected = sequences.tokenize(rows, tokenizer, max_length=32, loss="responses")
     counts = expected.counts
@@ -53,7 +54,7 @@ def test_counts_are_those_of_training(folder):
     assert counts.truncated > 0 and counts.lost > 0
     together = table(view, "rows").rows[-1]
     assert together[0] == "together" and together[1:5] == [
-        f"{len(rows):,}", f"{len(rows):,}", f"{counts.used:,}", f"{counts.tokens:,}"
+        f"{len(rows.order):,}", f"{len(rows.order):,}", f"{counts.used:,}", f"{counts.tokens:,}"
     ]  # fmt: skip
     assert together[6:] == [
         f"{counts.share:.1%}", f"{counts.truncated:,}", f"{counts.lost_share:.1%}", f"{counts.dropped:,}"
@@ -163,7 +164,7 @@ SAMPLE = Sample("one", [("asked [bold]", False), ("yes", True)])
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=300))
 def test_the_histogram_holds_every_sequence_once(lengths):
     ordered = sorted(lengths)
-    drawn = histogram(ordered)
+    drawn = histogram(np.array(ordered))
     assert sum(int(row[1].replace(",", "")) for row in drawn.rows) == len(lengths)
     assert len(drawn.rows) <= 13
     for row in drawn.rows:
@@ -171,7 +172,7 @@ def test_the_histogram_holds_every_sequence_once(lengths):
         last = int(row[0].split("–")[1].replace(",", "")) if "–" in row[0] else 10**9
         assert int(row[1].replace(",", "")) == sum(first <= length <= last for length in lengths)
         assert ("█" in row[2]) == (row[1] != "0")
-    assert percentile(ordered, 1.0) == max(lengths) and percentile(ordered, 0.0) == min(lengths)
+    assert percentile(np.array(ordered), 1.0) == max(lengths) and percentile(np.array(ordered), 0.0) == min(lengths)
 
 
 # The template that training uses is the one that inference finds

@@ -55,9 +55,9 @@ def prompts(rows) -> list[str]:
 
 
 def test_weights_are_shares_of_the_rows_and_leave_their_number_alone(files):
-    plain, _ = mix(files, None, None)
-    rows, (large, small) = mix(files, 1, 3)
-    assert len(rows) == len(plain) == large.rows + small.rows
+    plain, weighted = mix(files, None, None), mix(files, 1, 3)
+    rows, (large, small) = weighted.rows, weighted.shares
+    assert len(rows) == len(plain.rows) == large.rows + small.rows
     assert (large.drawn, small.drawn) == (round(len(rows) / 4), len(rows) - round(len(rows) / 4))
     counted = Counter(prompts(rows))
     sampled = [name for name in counted if name[0] == "l"]
@@ -66,26 +66,26 @@ def test_weights_are_shares_of_the_rows_and_leave_their_number_alone(files):
     assert len(repeated) == small.rows and max(repeated.values()) - min(repeated.values()) == 1
     assert "a sample of" in str(large) and f"each of its {small.rows} about" in str(small)
     # The units of weights mean nothing, and neither does the order of a file.
-    assert prompts(mix(files, 10, 30)[0]) == prompts(rows)
+    assert prompts(mix(files, 10, 30).rows) == prompts(rows)
 
 
 def test_a_mix_is_the_same_for_a_seed_and_another_for_another(files):
-    first = prompts(mix(files, 1, 1)[0])
-    assert prompts(mix(files, 1, 1)[0]) == first
-    other = prompts(mix(files, 1, 1, seed=1)[0])
+    first = prompts(mix(files, 1, 1).rows)
+    assert prompts(mix(files, 1, 1).rows) == first
+    other = prompts(mix(files, 1, 1, seed=1).rows)
     assert set(other) != set(first) and len(other) == len(first)
 
 
 def test_heldout_rows_do_not_depend_on_weights_and_are_in_no_mix(files):
-    heldout = prompts(mix(files, None, None, part="heldout")[0])
-    assert prompts(mix(files, 1, 50, part="heldout")[0]) == heldout and len(heldout) > 10
-    assert not set(heldout) & set(prompts(mix(files, 1, 50)[0]))
+    heldout = prompts(mix(files, None, None, part="heldout").rows)
+    assert prompts(mix(files, 1, 50, part="heldout").rows) == heldout and len(heldout) > 10
+    assert not set(heldout) & set(prompts(mix(files, 1, 50).rows))
 
 
 def test_calibration_takes_no_row_twice(files):
-    rows, _ = mix(files, 1, 3, repeat=False)
+    rows = mix(files, 1, 3, repeat=False).rows
     assert max(Counter(prompts(rows)).values()) == 1
-    mixed = prompts(mix(files, 1, 3)[0])
+    mixed = prompts(mix(files, 1, 3).rows)
     assert prompts(rows) == list(dict.fromkeys(mixed))
     spec = DataSpec(train=tuple(DatasetSpec(source=file, weight=1.0) for file in files), holdout=0.1)
     seen = windows.calibration_windows(spec, make_tokenizer(), tokens=10**6, length=16, seed=0)
@@ -94,9 +94,11 @@ def test_calibration_takes_no_row_twice(files):
 
 
 def test_tokenised_rows_are_counted_by_data_set(files):
-    rows, _ = mix(files, 1, 1)
+    rows = mix(files, 1, 1)
     result = sequences.tokenize(rows, make_tokenizer(), max_length=500, loss="responses")
-    assert {name: counts.rows for name, counts in result.sources.items()} == Counter(rows["source"])
+    assert {name: counts.rows for name, counts in result.sources.items()} == {
+        share.source: share.drawn for share in rows.shares
+    }
     for name in ("rows", "used", "tokens", "supervised", "lost"):
         assert sum(getattr(counts, name) for counts in result.sources.values()) == getattr(result.counts, name)
 

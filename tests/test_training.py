@@ -33,7 +33,7 @@ from training_run import (
 )
 
 from uniattn_cli.commands.train import Training, train
-from uniattn_cli.data.sequences import Counts
+from uniattn_cli.data.counts import Counts
 from uniattn_cli.errors import DataError, RecipeError, StageError, UsageError
 from uniattn_cli.models import families
 from uniattn_cli.models.hub import locate

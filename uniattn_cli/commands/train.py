@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -22,7 +20,6 @@ from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import NOTHING, Result, Table
 
 if TYPE_CHECKING:
-    import datasets
     from accelerate import PartialState
 
     from uniattn_cli.data.sequences import Tokenised
@@ -80,6 +77,7 @@ def train(
     from uniattn_cli.training.preview import endless
     from uniattn_cli.training.process import join_processes, shared_output
     from uniattn_cli.training.trained import control_stages, planned_stages
+    from uniattn_cli.training.trainer import pack
 
     run = RunDir(run_dir)
     settings = Recipe.load(run.recipe if recipe is None else recipe, overrides)
@@ -98,10 +96,13 @@ def train(
     source = base if control else converted
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     rows, heldout = _data(settings, tokenizer, progress)
+    packing = settings.train.packing
+    sequences = pack(rows.dataset, settings.train.max_length) if packing else rows.dataset
+    lengths = list(map(sum, sequences["seq_lengths"][:])) if packing else rows.lengths
     warning = endless(rows.dataset, tokenizer, source.path, settings.train.max_length)
     if warning:
         progress.warn(warning)
-    inputs = {"model": base.fingerprint, "data": _digest(rows.dataset)}
+    inputs = {"model": base.fingerprint, "data": rows.digest}
     if not control:
         inputs["converted"] = converted.fingerprint
     if teacher is not None:
@@ -111,10 +112,7 @@ def train(
     from uniattn_cli.training.monitor import Log
     from uniattn_cli.training.stage import Job
     from uniattn_cli.training.teaching import Teaching
-    from uniattn_cli.training.trainer import pack
 
-    sequences = pack(rows.dataset, settings.train.max_length) if settings.train.packing else rows.dataset
-    lengths = [len(row) for row in sequences["input_ids"]]
     progress.note(_step_size(settings, rows, lengths, process))
     teaching = Teaching(settings, teacher, rows.dataset, inputs["data"], run.root, process, progress)
     with shared_output(process, run, verb, settings, inputs, force=options.force, decisive=DECISIVE) as partial:
@@ -257,12 +255,14 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Row
 
     spec = recipe.train
     data, screen = recipe.data, Screen(recipe.data, tokenizer, progress.warn)
-    raw, mixed = splits.load_mix(data.train, "train", holdout=data.holdout, seed=recipe.seed, screen=screen)
-    for share in mixed if len(mixed) > 1 else ():
+    with progress.track("reading rows", None):
+        mix = splits.load_mix(data.train, "train", holdout=data.holdout, seed=recipe.seed, screen=screen)
+    for share in mix.shares if len(mix.shares) > 1 else ():
         progress.note(str(share))
-    if not tokenizer.chat_template and "messages" in raw.column_names:
+    if not tokenizer.chat_template and "messages" in mix.rows.column_names:
         progress.note(templates.complete(tokenizer))
-    rows = sequences.tokenize(raw, tokenizer, max_length=spec.max_length, loss=spec.loss)
+    with progress.track("tokenising", None):
+        rows = sequences.tokenize(mix, tokenizer, max_length=spec.max_length, loss=spec.loss, workers=data.workers)
     check_share(rows.counts, spec.loss)
     first = rows.dataset[0]
     progress.note(describe(rows.counts, spec.max_length))
@@ -295,14 +295,6 @@ def _validation(recipe: Recipe, tokenizer, heldout: Rows | None, progress: Progr
         "reported loss on held-out responses (a larger data.holdout avoids that)"
     )
     return heldout
-
-
-def _digest(rows: datasets.Dataset) -> str:
-    """Identifies tokens and labels, so that a resumed run never goes on with other data."""
-    digest = hashlib.sha256()
-    for row in zip(rows["input_ids"], rows["labels"], strict=True):
-        digest.update(json.dumps(row).encode())
-    return digest.hexdigest()[:16]
 
 
 def _train(

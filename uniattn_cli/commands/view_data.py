@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from uniattn_cli.errors import DataError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
@@ -19,11 +21,11 @@ from uniattn_cli.training.order import stage_steps
 from uniattn_cli.training.preview import check_share, endless, pieces
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from uniattn_cli.data.mixing import Share
-    from uniattn_cli.data.sequences import Counts, Tokenised
+    from uniattn_cli.data.counts import Counts
+    from uniattn_cli.data.mixing import Mix, Share
+    from uniattn_cli.data.sequences import Tokenised
 
 BARS = 12  # lines of the histogram
 WIDTH = 30  # characters of its longest bar
@@ -39,7 +41,7 @@ class DataView(Result):
     """
 
     tokenised: Tokenised
-    shares: list[Share]
+    shares: Sequence[Share]
 
 
 def view_data(
@@ -81,25 +83,26 @@ def view_data(
     data = settings.data
     notes: list[str] = []
     screen = Screen(data, tokenizer, notes.append)
-    rows, shares = splits.load_mix(data.train, part, holdout=data.holdout, seed=settings.seed, screen=screen)
-    if not tokenizer.chat_template and "messages" in rows.column_names:
+    with options.progress.track("reading rows", None):
+        mix = splits.load_mix(data.train, part, holdout=data.holdout, seed=settings.seed, screen=screen)
+    if not tokenizer.chat_template and "messages" in mix.rows.column_names:
         notes.append(templates.complete(tokenizer))
-    shown = _samples(settings, tokenizer, rows, samples, settings.seed if seed is None else seed)
+    shown = _samples(settings, tokenizer, mix, samples, settings.seed if seed is None else seed)
     # Held-out rows are scored on their responses, whatever is learned in training.
     loss = settings.train.loss if part == "train" else "responses"
-    with options.progress.track("tokenising", len(rows)) as advance:
+    with options.progress.track("tokenising", None):
         tokenised = sequences.tokenize(
-            rows, tokenizer, max_length=settings.train.max_length, loss=loss, advance=advance, needed=False
+            mix, tokenizer, max_length=settings.train.max_length, loss=loss, workers=data.workers, needed=False
         )
     counts, limit = tokenised.counts, settings.train.max_length
-    tables = [_counted(tokenised, shares), _lengths(tokenised.sources, limit), histogram(sorted(counts.lengths))]
+    tables = [_counted(tokenised, mix.shares), _lengths(tokenised.sources, limit), histogram(np.sort(counts.lengths))]
     if part == "train":
         tables += [_steps(settings, tokenised)] if counts.used else []
         notes += _remarks(settings, counts)
         warning = endless(tokenised.dataset, tokenizer, source.path, limit)
         notes += [warning] if warning else []
     title = f"{'training' if part == 'train' else 'held-out'} rows of {settings.model.name}"
-    return DataView(tokenised, shares, title=title, samples=shown, tables=tables, notes=notes)
+    return DataView(tokenised, mix.shares, title=title, samples=shown, tables=tables, notes=notes)
 
 
 def _settings(
@@ -121,18 +124,18 @@ def _settings(
     return Recipe.load(path, [*named, *overrides], folder)
 
 
-def _samples(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, count: int, seed: int
-) -> list[Sample]:
+def _samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Mix, count: int, seed: int) -> list[Sample]:
     """Rows drawn from every data set in turn, with everything of them that is trained on."""
     from uniattn_cli.data.sequences import RowEncoder
     from uniattn_cli.models.losses import IGNORED
 
-    places: dict[str, list[int]] = {}
-    for index, source in enumerate(rows["source"]):
-        places.setdefault(source, []).append(index)
+    rows, chosen = mix.rows, mix.chosen
+    places: dict[str, np.ndarray] = {}
+    for number, share in enumerate(mix.shares):
+        others = places.get(share.source, np.zeros(0, np.int64))
+        places[share.source] = np.sort(np.concatenate([others, np.flatnonzero(chosen == number)]))
     generator = random.Random(seed)
-    drawn = [generator.sample(indices, min(count, len(indices))) for _, indices in sorted(places.items())]
+    drawn = [generator.sample(found.tolist(), min(count, len(found))) for _, found in sorted(places.items())]
     in_turn = [index for turn in itertools.zip_longest(*drawn) for index in turn if index is not None]
     encoder, limit, shown = RowEncoder(tokenizer, recipe.train.loss), recipe.train.max_length, []
     for index in in_turn[:count]:
@@ -141,7 +144,7 @@ def _samples(
         for number, (ids, mask) in enumerate(sequences, 1):
             labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)][:limit]
             learned = sum(label != IGNORED for label in labels)
-            title = f"{row['source']}: {len(labels):,} tokens, {learned:,} in the loss"
+            title = f"{mix.shares[chosen[index]].source}: {len(labels):,} tokens, {learned:,} in the loss"
             title += f", {len(ids) - limit:,} more truncated" if len(ids) > limit else ""
             title += "" if learned else ", so it is dropped"
             title += f", answer {number} of {len(sequences)}" if len(sequences) > 1 else ""
@@ -149,7 +152,7 @@ def _samples(
     return shown
 
 
-def _counted(tokenised: Tokenised, shares: list[Share]) -> Table:
+def _counted(tokenised: Tokenised, shares: Sequence[Share]) -> Table:
     given = {share.source: share.rows for share in shares}
     parts = tokenised.sources | ({"together": tokenised.counts} if len(tokenised.sources) > 1 else {})
     whole = tokenised.counts.tokens
@@ -187,24 +190,24 @@ def _counted(tokenised: Tokenised, shares: list[Share]) -> Table:
 def _lengths(sources: dict[str, Counts], limit: int) -> Table:
     rows = []
     for name, part in sources.items():
-        ordered = sorted(part.lengths)
+        ordered = np.sort(part.lengths)
         cells = [f"{percentile(ordered, share):,}" for share in (0.1, 0.5, 0.9, 0.99, 1.0)]
         rows.append([name, f"{sum(ordered) / len(ordered):,.0f}", *cells])
     columns = ["data set", "mean", "10 %", "median", "90 %", "99 %", "longest"]
     return Table(f"tokens per sequence before truncation to train.max_length ({limit:,})", columns, rows)
 
 
-def percentile(ordered: Sequence[int], share: float) -> int:
+def percentile(ordered: np.ndarray, share: float) -> int:
     """The smallest of the values that is not exceeded by this share of them.
 
-    >>> percentile([1, 2, 3, 4], 0.5), percentile([1, 2, 3, 4], 1.0)
+    >>> percentile(np.array([1, 2, 3, 4]), 0.5), percentile(np.array([1, 2, 3, 4]), 1.0)
     (2, 4)
     """
     rank = -int(-share * len(ordered) // 1)
-    return ordered[max(rank, 1) - 1]
+    return int(ordered[max(rank, 1) - 1])
 
 
-def histogram(ordered: Sequence[int]) -> Table:
+def histogram(ordered: np.ndarray) -> Table:
     """Sequences by length, in steps of a round number of tokens; what is longer than 99 % of them is one line.
 
     Args:
@@ -218,9 +221,7 @@ def histogram(ordered: Sequence[int]) -> Table:
         if usual // step < BARS
     )
     last = usual // step
-    counted = [0] * (last + 2)
-    for length in ordered:
-        counted[min(length // step, last + 1)] += 1
+    counted = np.bincount(np.minimum(ordered // step, last + 1), minlength=last + 2).tolist()
     rows = []
     for index, count in enumerate(counted):
         if index > last and not count:

@@ -80,8 +80,8 @@ def response_rows(
     rows = load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed, screen=screen)
     if len(rows) <= skip:
         raise DataError(f"only {len(rows)} rows are held out; raise data.holdout or add more rows")
-    rows = rows.select(range(skip, min(skip + recipe.evaluation.responses, len(rows))))
-    dataset = tokenize(rows, tokenizer, max_length=recipe.train.max_length, loss="responses").dataset
+    some = [rows[place] for place in range(skip, min(skip + recipe.evaluation.responses, len(rows)))]
+    dataset = tokenize(some, tokenizer, max_length=recipe.train.max_length, loss="responses").dataset
     return Rows(
         [torch.tensor(row, dtype=torch.long) for row in dataset["input_ids"]],
         [torch.tensor(row, dtype=torch.long) for row in dataset["labels"]],

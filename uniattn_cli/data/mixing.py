@@ -1,4 +1,4 @@
-"""How many rows of each data set a mix holds, and which. Pure.
+"""How many rows of each data set a mix holds, and which.
 
 Without weights a mix holds every row once. With weights it holds as many rows as the data sets have together, so that
 the length of an epoch does not depend on the weights, and each data set gives its share of them: one that has more rows
@@ -7,10 +7,16 @@ than its share is sampled, one that has fewer is repeated.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,43 @@ class Share:
         if self.drawn < self.rows:
             return f"{self.source}: a sample of {self.drawn:,} of its {self.rows:,} rows"
         return f"{self.source}: {self.drawn:,} rows, each of its {self.rows:,} about {self.drawn / self.rows:.1f} times"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Rows of one or several data sets in the order in which they are used.
+
+    Attributes:
+        sets: all rows of each data set, as `splits.stored_rows` gives them; they stay on disk.
+        order: which of them, int64 [rows]: places in all sets, one behind the other.
+        shares: what each data set gives.
+    """
+
+    sets: Sequence[datasets.Dataset]
+    order: np.ndarray
+    shares: Sequence[Share]
+
+    @property
+    def rows(self) -> datasets.Dataset:
+        """Columns `messages` and `text`, one of them None in every row; one that is None everywhere is left out."""
+        import datasets
+
+        together = datasets.concatenate_datasets(list(self.sets))
+        used = [name for name in ("messages", "text") if together.data.column(name).null_count < len(together)]
+        return together.select_columns(used).select(self.order).with_transform(decoded)
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """The number of the data set that each row is of, int64 [rows]."""
+        return np.searchsorted(np.cumsum([len(rows) for rows in self.sets]), self.order, side="right")
+
+
+def decoded(batch: dict[str, list]) -> dict[str, list]:
+    """Stored rows with their conversations as lists of messages."""
+    return {
+        name: [value and json.loads(value) for value in values] if name == "messages" else values
+        for name, values in batch.items()
+    }
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:

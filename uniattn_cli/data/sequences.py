@@ -1,16 +1,23 @@
-"""From rows to sequences of tokens and labels, with a count of everything that was cut, split or left out."""
+"""From rows to sequences of tokens and labels."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from uniattn_cli.data.chat import ChatRenderer, Messages
+from uniattn_cli.data.counts import Counts
 from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
+from uniattn_cli.data.mixing import Mix, decoded
+from uniattn_cli.data.stored import parts_of, stored, tokenizer_key, usual_workers
 from uniattn_cli.errors import DataError
 from uniattn_cli.models.losses import IGNORED
 
@@ -19,90 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 256  # rows tokenised at once
+_COUNTED = ("text", "length", "learned", "answered", "key")  # columns that are read of all sequences
+Part = tuple[str, int, int, int]  # see `stored.parts_of`
 
 Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learned
-
-
-@dataclass
-class Counts:
-    """What became of rows.
-
-    Attributes:
-        rows: rows given.
-        split: sequences made beyond one per row, where a template cannot show all turns in one (`chat`).
-        divided: sequences made beyond one per row, because texts were longer than the limit.
-        used: sequences kept.
-        dropped: sequences left out because no token to learn was left.
-        unanswered: those of them that had none before they were cut either.
-        truncated: sequences longer than the limit, those dropped included.
-        tokens: tokens of the sequences kept.
-        lost: tokens that were cut off or belonged to a sequence left out.
-        supervised: tokens kept that are learned.
-        lengths: tokens of each sequence before it was cut, in order.
-    """
-
-    rows: int = 0
-    split: int = 0
-    divided: int = 0
-    used: int = 0
-    dropped: int = 0
-    unanswered: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    lost: int = 0
-    supervised: int = 0
-    lengths: list[int] = field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """Share of the tokens that are learned, 0 to 1."""
-        return self.supervised / self.tokens if self.tokens else 0.0
-
-    @property
-    def lost_share(self) -> float:
-        """Share of all tokens that were cut off or left out, 0 to 1."""
-        return self.lost / (self.tokens + self.lost) if self.lost else 0.0
-
-    @property
-    def why_dropped(self) -> str:
-        """How many sequences were left out for which reason, and what helps; empty if none was."""
-        cut = self.dropped - self.unanswered
-        reasons = [f"{cut:,} with a prompt that fills train.max_length"] if cut else []
-        reasons += [f"{self.unanswered:,} without an answer to learn"] if self.unanswered else []
-        remedy = "raise train.max_length" if cut else "check that the rows have assistant turns"
-        return f"{', '.join(reasons)}; {remedy}" if reasons else ""
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
-
-    def add_row(self, sequences: int, pieces: int) -> None:
-        """Counts a row that became so many sequences, and these so many pieces of at most the limit."""
-        self.rows += 1
-        self.split += sequences - 1
-        self.divided += pieces - sequences
-
-    def add_sequence(self, whole: Sequence[bool], limit: int) -> bool:
-        """Counts a sequence, of whose tokens `limit` are left; whether it is kept.
-
-        Args:
-            whole: for each token whether it is learned.
-            limit: most tokens of a sequence.
-        """
-        length, mask = len(whole), whole[:limit]
-        kept = any(mask)
-        self.lengths.append(length)
-        self.used += kept
-        self.dropped += not kept
-        self.unanswered += not any(whole)
-        self.truncated += length > len(mask)
-        self.tokens += len(mask) if kept else 0
-        self.lost += length - len(mask) if kept else length
-        self.supervised += sum(mask)
-        return kept
-
-    def to_dict(self) -> dict[str, int]:
-        """The numbers, without the lengths."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "lengths"}
 
 
 @dataclass(frozen=True)
@@ -111,22 +38,26 @@ class Tokenised:
 
     Attributes:
         dataset: columns `input_ids` and `labels` (-100 where a token is not learned), lists of equal length.
+        lengths: of those lists.
+        digest: identifies them all in their order.
         counts: what became of all rows.
         sources: the same by data set.
     """
 
     dataset: datasets.Dataset
+    lengths: list[int]
+    digest: str
     counts: Counts
-    sources: dict[str, Counts] = field(default_factory=dict)
+    sources: dict[str, Counts]
 
 
 def tokenize(
-    rows: datasets.Dataset,
+    rows: Mix | Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     loss: str,
-    advance: Callable[[int], None] = lambda rows: None,
+    workers: int | None = None,
     needed: bool = True,
 ) -> Tokenised:
     """Tokens and labels of normalised rows.
@@ -137,47 +68,155 @@ def tokenize(
     conversations are cut at `max_length` tokens, longer texts divided into sequences of so many.
 
     Args:
-        rows: columns `messages` and `text`, one of them None per row (or missing); `source` where known.
+        rows: a mix, whose data sets are tokenised as wholes, whatever it holds of them, and kept on disk; or a few rows
+            in memory, with `messages` and `text`, one of them None or missing.
         max_length: most tokens of a sequence.
         loss: which tokens are learned.
-        advance: told the number of finished rows.
+        workers: most processes that share the work (`data.workers`).
         needed: refuse rows of which none has anything to learn.
 
     Raises:
         DataError: the chat template cannot be masked reliably, or no row has anything to learn.
     """
     import datasets
-    import pyarrow
 
-    sources: dict[str, Counts] = {}
-    integers = pyarrow.list_(pyarrow.int32())
-    schema = pyarrow.schema([("input_ids", integers), ("labels", integers)])
-    tables = [schema.empty_table()]
     encoder = RowEncoder(tokenizer, loss)
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        inputs, labels = [], []
-        with all_cores():
-            encoded = encoder.batch(_column(batch, "messages"), _column(batch, "text"))
-        columns = _column(batch, "text"), _column(batch, "source")
-        for sequences, text, source in zip(encoded, *columns, strict=True):
-            counts = sources.setdefault(source or "", Counts())
-            parts = sequences if text is None else list(_divided(sequences, max_length))
-            counts.add_row(len(sequences), len(parts))
-            for ids, mask in parts:
-                if counts.add_sequence(mask, max_length):
-                    ids = ids[:max_length]
-                    inputs.append(ids)
-                    labels.append([token if learned else IGNORED for token, learned in zip(ids, mask, strict=False)])
-        tables.append(pyarrow.table([inputs, labels], schema=schema))
-        advance(len(next(iter(batch.values()))))
+    if isinstance(rows, Mix):
+        parts = [_stored_sequences(part, encoder, max_length, workers or usual_workers()) for part in rows.sets]
+        sizes, order, chosen = [len(part) for part in rows.sets], rows.order, rows.chosen
+        names = [share.source for share in rows.shares]
+    else:
+        made = list(_encode(rows, 0, encoder, max_length))
+        parts = [datasets.Dataset.from_list(made, features=datasets.Features(_features()))]
+        sizes, order, chosen, names = [len(rows)], np.arange(len(rows)), np.zeros(len(rows), np.int64), [""]
+    first, number = _places(parts, sizes)
+    sequences = datasets.concatenate_datasets(parts)
+    columns = {name: sequences.data.column(name).to_numpy() for name in _COUNTED}
+    sources: dict[str, Counts] = {}
+    for name, some in ((name, order[chosen == index]) for index, name in enumerate(names)):
+        if len(some):
+            counted = _counted(first[some], number[some], columns, max_length)
+            sources[name] = sources.get(name, Counts()) + counted
     together = sum(sources.values(), Counts())
     if needed and not together.used:
         raise DataError(
-            f"none of the {len(rows)} rows has a loss token within its first {max_length} tokens: "
+            f"none of the {len(order)} rows has a loss token within its first {max_length} tokens: "
             f"{together.why_dropped}"
         )
-    return Tokenised(datasets.Dataset(pyarrow.concat_tables(tables)), together, dict(sorted(sources.items())))
+    kept = _spread(first[order], number[order])
+    kept = kept[columns["learned"][kept] > 0]
+    return Tokenised(
+        sequences.select_columns(["input_ids", "labels"]).select(kept),
+        np.minimum(columns["length"][kept], max_length).tolist(),
+        hashlib.sha256(columns["key"][kept].tobytes()).hexdigest()[:16],
+        together,
+        dict(sorted(sources.items())),
+    )
+
+
+def _counted(first: np.ndarray, number: np.ndarray, columns: dict[str, np.ndarray], limit: int) -> Counts:
+    """What became of rows, given where their sequences begin and how many they are."""
+    more, texts = number - 1, columns["text"][first]
+    beyond = int(more[~texts].sum()), int(more[texts].sum())
+    places = _spread(first, number)
+    return Counts.of(len(first), beyond, {name: column[places] for name, column in columns.items()}, limit)
+
+
+def _places(parts: Sequence[datasets.Dataset], sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the sequences of each row begin and how many they are, int64 [all rows] each.
+
+    Args:
+        parts: sequences of each data set, with `row`.
+        sizes: rows of each data set.
+    """
+    starts = np.cumsum([0, *sizes])
+    rows = [part.data.column("row").to_numpy() + start for part, start in zip(parts, starts, strict=False)]
+    borders = np.searchsorted(np.concatenate(rows), np.arange(sum(sizes) + 1))
+    return borders[:-1], np.diff(borders)
+
+
+def _spread(first: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The numbers from each of `first` on, as many as `number` says, one after the other.
+
+    >>> _spread(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    return np.repeat(first - np.cumsum(number) + number, number) + np.arange(number.sum())
+
+
+def _features() -> dict[str, Any]:
+    """What is kept of a sequence: its row, whether that is text, its tokens before it was cut, how many of the others
+    are learned, whether any was before, a hash (`row_key`), why a row stopped the work, and what is left of it.
+    """
+    import datasets
+
+    number, flag = datasets.Value("int32"), datasets.Value("bool")
+    few = {"row": number, "text": flag, "length": number, "learned": number, "answered": flag}
+    key = {"key": datasets.Value("int64"), "fault": datasets.Value("string")}
+    return few | key | dict.fromkeys(("input_ids", "labels"), datasets.List(number))
+
+
+def _stored_sequences(rows: datasets.Dataset, encoder: RowEncoder, limit: int, workers: int) -> datasets.Dataset:
+    """The sequences of all usable rows of a data set, in their order; kept on disk."""
+    key = ["sequences", rows._fingerprint, tokenizer_key(encoder.tokenizer), encoder.loss, limit]
+    generate = functools.partial(_encode_parts, encoder=encoder, limit=limit)
+    parts = parts_of(rows)
+    with _threads(min(workers, len(parts)) == 1):
+        found = stored(key, generate, _features(), parts=parts, workers=workers)
+    faults = found.data.column("fault")
+    if faults.null_count < len(faults):
+        raise DataError(faults.drop_null()[0].as_py())
+    return found
+
+
+def _encode_parts(parts: Sequence[Part], encoder: RowEncoder, limit: int) -> Iterator[dict[str, Any]]:
+    """Sequences of some of the rows of a data set, read from its files."""
+    import datasets
+
+    for file, before, start, end in parts:
+        # Opened for each part: what was read through a memory map counts as this process's memory until it is closed.
+        rows = datasets.Dataset.from_file(file).select_columns(["messages", "text"])
+        try:
+            for begin in range(start, end, _BATCH):
+                batch = decoded(rows[begin : min(begin + _BATCH, end)])
+                some = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+                yield from _encode(some, before + begin, encoder, limit)
+        except DataError as error:
+            # Other processes cannot hand over an error as it is.
+            yield dict.fromkeys(_features()) | {"fault": str(error)}
+            return
+
+
+def _encode(rows: Sequence[dict[str, Any]], first: int, encoder: RowEncoder, limit: int) -> Iterator[dict[str, Any]]:
+    """The sequences of rows as `_features` has them; rows that cannot be used have none."""
+    pairs = [(number, row.get("messages"), row.get("text")) for number, row in enumerate(rows, first)]
+    pairs = [pair for pair in pairs if pair[1:] != (None, None)]
+    for begin in range(0, len(pairs), _BATCH):
+        numbers, messages, texts = zip(*pairs[begin : begin + _BATCH], strict=True)
+        for number, text, whole in zip(numbers, texts, encoder.batch(messages, texts), strict=True):
+            for ids, mask in whole if text is None else _divided(whole, limit):
+                left = ids[:limit] if any(mask[:limit]) else []
+                labels = [token if learned else IGNORED for token, learned in zip(left, mask, strict=False)]
+                yield {
+                    "row": number,
+                    "text": text is not None,
+                    "length": len(ids),
+                    "learned": sum(mask[:limit]),
+                    "answered": any(mask),
+                    "key": row_key(left, labels),
+                    "fault": None,
+                    "input_ids": left,
+                    "labels": labels,
+                }
+
+
+def row_key(tokens: Sequence[int], labels: Sequence[int]) -> int:
+    """Identifies a sequence by its content, so that it is recognised in any batch, order or packed sequence.
+
+    The first label is left out: nothing is before it that could predict it, and packing removes it.
+    """
+    content = np.asarray([*tokens, *labels[1:]], dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 class RowEncoder:
@@ -231,11 +270,11 @@ def _divided(sequences: Sequence[Encoded], limit: int) -> Iterator[Encoded]:
 
 
 @contextlib.contextmanager
-def all_cores() -> Iterator[None]:
-    """Lets tokenizers work on many texts at once; elsewhere it is told not to, so that processes can be forked."""
+def _threads(wanted: bool) -> Iterator[None]:
+    """Lets tokenizers work on many texts at once, or not: they might hang in processes that are forked meanwhile."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
-    os.environ[name] = "true"
+    os.environ[name] = str(wanted).lower()
     try:
         yield
     finally:
@@ -243,10 +282,6 @@ def all_cores() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _column(batch: dict[str, list], name: str) -> list:
-    return batch.get(name) or [None] * len(next(iter(batch.values())))
 
 
 def runs(ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[list[int], bool]]:

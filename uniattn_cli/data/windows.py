@@ -13,7 +13,7 @@ from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
 from uniattn_cli.data.rows import BUILTIN, read_rows
 from uniattn_cli.data.screen import Screen
-from uniattn_cli.data.splits import load_rows
+from uniattn_cli.data.splits import load_rows, shuffled_rows
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec, DataSpec
 
@@ -101,8 +101,7 @@ def calibration_windows(
         rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False, screen=screen)
         documents = _texts(rows, tokenizer)
     else:
-        documents = list(_documents(specs, tokenizer, "calibration", screen))
-        random.Random(seed).shuffle(documents)
+        documents = _texts(shuffled_rows(specs, seed, screen), tokenizer)
     return repeat_passages(windows(documents, tokenizer, tokens=tokens, length=length, skip=skip), data.repeat)
 
 
@@ -133,7 +132,7 @@ def heldout_windows(
     for spec in data.text:
         if spec.source != BUILTIN and (spec.source, spec.config, spec.split) in used:
             raise DataError(f"data.text: {spec.source} is also used for training or calibration; use other text")
-    documents = _documents(data.text, tokenizer, "heldout", screen or Screen(data, tokenizer))
+    documents = _documents(data.text, tokenizer, screen or Screen(data, tokenizer))
     return windows(documents, tokenizer, tokens=tokens, length=length)
 
 
@@ -150,13 +149,11 @@ def _mix(text: Iterable[str], chat: Iterable[str]) -> Iterator[str]:
         yield document
 
 
-def _documents(
-    specs: Sequence[DatasetSpec], tokenizer: PreTrainedTokenizerBase, part: str, screen: Screen
-) -> Iterator[str]:
-    """Texts of all rows of the sources; the built-in source gives its text of the part."""
+def _documents(specs: Sequence[DatasetSpec], tokenizer: PreTrainedTokenizerBase, screen: Screen) -> Iterator[str]:
+    """Held-out texts of the sources, no more of which are read than are asked for."""
     for spec in specs:
         if spec.source == BUILTIN:
-            yield from builtin.text(part)[: spec.limit]
+            yield from builtin.text("heldout")[: spec.limit]
         else:
             yield from _texts(read_rows(spec, whole_text=True, screen=screen), tokenizer)
 

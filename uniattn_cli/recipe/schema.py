@@ -154,6 +154,10 @@ class DataSpec:
         maximum=1,
     )
 
+    workers: int | None = setting(
+        None, "processes that tokenise large data sets; null uses one per CPU core, at most 16", minimum=1
+    )
+
     def contradictions(self) -> list[str]:
         """Faults of data-set settings that are valid on their own but not together."""
         faults = []

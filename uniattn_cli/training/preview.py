@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniattn_cli.data.sequences import Counts, runs
+from uniattn_cli.data.counts import Counts
+from uniattn_cli.data.sequences import runs
 from uniattn_cli.errors import CheckpointError, DataError
 from uniattn_cli.run.files import read_json
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from uniattn_cli.data.sequences import row_key
 from uniattn_cli.errors import StageError
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.training.divergence import TopK
@@ -22,15 +23,6 @@ META = "teacher.json"
 def store_key(settings: dict[str, Any]) -> str:
     """Name of the folder for what these settings (data, teacher, top_k, temperature, dtype) determine."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def row_key(tokens: Sequence[int], labels: Sequence[int]) -> int:
-    """Identifies a row by its content, so that it is recognised in any batch, order or packed sequence.
-
-    The first label is left out: nothing is before it that could predict it, and packing removes it.
-    """
-    content = np.asarray([*tokens, *labels[1:]], dtype=np.int64).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 class StoredTeacher:

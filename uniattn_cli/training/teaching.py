@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from uniattn_cli.data.sequences import row_key
 from uniattn_cli.models.hub import Source
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import Progress
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.files import write_json
 from uniattn_cli.training.distill import Distillation
-from uniattn_cli.training.stored_teacher import FOLDER, META, StoredTeacher, pad_rows, positions, row_key, store_key
+from uniattn_cli.training.stored_teacher import FOLDER, META, StoredTeacher, pad_rows, positions, store_key
 
 if TYPE_CHECKING:
     import datasets

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback
@@ -240,11 +241,16 @@ def load_trained(model: PreTrainedModel, folder: Path) -> None:
             parameters[name].copy_(tensor)
 
 
-def pack(rows: Any, max_length: int) -> Any:
-    """Puts whole rows together into sequences of at most `max_length`, with the column `seq_lengths`."""
+def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
+    """Puts whole rows together into sequences of at most `max_length`, with the column `seq_lengths`.
+
+    What comes of rows that are kept on disk is kept beside them; of several processes one makes it.
+    """
     from trl import pack_dataset
 
-    return pack_dataset(rows, max_length, "bfd")
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    with FileLock(files[0].with_name("pack.lock")) if files else contextlib.nullcontext():
+        return pack_dataset(rows, max_length, "bfd")
 
 
 def tokens_per_step(lengths: Sequence[int], order: Sequence[Sequence[int]]) -> list[int]:
