@@ -136,6 +136,14 @@ def test_what_an_encoding_lacks_is_replaced(encoding, errors, shown, monkeypatch
     assert stream.buffer.getvalue().decode(encoding) == shown
 
 
+def test_a_closed_stdin_is_an_empty_one(monkeypatch):
+    found = []
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(app_module, "app", lambda prog_name: found.append(sys.stdin.read()))
+    main()
+    assert found == [""]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

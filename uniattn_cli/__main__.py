@@ -16,7 +16,7 @@ def main() -> None:
     """Runs the command line and exits with its code."""
     try:
         spin_briefly()
-        print_anything()
+        open_streams()
         settle_in()
         from uniattn_cli.cli.app import app
 
@@ -44,8 +44,13 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def print_anything() -> None:
-    """Has stdout replace what its encoding lacks (ASCII, Latin-1) instead of failing; stderr does so from the start."""
+def open_streams() -> None:
+    """Has stdout replace what its encoding lacks (ASCII, Latin-1) instead of failing; stderr does so from the start.
+
+    A stdin that is closed becomes one that is empty.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="replace")
 
