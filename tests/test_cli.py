@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import getpass
 import io
+import logging
 import os
 import pwd
 import re
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,7 +27,7 @@ import uniattn_cli
 from uniattn_cli.__main__ import main
 from uniattn_cli.cli import app as app_module
 from uniattn_cli.cli import console, doctor, flags, guard
-from uniattn_cli.errors import DataError, RecipeError, StageError, UsageError
+from uniattn_cli.errors import DataError, DataWarning, RecipeError, StageError, UsageError
 from uniattn_cli.evaluation import cache
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.models.families import FAMILIES
@@ -358,18 +360,15 @@ def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(capsys):
     assert "bug in uniattn" in shown.splitlines()[-1]
 
 
-def test_warnings_about_data_are_one_line_and_those_of_libraries_are_silent():
-    code = """
-import warnings
-from uniattn_cli.cli.guard import quiet_libraries
-from uniattn_cli.errors import DataWarning
-quiet_libraries()
-warnings.warn("of a library")
-for _ in range(2):
-    warnings.warn("about data", DataWarning)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "warning: about data\n")
+def test_warnings_about_data_are_told_and_those_of_libraries_are_silent(monkeypatch):
+    found: list[str] = []
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # is replaced
+    with warnings.catch_warnings():
+        guard.quiet_libraries(found.append)
+        warnings.warn("of a library", stacklevel=1)
+        warnings.warn("about data", DataWarning, stacklevel=1)
+    assert found == ["about data"]
 
 
 # --- what reaches the stages ------------------------------------------------------------------------------------------
@@ -394,7 +393,7 @@ def stages(monkeypatch):
         setattr(module, function, fake(function))
         monkeypatch.setitem(sys.modules, module_name, module)
     # It changes the whole process for good.
-    monkeypatch.setattr(guard, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(guard, "quiet_libraries", lambda warn: None)
     return calls
 
 

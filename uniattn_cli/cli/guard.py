@@ -83,11 +83,12 @@ def run_command(
     with guard(name, common.debug):
         if sys.flags.optimize > 1:
             raise UsageError("transformers needs docstrings; start Python without -OO and unset PYTHONOPTIMIZE")
-        if not common.debug:
-            quiet_libraries()
         from uniattn_cli.cli.console import RichProgress, show
 
-        options = RunOptions(device=common.device, force=common.force, progress=RichProgress())
+        progress = RichProgress()
+        if not common.debug:
+            quiet_libraries(progress.warn)
+        options = RunOptions(device=common.device, force=common.force, progress=progress)
         with run_directory(common.run_dir, create=name == "analyze"), file_errors(Path(".")):
             result = call([*overrides, *common.settings], options)
             # Only one of the processes that a launcher starts prints.
@@ -230,15 +231,18 @@ def _fail(lines: Sequence[str], debug: bool) -> None:
         print("error: " + " ".join(line.split("\n")), file=sys.stderr)
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(warn: Callable[[str], None] = lambda line: None) -> None:
     """Silences progress bars, warnings and logs of the libraries below; must run before they are imported.
 
     A variable that the user has set wins.
+
+    Args:
+        warn: gets each `DataWarning`, which are ours, as one line.
     """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
-    warnings.simplefilter("once", DataWarning)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.simplefilter("always", DataWarning)
+    warnings.showwarning = lambda message, *_: warn(str(message))
     logging.disable(logging.WARNING)
