@@ -19,7 +19,7 @@ import torch
 import torch_flash
 from tiny import FAMILIES, LAYOUTS, REDUCED, make_base, make_layout, randomise_compensation
 from tiny_run import make_tokenizer
-from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, reference, set_obstacles
+from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, obstacles_of, reference
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
@@ -212,13 +212,29 @@ def test_the_plain_path_serves_without_saving(name, engine, base_blocks, tmp_pat
 def test_where_the_plugin_cannot_share_keys_the_engine_shares_what_it_can(name, saved, engine, base_blocks, tmp_path):
     """A `kv` layer with one source reads that one's cache; layers without attention have none."""
     directory = write(tmp_path, FAMILIES[0], name)
-    engine.call(set_obstacles, ["a test asks for it"])
-    try:
-        done = engine.run(directory, (prompts(), TOKENS))
-    finally:
-        engine.call(set_obstacles, [])
+    done = engine.run(directory, (prompts(), TOKENS), obstacles=["a test asks for it"])
     assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
     assert abs(done.blocks - base_blocks * 6 // (6 - saved)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache_config__cache_dtype": "fp8"}, "the cache is stored as fp8"),
+        ({"cache_config__kv_cache_dtype_skip_layers": ["3"]}, "some layers are left out of the cache's dtype"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "fast prefill of layers that share keys and values is used"),
+        ({"kv_transfer_config": "any"}, "a KV connector is used"),
+        ({"speculative_config": "any"}, "speculative decoding is used"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism is used"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism is used"),
+        ({"parallel_config__use_ubatching": True}, "batches are computed in two overlapping parts"),
+        ({"additional_config": "any"}, "additional_config is no mapping"),
+        ({"use_v2_model_runner": True}, "model runner V2 is used"),
+    ],
+)
+def test_settings_that_the_shared_cache_has_not_been_made_for(changes, message, engine):
+    assert engine.call(obstacles_of) == []
+    assert engine.call(functools.partial(obstacles_of, **changes)) == [message]
 
 
 def test_the_plain_path_refuses_free_head_maps(engine, tmp_path):
@@ -286,10 +302,9 @@ def test_attention_of_gpus_gives_the_text_of_transformers(entry, name, flash, tm
 def test_attention_of_gpus_reads_each_tensor_with_the_scale_that_wrote_it(name, flash, tmp_path):
     """Of a cache in FP8. Whether FP8 is good enough for a model is not what is asked here."""
     directory, found = write(tmp_path, FAMILIES[0], name), []
-    flash.call(set_obstacles, [])
     for scaled in (False, True):
         flash.call(torch_flash.scale, scaled)
-        done = flash.run(directory, (prompts(), TOKENS), kv_cache_dtype="fp8")
+        done = flash.run(directory, (prompts(), TOKENS), obstacles=[], kv_cache_dtype="fp8")
         assert abs(done.blocks - CACHE_BYTES // (page_bytes(directory) // 4)) <= 1
         found.append(done.outputs[0])
     flash.call(torch_flash.scale, False)

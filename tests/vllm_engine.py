@@ -21,7 +21,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -90,14 +92,22 @@ class Engine:
     def __init__(self):
         self.pool: ProcessPoolExecutor | None = None
 
-    def run(self, directory: Path, *loads: tuple[list[list[int]], int], plugin: bool = True, **options: Any) -> Outcome:
+    def run(
+        self,
+        directory: Path,
+        *loads: tuple[list[list[int]], int],
+        plugin: bool = True,
+        obstacles: list[str] | None = None,
+        **options: Any,
+    ) -> Outcome:
         """Serves loads of (prompts, tokens), one after the other, with chunked prefill and prefix caching.
 
         Args:
             plugin: with uniattn's plugin; without it as if it had stepped aside.
+            obstacles: what the plugin is to find in the settings; None: what it does find.
             options: further arguments of vLLM's `LLM`.
         """
-        return self.call(_run, directory, loads, plugin, options)
+        return self.call(_run, directory, loads, plugin, obstacles, options)
 
     def call(self, function: Callable, *arguments: Any) -> Any:
         """Calls a function in the engine's process; if that ends, a new one is started the next time."""
@@ -115,14 +125,31 @@ class Engine:
         self.pool = None
 
 
-def set_obstacles(found: list[str]) -> None:
-    """Makes the plugin find in the settings of this process's engines what it has not been made for."""
-    from uniattn_cli.serving import vllm_model
+def obstacles_of(**changes: Any) -> list[str]:
+    """What the plugin finds in an engine's settings, of which these are not the usual ones; `__` parts their names."""
+    from uniattn_cli.serving.vllm_model import obstacles
 
-    vllm_model.obstacles = lambda vllm_config: found
+    usual = {
+        "parallel_config__pipeline_parallel_size": 1,
+        "parallel_config__prefill_context_parallel_size": 1,
+        "parallel_config__decode_context_parallel_size": 1,
+        "parallel_config__use_ubatching": False,
+        "cache_config__cache_dtype": "auto",
+        "cache_config__kv_cache_dtype_skip_layers": [],
+        "cache_config__kv_sharing_fast_prefill": False,
+        "kv_transfer_config": None,
+        "speculative_config": None,
+        "additional_config": {},
+        "use_v2_model_runner": False,
+    }
+    config = SimpleNamespace(parallel_config=SimpleNamespace(), cache_config=SimpleNamespace())
+    for name, value in (usual | changes).items():
+        owner, _, field = name.rpartition("__")
+        setattr(getattr(config, owner) if owner else config, field, value)
+    return obstacles(config)
 
 
-def _run(directory: Path, loads: Sequence, plugin: bool, options: dict) -> Outcome:
+def _run(directory: Path, loads: Sequence, plugin: bool, obstacles: list[str] | None, options: dict) -> Outcome:
     os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     from huggingface_hub.errors import StrictDataclassError
     from vllm import LLM, ModelRegistry, plugins
@@ -143,9 +170,13 @@ def _run(directory: Path, loads: Sequence, plugin: bool, options: dict) -> Outco
     ours = [name for name in ModelRegistry.models if name.startswith("UniAttn")]
     assert ours, "the plugin is not installed in this environment"
     taken = {} if plugin else {name: ModelRegistry.models.pop(name) for name in ours}
+    from uniattn_cli.serving import vllm_model
+
+    found = vllm_model.obstacles if obstacles is None else lambda vllm_config: obstacles
     llm = None
     try:
-        llm = LLM(str(directory), **settings | options)
+        with mock.patch.object(vllm_model, "obstacles", found):
+            llm = LLM(str(directory), **settings | options)
         return _served(llm, loads)
     except StrictDataclassError as error:
         raise ValueError(str(error)) from None  # of a configuration; cannot be pickled itself
