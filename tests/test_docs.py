@@ -69,6 +69,26 @@ def test_quick_commands_run(line, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def anchors(text: str) -> set[str]:
+    """What a link to a heading of a page may name."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / name if name else ROOT / page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].split()) <= 1500 and TEXTS["README.md"].count("\n") <= 220
+
+
 def test_the_picture_of_kinds_is_up_to_date_and_the_page_has_them_all():
     drawn = runpy.run_path(str(ROOT / "scripts" / "draw_kinds.py"))
     assert drawn["TARGET"].read_text(encoding="utf-8") == drawn["picture"]() + "\n", "run scripts/draw_kinds.py"

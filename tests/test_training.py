@@ -270,17 +270,17 @@ def test_cuda_learns_like_cpu(run, packing):
     assert ends["cuda"] == pytest.approx(ends["cpu"], abs=0.2)
 
 
-def test_a_checkpoint_loads_anywhere_as_the_readme_and_its_card_say(whole, tmp_path):
+def test_a_checkpoint_loads_anywhere_as_its_page_and_its_card_say(whole, tmp_path):
     from uniattn_cli.publishing.card import TEMPLATE
 
     run = whole[0]
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():
         torch.save({"tokens": tokens, "logits": load(run / "trained")(tokens).logits}, tmp_path / "expected.pt")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     card = TEMPLATE.read_text(encoding="utf-8").replace("{{ repo_id }}", "trained")
     script = "import sys, torch\ntorch.set_num_threads(1)\nsaved = torch.load(sys.argv[1])\n"
-    for text in (readme.partition("### Using a checkpoint")[2], card.partition("## Use")[2]):
+    for text in (page, card.partition("## Use")[2]):
         script += text.partition("```python\n")[2].partition("```")[0]
         script += "assert tokenizer.chat_template and model.config\n"
     script += (
