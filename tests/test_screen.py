@@ -116,6 +116,48 @@ def test_what_an_expression_in_a_template_raises_is_no_traceback(expression, tmp
     assert len(found) == 200 and "line 9: the chat template rejects a conversation with the roles user" in line
 
 
+@pytest.mark.parametrize("first", [{}, {"version": 1}, {"text": "of another format"}, "[", "[" * 100_000])
+def test_the_first_row_may_be_bad_like_any_other(first, tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [first if isinstance(first, str) else json.dumps(first), *map(json.dumps, CHAT)]
+    path.write_text("\n".join(lines) + "\n")
+    found, [line] = read(str(path))
+    assert len(found) == 200 and f"1 of 201 rows cannot be used and is left out: {path}, line 1" in line
+
+
+def test_rows_none_of_which_has_known_columns_are_refused_with_the_setting_as_yaml_reads_it(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt, completion\nq,a\n")
+    with pytest.raises(DataError, match=r"add `columns: \{completion: \" completion\"\}` to the data set"):
+        read(str(path))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,completion\nq,a,b\n")
+    with pytest.raises(DataError, match=rf"^{path} has more than one column 'completion'; rename the others$"):
+        read(str(path))
+
+
+def test_a_file_of_json_that_nests_too_deep_is_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not JSON"):
+        read(str(path))
+
+
+def test_names_with_half_a_character_can_be_told(tmp_path):
+    half = '"half \\ud83d"'
+    odd = [f'{{"messages": [{{"role": "user", "content": "q", {half}: 1}}], {half}: 2}}', f"{{{half}: 3}}"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*map(json.dumps, CHAT), *odd]) + "\n")
+    told: list[str] = []
+    spec = DatasetSpec(source=str(path))
+    assert len(splits.load_rows((spec,), "train", holdout=1e-9, seed=0, screen=Screen(tell=told.append))) == 201
+    assert "line 202: no column 'messages' (it has: half ?)" in told[0]
+    assert "column half ? in 1 of 202 rows; half ? of messages in 1 of 202 rows: not used" in told[1]
+
+
 def test_what_is_not_used_is_named_once(tmp_path):
     thought = [turns("q")[0], {"role": "assistant", "content": "a", "thinking": "b", "weight": 0.5, "stars": 5}]
     path = write(tmp_path / "a.jsonl", {"messages": thought, "stage": 3, "id": 4}, *CHAT)

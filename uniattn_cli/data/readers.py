@@ -11,6 +11,7 @@ import re
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -59,7 +60,7 @@ def check_text(value: Any, where: str) -> None:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
     except UnicodeEncodeError:
         raise RowError(f"{where} has half a surrogate pair, which is no text") from None
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         raise RowError(f"{where} has a value that is no JSON ({error})") from None
 
 
@@ -134,7 +135,7 @@ def _read_jsonl(path: Path) -> Iterator[Raw]:
             where = f"{path}, line {number}"
             try:
                 row = _mapping(json.loads(line), where)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 row = RowError(f"{where} is not JSON ({error}); a .jsonl file has one object per line")
             yield where, row
 
@@ -144,7 +145,7 @@ def _read_json(path: Path) -> Iterator[Raw]:
         content = stream.read()
     try:
         rows = json.loads(content) if content.strip() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); one object per line belongs in a .jsonl file") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} must contain a list of objects, not a {type(rows).__name__}")
@@ -164,6 +165,9 @@ def _read_csv(path: Path) -> Iterator[Raw]:
     with _opened(path, newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
+            twice = sorted(name for name, count in Counter(reader.fieldnames or ()).items() if count > 1)
+            if twice:
+                raise DataError(f"{path} has more than one column '{twice[0]}'; rename the others")
             for number, row in enumerate(reader, 1):
                 where, sound = f"{path}, row {number}", None not in row and None not in row.values()
                 fields = ", ".join(reader.fieldnames or ())

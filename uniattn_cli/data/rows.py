@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +21,8 @@ from uniattn_cli.errors import DataError, RowError, suggest
 from uniattn_cli.recipe.schema import DatasetSpec
 
 BUILTIN = "builtin"
+
+LOOKED_AT = 10  # first rows that decide on the format: one of them may be broken, or of another
 
 _COLUMNS = {
     "messages": "messages (or conversations)",
@@ -83,8 +88,10 @@ def checked_rows(spec: DatasetSpec, raw_rows: Iterable[Raw], screen: Screen) -> 
         DataError: the columns of the format are not there, or the source cannot be read.
     """
     count = 0
-    layout = None
-    for where, raw in raw_rows:
+    coming = iter(raw_rows)
+    first = list(itertools.islice(coming, LOOKED_AT))
+    layout = _usual_layout(spec, first)
+    for where, raw in itertools.chain(first, coming):
         unused: set[str] = set()
         try:
             raw = _renamed(sound(raw), spec.columns or {}, where)
@@ -93,16 +100,21 @@ def checked_rows(spec: DatasetSpec, raw_rows: Iterable[Raw], screen: Screen) -> 
             check_text(row["messages"] or row["text"], where)
             screen.check(row["messages"] or [], where, unused)
         except RowError as error:
-            yield CheckedRow(fault=str(error))
+            yield CheckedRow(fault=_shown(str(error)))
             continue
         unused.update(f"column {name}" for name in raw if name not in _READ[layout] and not empty(raw[name]))
         if row["messages"] is None and not row["text"].strip():
             row = {}
         else:
             count += 1
-        yield CheckedRow(**row, unused=tuple(sorted(unused)))
+        yield CheckedRow(**row, unused=tuple(sorted(map(_shown, unused))))
         if count == spec.limit:
             return
+
+
+def _shown(text: str) -> str:
+    """What can be written of a text that names something: names of columns and files may hold half a character, too."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _renamed(raw: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, Any]:
@@ -116,8 +128,34 @@ def _renamed(raw: dict[str, Any], columns: dict[str, str], where: str) -> dict[s
     return others | {name: raw[column] for name, column in columns.items()}
 
 
+def _usual_layout(spec: DatasetSpec, rows: Iterable[Raw]) -> str | None:
+    """The column layout that most of some rows have; None if all of them are broken.
+
+    Raises:
+        DataError: none of them has a known one.
+    """
+    found: Counter[str] = Counter()
+    lacking: DataError | None = None
+    for where, raw in rows:
+        try:
+            columns = set(_renamed(sound(raw), spec.columns or {}, where))
+        except RowError:
+            continue
+        try:
+            found[_layout(spec, columns)] += 1
+        except DataError as error:
+            lacking = lacking or error
+    if lacking and not found:
+        raise lacking
+    return found.most_common(1)[0][0] if found else None
+
+
 def _layout(spec: DatasetSpec, columns: set[str]) -> str:
-    """The column layout of a data set, from its first row."""
+    """The column layout of a row.
+
+    Raises:
+        DataError: its columns are of no known one.
+    """
     fits = {
         "messages": bool({"messages", "conversations"} & columns),
         "prompt_completion": {"prompt", "completion"} <= columns,
@@ -149,9 +187,14 @@ def _nearest(columns: set[str], layouts: list[str]) -> str:
         if lacking:
             best = share, f". The closest format is {layout}, which also needs {' and '.join(lacking)}"
         else:
-            mapping = ", ".join(f"{name}: {column}" for name, column in found.items() if name != column)
+            mapping = ", ".join(f"{name}: {_written(column)}" for name, column in found.items() if name != column)
             best = share, f". The closest format is {layout}: add `columns: {{{mapping}}}` to the data set"
     return best[1]
+
+
+def _written(column: str) -> str:
+    """A name as YAML reads it."""
+    return column if re.fullmatch(r"[A-Za-z_][\w.-]*", column) else json.dumps(column, ensure_ascii=False)
 
 
 def _like(name: str, columns: set[str]) -> str | None:
