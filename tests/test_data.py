@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from huggingface_hub import HfApi
 from tiny_run import byte_tokenizer
 
 from uniattn_cli.data import builtin, items, rows, sequences, splits, windows
@@ -263,6 +264,16 @@ def test_a_hub_id_without_network_says_what_was_looked_for(tmp_path, monkeypatch
         load("no-such-owner/no-such-set")
     for part in (f"looked for {tmp_path}/no-such-owner/no-such-set", "hub data set", "use a local file", ".jsonl"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ImportError("Using SOCKS proxy, but ..."), FileNotFoundError(2, "No such file")])
+def test_a_client_that_cannot_be_set_up_is_no_network(error, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(HfApi, "dataset_info", fail)
+    with pytest.raises(DataError, match=r"'owner/rows' is not a file .*could not be loaded"):
+        load("owner/rows")
 
 
 def test_a_wrong_split_of_the_hub_lists_the_known_ones(monkeypatch):

@@ -79,14 +79,14 @@ class HubSet:
     def _errors(self) -> Iterator[None]:
         from datasets.exceptions import DatasetGenerationError
 
-        from uniattn_cli.models.hub import transport_errors
+        from uniattn_cli.models.hub import SETUP_ERRORS, transport_errors
 
         try:
             yield
         except ValueError as error:
             # Unknown configuration or split; the message lists the known ones.
             raise DataError(f"{self.name}, split {self.split}: {_first_line(error)}") from None
-        except (*transport_errors(OSError), DatasetGenerationError) as error:
+        except (*transport_errors(OSError, *SETUP_ERRORS), DatasetGenerationError) as error:
             raise DataError(
                 f"'{self.spec.source}' is not a file (looked for {located(self.spec.source).absolute()}), and the "
                 f"{self.name} could not be loaded: {_first_line(error)}. Without a network, use a local file "
@@ -139,12 +139,12 @@ def _offline_at_once(name: str) -> Iterator[None]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    from uniattn_cli.models.hub import transport_errors
+    from uniattn_cli.models.hub import SETUP_ERRORS, transport_errors
 
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(name, timeout=10)
-    except transport_errors(OfflineModeIsEnabled):
+    except transport_errors(OfflineModeIsEnabled, *SETUP_ERRORS):
         datasets.config.HF_HUB_OFFLINE = True
     except (HfHubHTTPError, HFValidationError):
         pass  # unknown or gated: load_dataset says so
