@@ -133,6 +133,18 @@ def test_quantised_benchmark_compares_each_model_with_itself(tmp_path):
     assert "| not quantised |" in squeezed(out.with_suffix(".md"))
 
 
+@pytest.mark.slow
+def test_data_benchmark_finds_the_second_time_what_it_made(tmp_path):
+    out = tmp_path / "out" / "data.json"
+    done = run_benchmark("data", "--rows", 60, "--processes", 1, 2, "--out", out, "--work", tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(out.read_text())["starts"][name] for name in ("60 x 1", "60 x 2"))
+    assert "first" not in two and one["cache_megabytes"] == two["cache_megabytes"]
+    for start in (one["first"], one["second"], two["second"]):
+        assert start["seconds"] > 0 and start["peak_mib"] > start["own_mib"] > 100
+    assert "| 60 | 2 | second |" in squeezed(out.with_suffix(".md"))
+
+
 def test_files_of_several_processes_are_merged(tmp_path, monkeypatch):
     def merge(*paths: Path) -> None:
         monkeypatch.setattr(sys, "argv", ["layouts", "--out", str(out), "--merge", *map(str, paths)])
