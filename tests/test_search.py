@@ -12,6 +12,7 @@ from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.greedy import ThoroughSearch
 from uniattn_cli.layouts.thorough import proposer
+from uniattn_cli.layouts.trials import Trial
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.building import build_converted
@@ -195,4 +196,4 @@ def test_a_candidate_that_overflows_is_the_worst():
     search = ThoroughSearch(base, windows(12, 1), windows(4, 2), QUICK, nearest_leader, batch_size=8)
     finals = [states[-1].clone() for states in search.score_states]
     finals[0][0, 3, 5] = float("nan")
-    assert search._kl(finals) == float("inf")
+    assert Trial(search.layout, search._divergences(finals)).divergence == float("inf")
