@@ -38,6 +38,7 @@ from uniattn_cli.tables import Result, Table, to_markdown
 ROOT = Path(uniattn_cli.__file__).resolve().parent.parent
 STAGES = {
     "analyze": "uniattn_cli.commands.analyze",
+    "score": "uniattn_cli.commands.score",
     "group": "uniattn_cli.commands.group",
     "convert": "uniattn_cli.commands.convert",
     "train": "uniattn_cli.commands.train",
@@ -233,7 +234,6 @@ def test_completion_knows_the_settings():
         ["analyze", "a", "--tokens", "many"],
         ["analyze", "a", "--dtype", "float8"],
         ["group", "--head-map", "any"],
-        ["convert", "--kv", "0.5", "--followers", "3"],
         ["recipe", "laout"],
         ["sweep", "--kv", "much"],
         ["compare"],
@@ -461,10 +461,30 @@ def test_a_budget_on_the_command_line_replaces_the_others(name, stages, tmp_path
         "layout.followers=12",
         "layout.head_map=free",
         "layout.kv=null",
+        "layout.max_loss=null",
         "layout.params=null",
+        "layout.save=kv",
         "layout.sources=one",
     ]
-    assert sorted(stages[1].overrides) == ["layout.followers=null", "layout.kv=0.8", "layout.params=null"]
+    assert [entry for entry in sorted(stages[1].overrides) if "null" not in entry] == [
+        "layout.kv=0.8",
+        "layout.save=kv",
+    ]
+
+
+@pytest.mark.parametrize("name", ["group", "convert"])
+def test_budgets_may_be_given_together(name, stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--params", "0.95", "--kv", "0.8", "--max-loss", "0.03", "--save", "params", "--search", "scores"]
+    invoke(name, *flags)
+    assert sorted(stages[0].overrides) == [
+        "layout.followers=null",
+        "layout.kv=0.8",
+        "layout.max_loss=0.03",
+        "layout.params=0.95",
+        "layout.save=params",
+        "layout.search=scores",
+    ]
 
 
 def test_the_run_directory_is_where_the_stage_works(stages, tmp_path, monkeypatch):

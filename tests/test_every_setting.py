@@ -24,6 +24,7 @@ from uniattn_cli.run.directory import RunDir
 CPU = RunOptions(device="cpu")
 FEW = {"analysis.tokens": 256, "conversion.tokens": 512, "layout.score_tokens": 128, "layout.kv": 0.8}
 THOROUGH = {"layout.search": "thorough", "layout.kv": 0.9, "layout.match": "maps"}
+SCORES = {"layout.search": "scores", "layout.kinds": "[linear, none]", "layout.kv": "null", "layout.max_loss": 0.005}
 PLAIN = {"layout.layers": "[{}, {}, {leader: 1}, {}, {kind: key, leader: 3}, {}]"}
 
 # By setting: what it is changed to, and what else holds before and after.
@@ -33,6 +34,8 @@ LAYOUT = {
     "followers": (1, {"layout.kv": "null"}),
     "kv": (0.9, {}),
     "params": (0.97, {"layout.kv": "null", "layout.kinds": "[softmax]"}),
+    "max_loss": (0.002, SCORES),
+    "save": ("params", SCORES),
     "search": ("thorough", {"layout.kv": 0.9, "layout.match": "maps"}),
     "kinds": ("[linear]", THOROUGH),
     "score_tokens": (256, THOROUGH),

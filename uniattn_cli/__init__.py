@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from uniattn_cli.commands.group import group
     from uniattn_cli.commands.push import push
     from uniattn_cli.commands.report import report
+    from uniattn_cli.commands.score import score
     from uniattn_cli.commands.serve import serve
     from uniattn_cli.commands.sweep import sweep
     from uniattn_cli.commands.synthesize import synthesize
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "push",
     "report",
+    "score",
     "serve",
     "sweep",
     "synthesize",

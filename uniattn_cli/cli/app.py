@@ -41,6 +41,7 @@ def _main(
 
 
 app.command()(pipeline.analyze)
+app.command()(pipeline.score)
 app.command()(pipeline.group)
 app.command()(pipeline.convert)
 app.command()(pipeline.train)

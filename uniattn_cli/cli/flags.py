@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
     Dtype = _Word
     HeadMap = _Word
+    Save = _Word
     Search = _Word
     Sources = _Word
 else:
     Dtype = _words("Dtype", "model.dtype")
     HeadMap = _words("HeadMap", "layout.head_map")
+    Save = _words("Save", "layout.save")
     Search = _words("Search", "layout.search")
     Sources = _words("Sources", "layout.sources")
 Part = enum.Enum("Part", {"train": "train", "heldout": "heldout"}, type=str)
@@ -91,6 +93,9 @@ GroupsOption = Annotated[
 ]
 FollowersOption = Annotated[int | None, setting("layout.followers", "--followers", "N")]
 KvOption = Annotated[float | None, setting("layout.kv", "--kv", "SHARE")]
+ParamsOption = Annotated[float | None, setting("layout.params", "--params", "SHARE")]
+MaxLossOption = Annotated[float | None, setting("layout.max_loss", "--max-loss", "NATS")]
+SaveOption = Annotated[Save | None, setting("layout.save", "--save")]
 HeadMapOption = Annotated[HeadMap | None, setting("layout.head_map", "--head-map")]
 SearchOption = Annotated[Search | None, setting("layout.search", "--search")]
 KindsOption = Annotated[
@@ -98,8 +103,8 @@ KindsOption = Annotated[
     typer.Option(
         "--kinds",
         metavar="KIND,...",
-        help=f"Kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with --search thorough several "
-        f"of {', '.join(CHANGED_KINDS)} [recipe: layout.kinds, default early]",
+        help=f"Kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with --search thorough or "
+        f"scores several of {', '.join(CHANGED_KINDS)} [recipe: layout.kinds, default early]",
         show_default=False,
     ),
 ]
@@ -113,20 +118,24 @@ def overrides_of(**values: Any) -> list[str]:
 
 
 def layout_overrides(
-    followers: int | None,
-    kv: float | None,
+    budgets: dict[str, float | None],
+    save: Save | None,
     search: Search | None,
     kinds: str | None,
     head_map: HeadMap | None,
     sources: Sources | None,
 ) -> list[str]:
-    """Overrides of `group` and `convert`; a budget replaces whichever budget the recipe has."""
-    if followers is not None and kv is not None:
-        raise typer.BadParameter("give one budget, not two", param_hint="--followers, --kv")
+    """Overrides of `group` and `convert`; budgets replace whichever budgets the recipe has.
+
+    Args:
+        budgets: each with its limit, or None where it is not given.
+    """
     found = overrides_of(layout__search=search, layout__head_map=head_map, layout__sources=sources)
     if kinds is not None:
         found.append(f"layout.kinds=[{kinds}]")
-    if followers is not None or kv is not None:
-        budgets = {"followers": followers, "kv": kv, "params": None}
-        found += [f"layout.{key}={'null' if value is None else value}" for key, value in budgets.items()]
+    if any(limit is not None for limit in budgets.values()):
+        found += [f"layout.{key}={'null' if limit is None else limit}" for key, limit in budgets.items()]
+        found.append(f"layout.save={'kv' if save is None else save.value}")
+    else:
+        found += overrides_of(layout__save=save)
     return found

@@ -38,6 +38,7 @@ QUIET_ENVIRONMENT = {
 }
 LESS_MEMORY = {
     "analyze": "--set analysis.length=256",
+    "score": "--set conversion.length=256",
     "convert": "--set conversion.length=256",
     "train": "--set train.micro_batch_size=1, --set train.gradient_checkpointing=true or --set train.max_length=256",
     "eval": "--set evaluation.batch_size=1 or --set evaluation.length=256",
@@ -48,6 +49,7 @@ LESS_MEMORY = {
 }
 # What the same command does after an interruption; the others start over.
 RESUMED = {
+    "score": "resumes",
     "train": "resumes from its last checkpoint",
     "eval": "resumes",
     "compare": "resumes",

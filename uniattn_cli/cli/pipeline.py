@@ -18,8 +18,11 @@ from uniattn_cli.cli.flags import (
     HeadMapOption,
     KindsOption,
     KvOption,
+    MaxLossOption,
+    ParamsOption,
     Part,
     RunDirOption,
+    SaveOption,
     SearchOption,
     SetOption,
     SourcesOption,
@@ -74,10 +77,41 @@ def analyze(
     run_command("analyze", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 
 
+def score(
+    kinds: KindsOption = None,
+    run_dir: RunDirOption = Path("."),
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure what every change of every layer costs.
+
+    Converts each layer alone to every kind, with and without W_c, and measures the loss. Writes scores/, from which
+    `--search scores` finds a layout for any budget. A kind that is added later adds its scores; an interrupted run goes
+    on. Best on a GPU.
+
+    \b
+    Example:
+      uniattn score --kinds key,kv,linear
+    """
+
+    def call(overrides: Sequence[str], options: Any) -> Any:
+        from uniattn_cli.commands.score import score
+
+        return score(overrides=overrides, options=options)
+
+    overrides = [] if kinds is None else [f"layout.kinds=[{kinds}]"]
+    run_command("score", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+
+
 def group(
     groups: GroupsOption = None,
     followers: FollowersOption = None,
     kv: KvOption = None,
+    params: ParamsOption = None,
+    max_loss: MaxLossOption = None,
+    save: SaveOption = None,
     search: SearchOption = None,
     kinds: KindsOption = None,
     head_map: HeadMapOption = None,
@@ -101,7 +135,8 @@ def group(
 
         return group(groups=groups, overrides=overrides, options=options)
 
-    overrides = layout_overrides(followers, kv, search, kinds, head_map, sources)
+    budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss}
+    overrides = layout_overrides(budgets, save, search, kinds, head_map, sources)
     run_command("group", Common(run_dir, set_ or (), device, False, debug), overrides, call)
 
 
@@ -109,6 +144,9 @@ def convert(
     groups: GroupsOption = None,
     followers: FollowersOption = None,
     kv: KvOption = None,
+    params: ParamsOption = None,
+    max_loss: MaxLossOption = None,
+    save: SaveOption = None,
     search: SearchOption = None,
     kinds: KindsOption = None,
     head_map: HeadMapOption = None,
@@ -137,7 +175,8 @@ def convert(
 
         return convert(groups=groups, dry_run=dry_run, overrides=overrides, options=options)
 
-    overrides = layout_overrides(followers, kv, search, kinds, head_map, sources)
+    budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss}
+    overrides = layout_overrides(budgets, save, search, kinds, head_map, sources)
     run_command("convert", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 
 

@@ -195,7 +195,7 @@ def sweep(
             "--kinds",
             metavar="KIND,...;...",
             help="Sets of kinds of layer, such as 'softmax;key;softmax,kv'; several together, pooled, linear and none "
-            "use the thorough search.",
+            "use the thorough search, or scores if the recipe does.",
         ),
     ] = None,
     solve: Annotated[

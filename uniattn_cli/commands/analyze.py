@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.errors import DataError, StageError
 from uniattn_cli.fitting.match_maps import Matcher
-from uniattn_cli.layouts.choose import candidates_table, check_protected, compensation_of, parameter_counts
-from uniattn_cli.layouts.fast import frontier
+from uniattn_cli.layouts.choose import check_protected, compensation_of
+from uniattn_cli.layouts.fast import candidates_table, frontier, parameter_counts
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.options import RunOptions

@@ -18,14 +18,14 @@ from uniattn_cli.models.loading import load_config
 from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import read_tree, write_tree
-from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.recipe.schema import BUDGETS, Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors
 from uniattn_cli.run.lock import alone
 
 PLOT_FILE = "frontier.png"
 # Settings that mean nothing where a layout is given.
-CHOOSING = ("layout.followers", "layout.kv", "layout.params", "layout.kinds")
+CHOOSING = (*(f"layout.{budget}" for budget in BUDGETS), "layout.kinds")
 
 
 @alone
@@ -42,7 +42,7 @@ def group(
         run_dir: holds `recipe.yaml` and `analysis/`.
         groups: a form of `shorthand.FORMS`; None takes the recipe's.
         overrides: `key.path=value` strings for the recipe.
-        options: device and progress, for the thorough search.
+        options: device and progress, for searches that convert.
 
     Raises:
         RecipeError, StageError, LayoutError, ModelError: see the messages.

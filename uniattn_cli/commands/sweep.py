@@ -27,7 +27,7 @@ from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
 from uniattn_cli.recipe.reading import move_paths
-from uniattn_cli.recipe.schema import Recipe, fast_search_takes
+from uniattn_cli.recipe.schema import BUDGETS, Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import read_json, write_json
 from uniattn_cli.run.lock import alone
@@ -63,12 +63,13 @@ class SweepPoint:
 
     def overrides(self, search: str) -> list[str]:
         """The settings of the point; several kinds, and those that do not borrow, are searched thoroughly."""
-        budgets = {"kv": "null", "followers": "null", "params": "null", self.unit: f"{self.limit:g}"}
+        budgets = dict.fromkeys(BUDGETS, "null") | {self.unit: f"{self.limit:g}"}
         return [
             "layout.groups=auto",
             *(f"layout.{unit}={limit}" for unit, limit in budgets.items()),
+            "layout.save=kv",
             f"layout.kinds=[{', '.join(self.kinds)}]",
-            f"layout.search={search if fast_search_takes(self.kinds) else 'thorough'}",
+            f"layout.search={'thorough' if search == 'fast' and not fast_search_takes(self.kinds) else search}",
             f"conversion.solve={self.solve}",
         ]
 
@@ -206,6 +207,9 @@ def _begin(run: RunDir, place: RunDir, recipe: Recipe, record: dict[str, Any]) -
     write_tree(tree, place.recipe)
     target = os.path.relpath(run.output("analyze").resolve(), place.root.resolve())
     place.output("analyze").symlink_to(target, target_is_directory=True)
+    if run.is_complete("score") and run.record("score")["settings"]["conversion"]["solve"] == recipe.conversion.solve:
+        target = os.path.relpath(run.output("score").resolve(), place.root.resolve())
+        place.output("score").symlink_to(target, target_is_directory=True)
     _write_point(place, record, None)
 
 

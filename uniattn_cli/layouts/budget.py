@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
-from uniattn_cli.models.costs import cached_heads, count_parameters, kv_bytes_per_token
-from uniattn_cli.recipe.schema import LayoutSpec
+from uniattn_cli.models.costs import cached_heads, count_parameters
+from uniattn_cli.recipe.schema import SAVINGS, LayoutSpec
 
 DEFAULT_KV = 0.8
 
@@ -32,43 +33,61 @@ class Budget:
     _weights: dict[tuple, int] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
+    def all_of(cls, spec: LayoutSpec, shape: AttentionShape, config: Any) -> list[Budget]:
+        """The budgets that a recipe names, or the default one where nothing limits the layout."""
+        limits = {unit: getattr(spec, unit) for unit in SAVINGS if getattr(spec, unit) is not None}
+        if not limits and spec.max_loss is None:
+            return [cls("kv", DEFAULT_KV, f"default budget kv {DEFAULT_KV}", shape, config)]
+        return [cls(unit, limit, f"budget {unit} {limit}", shape, config) for unit, limit in limits.items()]
+
+    @classmethod
     def of(cls, spec: LayoutSpec, shape: AttentionShape, config: Any) -> Budget:
-        """The budget that a recipe names, or the default one."""
-        for unit in ("followers", "params", "kv"):
-            limit = getattr(spec, unit)
-            if limit is not None:
-                return cls(unit, limit, f"budget {unit} {limit}", shape, config)
-        return cls("kv", DEFAULT_KV, f"default budget kv {DEFAULT_KV}", shape, config)
-
-    def saved(self, layout: Layout) -> int:
-        """Changed layers, cached heads or parameters that a layout does without."""
-        if self.unit == "followers":
-            return len(layout.changed)
-        if self.unit == "kv":
-            own = 2 * self.shape.kv_heads * self.shape.layers
-            return own - sum(cached_heads(plan, self.shape) for plan in layout)
-        return sum(self._saved_weights(layout, index) for index in layout.changed)
-
-    def met(self, layout: Layout) -> bool:
-        """Whether the layout stays within the limit."""
-        if self.unit == "followers":
-            return len(layout.changed) >= self.limit
-        if self.unit == "kv":
-            own = kv_bytes_per_token(Layout.own(self.shape.layers), self.shape, 1)
-            return kv_bytes_per_token(layout, self.shape, 1) <= self.limit * own
-        return self._total - self.saved(layout) <= self.limit * self._total
+        """The budget of a search that takes a single one."""
+        return cls.all_of(spec, shape, config)[0]
 
     @property
-    def _total(self) -> int:
+    def needed(self) -> int:
+        """The least that a layout has to save."""
+        if self.unit == "followers":
+            return int(self.limit)
+        # A share such as 0.7 of 10 is not a whole number in binary.
+        return self.whole - math.floor(self.limit * self.whole + 1e-6)
+
+    @property
+    def whole(self) -> int:
+        """What the base has: layers, cached heads or parameters."""
+        if self.unit == "followers":
+            return self.shape.layers
+        if self.unit == "kv":
+            return 2 * self.shape.kv_heads * self.shape.layers
         if () not in self._weights:
             self._weights[()] = count_parameters(self.config, Layout.own(self.shape.layers))
         return self._weights[()]
 
-    def _saved_weights(self, layout: Layout, index: int) -> int:
-        """Parameters saved by one layer; layers of one kind save alike, so each kind is counted once."""
-        plan: LayerPlan = layout[index]
+    def saved(self, layout: Layout) -> int:
+        """Changed layers, cached heads or parameters that a layout does without."""
+        return sum(self.saved_by(index, layout[index]) for index in layout.changed)
+
+    def met(self, layout: Layout) -> bool:
+        """Whether the layout stays within the limit."""
+        return self.saved(layout) >= self.needed
+
+    def saved_by(self, index: int, plan: LayerPlan) -> int:
+        """What one changed layer saves; layers of one kind save alike, so the weights of each are counted once."""
+        if plan.kind == "own":
+            return 0
+        if self.unit == "followers":
+            return 1
+        if self.unit == "kv":
+            return 2 * self.shape.kv_heads - cached_heads(plan, self.shape)
         key = (plan.kind, plan.compensation, plan.kv_heads)
         if key not in self._weights:
             alone = Layout.own(self.shape.layers).with_plan(index, plan)
-            self._weights[key] = self._total - count_parameters(self.config, alone)
+            self._weights[key] = self.whole - count_parameters(self.config, alone)
         return self._weights[key]
+
+    def nearest(self, saved: float) -> str:
+        """The limit that a layout meets which saves so much, as a user would write it."""
+        if self.unit == "followers":
+            return f"{saved:.0f}"
+        return f"{math.ceil((self.whole - saved) / self.whole * 1e4 - 1e-6) / 1e4:g}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.analysis.measured import Measured
@@ -12,14 +10,18 @@ from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.considered import Considered, Point, Validated
-from uniattn_cli.layouts.fast import Choice, frontier, plan_of
+from uniattn_cli.layouts.fast import Choice, candidates_table, frontier, parameter_counts, plan_of
 from uniattn_cli.layouts.picture import draw_layout
+from uniattn_cli.layouts.scores import score_plans
 from uniattn_cli.layouts.shorthand import parse_groups
+from uniattn_cli.layouts.solutions import Wish, loss, pick, pool
+from uniattn_cli.layouts.solutions import frontier as frontier_of
+from uniattn_cli.layouts.solver import layout_of, total
 from uniattn_cli.layouts.thorough import frontier_table, points_of, search, steps_table
 from uniattn_cli.layouts.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS, AttentionShape, Layout
-from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
+from uniattn_cli.models.costs import kv_bytes_per_token
 from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
@@ -55,6 +57,12 @@ def compensation_of(recipe: Recipe) -> str | int:
     return "full" if spec.rank == "auto" and spec.solve != "both" else spec.rank
 
 
+def check_rank(rank: str | int, shape: AttentionShape) -> None:
+    """Raises `LayoutError` if W_c would have more rank than the hidden size allows."""
+    if isinstance(rank, int) and rank > shape.hidden_size:
+        raise LayoutError(f"conversion.rank is {rank}, but the hidden size is only {shape.hidden_size}; use full")
+
+
 def check_analysis(run: RunDir, recipe: Recipe, fingerprint: str) -> None:
     """Makes sure that `analysis/` is of the recipe's model.
 
@@ -75,7 +83,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     """The layout that the recipe asks for, without writing anything.
 
     Args:
-        load: whether weights may be loaded, which the thorough search needs.
+        load: whether weights may be loaded, which the thorough search and missing scores need.
 
     Raises:
         LayoutError: the shorthand or the budget cannot be met.
@@ -84,8 +92,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     spec = recipe.layout
     shape = attention_shape(config)
     rank = compensation_of(recipe)
-    if isinstance(rank, int) and rank > shape.hidden_size:
-        raise LayoutError(f"conversion.rank is {rank}, but the hidden size is only {shape.hidden_size}; use full")
+    check_rank(rank, shape)
     fixed = None if spec.groups == "auto" else parse_groups(spec.groups, shape, rank)
     check_protected(spec, shape, fixed)
     if fixed is not None and (spec.head_map == "identity" or not _plain_leaders(fixed)):
@@ -99,6 +106,8 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
         if load:
             layout = bench.match_heads(layout, fixed=True)
         return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' {_matched(recipe, layout, load)}")
+    if spec.search == "scores":
+        return _by_scores(run, bench, Wish.of(spec, shape, config), rank, load)
     budget = Budget.of(spec, shape, config)
     if spec.search == "thorough":
         if not load:
@@ -204,6 +213,35 @@ def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
     return _grouping(considered, measured, tables, [note])
 
 
+def _by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load: bool) -> Grouping:
+    """The layouts that the scores of single layers predict to be best are converted and compared.
+
+    Raises:
+        LayoutError: nothing does what is asked, or scores are missing that a dry run cannot make.
+    """
+    spec, measured = bench.recipe.layout, bench.measured
+    scores = score_plans(run, bench, rank, load=load)
+    solutions = pool(scores, spec, measured.shape.layers, wish)
+    layouts = {name: layout_of(solution) for name, solution in solutions.items()}
+    shortlist = bench.validate(layouts) if load and spec.compared != 1 else []
+    shortlist = [replace(entry, predicted=total(solutions[entry.name], loss)) for entry in shortlist]
+    if shortlist:
+        best = pick(shortlist, wish)
+        name, layout = best.name, best.layout
+    else:
+        name, layout = next(iter(layouts.items()))
+        layout = bench.match_heads(layout) if load else layout
+    points, checked = frontier_of(scores, spec, measured.shape), _checked(bench, shortlist)
+    considered = Considered(
+        "sum of the layers' scores, nats per token", points, shortlist, checked, layout, wish.max_loss
+    )
+    predicted = total(solutions[name], loss)
+    note = f"{len(layout.changed)} layers changed: {wish.words}; predicted loss {predicted:.4f} nats per token"
+    if _borrows(layout):
+        note += f"; heads {_matched(bench.recipe, layout, True)}"
+    return _grouping(considered, measured, [frontier_table(points, measured, "predicted from scores")], [note])
+
+
 def _proposals(
     bench: Workbench, budget: Budget, rank: str | int, runs: dict[str, list[SearchStep]]
 ) -> dict[str, Layout]:
@@ -263,15 +301,6 @@ def with_head_maps(layout: Layout, measured: Measured, spec: LayoutSpec) -> Layo
     return Layout(tuple(plans))
 
 
-def parameter_counts(config: Any, choices: Sequence[Choice]) -> dict[int, int]:
-    """Parameters by number of changed layers; those of one kind save alike, so two counts are enough."""
-    own = count_parameters(config, choices[0].layout)
-    if len(choices) == 1:
-        return {0: own}
-    saved = own - count_parameters(config, choices[1].layout)
-    return {choice.changed: own - choice.changed * saved for choice in choices}
-
-
 def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape, counts: dict[int, int]) -> Choice:
     """The choice with the fewest changed layers that meets the budget."""
     meets = [choice for choice in choices if budget.met(choice.layout)]
@@ -287,27 +316,3 @@ def _within_budget(choices: list[Choice], budget: Budget, shape: AttentionShape,
             f"base's KV bytes and {least_parameters:.3f} of its parameters remain); relax the budget{more}"
         )
     return meets[0]
-
-
-def candidates_table(
-    choices: list[Choice], shape: Any, element_size: int, counts: dict[int, int], chosen: Choice | None = None
-) -> Table:
-    """The candidate layouts at a handful of budgets."""
-    steps = max(1, math.ceil((len(choices) - 1) / 8))
-    shown = [choice for choice in choices if choice.changed % steps == 0 or choice is chosen]
-    own_kv = kv_bytes_per_token(choices[0].layout, shape, element_size)
-    rows = []
-    for choice in shown:
-        kv = kv_bytes_per_token(choice.layout, shape, element_size)
-        worst = min(choice.scores.items(), key=lambda item: item[1], default=None)
-        rows.append(
-            [
-                f"{choice.changed}{' *' if choice is chosen else ''}",
-                f"{choice.mean_score:.3f}" if choice.scores else "-",
-                f"{worst[1]:.3f} (layer {worst[0]})" if worst else "-",
-                f"{kv:,} ({kv / own_kv:.0%})",
-                f"{counts[choice.changed] / counts[0]:.1%}",
-            ]
-        )
-    columns = ["changed", "similarity", "least similar", "KV bytes/token", "parameters"]
-    return Table("candidate layouts" + (" (* chosen)" if chosen else ""), columns, rows)

@@ -42,6 +42,7 @@ class Validated:
         stderr: its standard error over sequences.
         behind: mean difference of the divergence to the best of the shortlist, on the same sequences.
         behind_stderr: its standard error.
+        predicted: the divergence that the sum of its layers' scores predicts; None where there are no scores.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Validated:
     stderr: float
     behind: float = 0.0
     behind_stderr: float = 0.0
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Considered:
         shortlist: what was converted and compared, best first; empty where nothing was.
         tokens: tokens that the shortlist was compared on.
         chosen: the layout taken.
+        max_loss: the most that it may lose, where as much as possible was to be saved.
     """
 
     measure: str
@@ -69,6 +72,7 @@ class Considered:
     shortlist: list[Validated]
     tokens: int
     chosen: Layout
+    max_loss: float | None = None
 
     def save(self, directory: Path, shape: AttentionShape) -> None:
         """Writes `grouping.json`, with every layout in full."""
@@ -94,6 +98,7 @@ class Considered:
                     stderr=_number(entry.stderr),
                     behind=_number(entry.behind),
                     behind_stderr=_number(entry.behind_stderr),
+                    **({} if entry.predicted is None else {"predicted": _number(entry.predicted)}),
                 )
                 for entry in self.shortlist
             ],
@@ -103,7 +108,9 @@ class Considered:
         write_json(directory / JSON_FILE, content)
 
     def reason(self) -> str:
-        """Why the first of the shortlist was chosen, in one sentence; empty if nothing was compared."""
+        """Why this one of the shortlist was chosen, in one sentence; empty if nothing was compared."""
+        if self.max_loss is not None and self.shortlist:
+            return self._reason_of_saving(self.max_loss)
         if len(self.shortlist) < 2:
             return ""
         best, second = self.shortlist[:2]
@@ -114,26 +121,42 @@ class Considered:
             f"{'' if sure else ', a difference within noise'})"
         )
 
+    def _reason_of_saving(self, limit: float) -> str:
+        taken = self._taken
+        compared = f"{len(self.shortlist)} layouts converted and compared on {self.tokens:,} tokens"
+        if taken.divergence <= limit:
+            why = f"saves most of those that lose at most {limit:g}"
+        else:
+            why = f"none loses at most {limit:g}, and it loses least"
+        return f"'{taken.name}' chosen: {why} (KL {taken.divergence:.4f}); {compared}"
+
+    @property
+    def _taken(self) -> Validated:
+        return next(entry for entry in self.shortlist if entry.layout == self.chosen)
+
     def table(self, shape: AttentionShape, element_size: int) -> Table | None:
         """The shortlist; None where nothing was converted."""
         if not self.shortlist:
             return None
         own = kv_bytes_per_token(Layout.own(shape.layers), shape, element_size)
+        predicted = self.shortlist[0].predicted is not None
         rows = []
         for entry in self.shortlist:
             kv = kv_bytes_per_token(entry.layout, shape, element_size)
             behind = "-" if entry is self.shortlist[0] else f"+{_within(entry.behind, entry.behind_stderr)}"
             rows.append(
                 [
-                    entry.name + (" *" if entry is self.shortlist[0] else ""),
+                    entry.name + (" *" if entry is self._taken else ""),
                     kinds_in_words(entry.layout),
                     f"{kv:,} ({kv / own:.0%})",
+                    *([] if entry.predicted is None else [f"{entry.predicted:.4f}"]),
                     _within(entry.divergence, entry.stderr),
                     behind,
                 ]
             )
         title = f"shortlist, converted and compared on {self.tokens:,} tokens (KL in nats per token, 95 %)"
-        return Table(title, ["layout", "changed layers", "KV bytes/token", "KL from base", "above the best"], rows)
+        columns = ["layout", "changed layers", "KV bytes/token", "KL from base", "above the best"]
+        return Table(title, [*columns[:3], *(["predicted"] if predicted else []), *columns[3:]], rows)
 
 
 def kinds_in_words(layout: Layout) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from uniattn_cli.fitting.match_maps import Match, Matcher
 from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan, Layout
+from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
+from uniattn_cli.tables import Table
 
 
 @dataclass(frozen=True)
@@ -123,3 +127,36 @@ def plan_of(match: Match, compensation: str | int, kind: str = "softmax", group_
     if len(layers) == 1 and [head for _, head in match.sources] == list(range(len(match.sources))):
         return LayerPlan(kind, leader=layers.pop(), compensation=compensation)
     return LayerPlan(kind, heads=match.sources, compensation=compensation)
+
+
+def parameter_counts(config: Any, choices: Sequence[Choice]) -> dict[int, int]:
+    """Parameters by number of changed layers; those of one kind save alike, so two counts are enough."""
+    own = count_parameters(config, choices[0].layout)
+    if len(choices) == 1:
+        return {0: own}
+    saved = own - count_parameters(config, choices[1].layout)
+    return {choice.changed: own - choice.changed * saved for choice in choices}
+
+
+def candidates_table(
+    choices: list[Choice], shape: Any, element_size: int, counts: dict[int, int], chosen: Choice | None = None
+) -> Table:
+    """The candidate layouts at a handful of budgets."""
+    steps = max(1, math.ceil((len(choices) - 1) / 8))
+    shown = [choice for choice in choices if choice.changed % steps == 0 or choice is chosen]
+    own_kv = kv_bytes_per_token(choices[0].layout, shape, element_size)
+    rows = []
+    for choice in shown:
+        kv = kv_bytes_per_token(choice.layout, shape, element_size)
+        worst = min(choice.scores.items(), key=lambda item: item[1], default=None)
+        rows.append(
+            [
+                f"{choice.changed}{' *' if choice is chosen else ''}",
+                f"{choice.mean_score:.3f}" if choice.scores else "-",
+                f"{worst[1]:.3f} (layer {worst[0]})" if worst else "-",
+                f"{kv:,} ({kv / own_kv:.0%})",
+                f"{counts[choice.changed] / counts[0]:.1%}",
+            ]
+        )
+    columns = ["changed", "similarity", "least similar", "KV bytes/token", "parameters"]
+    return Table("candidate layouts" + (" (* chosen)" if chosen else ""), columns, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import LayoutError
@@ -13,7 +13,7 @@ from uniattn_cli.layouts.considered import Point
 from uniattn_cli.layouts.fast import plan_of
 from uniattn_cli.layouts.shorthand import plan_alone
 from uniattn_cli.layouts.workbench import Workbench
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
 from uniattn_cli.tables import Table
 
@@ -33,25 +33,40 @@ def proposer(
         compensation: W_c that is asked for, see `Kind.compensation_for`; `linear` always has a full one.
         max_group: largest number of layers that one layer may lend to.
     """
-    shape = matcher.shape
     matchers = {kind: matcher.for_kind(kind) for kind in kinds}
 
     def propose(layout: Layout, layer: int) -> list[LayerPlan]:
-        if shape.mask_types.index(shape.mask_types[layer]) == layer:
+        if not may_change(matcher.shape, layer):
             return []
         lenders = matcher.lenders(layout, layer, max_group)
-        plans = []
-        for kind in kinds:
-            if KINDS[kind].borrows:
-                match = matchers[kind].match(layer, lenders)
-                plans += [plan_of(match, compensation, kind, shape.group_size)] if match else []
-            elif not KINDS[kind].fewer_heads or shape.kv_heads > 1:
-                full = KINDS[kind].compensation == "required"
-                alone = plan_alone(kind, shape, "full" if full else compensation)
-                plans += [alone] if alone else []
-        return plans
+        plans = (proposal(matchers[kind], layer, kind, compensation, lenders) for kind in kinds)
+        return [plan for plan in plans if plan is not None]
 
     return propose
+
+
+def may_change(shape: AttentionShape, layer: int) -> bool:
+    """Whether a layer may be anything but `own`: the first one of each mask type has to stay."""
+    return shape.mask_types.index(shape.mask_types[layer]) != layer
+
+
+def proposal(
+    matcher: Matcher, layer: int, kind: str, compensation: str | int, lenders: Sequence[int]
+) -> LayerPlan | None:
+    """The plan of a kind to try for a layer, with the best-matching sources; None where there is none.
+
+    Args:
+        matcher: of the kind, see `Matcher.for_kind`.
+        compensation: W_c that is asked for, see `Kind.compensation_for`; `linear` always has a full one.
+        lenders: layers that may lend.
+    """
+    shape, traits = matcher.shape, KINDS[kind]
+    if traits.borrows:
+        match = matcher.match(layer, list(lenders))
+        return plan_of(match, compensation, kind, shape.group_size) if match else None
+    if traits.fewer_heads and shape.kv_heads == 1:
+        return None
+    return plan_alone(kind, shape, "full" if traits.compensation == "required" else compensation)
 
 
 def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[str, list[SearchStep]]:
@@ -130,8 +145,12 @@ def steps_table(steps: list[SearchStep], measured: Measured) -> Table:
     return Table("steps of the thorough search (KL in nats per token, on tokens held out from the fit)", columns, rows)
 
 
-def frontier_table(points: list[Point], measured: Measured) -> Table:
-    """The best layout of any search at each size of the cache."""
+def frontier_table(points: list[Point], measured: Measured, origin: str = "on the tokens of the search") -> Table:
+    """The best layout of any search at each size of the cache.
+
+    Args:
+        origin: of the divergences, in words.
+    """
     from uniattn_cli.layouts.considered import kinds_in_words, lower_envelope
 
     own = kv_bytes_per_token(Layout.own(measured.shape.layers), measured.shape, measured.element_size)
@@ -140,7 +159,7 @@ def frontier_table(points: list[Point], measured: Measured) -> Table:
         kv = kv_bytes_per_token(point.layout, measured.shape, measured.element_size)
         rows.append([f"{kv:,} ({kv / own:.0%})", kinds_in_words(point.layout), point.series, f"{point.value:.4f}"])
     return Table(
-        "Pareto front: the best layout of any search at each cache size (KL on the tokens of the search)",
+        f"Pareto front: the best layout of any search at each cache size (KL {origin})",
         ["KV bytes/token", "changed layers", "search", "KL from base"],
         rows,
     )

@@ -200,6 +200,11 @@ def fast_search_takes(kinds: typing.Sequence[str]) -> bool:
     return len(kinds) <= 1 and set(kinds) <= set(BORROWING_KINDS)
 
 
+# Budgets that say what a layout saves, and with the one that says what it may lose all budgets.
+SAVINGS = ("followers", "kv", "params")
+BUDGETS = (*SAVINGS, "max_loss")
+
+
 @dataclass(frozen=True)
 class LayoutSpec:
     """Which layers share, and how the choice is made."""
@@ -219,20 +224,27 @@ class LayoutSpec:
         common=True,
     )
     params: float | None = setting(None, "budget: keep at most this share of the parameters", above=0, maximum=1)
+    max_loss: float | None = setting(
+        None,
+        "budget: lose at most so many nats per token, as predicted from scores, and save as much as that allows",
+        above=0,
+    )
+    save: str = setting("kv", "what to save as much of as max_loss allows", choices=("kv", "params"))
     search: str = setting(
         "fast",
-        "search method: fast (maximises the similarity of maps) or thorough (converts every candidate; best on a GPU)",
-        choices=("fast", "thorough"),
+        "search method: fast (maximises the similarity of maps), thorough (converts every candidate; best on a GPU) or "
+        "scores (converts every plan of every layer once, for any budgets; best on a GPU)",
+        choices=("fast", "thorough", "scores"),
     )
     kinds: tuple[str, ...] = setting(
         lambda: ("early",),
-        f"kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with search: thorough several, and "
-        f"{', '.join(kind for kind in CHANGED_KINDS if kind not in BORROWING_KINDS)} too",
+        f"kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with another search than fast "
+        f"several, and {', '.join(kind for kind in CHANGED_KINDS if kind not in BORROWING_KINDS)} too",
         common=True,
     )
     score_tokens: int = setting(
         16384,
-        "calibration tokens that score the candidates of a thorough search; as many others score the shortlist",
+        "calibration tokens that score the candidates of a search by conversion; as many others score the shortlist",
         minimum=64,
     )
     head_map: str = setting(
@@ -248,8 +260,8 @@ class LayoutSpec:
     )
     shortlist: int | str = setting(
         "auto",
-        "largest number of layouts to convert and compare on separate text; auto compares the mix, each kind alone and "
-        "the fast choice in a thorough search, and nothing in a fast one; 1 compares nothing",
+        "largest number of layouts to convert and compare on separate text; auto compares nothing in a fast search and "
+        "in others all they suggest: mixes, each kind alone, the fast choice beside a thorough one; 1 compares nothing",
         choices=("auto",),
         minimum=1,
     )
@@ -268,6 +280,38 @@ class LayoutSpec:
         if self.shortlist == "auto":
             return 1 if self.search == "fast" else None
         return int(self.shortlist)
+
+    def contradictions(self) -> list[str]:
+        """Faults of settings that are valid on their own but not together."""
+        faults = []
+        budgets = [key for key in SAVINGS if getattr(self, key) is not None]
+        if len(budgets) > 1 and self.search != "scores":
+            faults.append(
+                f"layout: only one budget can be given, not {' and '.join(budgets)}; "
+                "set layout.search: scores to have several"
+            )
+        if self.max_loss is not None and self.search != "scores":
+            faults.append("layout.max_loss needs layout.search: scores")
+        if self.max_loss is None and self.save != "kv":
+            faults.append("layout.save needs layout.max_loss; without it, layouts that meet the budgets lose the least")
+        unknown = [kind for kind in self.kinds if kind not in CHANGED_KINDS]
+        for kind in unknown:
+            hint = suggest(kind, CHANGED_KINDS) or f" (known: {', '.join(CHANGED_KINDS)})"
+            faults.append(f"layout.kinds: unknown kind '{kind}'{hint}")
+        if not self.kinds:
+            faults.append("layout.kinds is empty; name at least one kind")
+        if len(set(self.kinds)) < len(self.kinds):
+            faults.append("layout.kinds has a kind twice; remove one")
+        if not unknown and self.search == "fast" and not fast_search_takes(self.kinds):
+            faults.append(
+                f"layout.kinds: the fast search takes one of {', '.join(BORROWING_KINDS)}; set layout.search: thorough "
+                "or scores"
+            )
+        if self.max_group is not None and self.sources == "several":
+            faults.append(
+                "layout.max_group needs layout.sources: one (a borrower of several layers belongs to no single group)"
+            )
+        return faults
 
 
 @dataclass(frozen=True)
@@ -636,25 +680,7 @@ class Recipe:
         faults = []
         if not self.model.name:
             faults.append("model.name is missing; give a hub id or a directory")
-        budgets = [key for key in ("followers", "kv", "params") if getattr(self.layout, key) is not None]
-        if len(budgets) > 1:
-            faults.append(f"layout: only one budget can be given, not {' and '.join(budgets)}")
-        unknown = [kind for kind in self.layout.kinds if kind not in CHANGED_KINDS]
-        for kind in unknown:
-            hint = suggest(kind, CHANGED_KINDS) or f" (known: {', '.join(CHANGED_KINDS)})"
-            faults.append(f"layout.kinds: unknown kind '{kind}'{hint}")
-        if not self.layout.kinds:
-            faults.append("layout.kinds is empty; name at least one kind")
-        if len(set(self.layout.kinds)) < len(self.layout.kinds):
-            faults.append("layout.kinds has a kind twice; remove one")
-        if not unknown and self.layout.search == "fast" and not fast_search_takes(self.layout.kinds):
-            faults.append(
-                f"layout.kinds: the fast search takes one of {', '.join(BORROWING_KINDS)}; set layout.search: thorough"
-            )
-        if self.layout.max_group is not None and self.layout.sources == "several":
-            faults.append(
-                "layout.max_group needs layout.sources: one (a borrower of several layers belongs to no single group)"
-            )
+        faults += self.layout.contradictions()
         if self.conversion.solve == "reference" and isinstance(self.conversion.rank, int):
             faults.append("conversion.solve: reference needs a full W_c; remove conversion.rank")
         for key in ("train", "calibration", "text"):

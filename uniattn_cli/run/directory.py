@@ -27,6 +27,7 @@ REPORT_FILE = "uniattn_report.json"
 LOG_FILE = "log.jsonl"
 OUTPUTS = {
     "analyze": "analysis",
+    "score": "scores",
     "group": "grouping",
     "convert": "converted",
     "train": "trained",
@@ -37,6 +38,7 @@ OUTPUTS = {
 }
 COMMANDS = {
     "analyze": "analyze MODEL",
+    "score": "score",
     "group": "group",
     "convert": "convert --groups auto",
     "train": "train recipe.yaml",

@@ -20,7 +20,7 @@ from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import LOG_FILE, REPORT_FILE, STAGE_FILE, STARTED_FILE, RunDir
 from uniattn_cli.run.files import read_json, read_lines
 
-RECORDED = ("analyze", "group", "convert", "train", "eval")
+RECORDED = ("analyze", "score", "group", "convert", "train", "eval")
 
 
 @dataclass

@@ -1,0 +1,445 @@
+"""Scores are what a conversion of one layer alone loses, are made once, and lead to layouts for any budget."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_run import settings
+
+import uniattn_cli
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.commands.sweep import _begin
+from uniattn_cli.errors import LayoutError, RecipeError, StageError
+from uniattn_cli.fitting.fit import fit_layers, for_trials
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.considered import Considered, Validated
+from uniattn_cli.layouts.scores import NEAREST, Question, Score, questions
+from uniattn_cli.layouts.solutions import DIFFERENT, LOSS_SHARES, POOL, Wish, frontier, loss, pick, pool
+from uniattn_cli.layouts.solver import layout_of, total
+from uniattn_cli.layouts.trials import Trials
+from uniattn_cli.layouts.workbench import Workbench
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
+from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.losses import window_divergences
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import LayoutSpec, Recipe
+from uniattn_cli.run.directory import RunDir
+
+CPU = RunOptions(device="cpu")
+FEW = settings(conversion__tokens=512, conversion__align=8, layout__score_tokens=256)
+# Layers 4 and 5 may change.
+TWO = ["layout.protect=[1, 2, 3]"]
+
+
+@pytest.fixture
+def run(tiny_runs, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(tiny_runs / "analysed", tmp_path / "run"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """(layer, kind, compensation) of each plan that is really converted."""
+    found = []
+    convert = Trials.convert
+
+    def recorded(self, layout, *arguments, **others):
+        (layer,) = layout.changed
+        found.append((layer, layout[layer].kind, layout[layer].compensation))
+        return convert(self, layout, *arguments, **others)
+
+    monkeypatch.setattr(Trials, "convert", recorded)
+    return found
+
+
+def score(*more, **others):
+    return uniattn_cli.score(overrides=[*FEW, *more], options=replace(CPU, **others)).scores
+
+
+def bench_of(*more):
+    recipe = Recipe.load("recipe.yaml", [*FEW, "layout.search=scores", *more])
+    return Workbench(recipe, locate(recipe.model.name), Measured.load(Path("analysis")), CPU)
+
+
+# --- what is scored ---------------------------------------------------------------------------------------------------
+
+
+def test_every_plan_that_is_allowed_is_asked_for(run):
+    bench = bench_of("layout.kinds=[softmax, key, linear, none, pooled]", "layout.protect=[2]")
+    found = questions(bench, "auto")
+    assert {question.layer for question in found} == {1, 3, 4, 5} and len(set(found)) == len(found)
+    of_last = [question for question in found if question.layer == 5]
+    alone = [(4,), (3,), (2,)]
+    assert len(alone) == NEAREST
+    for kind in ("softmax", "key"):
+        asked = {(q.compensation, q.lenders) for q in of_last if q.kind == kind}
+        assert asked == {(w_c, lenders) for w_c in ("none", "full") for lenders in [(4, 3, 2, 1, 0), *alone]}
+    assert [q.compensation for q in of_last if q.kind == "linear"] == ["full"]
+    assert [q.compensation for q in of_last if q.kind == "none"] == ["none"]
+    assert [q.compensation for q in of_last if q.kind == "pooled"] == ["none", "full"]
+    # One lender is all lenders.
+    assert [q.lenders for q in found if (q.layer, q.kind, q.compensation) == (1, "key", "none")] == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("more", "rank", "expected"),
+    [
+        ([], 4, {"none", 4}),
+        (["conversion.solve=output"], "none", {"none"}),
+        (["conversion.solve=reference"], "full", {"full"}),
+    ],
+)
+def test_w_c_is_what_the_recipe_solves(run, more, rank, expected):
+    assert {question.compensation for question in questions(bench_of(*more), rank)} == expected
+
+
+@pytest.mark.parametrize("more", [[], ["layout.head_map=identity"], ["layout.match=maps", "layout.sources=one"]])
+def test_scores_are_those_of_a_conversion_of_the_layer_alone(run, more):
+    kinds = ["layout.kinds=[key, linear]", "layout.protect=[1, 2, 3, 4]", *more]
+    found = score(*kinds)
+    bench = bench_of(*kinds)
+    assert [each.question for each in found] == questions(bench, "auto")
+    spec = for_trials(bench.recipe.conversion)
+    picked = {(each.question.kind, each.question.compensation, len(each.question.lenders)): each for each in found}
+    assert len(picked) == 5
+    for each in picked.values():
+        assert set(each.plan.source_layers) <= set(each.question.lenders)
+        layout = Layout.own(6).with_plan(each.question.layer, each.plan)
+        model = build_converted(bench.base, layout)
+        fit_layers(bench.base, model, bench.texts.fit, spec, batch_size=bench.recipe.evaluation.batch_size)
+        rows = window_divergences(bench.base, model, bench.texts.score)
+        assert each.divergence == pytest.approx(rows.mean().item(), rel=1e-3)
+        assert each.stderr == pytest.approx((rows.std() / len(rows) ** 0.5).item(), rel=1e-2)
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_kept_extended_and_never_made_twice(run, tried):
+    first = score("layout.kinds=[linear]", *TWO)
+    assert tried == [(4, "linear", "full"), (5, "linear", "full")]
+    record = json.loads(Path("scores/stage.json").read_text())
+    name = Recipe.load("recipe.yaml").model.name
+    assert record["stage"] == "score" and record["inputs"]["model"] == locate(name).fingerprint
+    assert score("layout.kinds=[linear]", *TWO) == first and len(tried) == 2
+    # Another kind, and a layer that is no longer protected.
+    both = score("layout.kinds=[linear, none]", "layout.protect=[1, 2]")
+    assert tried[2:] == [(3, "linear", "full"), (3, "none", "none"), (4, "none", "none"), (5, "none", "none")]
+    assert [each for each in both if each in first] == first
+    # What is not asked for now is still there.
+    assert score("layout.kinds=[none]", *TWO) == [each for each in both if each.question.kind == "none"][1:]
+    assert len(json.loads(Path("scores/scores.json").read_text())["scores"]) == 6 and len(tried) == 6
+
+
+def test_another_w_c_has_the_heads_that_are_known(run, tried, monkeypatch):
+    """Matching heads takes longer than what follows."""
+    kinds = ["layout.kinds=[kv]", "layout.protect=[1, 2, 3, 4]"]
+    plain = score(*kinds, "conversion.rank=full")
+    monkeypatch.setattr(Workbench, "chooser", lambda *arguments: pytest.fail("heads were matched"))
+    with_rank = score(*kinds, "conversion.rank=4")
+    assert tried[-4:] == [(5, "kv", 4)] * 4
+    heads = {each.question.lenders: each.plan.heads for each in plain}
+    assert all(each.plan.heads == heads[each.question.lenders] for each in with_rank)
+
+
+def test_an_interrupted_run_goes_on(run, tried, monkeypatch):
+    kinds = ["layout.kinds=[linear, none]", *TWO]
+    whole = score(*kinds)
+    shutil.rmtree("scores")
+    tried.clear()
+    recorded = Trials.convert
+
+    def interrupted(self, layout, *arguments, **others):
+        if layout.changed == [5]:
+            raise KeyboardInterrupt
+        return recorded(self, layout, *arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trials, "convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(*kinds)
+    assert not Path("scores").exists() and {layer for layer, *_ in tried} == {4}
+    left = Path(".scores.partial/scores.json")
+    whole_file = left.read_bytes()
+    tried.clear()
+    assert score(*kinds) == whole and {layer for layer, *_ in tried} == {5}
+    assert not left.parent.exists()
+    # What is left damaged starts over.
+    shutil.copytree("scores", left.parent)
+    shutil.move(left.parent / "stage.json", left.parent / "started.json")
+    left.write_bytes(whole_file[:99])
+    shutil.rmtree("scores")
+    tried.clear()
+    assert score(*kinds) == whole and {layer for layer, *_ in tried} == {4, 5}
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ("conversion.align=9", "another fit;"),
+        ("conversion.tokens=640", "another text;"),
+        ("layout.sources=one", "another head matching;"),
+    ],
+)
+def test_scores_of_something_else_are_refused(run, tried, more, what):
+    kinds = ["layout.kinds=[linear]", "layout.protect=[1, 2, 3, 4]"]
+    score(*kinds)
+    with pytest.raises(StageError, match=rf"scores is of {what} run `uniattn score --force`"):
+        score(*kinds, more)
+    assert len(tried) == 1
+    score(*kinds, more, force=True)
+    assert len(tried) == 2
+    score(*kinds, more)
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"scores": [3]}', '{"scores": [{"layer": 4, "lenders": [], "plan": {"kind": 3}}]}']
+)
+def test_damaged_scores_are_one_line(run, content):
+    kinds = ["layout.kinds=[linear]", "layout.protect=[1, 2, 3, 4]"]
+    score(*kinds)
+    Path("scores/scores.json").write_text(content)
+    with pytest.raises(StageError, match=r"scores\.json is damaged .*; run `uniattn score --force`$"):
+        score(*kinds)
+
+
+def test_what_uniattn_did_not_write_is_left_alone(run):
+    Path("scores").mkdir()
+    Path("scores/mine.txt").write_text("mine")
+    with pytest.raises(StageError, match="scores exists but was not written by uniattn; use --force"):
+        score("layout.kinds=[linear]")
+    assert Path("scores/mine.txt").read_text() == "mine"
+
+
+def test_nothing_to_score_and_too_large_a_rank(run):
+    with pytest.raises(LayoutError, match=r"no layer can be changed; see layout\.protect"):
+        score("layout.protect=[1, 2, 3, 4, 5]")
+    with pytest.raises(LayoutError, match=r"conversion\.rank is 99, but the hidden size is only 48"):
+        score("conversion.rank=99")
+
+
+def test_scores_need_the_whole_model_in_one_place(run, monkeypatch):
+    monkeypatch.setattr(Workbench, "placement", (torch.device("cpu"), torch.device("cpu")))
+    with pytest.raises(LayoutError, match="scores need the whole model on the GPU"):
+        score("layout.kinds=[linear]")
+    assert not Path("scores").exists()
+
+
+def test_scores_are_read_as_they_were_written():
+    plan = LayerPlan("key", heads=((3, 0), (2, 1), (3, 2)), compensation=4)
+    for divergence, stderr in ((0.1, 0.01), (math.inf, math.nan)):
+        written = Score(Question(4, "key", 4, (3, 2)), plan, divergence, stderr)
+        again = Score.from_dict(json.loads(json.dumps(written.to_dict(), allow_nan=False)))
+        assert (again.question, again.plan, again.divergence) == (written.question, plan, divergence)
+        assert again.stderr == pytest.approx(stderr, nan_ok=True)
+
+
+# --- layouts from scores ----------------------------------------------------------------------------------------------
+
+SHAPE = AttentionShape(6, 3, 8, 48, ("full",) * 6)
+KINDS = ("key", "linear")
+
+
+def made_up(layer, kind, divergence, leader=None):
+    plan = LayerPlan(kind, leader, compensation="full" if kind == "linear" else "none")
+    lenders = () if leader is None else (leader,)
+    return Score(Question(layer, kind, plan.compensation, lenders), plan, divergence, 0.0)
+
+
+SCORES = [
+    *(made_up(layer, "key", 0.001 * layer, layer - 1) for layer in range(1, 6)),
+    *(made_up(layer, "key", 0.0015 * layer, 0) for layer in range(2, 6)),
+    *(made_up(layer, "linear", 0.002 * (7 - layer)) for layer in range(1, 6)),
+    made_up(1, "linear", math.inf),
+]
+WEIGHTS = {(): 1000, ("key", "none", None): 10, ("linear", "full", None): 30}
+
+
+def wish_of(spec):
+    wish = Wish.of(spec, SHAPE, None)
+    budgets = [replace(budget, _weights=WEIGHTS) for budget in wish.budgets]
+    return replace(wish, budgets=budgets, save=replace(wish.save, _weights=WEIGHTS))
+
+
+def spec_of(**fields):
+    return LayoutSpec(search="scores", kinds=KINDS, **fields)
+
+
+@pytest.mark.parametrize("fields", [{"kv": 0.8}, {"kv": 0.9, "params": 0.95}, {"followers": 2, "params": 0.97}])
+def test_the_pool_has_different_solutions_and_each_kind_alone(fields):
+    spec = spec_of(**fields)
+    wish = wish_of(spec)
+    found = pool(SCORES, spec, 6, wish)
+    layouts = {name: layout_of(solution) for name, solution in found.items()}
+    for layout in layouts.values():
+        assert layout.problems(SHAPE) == [] and all(budget.met(layout) for budget in wish.budgets)
+    mixes = [solution for name, solution in found.items() if name.startswith("scores, key + linear")]
+    assert 1 < len(mixes) <= POOL
+    losses = [total(solution, loss) for solution in mixes]
+    assert losses == sorted(losses)
+    for number, solution in enumerate(mixes):
+        for other in mixes[:number]:
+            assert sum(a.form != b.form for a, b in zip(solution, other, strict=True)) >= DIFFERENT
+    for kind in KINDS:
+        alone = [set(map(lambda plan: plan.kind, layout)) - {"own"} for layout in layouts.values()]
+        assert {kind} in alone
+
+
+def test_as_much_as_the_loss_allows_is_saved():
+    for fields in ({"max_loss": 0.02}, {"max_loss": 0.02, "save": "params"}, {"max_loss": 0.02, "kv": 0.8}):
+        spec = spec_of(**fields)
+        wish = wish_of(spec)
+        assert len(wish.budgets) == len(fields) - ("save" in fields) - 1
+        found = pool(SCORES, spec, 6, wish)
+        first = found["scores, key + linear"]
+        assert total(first, loss) <= 0.02
+        saved = {
+            share: wish.save.saved(layout_of(solution)) for share in LOSS_SHARES if (solution := wish_best(wish, share))
+        }
+        assert saved[1.5] > saved[1.0] > saved[0.5] and saved[1.0] == wish.save.saved(layout_of(first))
+        assert list(found)[1] == "scores, key + linear, 1.5 of max_loss"
+
+
+def wish_best(wish, share):
+    from uniattn_cli.layouts.solutions import problem_of
+
+    return wish.best(problem_of(SCORES, spec_of(), 6, KINDS), share)
+
+
+def test_a_shortlist_of_one_has_the_best_prediction_only():
+    spec = spec_of(kv=0.8, shortlist=1)
+    assert list(pool(SCORES, spec, 6, wish_of(spec))) == ["scores, key + linear"]
+
+
+def test_nothing_to_save_is_one_layout():
+    spec = spec_of(followers=0)
+    assert [layout_of(each) for each in pool(SCORES, spec, 6, wish_of(spec)).values()] == [Layout.own(6)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "nearest"),
+    [
+        ({"kv": 0.1}, "budget kv 0.1 is not possible, 0.1667 is"),
+        ({"params": 0.5, "kv": 0.9}, "budget params 0.5 is not possible, 0.85 is"),
+        ({"followers": 9}, "budget followers 9 is not possible, 5 is"),
+        (
+            {"kv": 0.2, "max_loss": 0.02},
+            "budget kv 0.2 is not possible with max_loss 0.02, 0.4167 is; "
+            "max_loss 0.02 is not possible with budget kv 0.2, 0.04 is",
+        ),
+    ],
+)
+def test_what_is_impossible_is_one_line_with_the_nearest(fields, nearest):
+    spec = spec_of(**fields)
+    with pytest.raises(LayoutError) as told:
+        pool(SCORES, spec, 6, wish_of(spec))
+    assert str(told.value) == f"no layout does what is asked: {nearest}"
+
+
+def test_the_frontier_falls_to_the_smallest_cache():
+    points = frontier(SCORES, spec_of(), SHAPE)
+    for series in {point.series for point in points}:
+        values = [point.value for point in points if point.series == series]
+        assert values[0] == 0 and values == sorted(values) and values[-1] > 0
+    assert {point.series for point in points} == {"scores, key + linear", "scores, key", "scores, linear"}
+
+
+def validated(name, divergence, *layers):
+    layout = Layout.own(6)
+    for layer in layers:
+        layout = layout.with_plan(layer, LayerPlan("linear", compensation="full"))
+    return Validated(name, layout, divergence, 0.001, predicted=divergence / 2)
+
+
+def test_of_those_that_lose_no_more_than_they_may_the_one_that_saves_most_is_taken():
+    shortlist = [validated("small", 0.01, 1), validated("good", 0.02, 1, 2), validated("large", 0.05, 1, 2, 3)]
+    limited, wide, narrow, none = (
+        replace(wish_of(spec_of(kv=0.9)), max_loss=max_loss) for max_loss in (0.03, 0.06, 0.001, None)
+    )
+    assert [pick(shortlist, wish).name for wish in (limited, wide, narrow, none)] == [
+        "good",
+        "large",
+        "small",
+        "small",
+    ]
+    for wish, words in (
+        (limited, "'good' chosen: saves most of those that lose at most 0.03 (KL 0.0200); 3 layouts converted"),
+        (narrow, "'small' chosen: none loses at most 0.001, and it loses least (KL 0.0100); 3 layouts converted"),
+    ):
+        best = pick(shortlist, wish)
+        considered = Considered("", [], shortlist, 4096, best.layout, wish.max_loss)
+        assert considered.reason().startswith(words)
+        table = considered.table(SHAPE, 2)
+        assert [row[0].endswith("*") for row in table.rows] == [entry is best for entry in shortlist]
+        assert table.columns[3] == "predicted" and table.rows[2][3:5] == ["0.0250", "0.0500 ± 0.0020"]
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_from_scores_to_a_converted_checkpoint(run, uniattn):
+    """On the command line: missing scores are made, two budgets are met, and predictions stand beside measurements."""
+    flags = [word for entry in FEW for word in ("--set", entry)]
+    done = uniattn("convert", "--dry-run", "--search", "scores", *flags, cwd=run)
+    assert done.returncode == 1 and "a dry run cannot score plans; run `uniattn score` first" in done.stderr
+    asked = ["--search", "scores", "--kinds", "key,linear", "--kv", "0.9", "--params", "0.99", "--device", "cpu"]
+    few = ["--set", "layout.protect=[1, 2, 3]", *flags]
+    done = uniattn("convert", *asked, *few, cwd=run)
+    assert done.returncode == 0, done.stderr
+    assert "predicted" in done.stdout and Path("scores/stage.json").is_file()
+    grouping = json.loads(Path("grouping/grouping.json").read_text())
+    assert all(entry["predicted"] > 0 and entry["divergence"] > 0 for entry in grouping["shortlist"])
+    assert grouping["measure"] == "sum of the layers' scores, nats per token"
+    stored = Recipe.load("recipe.yaml")
+    assert (stored.layout.search, stored.layout.kv, stored.layout.params) == ("scores", 0.9, 0.99)
+    layout = Layout.from_list(stored.layout.layers)
+    config = SimpleNamespace(**json.loads(Path("converted/config.json").read_text()))
+    assert layout.changed and set(layout.changed) <= {4, 5} and config.uniattn
+    assert Budget("kv", 0.9, "", SHAPE, None).met(layout)
+    # The scores are there now, for a dry run too, and its heads are those of the scores.
+    before = Path("scores/scores.json").read_bytes()
+    done = uniattn("convert", "--dry-run", *asked[:-4], "--max-loss", "0.5", *few, cwd=run)
+    assert done.returncode == 0 and "max_loss 0.5, saving kv" in done.stdout, done.stderr
+    assert Path("scores/scores.json").read_bytes() == before
+    done = uniattn("score", "--kinds", "key,linear", "--device", "cpu", *few, cwd=run)
+    assert done.returncode == 0 and "± " in done.stdout and Path("scores/scores.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault"),
+    [
+        ({"max_loss": 0.1}, "layout.max_loss needs layout.search: scores"),
+        ({"search": "scores", "save": "params"}, "layout.save needs layout.max_loss"),
+        (
+            {"search": "thorough", "kv": 0.8, "params": 0.9},
+            "only one budget can be given, not kv and params; set layout",
+        ),
+        ({"search": "scores", "max_loss": 0}, "layout.max_loss"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_faults(layout, fault):
+    with pytest.raises(RecipeError, match=fault):
+        Recipe.from_tree({"model": {"name": "m"}, "layout": layout})
+    Recipe.from_tree(
+        {"model": {"name": "m"}, "layout": {"search": "scores", "kv": 0.8, "params": 0.9, "max_loss": 0.1}}
+    )
+
+
+@pytest.mark.parametrize("solve", ["both", "output"])
+def test_points_of_a_sweep_read_the_scores_of_the_run(run, solve):
+    score("layout.kinds=[linear]", "layout.protect=[1, 2, 3, 4]")
+    recipe = Recipe.load("recipe.yaml", [f"conversion.solve={solve}", "layout.search=scores"])
+    place = RunDir(run / "sweep" / "point")
+    _begin(RunDir(run), place, recipe, {})
+    # Those of another fit would only be refused.
+    assert place.is_complete("score") == (solve == "both")

@@ -1,0 +1,239 @@
+"""Scores: what replacing one layer by one plan costs, all other layers being the base's, and the stage that keeps them.
+
+Every plan that a recipe allows is converted once, alone: aligned and fitted like a candidate of the thorough search. As
+a borrowing layer may only borrow from layers that stay as they are, it is scored with several choices of lenders: all
+layers that may lend together, and each of the `NEAREST` alone. A solver then puts layouts together for any budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.layouts.thorough import may_change, proposal
+from uniattn_cli.layouts.workbench import Workbench, stderr
+from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan, Layout
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from uniattn_cli.layouts.trials import Trials
+
+SCHEMA = 1
+JSON_FILE = "scores.json"
+# Lenders that are also tried alone. Each adds a conversion for every plan that borrows.
+NEAREST = 3
+
+
+@dataclass(frozen=True)
+class Question:
+    """A plan to score, before its heads are matched.
+
+    Attributes:
+        layer: the layer that is replaced.
+        kind: what it becomes.
+        compensation: its W_c.
+        lenders: layers that it may borrow from.
+    """
+
+    layer: int
+    kind: str
+    compensation: str | int
+    lenders: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one plan costs.
+
+    Attributes:
+        question: what was asked.
+        plan: with the heads that were matched.
+        divergence: mean KL(base || converted) in nats per token; infinity where the conversion overflows.
+        stderr: its standard error over sequences; NaN for a single one.
+    """
+
+    question: Question
+    plan: LayerPlan
+    divergence: float
+    stderr: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has neither infinity nor NaN."""
+        return {
+            "layer": self.question.layer,
+            "lenders": list(self.question.lenders),
+            "plan": self.plan.to_dict(),
+            "divergence": self.divergence if math.isfinite(self.divergence) else None,
+            "stderr": self.stderr if math.isfinite(self.stderr) else None,
+        }
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Score:
+        """Reads `to_dict`. Raises `ValueError`, `TypeError` or `KeyError` where it is something else."""
+        plan = LayerPlan.from_dict(entry["plan"])
+        question = Question(int(entry["layer"]), plan.kind, plan.compensation, tuple(map(int, entry["lenders"])))
+        divergence, stderr = entry["divergence"], entry["stderr"]
+        return cls(
+            question,
+            plan,
+            math.inf if divergence is None else float(divergence),
+            math.nan if stderr is None else float(stderr),
+        )
+
+
+def questions(bench: Workbench, compensation: str | int) -> list[Question]:
+    """Every plan that the recipe allows, layer by layer.
+
+    Args:
+        compensation: W_c that is asked for, see `choose.compensation_of`; where W_o is solved beside it, plans without
+            a W_c are scored too.
+    """
+    recipe, matcher = bench.recipe, bench.matcher
+    asked = (
+        ("none", "full" if compensation == "auto" else compensation)
+        if recipe.conversion.solve == "both"
+        else (compensation,)
+    )
+    found = []
+    for layer in range(matcher.shape.layers):
+        if not may_change(matcher.shape, layer) or layer in recipe.layout.protect:
+            continue
+        candidates = matcher.candidates(layer)
+        for kind in recipe.layout.kinds:
+            lenders = [tuple(candidates), *((one,) for one in candidates[:NEAREST])] if KINDS[kind].borrows else [()]
+            for choice in dict.fromkeys(lenders):
+                plans = [proposal(matcher.for_kind(kind), layer, kind, each, choice) for each in asked]
+                found += [Question(layer, kind, plan.compensation, choice) for plan in plans if plan is not None]
+    return list(dict.fromkeys(found))
+
+
+def score_plans(
+    run: RunDir, bench: Workbench, compensation: str | int, *, force: bool = False, load: bool = True
+) -> list[Score]:
+    """The scores of all plans that the recipe allows, in the order of `questions`.
+
+    Those in `scores/`, or left by an interrupted run, are taken from there if they are of the same model, text and fit;
+    the others are made and added.
+
+    Args:
+        compensation: see `questions`.
+        force: replace scores of another model, text or fit, and make all anew.
+        load: whether weights may be loaded.
+
+    Raises:
+        StageError: `scores/` holds others, or is damaged.
+        LayoutError: no plan can be scored, or the model does not fit on the GPU.
+    """
+    asked = questions(bench, compensation)
+    if not asked:
+        raise LayoutError("no layer can be changed; see layout.protect, layout.kinds and analysis.max_distance")
+    if not run.is_complete("score"):
+        run.check_free("score", force)
+    inputs = inputs_of(bench)
+    known = {} if force else stored(run, inputs)
+    if all(question in known for question in asked):
+        return [known[question] for question in asked]
+    if not load:
+        raise LayoutError("a dry run cannot score plans; run `uniattn score` first, or use --search fast")
+    if bench.placement[1] is not None:
+        raise LayoutError("scores need the whole model on the GPU; use --search fast")
+    with run.write("score", bench.recipe, inputs, force=True, resume=True, decisive=()) as directory:
+        path = directory / JSON_FILE
+        with contextlib.suppress(StageError):  # what an interrupted run left is missing or damaged
+            known |= _read(path)
+        _score_missing(bench, asked, known, path)
+    return [known[question] for question in asked]
+
+
+def stored(run: RunDir, inputs: dict[str, Any]) -> dict[Question, Score]:
+    """The scores in `scores/`; none if there is no such folder.
+
+    Raises:
+        StageError: they are of another model, text or fit, or damaged.
+    """
+    if not run.is_complete("score"):
+        return {}
+    before = run.record("score")["inputs"]
+    if before != inputs:
+        changed = [key for key in inputs if before.get(key) != inputs[key]]
+        raise StageError(
+            f"{run.output('score')} is of another {' and '.join(changed) or 'input'}; run `uniattn score --force`"
+        )
+    return _read(run.output("score") / JSON_FILE)
+
+
+def inputs_of(bench: Workbench) -> dict[str, Any]:
+    """All that scores depend on, beside the plans."""
+    recipe, texts = bench.recipe, bench.texts
+    fit, layout = recipe.conversion, recipe.layout
+    digest = hashlib.sha256()
+    for windows in (texts.fit, texts.score):
+        digest.update(f"{tuple(windows.shape)};".encode() + windows.numpy().tobytes())
+    return {
+        "model": bench.source.fingerprint,
+        "dtype": recipe.model.dtype,
+        "text": digest.hexdigest()[:16],
+        "analysis": hashlib.sha256(bench.measured.score.tobytes()).hexdigest()[:16],
+        "fit": [fit.solve, fit.align, fit.aim, fit.holdout, recipe.seed],
+        "head matching": [layout.head_map, layout.match, layout.sources],
+    }
+
+
+def _read(path: Path) -> dict[Question, Score]:
+    next_step = "run `uniattn score --force`"
+    try:
+        found = [Score.from_dict(entry) for entry in read_json(path, next_step)["scores"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StageError(f"{path} is damaged ({error!r}); {next_step}") from None
+    return {score.question: score for score in found}
+
+
+def _score_missing(bench: Workbench, asked: Sequence[Question], known: dict[Question, Score], path: Path) -> None:
+    """Adds the scores that are missing, and writes the file after every layer."""
+    import torch
+
+    from uniattn_cli.layouts.trials import Trials
+
+    missing = [question for question in asked if question not in known]
+    base = bench.base
+    with bench.options.progress.track("scoring plans", len(missing)) as advance:
+        torch.manual_seed(bench.recipe.seed)
+        trials = Trials(
+            base,
+            bench.texts.fit,
+            bench.texts.score,
+            bench.recipe.conversion,
+            batch_size=bench.recipe.evaluation.batch_size,
+        )
+        for layer, plans in itertools.groupby(missing, key=lambda question: question.layer):
+            for question in plans:
+                known[question] = _score(bench, trials, question, known)
+                advance(1, f"layer {layer} {question.kind}: KL {known[question].divergence:.4f}")
+            write_json(path, {"schema": SCHEMA, "scores": [score.to_dict() for score in known.values()]})
+
+
+def _score(bench: Workbench, trials: Trials, question: Question, known: dict[Question, Score]) -> Score:
+    layer, lenders = question.layer, list(question.lenders)
+    matched = [
+        score.plan for other, score in known.items() if replace(other, compensation=question.compensation) == question
+    ]
+    chooser = None
+    if matched:
+        # Heads are matched beside any W_c, so those of another one are the same.
+        plan = replace(matched[0], compensation=question.compensation)
+    else:
+        matcher = bench.matcher.for_kind(question.kind)
+        found = proposal(matcher, layer, question.kind, question.compensation, lenders)
+        assert found is not None, "only what can be proposed is asked for"
+        plan = found
+        chooser = bench.chooser(lambda layout, index: lenders)
+    trial = trials.convert(Layout.own(bench.matcher.shape.layers).with_plan(layer, plan), chooser)
+    return Score(question, trial.layout[layer], trial.divergence, stderr(trial.rows))
