@@ -96,7 +96,7 @@ for arguments in {calls}:
         app(arguments)
     except SystemExit as end:
         assert not end.code, arguments
-    heavy = {{"torch", "transformers", "datasets", "numpy", "trl", "lm_eval", "matplotlib"}} & set(sys.modules)
+    heavy = {{"torch", "transformers", "datasets", "numpy", "scipy", "trl", "lm_eval", "matplotlib"}} & set(sys.modules)
     assert not heavy, (arguments, heavy)
 """
     calls = [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"], ["recipes"], ["families"]]

@@ -306,8 +306,8 @@ def test_as_much_as_the_loss_allows_is_saved():
         saved = {
             share: wish.save.saved(layout_of(solution)) for share in LOSS_SHARES if (solution := wish_best(wish, share))
         }
-        assert saved[1.5] > saved[1.0] > saved[0.5] and saved[1.0] == wish.save.saved(layout_of(first))
-        assert list(found)[1] == "scores, key + linear, 1.5 of max_loss"
+        assert saved[2.0] > saved[1.0] > saved[0.5] and saved[1.0] == wish.save.saved(layout_of(first))
+        assert list(found)[1] == "scores, key + linear, 0.7 of max_loss"
 
 
 def wish_best(wish, share):
