@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import SoftFileLock
 
 from uniattn_cli.data.sequences import row_key
 from uniattn_cli.models.hub import Source
@@ -69,10 +70,14 @@ class Teaching:
         return self._teacher
 
     def _stored(self, device: torch.device) -> Path:
-        """The folder of the teacher's distributions; written first if it is not there."""
+        """The folder of the teacher's distributions; one process writes them first if they are not there.
+
+        The others wait for its lock on the disk, however long that takes: a barrier would end them after some minutes.
+        """
         settings = self._settings()
         folder = self.root / FOLDER / store_key(settings)
-        with self.process.main_process_first():
+        folder.parent.mkdir(exist_ok=True)
+        with SoftFileLock(folder.with_name(f".{folder.name}.lock")):
             if folder.exists():
                 self.progress.note(f"teacher's distributions read from {folder}")
                 return folder
