@@ -650,6 +650,7 @@ def test_analyze_killed_and_run_again(model, uniattn, tmp_path):
     assert Measured.load(tmp_path / "analysis").tokens == 6400
 
 
+@pytest.mark.slow
 def test_convert_killed_and_run_again_replaces_what_was_there(run, uniattn):
     before = contents(run)
     arguments = ["convert", "--force", "--groups", "every:2", "--set", "conversion.solve=none"]

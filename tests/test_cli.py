@@ -309,6 +309,8 @@ def test_errors_become_lines(error, code, line, capsys):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_what_ends_a_process_is_one_line_and_an_end_in_order(number, code, capsys):
+    # pytest itself may run under nohup.
+    ignored = signal.signal(number, signal.SIG_DFL)
     cleaned = []
     with pytest.raises(typer.Exit) as caught, guard.guard("train", debug=False):
         try:
@@ -320,6 +322,7 @@ def test_what_ends_a_process_is_one_line_and_an_end_in_order(number, code, capsy
     assert caught.value.exit_code == code
     assert capsys.readouterr().err == "error: terminated; the same command resumes from its last checkpoint\n"
     assert cleaned == [signal.SIG_DFL] == [signal.getsignal(number)]
+    signal.signal(number, ignored)
 
 
 def test_a_signal_ends_forked_workers_and_other_processes_of_a_launcher_at_once(monkeypatch, capfd):

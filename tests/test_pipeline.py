@@ -299,12 +299,12 @@ def test_one_calibration_sequence_is_told(tiny_runs, tmp_path, monkeypatch):
 
 # --- other families ---------------------------------------------------------------------------------------------------
 
-SLOW_FAMILIES = ("gemma3_text", "smollm3", "mixtral", "glm4", "exaone4", "cohere2", "ministral3", "gpt_oss")
+SLOW_FAMILIES = ("phi3", "gemma3_text", "smollm3", "mixtral", "glm4", "exaone4", "cohere2", "ministral3", "gpt_oss")
 
 
 @pytest.mark.parametrize(
     "family",
-    ["gemma2", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_FAMILIES)],
+    ["gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_FAMILIES)],
 )
 def test_the_stages_on_other_families(family, tmp_path, monkeypatch):
     """Windows, capped scores, fused projections, layers without positions, experts, scaled queries, sinks."""

@@ -103,6 +103,7 @@ def test_what_the_cache_will_hold(arguments, sizes):
     line = cache_room(raw, arguments, {"vllm": "0.32.1", "uniattn": "0.1.0"})
     assert line.startswith(f"cache: {sizes[0]:,} tokens of the base, {sizes[1]:,} of this checkpoint (1.60x)")
     assert line.endswith("in each GiB") == ("much" in arguments[0])
+    assert "cache: 0 tokens of the base" in cache_room(raw, ["--kv-cache-memory-bytes", "1"], {})
     line = cache_room(raw, arguments, {"vllm": "0.33.0", "uniattn": "0.1.0"})
     assert line.startswith(f"cache: {sizes[0]:,} tokens of the base, and no more of this checkpoint")
     assert line.endswith("because uniattn's plugin is for vLLM 0.32, not 0.33.0")

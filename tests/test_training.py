@@ -490,8 +490,8 @@ def test_preview_marks_what_is_learned():
     [
         ({"LOCAL_RANK": "0"}, "it has no RANK and WORLD_SIZE and MASTER_ADDR and MASTER_PORT; start with `torchrun`"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "it has no MASTER_ADDR and MASTER_PORT"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number; .* or unset WORLD_SIZE"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two makes no sense; .* or unset WORLD_SIZE"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 makes no sense"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; launch without it, and set train.fsdp"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, None),
     ],

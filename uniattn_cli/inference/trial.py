@@ -27,6 +27,7 @@ def attention_program(
 ) -> Program:
     """A program of attention layers that have neither projections nor anything else."""
     config = SimpleNamespace(
+        model_type="llama",
         num_hidden_layers=len(layout),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

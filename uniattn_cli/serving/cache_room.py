@@ -38,7 +38,7 @@ def cache_room(raw: dict[str, Any], arguments: Sequence[str], installed: Mapping
     missing = plugin_missing(installed)
     if missing:
         return "cache: " + found.format("and no more of this checkpoint") + f", because {missing}"
-    return "cache: " + found.format(f"{converted:,} of this checkpoint ({converted / base:.2f}x)")
+    return "cache: " + found.format(f"{converted:,} of this checkpoint ({per_token[0] / per_token[1]:.2f}x)")
 
 
 def plugin_missing(installed: Mapping[str, str]) -> str | None:

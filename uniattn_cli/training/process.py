@@ -49,7 +49,7 @@ def _check_launcher() -> None:
     odd = [f"{name}={value}" for name, value in given.items() if name in NUMBERS and not value.isdecimal()]
     missing = [name for name in LAUNCHED if name not in given]
     if odd or (missing and ("LOCAL_RANK" in given or given.get("WORLD_SIZE", "1") != "1")):
-        wrong = f"{' and '.join(odd)} is no number" if odd else f"it has no {' and '.join(missing)}"
+        wrong = f"{' and '.join(odd)} makes no sense" if odd else f"it has no {' and '.join(missing)}"
         raise UsageError(
             f"the environment has {', '.join(given)}, as a launcher sets them, but {wrong}; start with `torchrun` or "
             f"`accelerate launch`, or unset {', '.join(given)}"

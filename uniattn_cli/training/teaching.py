@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import SoftFileLock
+from filelock import FileLock
 
 from uniattn_cli.data.sequences import row_key
 from uniattn_cli.models.hub import Source
@@ -77,7 +77,7 @@ class Teaching:
         settings = self._settings()
         folder = self.root / FOLDER / store_key(settings)
         folder.parent.mkdir(exist_ok=True)
-        with SoftFileLock(folder.with_name(f".{folder.name}.lock")):
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
             if folder.exists():
                 self.progress.note(f"teacher's distributions read from {folder}")
                 return folder
