@@ -245,8 +245,8 @@ def test_rows_of_the_hub_may_be_read_as_they_come(monkeypatch, made):
             read.append(number)
             yield CHATS[number % 40]
 
-    def load_dataset(*_, streaming: bool = False, **__):
-        assert streaming
+    def load_dataset(*_, streaming: bool = False, revision: str | None = None, **__):
+        assert streaming and revision == Api.commit, "rows of the commit that the key names, whatever comes meanwhile"
         return datasets.IterableDataset.from_generator(rows)
 
     class Api:

@@ -54,12 +54,7 @@ class HubSet:
     def key(self) -> list[str]:
         """Identifies the rows: the commit, or what `datasets` has made of it."""
         named = [self.name, self.split]
-        if not self.spec.streaming:
-            return [*named, self._loaded._fingerprint]
-        from huggingface_hub import HfApi
-
-        with self._errors():
-            return [*named, str(HfApi().dataset_info(self.spec.source, timeout=10).sha)]
+        return [*named, str(self._commit) if self.spec.streaming else self._loaded._fingerprint]
 
     def rows(self, whole_text: bool) -> Iterator[Raw]:
         """The rows with their numbers; `whole_text` changes nothing."""
@@ -68,10 +63,18 @@ class HubSet:
                 yield f"{self.name}, row {number}", without_gaps(row)
 
     @functools.cached_property
+    def _commit(self) -> str | None:
+        from huggingface_hub import HfApi
+
+        with self._errors():
+            return HfApi().dataset_info(self.spec.source, timeout=10).sha
+
+    @functools.cached_property
     def _loaded(self) -> datasets.Dataset | datasets.IterableDataset:
         import datasets
 
-        more = {"streaming": True} if self.spec.streaming else {}
+        # Whatever is pushed meanwhile, the rows are those of the commit in the key.
+        more = {"streaming": True, "revision": self._commit} if self.spec.streaming else {}
         with self._errors(), _offline_at_once(self.spec.source):
             return datasets.load_dataset(self.spec.source, self.spec.config, split=self.split, **more)
 
