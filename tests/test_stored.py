@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from uniattn_cli.data.splits import stored_rows
 from uniattn_cli.errors import DataError, DataWarning
 from uniattn_cli.recipe.schema import DatasetSpec, DataSpec
 
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 CHATS = [{"messages": turns(f"What comes after {n}?", f"It is {n + 1}.")} for n in range(40)]
 
 
@@ -214,6 +216,50 @@ def test_compressed_files_are_read_as_the_others(tmp_path, ending):
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:90])
     with pytest.raises(DataError, match=r"c\.jsonl\.gz is damaged"):
         prepare(tmp_path / "c.jsonl.gz")
+
+
+def test_a_zip_is_read_where_it_holds_one_file(tmp_path):
+    path, lines = tmp_path / "a.jsonl.zip", "".join(json.dumps(row) + "\n" for row in CHATS)
+
+    def packed(**members: str) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+
+    packed(**{"rows/": "", "__MACOSX/rows/._a.jsonl": "?", "rows/a.jsonl": lines})
+    assert len(prepare(path, holdout=1e-9)[0].rows) == len(CHATS)
+    for number, members in ((2, {"a.jsonl": lines, "b.jsonl": lines}), (0, {}), (0, {"rows/": ""})):
+        packed(**members)
+        with pytest.raises(DataError, match=rf"a\.jsonl\.zip holds {number} files .*a pattern such as rows/\*\.jsonl"):
+            prepare(path)
+    packed(**{"a.jsonl": lines})
+    whole = bytearray(path.read_bytes())
+    whole[6] |= 1  # the flag of encryption, of the file and in the directory
+    whole[whole.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=r"a\.jsonl\.zip is encrypted; unpack it"):
+        prepare(path)
+
+
+def test_a_zst_file_needs_a_package_that_notices_where_it_is_cut_off(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.zst"
+    path.touch()
+    monkeypatch.setitem(sys.modules, ZSTD, None)
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst needs .*`pip install backports\.zstd`"):
+        prepare(path)
+
+
+def test_a_zst_file_is_read_as_a_whole_or_not_at_all(tmp_path):
+    zstd = pytest.importorskip(ZSTD)
+    path, lines = tmp_path / "a.jsonl.zst", [f"{json.dumps(row)}\n".encode() for row in CHATS]
+    content = zstd.compress(b"".join(lines[:20])) + zstd.compress(b"".join(lines[20:]))
+    path.write_bytes(content)
+    assert len(prepare(path, holdout=1e-9)[0].rows) == len(CHATS)
+    middle = len(content) // 2
+    for damaged in (content[:-9], content[:middle] + b"????" + content[middle + 4 :], b"".join(lines)):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst is damaged or not compressed as its name says"):
+            prepare(path)
 
 
 def test_a_pattern_names_all_its_files_and_a_file_with_brackets_itself(tmp_path):

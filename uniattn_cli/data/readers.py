@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import csv
+import gzip
+import importlib
 import io
 import json
 import lzma
@@ -14,14 +17,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from uniattn_cli.errors import DataError, RowError
 from uniattn_cli.run.files import check_not_pointer
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
-# By the ending that is added to those; under the names of fsspec.
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 
 # Where the row stands, for messages; its columns, or why it has none.
 Raw = tuple[str, dict[str, Any] | RowError]
@@ -66,7 +68,7 @@ def check_text(value: Any, where: str) -> None:
 
 def extension(path: Path) -> str:
     """The type of a file, that of a compressed one included: `.jsonl` of `rows.jsonl.gz`."""
-    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
+    return Path(path.stem if path.suffix.lower() in _OPENERS else path.name).suffix.lower()
 
 
 def read_file(path: Path, whole_text: bool) -> Iterator[Raw]:
@@ -87,14 +89,54 @@ def read_file(path: Path, whole_text: bool) -> Iterator[Raw]:
 
 def _opened(path: Path, newline: str | None = None) -> IO[str]:
     """A text file, uncompressed as it is read."""
-    name = COMPRESSED.get(path.suffix.lower())
-    if name is None:
-        return path.open(encoding="utf-8-sig", newline=newline)
-    from fsspec.compression import compr
+    open_bytes = _OPENERS.get(path.suffix.lower(), lambda path: path.open("rb"))
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
 
-    if name not in compr:
-        raise DataError(f"{path} needs a package that is missing here; run `pip install zstandard`")
-    return io.TextIOWrapper(compr[name](path.open("rb"), mode="rb"), encoding="utf-8-sig", newline=newline)
+
+def _open_zip(path: Path) -> IO[bytes]:
+    archive = zipfile.ZipFile(path)
+    files = [entry for entry in archive.infolist() if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")]
+    if len(files) != 1:
+        raise DataError(
+            f"{path} holds {len(files)} files instead of one; unpack it and give a pattern such as rows/*.jsonl"
+        )
+    if files[0].flag_bits & 1:
+        raise DataError(f"{path} is encrypted; unpack it and give the file in it")
+    try:
+        return archive.open(files[0])
+    except NotImplementedError as error:
+        raise DataError(f"{path} cannot be unpacked here ({error}); unpack it and give the file in it") from None
+
+
+def _open_zst(path: Path) -> IO[bytes]:
+    zstd = _zstd()
+    if zstd is None:
+        raise DataError(f"{path} needs a package that is missing here; run `pip install backports.zstd`")
+    stream: IO[bytes] = zstd.ZstdFile(path)
+    return stream
+
+
+def _zstd() -> ModuleType | None:
+    """Python's own module for zstd or its backport; `zstandard` would take a file that was cut off for a whole one."""
+    try:
+        return importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    except ImportError:
+        return None
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What is raised where a compressed file is damaged."""
+    zstd = _zstd()
+    return (EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error, *([zstd.ZstdError] if zstd else []))
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+    ".zip": _open_zip,
+}
 
 
 @contextlib.contextmanager
@@ -111,7 +153,7 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+    except _damage() as error:
         raise DataError(f"{path} is damaged or not compressed as its name says: {error}") from None
 
 
