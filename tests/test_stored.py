@@ -129,18 +129,31 @@ def test_several_processes_make_the_same_sequences(tmp_path, monkeypatch):
     assert np.array_equal(shared.counts.lengths, alone.counts.lengths)
 
 
+STRANGE = {"messages": [*turns("q", "a"), {"role": "user", "content": "hide"}, {"role": "assistant", "content": "b"}]}
+HIDES = CHATML.replace("{% if add", "{% if messages[-1].content == 'hide' %}?{% endif %}{% if add")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_template_that_cannot_be_masked_is_told_whichever_process_finds_it(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(stored, "PART", 16)
-    strange = {
-        "messages": [*turns("q", "a"), {"role": "user", "content": "hide"}, {"role": "assistant", "content": "b"}]
-    }
-    hides = CHATML.replace("{% if add", "{% if messages[-1].content == 'hide' %}?{% endif %}{% if add")
-    mix = splits.load_mix((DatasetSpec(write(tmp_path / "a.jsonl", *CHATS, strange)),), "train", holdout=1e-9, seed=0)
+    mix = splits.load_mix((DatasetSpec(write(tmp_path / "a.jsonl", *CHATS, STRANGE)),), "train", holdout=1e-9, seed=0)
     for _ in range(2):
         with pytest.raises(DataError, match="does not continue its own prompt in turn 4") as caught:
-            sequences.tokenize(mix, make_tokenizer(hides), max_length=64, loss="responses", workers=workers)
+            sequences.tokenize(mix, make_tokenizer(HIDES), max_length=64, loss="responses", workers=workers)
         assert "\n" not in str(caught.value)
+
+
+def test_only_rows_that_are_drawn_stop_training_where_they_cannot_be_masked(tmp_path):
+    path, tokenizer = write(tmp_path / "a.jsonl", STRANGE, *CHATS), make_tokenizer(HIDES)
+
+    mixes = [splits.load_mix((DatasetSpec(path),), part, holdout=0.5, seed=0) for part in ("train", "heldout")]
+    drawn, others = sorted(mixes, key=lambda mix: STRANGE["messages"] not in [row["messages"] for row in mix.rows])
+    with pytest.raises(DataError, match="does not continue its own prompt in turn 4"):
+        sequences.tokenize(drawn, tokenizer, max_length=64, loss="responses")
+    found = sequences.tokenize(others, tokenizer, max_length=64, loss="responses")
+    assert found.counts.used == len(others.rows) > 5
+    plain = sequences.tokenize(others, make_tokenizer(), max_length=64, loss="responses")
+    assert found.dataset.to_dict() == plain.dataset.to_dict() and found.digest == plain.digest
 
 
 def test_a_cache_that_cannot_be_written_to_is_told_and_done_without(tmp_path, monkeypatch):

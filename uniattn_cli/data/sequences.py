@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,6 +82,9 @@ def tokenize(
 
     encoder = RowEncoder(tokenizer, loss)
     if isinstance(rows, Mix):
+        # A template of which no conversation can be masked is told before all of them are tried.
+        top = replace(rows, order=rows.order[:1]).rows[0]
+        encoder.batch([top.get("messages")], [top.get("text")])
         parts = [_stored_sequences(part, encoder, max_length, workers or usual_workers()) for part in rows.sets]
         sizes, order, chosen = [len(part) for part in rows.sets], rows.order, rows.chosen
         names = [share.source for share in rows.shares]
@@ -91,6 +94,8 @@ def tokenize(
         sizes, order, chosen, names = [len(rows)], np.arange(len(rows)), np.zeros(len(rows), np.int64), [""]
     first, number = _places(parts, sizes)
     sequences = datasets.concatenate_datasets(parts)
+    kept = _spread(first[order], number[order])
+    _check_faults(sequences, kept)
     columns = {name: sequences.data.column(name).to_numpy() for name in _COUNTED}
     sources: dict[str, Counts] = {}
     for name, some in ((name, order[chosen == index]) for index, name in enumerate(names)):
@@ -103,7 +108,6 @@ def tokenize(
             f"none of the {len(order)} rows has a loss token within its first {max_length} tokens: "
             f"{together.why_dropped}"
         )
-    kept = _spread(first[order], number[order])
     kept = kept[columns["learned"][kept] > 0]
     return Tokenised(
         sequences.select_columns(["input_ids", "labels"]).select(kept),
@@ -112,6 +116,15 @@ def tokenize(
         together,
         dict(sorted(sources.items())),
     )
+
+
+def _check_faults(sequences: datasets.Dataset, places: np.ndarray) -> None:
+    """Raises what one of some rows stopped the work with; others, held out or not drawn, may be as they are."""
+    faults = sequences.data.column("fault")
+    if faults.null_count < len(faults):
+        told = faults.take(places).drop_null()
+        if len(told):
+            raise DataError(told[0].as_py())
 
 
 def _counted(first: np.ndarray, number: np.ndarray, columns: dict[str, np.ndarray], limit: int) -> Counts:
@@ -146,7 +159,7 @@ def _spread(first: np.ndarray, number: np.ndarray) -> np.ndarray:
 
 def _features() -> dict[str, Any]:
     """What is kept of a sequence: its row, whether that is text, its tokens before it was cut, how many of the others
-    are learned, whether any was before, a hash (`row_key`), why a row stopped the work, and what is left of it.
+    are learned, whether any was before, a hash (`row_key`), why its row cannot be used, and what is left of it.
     """
     import datasets
 
@@ -162,11 +175,7 @@ def _stored_sequences(rows: datasets.Dataset, encoder: RowEncoder, limit: int, w
     generate = functools.partial(_encode_parts, encoder=encoder, limit=limit)
     parts = parts_of(rows)
     with _threads(min(workers, len(parts)) == 1):
-        found = stored(key, generate, _features(), parts=parts, workers=workers)
-    faults = found.data.column("fault")
-    if faults.null_count < len(faults):
-        raise DataError(faults.drop_null()[0].as_py())
-    return found
+        return stored(key, generate, _features(), parts=parts, workers=workers)
 
 
 def _encode_parts(parts: Sequence[Part], encoder: RowEncoder, limit: int) -> Iterator[dict[str, Any]]:
@@ -176,25 +185,20 @@ def _encode_parts(parts: Sequence[Part], encoder: RowEncoder, limit: int) -> Ite
     for file, before, start, end in parts:
         # Opened for each part: what was read through a memory map counts as this process's memory until it is closed.
         rows = datasets.Dataset.from_file(file).select_columns(["messages", "text"])
-        try:
-            for begin in range(start, end, _BATCH):
-                batch = decoded(rows[begin : min(begin + _BATCH, end)])
-                some = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-                yield from _encode(some, before + begin, encoder, limit)
-        except DataError as error:
-            # Other processes cannot hand over an error as it is.
-            yield dict.fromkeys(_features()) | {"fault": str(error)}
-            return
+        for begin in range(start, end, _BATCH):
+            batch = decoded(rows[begin : min(begin + _BATCH, end)])
+            some = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            yield from _encode(some, before + begin, encoder, limit)
 
 
 def _encode(rows: Sequence[dict[str, Any]], first: int, encoder: RowEncoder, limit: int) -> Iterator[dict[str, Any]]:
-    """The sequences of rows as `_features` has them; rows that cannot be used have none."""
+    """The sequences of rows as `_features` has them: none of unusable rows, an empty one with the fault of others."""
     pairs = [(number, row.get("messages"), row.get("text")) for number, row in enumerate(rows, first)]
     pairs = [pair for pair in pairs if pair[1:] != (None, None)]
     for begin in range(0, len(pairs), _BATCH):
         numbers, messages, texts = zip(*pairs[begin : begin + _BATCH], strict=True)
-        for number, text, whole in zip(numbers, texts, encoder.batch(messages, texts), strict=True):
-            for ids, mask in whole if text is None else _divided(whole, limit):
+        for number, text, (whole, fault) in zip(numbers, texts, _tried(encoder, messages, texts), strict=True):
+            for ids, mask in whole if text is None or fault else _divided(whole, limit):
                 left = ids[:limit] if any(mask[:limit]) else []
                 labels = [token if learned else IGNORED for token, learned in zip(left, mask, strict=False)]
                 yield {
@@ -204,10 +208,23 @@ def _encode(rows: Sequence[dict[str, Any]], first: int, encoder: RowEncoder, lim
                     "learned": sum(mask[:limit]),
                     "answered": any(mask),
                     "key": row_key(left, labels),
-                    "fault": None,
+                    "fault": fault,
                     "input_ids": left,
                     "labels": labels,
                 }
+
+
+def _tried(
+    encoder: RowEncoder, messages: Sequence[Messages | None], texts: Sequence[str | None]
+) -> list[tuple[list[Encoded], str | None]]:
+    """The sequences of each row, and None; or an empty one, and why the row cannot be encoded."""
+    try:
+        return [(whole, None) for whole in encoder.batch(messages, texts)]
+    except DataError as error:
+        if len(texts) == 1:
+            return [([([], [])], str(error))]
+    # One at a time, which tells those apart that can.
+    return [_tried(encoder, [message], [text])[0] for message, text in zip(messages, texts, strict=True)]
 
 
 def row_key(tokens: Sequence[int], labels: Sequence[int]) -> int:
