@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import datasets
@@ -111,6 +112,21 @@ def test_other_rules_make_anew(tmp_path, made, monkeypatch):
     monkeypatch.setattr(stored, "_rules", lambda: "other code")
     prepare(path)
     assert made == ["rows", "sequences"] * 2
+
+
+def test_the_key_of_a_tokenizer_is_of_what_decides_its_tokens(monkeypatch):
+    tokenizer = make_tokenizer()
+    key = stored.tokenizer_key(tokenizer)
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
+    assert stored.tokenizer_key(tokenizer) == key, "of no call before"
+    tokenizer.split_special_tokens = True
+    assert tokenizer("<s>", add_special_tokens=False)["input_ids"] != [tokenizer.bos_token_id]
+    keys = [key, stored.tokenizer_key(tokenizer)]
+    version = metadata.version
+    for package in ("tokenizers", "transformers"):
+        monkeypatch.setattr(metadata, "version", lambda name, other=package: "9" if name == other else version(name))
+        keys.append(stored.tokenizer_key(tokenizer))
+    assert len(set(map(str, keys))) == 4
 
 
 def test_several_processes_make_the_same_sequences(tmp_path, monkeypatch):

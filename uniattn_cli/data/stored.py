@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +137,14 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Identifies what a tokenizer makes of conversations: its template, its special tokens and everything it knows."""
     from datasets.fingerprint import Hasher
 
-    known = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    names = [type(tokenizer).__name__, str(tokenizer.special_tokens_map)]
-    return [*names, ChatRenderer(tokenizer).template, Hasher.hash(known)]
+    known: Any = tokenizer
+    if tokenizer.is_fast:
+        # How the last call was cut and padded is there too, and says nothing of the next one.
+        known = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    # The setting below is the one that the backend does not write down.
+    names = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(tokenizer.split_special_tokens)]
+    versions = [metadata.version(name) for name in ("tokenizers", "transformers")]
+    return [*versions, *names, ChatRenderer(tokenizer).template, Hasher.hash(known)]
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.data.stored import tokenizer_key
 from uniattn_cli.errors import ModelError
 from uniattn_cli.evaluation.agreement import Agreement, Reference, base_losses, compare_with_base
 from uniattn_cli.evaluation.batches import Batches
@@ -264,11 +265,3 @@ class _Work:
 
         key = self.key(f"task {name}", tokenizer=tokenizer_key(material.tokenizer))
         return _as_scores(self.bench.store.get(key, make))
-
-
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identifies a tokenizer and its chat template."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
