@@ -502,6 +502,23 @@ def test_heldout_text_keeps_its_order_and_is_not_used_elsewhere(tmp_path):
             windows.heldout_windows(spec, tokenizer, tokens=20, length=20)
 
 
+def test_heldout_text_is_used_nowhere_else_under_another_name_either(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("first\n\nsecond\n\nthird", encoding="utf-8")
+    (tmp_path / "link.txt").symlink_to("t.txt")
+    write(tmp_path / "a.jsonl", {"text": "x" * 99})
+    monkeypatch.chdir(tmp_path)
+    for text, train in (("t.txt", "*.txt"), ("*.txt", "t.txt"), ("link.txt", "t.txt"), ("t.txt", tmp_path / "t.txt")):
+        with pytest.raises(DataError, match=r"data\.text: .* is also used for training or calibration"):
+            windows.heldout_windows(local(tmp_path, text=text, train=train), make_tokenizer(), tokens=20, length=20)
+    # What training reads needs not be there any more.
+    for train in ("a.jsonl", "gone.jsonl"):
+        windows.heldout_windows(local(tmp_path, text="t.txt", train=train), make_tokenizer(), tokens=20, length=20)
+    same = [DatasetSpec("owner/name", split=split) for split in (None, "train")]
+    with pytest.raises(DataError, match=r"data\.text: owner/name is also used"):
+        spec = DataSpec(text=(same[0],), train=(same[1],))
+        windows.heldout_windows(spec, make_tokenizer(), tokens=20, length=20)
+
+
 # Multiple choice
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from uniattn_cli.run.files import content_hash
 
 if TYPE_CHECKING:
     import datasets
+
+DEFAULT_SPLIT = "train"
 
 
 class Files:
@@ -48,7 +50,7 @@ class HubSet:
     """Rows of a hub data set: downloaded and kept by `datasets`, or as they come."""
 
     def __init__(self, spec: DatasetSpec):
-        self.spec, self.split = spec, spec.split or "train"
+        self.spec, self.split = spec, spec.split or DEFAULT_SPLIT
         self.name = f"hub data set {spec.source}" + (f" ({spec.config})" if spec.config else "")
 
     def key(self) -> list[str]:
@@ -106,9 +108,7 @@ def find(spec: DatasetSpec) -> Files | HubSet:
     Raises:
         DataError: there is no such file, or it is of no known type.
     """
-    path = located(spec.source)
-    # A name with brackets may be that of a file.
-    paths = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    path, paths = located(spec.source), _paths(spec)
     if not paths:
         if may_be_on_hub(spec.source):
             return HubSet(spec)
@@ -118,6 +118,18 @@ def find(spec: DatasetSpec) -> Files | HubSet:
     if spec.split or spec.config or spec.streaming:
         raise DataError(f"{path} is a local file; `split`, `config` and `streaming` are for hub data sets, remove them")
     return Files(paths)
+
+
+def origins(spec: DatasetSpec) -> set[Hashable]:
+    """What a data set reads, so that two can be compared: its files, or a split of a hub data set; opens nothing."""
+    return {path.resolve() for path in _paths(spec)} or {(spec.source, spec.config, spec.split or DEFAULT_SPLIT)}
+
+
+def _paths(spec: DatasetSpec) -> list[Path]:
+    """The local files of a data set; none if it is on the hub, or nowhere."""
+    path = located(spec.source)
+    # A name with brackets may be that of a file.
+    return [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
 
 
 def may_be_on_hub(source: str) -> bool:

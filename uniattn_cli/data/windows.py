@@ -13,6 +13,7 @@ from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
 from uniattn_cli.data.rows import BUILTIN, read_rows
 from uniattn_cli.data.screen import Screen
+from uniattn_cli.data.sources import origins
 from uniattn_cli.data.splits import load_rows, shuffled_rows
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec, DataSpec
@@ -126,11 +127,12 @@ def heldout_windows(
     `screen` leaves out rows that cannot be used, None is one that tells nobody.
 
     Raises:
-        DataError: also if a source of `data.text` is one of those of training or calibration.
+        DataError: also if `data.text` reads a file or a split of the hub that training or calibration reads.
     """
-    used = {(spec.source, spec.config, spec.split) for spec in (*data.train, *(data.calibration or ()))}
+    others = [spec for spec in (*data.train, *(data.calibration or ())) if spec.source != BUILTIN]
+    used = set().union(*map(origins, others))
     for spec in data.text:
-        if spec.source != BUILTIN and (spec.source, spec.config, spec.split) in used:
+        if spec.source != BUILTIN and not used.isdisjoint(origins(spec)):
             raise DataError(f"data.text: {spec.source} is also used for training or calibration; use other text")
     documents = _documents(data.text, tokenizer, screen or Screen(data, tokenizer))
     return windows(documents, tokenizer, tokens=tokens, length=length)
