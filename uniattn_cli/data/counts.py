@@ -63,7 +63,7 @@ class Counts:
         Args:
             rows: their number.
             beyond: `split` and `divided`.
-            sequences: columns of `sequences.FEATURES` that say what became of them, each an array.
+            sequences: columns of `sequences._features` that say what became of them, each an array.
             limit: most tokens of a sequence.
         """
         lengths, learned = sequences["length"].astype(np.int64), sequences["learned"]
