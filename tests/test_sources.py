@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, make_base, make_layout, typical_families
+from tiny import FAMILIES, TYPICAL, families, make_base, make_layout
 
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_maps import Matcher
@@ -71,7 +71,7 @@ def arrive(base, model, tokens, index):
     return batch
 
 
-@typical_families
+@families(*TYPICAL, "gpt_oss")
 @pytest.mark.parametrize("name", MAPS)
 def test_features_are_what_the_output_projection_of_a_converted_model_sees(entry, name):
     base = make_base(entry)

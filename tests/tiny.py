@@ -204,9 +204,14 @@ def _marks(quick: bool) -> list:
     return [] if quick else [pytest.mark.slow]
 
 
-typical_families = pytest.mark.parametrize(
-    "entry", [pytest.param(entry, id=entry[0], marks=_marks(entry[0] in TYPICAL)) for entry in FAMILIES]
-)
+def families(*quick: str):
+    """Tries a test with every family, and with these in the quick suite."""
+    return pytest.mark.parametrize(
+        "entry", [pytest.param(entry, id=entry[0], marks=_marks(entry[0] in quick)) for entry in FAMILIES]
+    )
+
+
+typical_families = families(*TYPICAL)
 typical_cases = pytest.mark.parametrize(
     ("entry", "layout"),
     [pytest.param(entry, name, id=f"{entry[0]}-{name}", marks=_marks(entry[0] in TYPICAL)) for entry, name in CASES],

@@ -253,7 +253,9 @@ class Borrowing:
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
         if own.has_sinks:
-            arguments["s_aux"] = shared.sinks[source][0] if KINDS[self.kind].borrows_maps else own.sinks
+            borrowed = KINDS[self.kind].borrows_maps
+            # Sinks belong to query heads, and are rolled like these.
+            arguments["s_aux"] = shared.sinks[source][0] if borrowed else own.sinks.roll(offset * self.shape.group_size)
         mask = kwargs.get("attention_mask")
         return backend(own, queries, shared.keys[source], values, mask, **arguments)[0].flatten(0, 1)
 
