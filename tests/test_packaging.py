@@ -24,6 +24,7 @@ from transformers import (
 
 import uniattn_cli
 from uniattn_cli.errors import CheckpointError, ModelError
+from uniattn_cli.models import quantisation
 from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.costs import count_parameters
 from uniattn_cli.models.hub import locate
@@ -435,6 +436,26 @@ def test_a_head_of_its_own_is_kept_in_a_multi_modal_model(tmp_path):
     assert len(loading_notes(source, base.config)) == 2
     save_checkpoint(base, make_tokenizer(), tmp_path / "text")
     assert torch.equal(load(tmp_path / "text").lm_head.weight, head)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("make", [llava, lambda: make_base(LLAMA)])
+def test_quantised_weights_that_the_configuration_tells_of_are_left_to_their_library(make, key, tmp_path, monkeypatch):
+    save_whole(make, tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({name: weights[name].to(torch.int8) for name in weights}))
+    with pytest.raises(CheckpointError, match="stored as I8"):
+        load(tmp_path)
+    edit_json(tmp_path / "config.json", **{key: {"quant_method": "compressed-tensors"}})
+    # Any module that is there.
+    monkeypatch.setitem(quantisation.TRIED, "compressed-tensors", "json")
+
+    def read(*args, **kwargs):
+        raise OSError("now the library would read them")
+
+    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", read)
+    with pytest.raises(ModelError, match="now the library would read them"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("lost", ["language_model.model.layers.1.mlp.up_proj.weight", "vision_tower"])

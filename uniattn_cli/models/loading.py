@@ -231,7 +231,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     folder = fetch(source)
     files = check_weight_files(folder)
-    if getattr(config, "quantization_config", None) is None:
+    if not quantised:
         check_dtypes(files)
     if (settings := folder / "generation_config.json").is_file():
         read_json(settings, AGAIN, CheckpointError)  # transformers goes on without a damaged one
