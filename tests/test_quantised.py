@@ -61,11 +61,21 @@ class ExactLayer(QuantizedLayer):
         return tensor
 
 
-def exact_cache(config, residual):
+class GroupedLayer(ExactLayer):
+    """Refuses, as quanto and hqq do, what does not fill whole groups, or along hqq's axis whole bytes."""
+
+    def _quantize(self, tensor, axis):
+        groups, rest = divmod(tensor.numel(), self.q_group_size)
+        assert rest == 0, "a group is not full"
+        assert axis != 1 or groups % (8 // self.nbits) == 0, "a byte is not full"
+        return super()._quantize(tensor, axis)
+
+
+def exact_cache(config, residual, layer_class=ExactLayer, **options):
     """The quantised cache of transformers around exact layers."""
     cache = QuantizedCache.__new__(QuantizedCache)
     super(QuantizedCache, cache).__init__(
-        layers=[ExactLayer(residual_length=residual) for _ in range(config.num_hidden_layers)]
+        layers=[layer_class(residual_length=residual, **options) for _ in range(config.num_hidden_layers)]
     )
     return cache
 
@@ -89,6 +99,18 @@ def test_a_quantised_cache_holds_what_a_layer_caches(entry, layout, residual):
     ]
     per_token = kv_bytes_per_token(model.config.layout, attention_shape(model.config), 4)
     assert sum(tensor.nbytes for tensor in stored) == per_token * TOKENS.numel()
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "nbits", "axis"), [(1, 64, 4, 0), (2, 32, 4, 0), (2, 64, 4, 1), (1, 128, 4, 1), (4, 64, 2, 1)]
+)
+def test_a_quantised_cache_takes_values_of_any_length_where_it_takes_keys_and_values(heads, head_dim, nbits, axis):
+    sizes = SIZES | {"num_attention_heads": 4, "num_key_value_heads": heads, "head_dim": head_dim}
+    base = make_base(("grouped", lambda: LlamaConfig(**sizes), LlamaForCausalLM))
+    for model in (base, build_converted(base, Layout.from_list([{}, {}, {"leader": 1}, {}, {}, {}]))):
+        cache = exact_cache(model.config, 1, GroupedLayer, nbits=nbits, axis_key=axis, axis_value=axis)
+        chunks = [model(part, past_key_values=cache).logits for part in TOKENS[:1].split([7, 1, 3, 5], dim=1)]
+        assert (torch.cat(chunks, 1) - model(TOKENS[:1], use_cache=False).logits).abs().max() < 2e-5
 
 
 # Wide enough for the kernels and groups of all libraries.

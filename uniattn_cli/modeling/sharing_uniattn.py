@@ -8,6 +8,7 @@ Copied into every checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -513,7 +514,25 @@ class SharedAttentionMixin(_Attention):
             values, _ = past_key_values.update(values, values[..., :0], self.layer_idx)
             return values
         dim = 1 if values.shape[1] > 1 else -1
-        return torch.cat(past_key_values.update(*values.tensor_split(2, dim), self.layer_idx), dim)
+        halves = values.tensor_split(2, dim)
+        self._fit_groups(past_key_values.layers[self.layer_idx], [half.shape[1] * half.shape[3] for half in halves])
+        return torch.cat(past_key_values.update(*halves, self.layer_idx), dim)
+
+    def _fit_groups(self, layer: Any, widths: list[int]) -> None:
+        """Lets a quantised cache layer take any number of tokens in both slots, if it would in a slot of all values.
+
+        Groups become smaller where a token would not fill whole ones. Along axis 1, which is hqq's, entries of several
+        groups share a byte, so their number matters too.
+
+        Args:
+            widths: entries of a token in each slot.
+        """
+        if layer.is_initialized or not hasattr(layer, "q_group_size"):
+            return
+        size, together = layer.q_group_size, 1
+        if 1 in (layer.axis_key, layer.axis_value):
+            together = math.gcd(max(1, sum(widths) // size), 8 // layer.nbits)
+        layer.q_group_size = math.gcd(together * size, *widths) // together
 
     def _is_quantised(self, past_key_values) -> bool:
         """Whether this layer's part of a cache is stored in fewer bits; not all releases have one class for these."""
