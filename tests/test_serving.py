@@ -124,9 +124,10 @@ def test_an_engine_that_is_not_installed(uniattn, checkpoint, tmp_path):
 
 def test_families_that_vllm_cannot_serve_are_sent_to_transformers(engine, tmp_path, monkeypatch):
     base = make_base(next(entry for entry in FAMILIES if entry[0] == "gpt_oss"))
-    save_checkpoint(build_converted(base, make_layout("leader", base.config)), make_tokenizer(), tmp_path / "made")
+    # No layer borrows a map, and the reason holds all the same.
+    save_checkpoint(build_converted(base, make_layout("pooled", base.config)), make_tokenizer(), tmp_path / "made")
     with pytest.raises(
-        UsageError, match="lender's sinks, which models of type 'gpt_oss' have; serve it with --engine tra"
+        UsageError, match="cannot be given the attention sinks of converted models of type 'gpt_oss'; serve it with"
     ):
         serve(tmp_path / "made", program=engine)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())
@@ -416,9 +417,9 @@ def test_an_engine_that_reserved_other_heads_is_refused():
 
 def test_an_engine_that_would_leave_sinks_out_is_refused():
     entry = next(entry for entry in FAMILIES if entry[0] == "gpt_oss")
-    model = build_converted(make_base(entry), make_layout("leader", entry[1]()))
+    model = build_converted(make_base(entry), Layout.own(12))
     model.model.layers[0].self_attn.attn = SimpleNamespace(num_heads=6, num_kv_heads=3)
-    with pytest.raises(ValueError, match="cannot be given a borrowed map's sinks"):
+    with pytest.raises(ValueError, match="vLLM cannot be given this model's attention sinks"):
         model(torch.arange(3, 12)[None], use_cache=False)
 
 

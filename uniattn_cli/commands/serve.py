@@ -86,8 +86,8 @@ def serve(
     family = check_checkpoint(checkpoint)
     if engine == "vllm" and not family.in_vllm:
         raise UsageError(
-            f"vLLM cannot give a borrowed attention map its lender's sinks, which models of type '{family.model_type}' "
-            "have; serve it with --engine transformers"
+            f"vLLM cannot be given the attention sinks of converted models of type '{family.model_type}'; "
+            "serve it with --engine transformers"
         )
     found, fixed, cache = find_program(engine, program), ["serve", str(checkpoint)], None
     if engine == "transformers":

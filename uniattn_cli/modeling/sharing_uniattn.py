@@ -461,13 +461,16 @@ class SharedAttentionMixin(_Attention):
         return torch.cat(outputs, dim=2)
 
     def _without_engine(self, sinks: torch.Tensor) -> torch.Tensor:
-        """Sinks, which vLLM's attention layer takes from a module's own only, and leaves out silently otherwise.
+        """Sinks, which vLLM takes from a weight that `forward` names in the attention call, and from nowhere else.
+
+        A borrowed map's are no weight of this layer, so the call is given them, own ones too. vLLM then makes its
+        attention layer without any.
 
         Raises:
             ValueError: an engine's layer computes the attention.
         """
         if hasattr(self, "attn"):
-            raise ValueError("vLLM cannot be given a borrowed map's sinks; serve this model with transformers")
+            raise ValueError("vLLM cannot be given this model's attention sinks; serve it with transformers")
         return sinks
 
     def _fit_engine(self, queries, keys, values):
