@@ -140,7 +140,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     known: Any = tokenizer
     if tokenizer.is_fast:
         # How the last call was cut and padded is there too, and says nothing of the next one.
-        known = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        known = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None})
     # The setting below is the one that the backend does not write down.
     names = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(tokenizer.split_special_tokens)]
     versions = [metadata.version(name) for name in ("tokenizers", "transformers")]
