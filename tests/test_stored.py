@@ -153,10 +153,18 @@ HIDES = CHATML.replace("{% if add", "{% if messages[-1].content == 'hide' %}?{% 
 def test_a_template_that_cannot_be_masked_is_told_whichever_process_finds_it(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(stored, "PART", 16)
     mix = splits.load_mix((DatasetSpec(write(tmp_path / "a.jsonl", *CHATS, STRANGE)),), "train", holdout=1e-9, seed=0)
+    assert mix.rows[0]["messages"] != STRANGE["messages"], "which would be told before others are tried"
     for _ in range(2):
         with pytest.raises(DataError, match="does not continue its own prompt in turn 4") as caught:
             sequences.tokenize(mix, make_tokenizer(HIDES), max_length=64, loss="responses", workers=workers)
         assert "\n" not in str(caught.value)
+
+
+def test_a_template_of_which_nothing_can_be_masked_is_told_before_all_is_tried(tmp_path, made):
+    path = write(tmp_path / "a.jsonl", *CHATS)
+    with pytest.raises(DataError, match="does not continue its own prompt in turn 2"):
+        prepare(path, tokenizer=make_tokenizer(CHATML.replace("{% if add", "?{% if add")))
+    assert made == ["rows"]
 
 
 def test_only_rows_that_are_drawn_stop_training_where_they_cannot_be_masked(tmp_path):
@@ -261,13 +269,14 @@ def test_a_zip_is_read_where_it_holds_one_file(tmp_path):
         packed(**members)
         with pytest.raises(DataError, match=rf"a\.jsonl\.zip holds {number} files .*a pattern such as rows/\*\.jsonl"):
             prepare(path)
-    packed(**{"a.jsonl": lines})
-    whole = bytearray(path.read_bytes())
-    whole[6] |= 1  # the flag of encryption, of the file and in the directory
-    whole[whole.rindex(b"PK\x01\x02") + 8] |= 1
-    path.write_bytes(whole)
-    with pytest.raises(DataError, match=r"a\.jsonl\.zip is encrypted; unpack it"):
-        prepare(path)
+    # The flag of encryption and the method, before the file and in the directory.
+    for place, value, said in ((6, 1, r"is encrypted"), (8, 9, r"cannot be unpacked here \(.*not supported\)")):
+        packed(**{"a.jsonl": lines})
+        whole = bytearray(path.read_bytes())
+        whole[place] = whole[whole.rindex(b"PK\x01\x02") + place + 2] = value
+        path.write_bytes(whole)
+        with pytest.raises(DataError, match=rf"a\.jsonl\.zip {said}; unpack it"):
+            prepare(path)
 
 
 def test_a_zst_file_needs_a_package_that_notices_where_it_is_cut_off(tmp_path, monkeypatch):
