@@ -29,6 +29,7 @@ from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.costs import count_parameters
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_config, load_model, loading_notes
+from uniattn_cli.models.text_part import text_part
 from uniattn_cli.models.tokenizer import load_tokenizer
 from uniattn_cli.recipe.schema import ModelSpec
 
@@ -456,6 +457,19 @@ def test_quantised_weights_that_the_configuration_tells_of_are_left_to_their_lib
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", read)
     with pytest.raises(ModelError, match="now the library would read them"):
         load(tmp_path)
+
+
+def test_a_language_model_is_compared_with_its_whole_where_the_whole_is(monkeypatch):
+    whole = llava()
+
+    def look(module, args):
+        raise LookupError(f"tokens on {args[0].device}")
+
+    whole.get_input_embeddings().register_forward_pre_hook(look)
+    # Quantised models are loaded onto their device, which has no other name here.
+    monkeypatch.setattr(LlavaForConditionalGeneration, "device", torch.device("meta"))
+    with pytest.raises(LookupError, match="tokens on meta"):
+        text_part("given", whole)
 
 
 @pytest.mark.parametrize("lost", ["language_model.model.layers.1.mlp.up_proj.weight", "vision_tower"])

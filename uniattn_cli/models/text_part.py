@@ -92,7 +92,7 @@ def text_part(name: str, whole: PreTrainedModel) -> PreTrainedModel:
     if same:
         part.model, part.lm_head = decoder, head
         part.generation_config = whole.generation_config
-        tokens = torch.arange(100, 116)[None] % decoder.config.vocab_size
+        tokens = torch.arange(100, 116, device=whole.device)[None] % decoder.config.vocab_size
         with torch.no_grad():
             expected, found = (model.eval()(tokens, use_cache=False).logits.float() for model in (whole, part))
         same = bool((found - expected).norm() <= TOLERANCE * expected.norm())
