@@ -638,6 +638,7 @@ def kill_in_the_middle(folder: Path, partial: str, *arguments: str) -> None:
     assert (folder / partial).is_dir()
 
 
+@pytest.mark.slow
 def test_analyze_killed_and_run_again(model, uniattn, tmp_path):
     write_data(tmp_path)
     overrides = settings(analysis__tokens=6400)

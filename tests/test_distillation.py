@@ -360,6 +360,22 @@ def test_a_teacher_on_disk_is_written_once_for_the_same_settings(run):
     assert len(list((run / "teacher").iterdir())) == 2
 
 
+def test_a_process_that_waits_for_the_teacher_of_another_machine_says_so(tmp_path, monkeypatch):
+    from uniattn_cli.training import teaching
+
+    lock = tmp_path / ".teacher.lock"
+    lock.write_text("1\nanother-machine\n", encoding="utf-8")
+    said = Recorder()
+    note = said.note
+    monkeypatch.setattr(said, "note", lambda text: (note(text), lock.unlink()))
+    monkeypatch.setattr(teaching, "PATIENCE", 0.1)
+    waiting = teaching.Teaching(Recipe(), None, None, "data", tmp_path, None, said)
+    with waiting._turn(lock):
+        assert lock.exists()
+    assert not lock.exists()
+    assert said.notes == [f"waiting for {lock}; remove it if no process writes the teacher's distributions"]
+
+
 def test_a_row_that_the_teacher_never_saw_is_refused(run):
     import datasets
 

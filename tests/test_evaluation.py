@@ -664,6 +664,7 @@ def test_models_without_numbers_are_refused(run, tmp_path):
         evaluate.evaluate(run_dir=tmp_path / "run", checkpoints=[str(tmp_path / "broken")], overrides=QUICK)
 
 
+@pytest.mark.slow
 def test_the_command_in_a_fresh_process(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "copy", "damaged"))
     settings = [word for override in QUICK for word in ("--set", override)]

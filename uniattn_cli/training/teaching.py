@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import SoftFileLock, Timeout
 
 from uniattn_cli.data.sequences import row_key
 from uniattn_cli.models.hub import Source
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from uniattn_cli.modeling.layout_uniattn import Layout
+
+# Seconds until a process that waits for another one says so.
+PATIENCE = 60.0
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Teaching:
         settings = self._settings()
         folder = self.root / FOLDER / store_key(settings)
         folder.parent.mkdir(exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with self._turn(folder.with_name(f".{folder.name}.lock")):
             if folder.exists():
                 self.progress.note(f"teacher's distributions read from {folder}")
                 return folder
@@ -92,6 +96,14 @@ class Teaching:
             gc.collect()
             self.progress.note(f"teacher's distributions written to {folder} ({_gigabytes(folder):.2f} GB)")
         return folder
+
+    def _turn(self, path: Path) -> AbstractContextManager[object]:
+        """Holds a lock; says every minute that it is still waited for: one of another machine may be left over."""
+        while True:
+            try:
+                return SoftFileLock(path).acquire(timeout=PATIENCE)
+            except Timeout:
+                self.progress.note(f"waiting for {path}; remove it if no process writes the teacher's distributions")
 
     def _settings(self) -> dict[str, Any]:
         """Everything that the stored distributions depend on."""
