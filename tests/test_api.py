@@ -92,6 +92,7 @@ def outcome(run: Path) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_from_its_folder_in_python_and_from_elsewhere_with_c(fresh, tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "quiet_libraries", lambda warn: None)
     options = RunOptions(device="cpu")

@@ -51,7 +51,10 @@ def attention_error(base, model, windows, layer):
 def refined_cases():
     """Early layers in each typical family, other kinds in one."""
     for name, families in (("early", TYPICAL), ("leader", ["llama"]), ("others", ["llama"])):
-        yield from (pytest.param(entry, name, id=f"{entry[0]}-{name}") for entry in FAMILIES if entry[0] in families)
+        for entry in FAMILIES:
+            if entry[0] in families:
+                marks = [pytest.mark.slow] if entry[0] == "gemma3_text" else []
+                yield pytest.param(entry, name, id=f"{entry[0]}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("entry", "name"), refined_cases())

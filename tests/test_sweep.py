@@ -66,6 +66,7 @@ def test_every_point_is_scored_once(run, monkeypatch):
     assert (run / "sweep/pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_other_settings_make_a_point_anew_and_weights_may_go(run):
     sweep(run_dir=run, followers=[2], discard=True, overrides=SETTINGS)
     place = RunDir(run / "sweep/followers2-early-both")
