@@ -34,7 +34,7 @@ PROMPTED = FULL + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
 
 def load(tmp_path, *raw, **settings):
     spec = DatasetSpec(source=write(tmp_path / "rows.jsonl", *raw), **settings)
-    return splits.load_rows((spec,), "train", holdout=1e-9, seed=0)
+    return splits.load_mix((spec,), "train", holdout=1e-9, seed=0).rows
 
 
 def chat(tmp_path, *messages, **columns):
@@ -133,7 +133,7 @@ def test_rows_of_a_table_have_no_fields_of_others(tmp_path):
     other = {"type": "function", "function": {"name": "go", "arguments": {"place": "home"}}}
     rows = [{"messages": [ASKED, {**CALLED, "tool_calls": [call]}, TOLD, SAID]} for call in (CALL, other)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    found = splits.load_rows((DatasetSpec(source=str(tmp_path / "rows.parquet")),), "train", holdout=1e-9, seed=0)
+    found = splits.load_mix((DatasetSpec(source=str(tmp_path / "rows.parquet")),), "train", holdout=1e-9, seed=0).rows
     assert sorted(found["messages"], key=str) == sorted((row["messages"] for row in rows), key=str)
 
 

@@ -76,7 +76,7 @@ def write(path: Path, *objects: object) -> str:
 
 
 def load(source: object, part: str = "train", holdout: float = 1e-9, seed: int = 0, **settings) -> datasets.Dataset:
-    return splits.load_rows((DatasetSpec(source=str(source), **settings),), part, holdout=holdout, seed=seed)
+    return splits.load_mix((DatasetSpec(source=str(source), **settings),), part, holdout=holdout, seed=seed).rows
 
 
 # Formats
@@ -168,7 +168,7 @@ def test_holdout_is_the_same_in_every_process(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"text": f"row {i}"} for i in range(60)))
     code = (
         "import sys; from uniattn_cli.data import splits; from uniattn_cli.recipe.schema import DatasetSpec\n"
-        "print(splits.load_rows((DatasetSpec(source=sys.argv[1]),), 'train', holdout=0.3, seed=3)['text'][:])"
+        "print(splits.load_mix((DatasetSpec(source=sys.argv[1]),), 'train', holdout=0.3, seed=3).rows['text'][:])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(ROOT)}
     other = subprocess.run([sys.executable, "-c", code, path], env=environment, capture_output=True, text=True)

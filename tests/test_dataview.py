@@ -181,7 +181,7 @@ def test_the_histogram_holds_every_sequence_once(lengths):
 def test_the_template_of_training_is_saved_and_used_by_inference(tmp_path, monkeypatch):
     from uniattn_cli import RunOptions, analyze, convert, train
     from uniattn_cli.data.sequences import tokenize
-    from uniattn_cli.data.splits import load_rows
+    from uniattn_cli.data.splits import load_mix
 
     make_model(tmp_path / "model")
     tokenizer = load_tokenizer(locate(str(tmp_path / "model")))
@@ -197,7 +197,7 @@ def test_the_template_of_training_is_saved_and_used_by_inference(tmp_path, monke
         convert(groups="every:2", overrides=overrides, options=options)
         train(overrides=overrides, options=options)
         trained = load_tokenizer(locate("trained"))
-        rows = load_rows((DatasetSpec(source="rows.jsonl"),), "train", holdout=0.05, seed=0)
+        rows = load_mix((DatasetSpec(source="rows.jsonl"),), "train", holdout=0.05, seed=0).rows
         learned = tokenize(rows, trained, max_length=500, loss="responses").dataset
         for index in (0, 7):
             rendered = trained.apply_chat_template(rows[index]["messages"], tokenize=True, return_dict=True)

@@ -184,7 +184,7 @@ def test_a_mistyped_template_name_is_told():
 
 
 def load(path: str, **settings):
-    return splits.load_rows((DatasetSpec(source=path, **settings),), "train", holdout=1e-9, seed=0)
+    return splits.load_mix((DatasetSpec(source=path, **settings),), "train", holdout=1e-9, seed=0).rows
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_names_with_half_a_character_can_be_told(tmp_path):
     path.write_text("\n".join([*map(json.dumps, CHAT), *odd]) + "\n")
     told: list[str] = []
     spec = DatasetSpec(source=str(path))
-    assert len(splits.load_rows((spec,), "train", holdout=1e-9, seed=0, screen=Screen(tell=told.append))) == 201
+    assert len(splits.load_mix((spec,), "train", holdout=1e-9, seed=0, screen=Screen(tell=told.append)).rows) == 201
     assert "line 202: no column 'messages' (it has: half ?)" in told[0]
     assert "column half ? in 1 of 202 rows; half ? of messages in 1 of 202 rows: not used" in told[1]
 
@@ -204,7 +204,7 @@ def test_every_reader_leaves_out_the_same_rows(tmp_path):
     specs = {"holdout": 0.2, "seed": 0}
     few = {"tokens": 64, "length": 32, "seed": 0}
     readers = {
-        "train": lambda screen: splits.load_rows(data.train, "train", screen=screen, **specs),
+        "train": lambda screen: splits.load_mix(data.train, "train", screen=screen, **specs).rows,
         "heldout": lambda screen: response_rows(recipe, tokenizer, screen=screen),
         "mixed": lambda screen: windows.calibration_windows(data, tokenizer, screen=screen, **few),
         "named": lambda screen: windows.calibration_windows(named, tokenizer, screen=screen, **few),

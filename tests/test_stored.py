@@ -354,7 +354,7 @@ def test_arguments_of_calls_are_kept_to_the_last_digit(tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
     spec = DatasetSpec(write(tmp_path / "a.jsonl", row))
-    assert splits.load_rows((spec,), "train", holdout=1e-9, seed=0)[0] == row
+    assert splits.load_mix((spec,), "train", holdout=1e-9, seed=0).rows[0] == row
 
 
 # Several processes

@@ -79,7 +79,7 @@ def loaded(**spec):
 
 def training_rows(part="train", train=BOTH):
     recipe = Recipe.load("recipe.yaml", overrides(data__train=train))
-    return splits.load_rows(recipe.data.train, part, holdout=recipe.data.holdout, seed=0)
+    return splits.load_mix(recipe.data.train, part, holdout=recipe.data.holdout, seed=0).rows
 
 
 def test_rows_go_on_from_training_rows_and_from_no_others(run):

@@ -72,7 +72,9 @@ def synthesize(
     # What a model wrote is not continued once more.
     given = [each for each in recipe.data.train if each.heldout]
     screen = Screen(recipe.data, tokenizer, options.progress.warn)
-    rows = splits.load_rows(given, "train", holdout=recipe.data.holdout, seed=recipe.seed, repeat=False, screen=screen)
+    rows = splits.load_mix(
+        given, "train", holdout=recipe.data.holdout, seed=recipe.seed, repeat=False, screen=screen
+    ).rows
     options.progress.note(f"loading {source.name} on {device}")
     model = load_model(source, recipe.model, device)
     check_lengths(model.config, {"train.max_length": length})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.data.screen import Screen
 from uniattn_cli.data.sequences import tokenize
-from uniattn_cli.data.splits import load_rows
+from uniattn_cli.data.splits import load_mix
 from uniattn_cli.data.windows import heldout_windows
 from uniattn_cli.errors import DataError
 from uniattn_cli.models.hub import context_window
@@ -77,7 +77,7 @@ def response_rows(
     import torch
 
     screen = screen or Screen(recipe.data, tokenizer)
-    rows = load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed, screen=screen)
+    rows = load_mix(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed, screen=screen).rows
     if len(rows) <= skip:
         raise DataError(f"only {len(rows)} rows are held out; raise data.holdout or add more rows")
     some = [rows[place] for place in range(skip, min(skip + recipe.evaluation.responses, len(rows)))]

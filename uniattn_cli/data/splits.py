@@ -33,19 +33,6 @@ if TYPE_CHECKING:
 Part = Literal["train", "heldout", "calibration"]
 
 
-def load_rows(
-    specs: Sequence[DatasetSpec],
-    part: Literal["train", "heldout"],
-    *,
-    holdout: float,
-    seed: int,
-    repeat: bool = True,
-    screen: Screen | None = None,
-) -> datasets.Dataset:
-    """The rows of `load_mix`: columns `messages` (see `conversations`) and `text`, one of them None in every row."""
-    return load_mix(specs, part, holdout=holdout, seed=seed, repeat=repeat, screen=screen).rows
-
-
 def load_mix(
     specs: Sequence[DatasetSpec],
     part: Literal["train", "heldout"],
@@ -100,7 +87,7 @@ def load_mix(
 
 
 def shuffled_rows(specs: Sequence[DatasetSpec], seed: int, screen: Screen) -> datasets.Dataset:
-    """All rows of calibration data sets; the built-in one gives its text. Columns as those of `load_rows`.
+    """All rows of calibration data sets; the built-in one gives its text. Columns as those of `load_mix`.
 
     Raises:
         DataError: a source cannot be read.

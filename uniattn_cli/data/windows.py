@@ -14,7 +14,7 @@ from uniattn_cli.data.encoding import add_eos, bos_of, encode, eos_of
 from uniattn_cli.data.rows import BUILTIN, read_rows
 from uniattn_cli.data.screen import Screen
 from uniattn_cli.data.sources import origins
-from uniattn_cli.data.splits import load_rows, shuffled_rows
+from uniattn_cli.data.splits import load_mix, shuffled_rows
 from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import DatasetSpec, DataSpec
 
@@ -94,12 +94,12 @@ def calibration_windows(
     screen = screen or Screen(data, tokenizer)
     specs = data.train if data.calibration is None else data.calibration
     if all(spec.source == BUILTIN for spec in specs):
-        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False, screen=screen)
+        rows = load_mix(specs, "train", holdout=data.holdout, seed=seed, repeat=False, screen=screen).rows
         text = builtin.text("calibration")
         random.Random(seed).shuffle(text)
         documents: Iterable[str] = _mix(text, _texts(rows, tokenizer))
     elif data.calibration is None:
-        rows = load_rows(specs, "train", holdout=data.holdout, seed=seed, repeat=False, screen=screen)
+        rows = load_mix(specs, "train", holdout=data.holdout, seed=seed, repeat=False, screen=screen).rows
         documents = _texts(rows, tokenizer)
     else:
         documents = _texts(shuffled_rows(specs, seed, screen), tokenizer)

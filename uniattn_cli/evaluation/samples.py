@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.data.encoding import encode
 from uniattn_cli.data.screen import Screen
-from uniattn_cli.data.splits import load_rows
+from uniattn_cli.data.splits import load_mix
 from uniattn_cli.generation.decode import Decoding, answer
 from uniattn_cli.generation.prompts import plain_ids
 from uniattn_cli.models.of_run import Subject
@@ -54,7 +54,8 @@ def find_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, window: int
         return []
     found: list[Prompt] = []
     screen = Screen(recipe.data, tokenizer)  # the responses are rows of the same sets, and were told of
-    for row in load_rows(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed, screen=screen):
+    mix = load_mix(recipe.data.train, "heldout", holdout=recipe.data.holdout, seed=recipe.seed, screen=screen)
+    for row in mix.rows:
         prompt = _prompt(row, tokenizer)
         if prompt is not None and (window is None or len(prompt.ids) + spec.sample_tokens <= window):
             found.append(prompt)
