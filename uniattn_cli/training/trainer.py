@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from uniattn_cli.errors import StageError
+from uniattn_cli.recipe.schema import TrainStage
 from uniattn_cli.training.objective import Objective, attach_objective
+from uniattn_cli.training.trained import trained_names
 
 if TYPE_CHECKING:
     import datasets
@@ -73,9 +75,9 @@ class StageTrainer(SFTTrainer):
         if optimizer is None:
             optimizer = super().create_optimizer(model)
             if self.changed_rate is not None:
-                parts = [f"layers.{layer}.self_attn." for layer in self.model.config.layout.changed]
+                names = set(trained_names(self.model, TrainStage(trains="followers")))
                 named = (self.model if model is None else model).named_parameters()
-                changed = {id(parameter) for name, parameter in named if any(part in name for part in parts)}
+                changed = {id(parameter) for name, parameter in named if name.removeprefix("module.") in names}
                 split_groups(optimizer, changed, self.changed_rate)
         return optimizer
 
