@@ -18,7 +18,7 @@ from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import LoraSpec, Recipe, TrainStage
+from uniattn_cli.recipe.schema import DatasetSpec, DistillationSpec, LoraSpec, Recipe, TrainSpec, TrainStage
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.training.trained import control_stages, planned_stages
 from uniattn_cli.training.trainer import StageTrainer
@@ -111,22 +111,45 @@ def test_what_the_base_trains_where_it_has_nothing_of_that_name(trains, expected
         TrainStage(trains=name, learning_rate=rate, epochs=0.5, loss="distillation")
         for name, rate in zip(trains, rates, strict=True)
     ]
-    found = control_stages(spec)
+    found = control_stages(spec, TrainSpec())
     assert [stage.trains for stage in found] == expected
     assert [stage.label for stage in found] == trains
     assert {stage.loss for stage in found} == {"cross_entropy"} and {stage.epochs for stage in found} == {0.5}
     own = {stage.trains: stage.learning_rate for stage in spec}
     assert [stage.learning_rate for stage in found] == [own.get(name, TrainStage().learning_rate) for name in expected]
-    assert control_stages([TrainStage(changed_learning_rate=1e-3)])[0].changed_learning_rate is None
-    targets = control_stages([TrainStage(trains="lora", lora=LoraSpec(targets=("v_proj", "compensation")))])
+    assert control_stages([TrainStage(changed_learning_rate=1e-3)], TrainSpec())[0].changed_learning_rate is None
+    targets = control_stages(
+        [TrainStage(trains="lora", lora=LoraSpec(targets=("v_proj", "compensation")))], TrainSpec()
+    )
     assert targets[0].lora.targets == ("v_proj",)
+
+
+def test_the_base_skips_what_only_wins_back_what_it_never_lost():
+    own = (DatasetSpec("text.jsonl"),)
+    spec = TrainSpec(distillation=DistillationSpec(weight=1.0))
+    kept = [
+        TrainStage(trains="followers", loss="local", name="local on the training rows"),
+        TrainStage(data=own, name="learns from the text"),
+        TrainStage(data=own, loss="distillation", distillation=DistillationSpec(), name="from the text, too"),
+        TrainStage(loss="distillation", name="on the training rows"),
+    ]
+    left_out = [
+        TrainStage(trains="followers", loss="local", data=own),
+        TrainStage(loss="distillation", data=own),
+        TrainStage(loss="distillation", data=own, distillation=DistillationSpec(weight=1.0, hidden=1.0)),
+    ]
+    assert [stage.label for stage in control_stages([*left_out, *kept], spec)] == [stage.label for stage in kept]
+    with pytest.raises(StageError, match="the base is its own control"):
+        control_stages(left_out, spec)
 
 
 def test_a_stage_that_the_layout_has_nothing_for_is_skipped_by_both(trained):
     config = load_config(locate(str(trained / "converted")), converted=True)
     config.set_layout(Layout.from_list([{}, {"leader": 0, "compensation": "none"}, {}, {}]))
     planned, notes = planned_stages([TrainStage(trains="compensation"), TrainStage(trains="all")], config)
-    assert [stage.label for stage in planned] == [stage.label for stage in control_stages(planned)] == ["all"]
+    assert (
+        [stage.label for stage in planned] == [stage.label for stage in control_stages(planned, TrainSpec())] == ["all"]
+    )
     assert len(notes) == 1 and "'compensation' was skipped" in notes[0]
 
 

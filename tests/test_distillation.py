@@ -25,6 +25,8 @@ from training_run import (
 )
 
 from uniattn_cli.commands.train import train
+from uniattn_cli.data.counts import Counts
+from uniattn_cli.data.sequences import Tokenised
 from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_model
@@ -144,12 +146,12 @@ def labels_by_hand(batch: dict) -> torch.Tensor:
     return torch.tensor([label for _, labels in documents(batch, batch["labels"]) for label in labels[1:]])
 
 
-def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Logits and attention outputs, each row alone, at all positions that a next token follows."""
+def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor]:
+    """Logits, attention outputs and the last layer's inputs, each row alone, where a next token follows."""
     from uniattn_cli.training.stored_teacher import documents
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    found, outputs = [], {layer: [] for layer in CHANGED_LAYERS}
+    found, outputs, entering = [], {layer: [] for layer in CHANGED_LAYERS}, []
     for tokens, _ in documents(inputs, batch["labels"]):
         kept = {}
         hooks = [
@@ -158,12 +160,14 @@ def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.T
             )
             for layer in CHANGED_LAYERS
         ]
+        last = lambda module, inputs: entering.append(inputs[0][0, :-1])  # noqa: E731
+        hooks.append(model.model.layers[-1].register_forward_pre_hook(last))
         found.append(model(torch.tensor([tokens]), use_cache=False).logits[0, :-1])
         for layer, output in kept.items():
             outputs[layer].append(output[0, :-1])
         for hook in hooks:
             hook.remove()
-    return torch.cat(found), {layer: torch.cat(each) for layer, each in outputs.items()}
+    return torch.cat(found), {layer: torch.cat(each) for layer, each in outputs.items()}, torch.cat(entering)
 
 
 SPECS = {
@@ -173,6 +177,7 @@ SPECS = {
     "all tokens": DistillationSpec(weight=0.5, attention=1.0, tokens="all"),
     "top_k of all tokens": DistillationSpec(weight=0.5, top_k=5, tokens="all"),
     "attention alone": DistillationSpec(weight=0.0, attention=1.0),
+    "hidden states": DistillationSpec(weight=0.5, attention=1.0, hidden=2.0, tokens="all"),
 }
 
 
@@ -191,7 +196,7 @@ def test_loss_and_gradient_equal_a_computation_by_hand(run, name, packing):
     student.zero_grad()
 
     ours, theirs = ([outputs_by_hand(model, batch) for batch in batches] for model in (student, teacher))
-    s, t = (torch.cat([logits for logits, _ in each]).double() for each in (ours, theirs))
+    s, t = (torch.cat([logits for logits, *_ in each]).double() for each in (ours, theirs))
     targets = torch.cat([labels_by_hand(batch) for batch in batches])
     learned = targets != IGNORED
     assert int(learned.sum()) == count < len(targets)
@@ -208,15 +213,19 @@ def test_loss_and_gradient_equal_a_computation_by_hand(run, name, packing):
     if spec.attention:
         errors = []
         for layer in CHANGED_LAYERS:
-            a, b = (torch.cat([outputs[layer] for _, outputs in each])[compared].double() for each in (ours, theirs))
+            a, b = (torch.cat([outputs[layer] for _, outputs, _ in each])[compared].double() for each in (ours, theirs))
             energy = b.square().sum() / len(b)
             errors.append((a - b).square().sum() / energy / len(s))
         expected["attention"] = sum(errors) / len(errors)
+    if spec.hidden:
+        a, b = (torch.cat([entering for *_, entering in each])[compared].double() for each in (ours, theirs))
+        expected["hidden"] = ((a - b).square().sum(-1) / b.square().sum(-1)).mean()
     assert parts.keys() == expected.keys()
     for key, value in expected.items():
         assert parts[key] == pytest.approx(value.item(), rel=1e-4), key
     loss = (1 - spec.weight) * expected["cross_entropy"] + spec.weight * expected.get("divergence", 0)
-    (loss + spec.attention * expected.get("attention", 0)).backward()
+    loss = loss + spec.attention * expected.get("attention", 0) + spec.hidden * expected.get("hidden", 0)
+    loss.backward()
     for key, parameter in student.named_parameters():
         if parameter.grad is None:
             assert gradients[key] is None or not gradients[key].any(), key
@@ -347,13 +356,15 @@ def test_a_teacher_on_disk_is_written_once_for_the_same_settings(run):
     from uniattn_cli.training.teaching import Teaching
 
     rows = datasets.Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}])
+    rows = Tokenised(rows, [3], "data", Counts(), {})
     said = Recorder()
     for spec in ("top_k: 6", "top_k: 6", "top_k: 6, temperature: 2.0"):
         setting = f"train.distillation={{{spec}, precompute: true}}"
         recipe = Recipe.load(run / "recipe.yaml", [*stages("trains: all, loss: distillation"), setting])
         process = PartialState(cpu=True)
-        teaching = Teaching(recipe, locate(str(run / "base")), rows, "data", run, process, said)
-        stored = teaching.distillation(None, torch.device("cpu")).stored
+        process.device = torch.device("cpu")
+        teaching = Teaching(recipe, {"base": locate(str(run / "base"))}, run, process, said)
+        stored = teaching.distillation(recipe.train.distillation, rows, None).stored
         assert stored.ids.shape == (2, 6)
     assert [("read from" in note) for note in said.notes] == [False, True, False]
     # Another temperature is another teacher.
@@ -369,7 +380,7 @@ def test_a_process_that_waits_for_the_teacher_of_another_machine_says_so(tmp_pat
     note = said.note
     monkeypatch.setattr(said, "note", lambda text: (note(text), lock.unlink()))
     monkeypatch.setattr(teaching, "PATIENCE", 0.1)
-    waiting = teaching.Teaching(Recipe(), None, None, "data", tmp_path, None, said)
+    waiting = teaching.Teaching(Recipe(), {}, tmp_path, None, said)
     with waiting._turn(lock):
         assert lock.exists()
     assert not lock.exists()
@@ -399,7 +410,7 @@ def test_a_row_that_the_teacher_never_saw_is_refused(run):
     ("spec", "says"),
     [
         ("{precompute: true}", "set train.distillation.top_k"),
-        ("{precompute: true, top_k: 4, attention: 1.0}", "does not store attention outputs"),
+        ("{precompute: true, top_k: 4, attention: 1.0}", "stores nothing that attention could be compared with"),
         ("{weight: 0}", "set one of them to distil anything"),
     ],
 )

@@ -120,7 +120,7 @@ def faults(text: str) -> list[str]:
     [
         ("data: {train: [{source: a, weight: 1}, b]}", "give every data set a weight, or none"),
         ("data: {train: [{source: a, weight: 0}]}", "weight must be greater than 0"),
-        ("data: {text: [{source: a, weight: 1}]}", "only the data sets of data.train are mixed by weight"),
+        ("data: {text: [{source: a, weight: 1}]}", "only training rows are mixed by weight"),
         ("data: {text: [{source: a, heldout: false}]}", "data.text[0].heldout: only rows of data.train are held out"),
         ("data: {train: [{source: a, heldout: false}]}", "heldout is false for every data set"),
         ("data: {train: [{source: a, columns: {promt: q}}]}", "unknown name 'promt' (did you mean 'prompt'?)"),

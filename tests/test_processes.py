@@ -17,11 +17,11 @@ from uniattn_cli.options import RunOptions
 pytestmark = pytest.mark.slow
 SETTING = [
     *stages(
-        "trains: compensation, steps: 3, learning_rate: 0.001",
+        "trains: compensation, loss: local, steps: 3, learning_rate: 0.001",
         "trains: all, loss: distillation, steps: 5, learning_rate: 0.0005",
         "trains: lora, steps: 3, learning_rate: 0.003",
     ),
-    "train.distillation={weight: 0.5, attention: 0.1, tokens: all}",
+    "train.distillation={weight: 0.5, attention: 0.1, hidden: 0.1, tokens: all}",
     "train.log_steps=1",
     "train.save_steps=2",
     "train.eval_steps=2",
@@ -106,7 +106,7 @@ def check_equal_to_one_process(run: Path, *, tolerance: float) -> None:
     for line, wanted in zip(lines, expected, strict=True):
         assert line.keys() == wanted.keys()
         for key in line.keys() - {"seconds", "tokens_per_second", "stage"}:
-            allowed = 10 * tolerance if key in ("grad_norm", "attention", "divergence") else tolerance
+            allowed = 10 * tolerance if key in ("grad_norm", "attention", "hidden", "divergence") else tolerance
             assert line[key] == pytest.approx(wanted[key], rel=allowed), (key, wanted)
 
 

@@ -119,7 +119,7 @@ def _allowed(hint: Any, meta: typing.Mapping) -> str:
         if item is not None:
             names.append("list" if dataclasses.is_dataclass(item) else f"list ({TYPE_NAMES[item]})")
         else:
-            names.append(TYPE_NAMES[option])
+            names.append("mapping" if dataclasses.is_dataclass(option) else TYPE_NAMES[option])
     names.extend(meta["choices"] or ())
     if type(None) in _options(hint):
         names.append("null")

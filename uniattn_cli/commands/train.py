@@ -13,7 +13,7 @@ from uniattn_cli.errors import DataError, RecipeError, StageError
 from uniattn_cli.models.families import check_packing
 from uniattn_cli.models.losses import Loss
 from uniattn_cli.options import Progress, RunOptions, Silent
-from uniattn_cli.recipe.schema import Recipe, TrainStage
+from uniattn_cli.recipe.schema import DatasetSpec, Recipe, TrainStage
 from uniattn_cli.run.directory import COMMANDS, LOG_FILE, REPORT_FILE, RunDir
 from uniattn_cli.run.files import write_json
 from uniattn_cli.run.lock import alone
@@ -22,10 +22,11 @@ from uniattn_cli.tables import NOTHING, Result, Table
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from uniattn_cli.data.screen import Screen
     from uniattn_cli.data.sequences import Tokenised
     from uniattn_cli.models.hub import Source
     from uniattn_cli.models.losses import Rows
-    from uniattn_cli.training.stage import Job, StageResult
+    from uniattn_cli.training.stage import Job, StageData, StageResult
 
 PLOT_FILE = "loss.png"
 # Settings that an interrupted run must have had too.
@@ -73,11 +74,11 @@ def train(
         UniAttnError: one of its subclasses, with one clear line.
     """
     from uniattn_cli.data.chat import load_chat_tokenizer
+    from uniattn_cli.data.screen import Screen
     from uniattn_cli.models.loading import load_config
     from uniattn_cli.training.preview import endless
     from uniattn_cli.training.process import join_processes, shared_output
     from uniattn_cli.training.trained import control_stages, planned_stages
-    from uniattn_cli.training.trainer import pack
 
     run = RunDir(run_dir)
     settings = Recipe.load(run.recipe if recipe is None else recipe, overrides)
@@ -88,33 +89,36 @@ def train(
     if settings.train.packing:
         check_packing(config.model_type)
     stages, notes = planned_stages(settings.train.stages, config)
-    stages = control_stages(stages) if control else stages
-    teacher = None if control else _teacher(run, settings, stages, base)
+    stages = control_stages(stages, settings.train) if control else stages
+    teachers = _teachers(run, settings, stages, base)
     process = join_processes(options)
     _check(settings, stages, process)
     progress = options.progress if process.is_main_process else Silent()
     source = base if control else converted
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
-    rows, heldout = _data(settings, tokenizer, progress)
-    packing = settings.train.packing
-    sequences = pack(rows.dataset, settings.train.max_length) if packing else rows.dataset
-    lengths = list(map(sum, sequences["seq_lengths"][:])) if packing else rows.lengths
+    screen = Screen(settings.data, tokenizer, progress.warn)
+    main = _stage_data(settings.data.train, settings, tokenizer, progress, screen)
+    data = _data_of_stages(stages, main, settings, tokenizer, progress, screen)
+    heldout = _heldout(settings, tokenizer, progress, screen)
+    rows = main.rows
     warning = endless(rows.dataset, tokenizer, source.path, settings.train.max_length)
     if warning:
         progress.warn(warning)
     inputs = {"model": base.fingerprint, "data": rows.digest}
+    if others := dict.fromkeys(each.rows.digest for each in data if each is not main):
+        inputs["stage_data"] = " ".join(others)
     if not control:
         inputs["converted"] = converted.fingerprint
-    if teacher is not None:
-        inputs["teacher"] = teacher.fingerprint
+    if teachers:
+        inputs["teacher"] = " ".join(teacher.fingerprint for teacher in teachers.values())
     _refuse_changes(run, verb, settings, inputs, options.force)
 
     from uniattn_cli.training.monitor import Log
     from uniattn_cli.training.stage import Job
     from uniattn_cli.training.teaching import Teaching
 
-    progress.note(_step_size(settings, rows, lengths, process))
-    teaching = Teaching(settings, teacher, rows.dataset, inputs["data"], run.root, process, progress)
+    progress.note(_step_size(settings, main, process))
+    teaching = Teaching(settings, teachers, run.root, process, progress)
     with shared_output(process, run, verb, settings, inputs, force=options.force, decisive=DECISIVE) as partial:
         job = Job(
             recipe=settings,
@@ -122,8 +126,7 @@ def train(
             source=source,
             dtype=config.dtype,
             tokenizer=tokenizer,
-            sequences=sequences,
-            lengths=lengths,
+            data=data,
             validation=_validation(settings, tokenizer, heldout, progress),
             teaching=teaching,
             partial=partial,
@@ -160,7 +163,7 @@ def _check(recipe: Recipe, stages: Sequence[TrainStage], process: PartialState) 
     if any(stage.trains == "lora" for stage in stages):
         lora.check_installed()
     for stage in stages:
-        if stage.changed_learning_rate is not None and stage.trains in ("compensation", "followers"):
+        if stage.changed_learning_rate is not None and stage.only_changed:
             raise RecipeError(
                 f"stage '{stage.label}' trains only changed layers; remove changed_learning_rate, set learning_rate"
             )
@@ -171,25 +174,27 @@ def _check(recipe: Recipe, stages: Sequence[TrainStage], process: PartialState) 
             )
 
 
-def _teacher(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: Source) -> Source | None:
-    """The teacher, None where no stage distils.
+def _teachers(run: RunDir, recipe: Recipe, stages: Sequence[TrainStage], base: Source) -> dict[str, Source]:
+    """The teachers of these stages, by what the recipe calls them.
 
     Raises:
         StageError: the control is the teacher, and is missing or of another base.
     """
     from uniattn_cli.models.of_run import CONTROL, find
 
-    if not any(stage.loss == "distillation" for stage in stages):
-        return None
-    if recipe.train.distillation.teacher == "base":
-        return base
+    spec = recipe.train
+    names = {spec.distillation_of(stage).teacher for stage in stages if stage.loss == "distillation"}
+    names |= {"base" for stage in stages if stage.loss == "local"}
+    found = {"base": base} if "base" in names else {}
+    if "control" not in names:
+        return found
     made_from = run.record("control")["inputs"].get("model")
     if made_from != base.fingerprint:
         raise StageError(
             f"{run.output('control')} was trained from a different base ({made_from}, now {base.fingerprint}); run "
             f"`uniattn {COMMANDS['control']} --force` or correct model.name"
         )
-    return find(run, CONTROL)
+    return found | {"control": find(run, CONTROL)}
 
 
 def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force: bool) -> None:
@@ -212,16 +217,16 @@ def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force:
         )
 
 
-def _step_size(recipe: Recipe, rows: Tokenised, lengths: Sequence[int], process: PartialState) -> str:
+def _step_size(recipe: Recipe, data: StageData, process: PartialState) -> str:
     """How much an optimiser step sees, and how it is divided; the first does not depend on the second."""
     from uniattn_cli.training.order import accumulation
 
     spec = recipe.train
-    tokens = spec.batch_size * sum(lengths) / len(lengths)
+    tokens, learned = spec.batch_size * sum(data.lengths) / len(data.lengths), data.rows.counts.share
     passes = accumulation(spec, process.num_processes)
     processes = f" x {process.num_processes} processes" if process.num_processes > 1 else ""
     return (
-        f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {rows.counts.share:.0%} of "
+        f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {learned:.0%} of "
         f"them in the loss ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
     )
 
@@ -246,17 +251,18 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
     return base, find(run, CONVERTED)
 
 
-def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Rows | None]:
-    """The tokenised training rows, checked and shown, and all held-out ones, None where there are none."""
+def _stage_data(
+    specs: Sequence[DatasetSpec], recipe: Recipe, tokenizer, progress: Progress, screen: Screen
+) -> StageData:
+    """Training rows, tokenised, checked, shown, and packed where the recipe says so."""
     from uniattn_cli.data import sequences, splits, templates
-    from uniattn_cli.data.heldout import response_rows
-    from uniattn_cli.data.screen import Screen
     from uniattn_cli.training.preview import check_share, describe, mark
+    from uniattn_cli.training.stage import StageData
+    from uniattn_cli.training.trainer import pack
 
-    spec = recipe.train
-    data, screen = recipe.data, Screen(recipe.data, tokenizer, progress.warn)
+    spec, data = recipe.train, recipe.data
     with progress.track("reading rows", None):
-        mix = splits.load_mix(data.train, "train", holdout=data.holdout, seed=recipe.seed, screen=screen)
+        mix = splits.load_mix(specs, "train", holdout=data.holdout, seed=recipe.seed, screen=screen)
     for share in mix.shares if len(mix.shares) > 1 else ():
         progress.note(str(share))
     if not tokenizer.chat_template and "messages" in mix.rows.column_names:
@@ -267,12 +273,42 @@ def _data(recipe: Recipe, tokenizer, progress: Progress) -> tuple[Tokenised, Row
     first = rows.dataset[0]
     progress.note(describe(rows.counts, spec.max_length))
     progress.note(f"first row, loss tokens in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
+    if not spec.packing:
+        return StageData(rows, rows.dataset, rows.lengths)
+    packed = pack(rows.dataset, spec.max_length)
+    return StageData(rows, packed, list(map(sum, packed["seq_lengths"][:])))
+
+
+def _data_of_stages(
+    stages: Sequence[TrainStage], main: StageData, recipe: Recipe, tokenizer, progress: Progress, screen: Screen
+) -> tuple[StageData, ...]:
+    """What each stage is trained on.
+
+    Args:
+        main: of stages without data of their own.
+    """
+    known: list[tuple[Sequence[DatasetSpec] | None, StageData]] = [(None, main), (recipe.data.train, main)]
+    found = []
+    for stage in stages:
+        data = next((data for specs, data in known if specs == stage.data), None)
+        if data is None:
+            assert stage.data is not None
+            progress.note(f"rows of stage '{stage.label}':")
+            data = _stage_data(stage.data, recipe, tokenizer, progress, screen)
+            known.append((stage.data, data))
+        found.append(data)
+    return tuple(found)
+
+
+def _heldout(recipe: Recipe, tokenizer, progress: Progress, screen: Screen) -> Rows | None:
+    """All held-out rows, None where there are none."""
+    from uniattn_cli.data.heldout import response_rows
+
     try:
-        heldout = response_rows(recipe, tokenizer, screen=screen)
+        return response_rows(recipe, tokenizer, screen=screen)
     except DataError as error:
         progress.warn(f"no loss on held-out responses: {error}")
-        heldout = None
-    return rows, heldout
+        return None
 
 
 def _validation(recipe: Recipe, tokenizer, heldout: Rows | None, progress: Progress) -> Rows | None:
@@ -330,7 +366,7 @@ def _train(
         if result:
             progress.note(f"stage '{result.name}' was already finished")
         else:
-            result = run_stage(job, index, sum(result.steps for result in results))
+            result = run_stage(job, index)
         results.append(result)
     model = load_after(job, len(job.stages))
     score(model, names[1])

@@ -242,7 +242,7 @@ def _steps(recipe: Recipe, tokenised: Tokenised) -> Table:
         sequences = len(pack(tokenised.dataset, spec.max_length))
     epoch = sequences / spec.batch_size
     rows = []
-    for stage in spec.stages:
+    for stage in (stage for stage in spec.stages if stage.data is None):
         steps = stage_steps(stage, sequences, spec.batch_size)
         seen = steps * spec.batch_size
         tokens = seen / sequences * counts.tokens
@@ -269,6 +269,8 @@ def _remarks(recipe: Recipe, counts: Counts) -> list[str]:
         notes.append(f"{counts.dropped:,} sequences have nothing to learn: {counts.why_dropped}")
     if counts.lost_share > 0.1:
         notes.append(f"{counts.lost_share:.0%} of all tokens are lost; raise train.max_length if memory allows")
+    if others := [f"'{stage.label}'" for stage in recipe.train.stages if stage.data is not None]:
+        notes.append(f"rows of {', '.join(others)} are not among these: the stage has data of its own")
     try:
         check_share(counts, recipe.train.loss)
     except DataError as error:

@@ -63,7 +63,8 @@ def _control_notes(run: RunDir) -> list[str]:
     trained, control = run.record("train"), run.record("control")
     different = [key for key in SHARED_SETTINGS if _lookup(trained, key) != _lookup(control, key)]
     (rows, further), (other_rows, other_further) = _rows(trained), _rows(control)
-    distils = all(stage.get("loss") == "distillation" for stage in _lookup(trained, "train.stages") or ())
+    losses = {stage.get("loss") for stage in _lookup(trained, "train.stages") or ()}
+    distils = losses <= {"distillation", "local"}
     excused = distils and rows == other_rows and bool(further) and not other_further
     # A setting that was not named had its default.
     if excused or (rows, further) == (other_rows, other_further):

@@ -115,6 +115,33 @@ class DatasetSpec:
     )
 
 
+def data_faults(where: str, specs: typing.Sequence[DatasetSpec], *, mixed: bool, held: bool) -> list[str]:
+    """Faults of data-set settings that are valid on their own but not together.
+
+    Args:
+        where: the setting that lists them.
+        mixed: whether they are mixed by weight.
+        held: whether rows of them are held out for the loss on responses.
+    """
+    faults = []
+    weighted = [spec.weight is not None for spec in specs]
+    if mixed and any(weighted) and not all(weighted):
+        faults.append(f"{where}: give every data set a weight, or none of them")
+    for index, spec in enumerate(specs):
+        place = f"{where}[{index}]"
+        if not held and not spec.heldout:
+            faults.append(f"{place}.heldout: only rows of data.train are held out; remove it")
+        if not mixed and spec.weight is not None:
+            faults.append(f"{place}.weight: only training rows are mixed by weight; remove it")
+        for name, column in (spec.columns or {}).items():
+            if name not in COLUMNS:
+                near = suggest(str(name), COLUMNS) or f" (known: {', '.join(COLUMNS)})"
+                faults.append(f"{place}.columns: unknown name '{name}'{near}; write NAME: YOUR_COLUMN")
+            if not isinstance(column, str):
+                faults.append(f"{place}.columns.{name} must be the name of a column, not {column!r}")
+    return faults
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """Data for training, calibration and evaluation."""
@@ -161,26 +188,12 @@ class DataSpec:
     def contradictions(self) -> list[str]:
         """Faults of data-set settings that are valid on their own but not together."""
         faults = []
-        weighted = [spec.weight is not None for spec in self.train]
-        if any(weighted) and not all(weighted):
-            faults.append("data.train: give every data set a weight, or none of them")
         if self.train and not any(spec.heldout for spec in self.train):
             faults.append(
                 "data.train: heldout is false for every data set, so no row can be held out; enable it for one"
             )
         for key in ("train", "calibration", "text"):
-            for index, spec in enumerate(getattr(self, key) or ()):
-                where = f"data.{key}[{index}]"
-                if key != "train" and not spec.heldout:
-                    faults.append(f"{where}.heldout: only rows of data.train are held out; remove it")
-                if key != "train" and spec.weight is not None:
-                    faults.append(f"{where}.weight: only the data sets of data.train are mixed by weight; remove it")
-                for name, column in (spec.columns or {}).items():
-                    if name not in COLUMNS:
-                        near = suggest(str(name), COLUMNS) or f" (known: {', '.join(COLUMNS)})"
-                        faults.append(f"{where}.columns: unknown name '{name}'{near}; write NAME: YOUR_COLUMN")
-                    if not isinstance(column, str):
-                        faults.append(f"{where}.columns.{name} must be the name of a column, not {column!r}")
+            faults += data_faults(f"data.{key}", getattr(self, key) or (), mixed=key == "train", held=key == "train")
         return faults
 
 
@@ -388,42 +401,6 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
-class TrainStage:
-    """One stage of training."""
-
-    trains: str = setting(
-        "all",
-        "which parameters are trained; embeddings and lm_head stay frozen except with everything",
-        choices=TRAINABLE,
-        common=True,
-    )
-    learning_rate: float = setting(1e-4, "peak learning rate", above=0, maximum=1, common=True)
-    changed_learning_rate: float | None = setting(
-        None, "peak learning rate of the attention of changed layers; null means learning_rate", above=0, maximum=1
-    )
-    epochs: float = setting(1.0, "passes over the training rows", above=0, common=True)
-    steps: int | None = setting(None, "optimiser steps; overrides epochs", minimum=1)
-    name: str | None = setting(None, "name of the stage's folder; null means what it trains")
-    loss: str = setting(
-        "cross_entropy",
-        "loss to minimise; train.distillation has the settings of distillation",
-        choices=("cross_entropy", "distillation"),
-    )
-    schedule: str | None = setting(
-        None, "learning-rate schedule of this stage; null means train.schedule", choices=SCHEDULES
-    )
-    warmup: float | None = setting(
-        None, "share of this stage's steps used for warm-up; null means train.warmup", minimum=0, maximum=0.9
-    )
-    lora: LoraSpec = setting(LoraSpec, "adapters, for a stage that trains lora")
-
-    @property
-    def label(self) -> str:
-        """Its name, or what it trains."""
-        return self.name or self.trains
-
-
-@dataclass(frozen=True)
 class DistillationSpec:
     """How stages with `loss: distillation` learn from a frozen teacher in addition to the data."""
 
@@ -453,7 +430,74 @@ class DistillationSpec:
         "weight of the squared error of changed layers' attention outputs, relative to the teacher's",
         minimum=0,
     )
+    hidden: float = setting(
+        0.0,
+        "weight of the squared error of the hidden states that enter the last layer, relative to the teacher's",
+        minimum=0,
+    )
     precompute: bool = setting(False, "write the teacher's top_k to teacher/ once and reuse it in later runs")
+
+    def contradictions(self, where: str) -> list[str]:
+        """Faults of settings that are valid on their own but not together, of the section of this name."""
+        faults = []
+        if self.precompute and self.top_k is None:
+            faults.append(f"{where}.precompute needs top_k; set {where}.top_k, for example to 64")
+        live = [name for name in ("attention", "hidden") if getattr(self, name)]
+        if self.precompute and live:
+            faults.append(
+                f"{where}.precompute stores nothing that {' and '.join(live)} could be compared with; set "
+                f"{where}.{live[0]} to 0 or remove precompute"
+            )
+        if not (self.weight or live):
+            faults.append(f"{where}: weight, attention and hidden are all 0; set one of them to distil anything")
+        return faults
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """One stage of training."""
+
+    trains: str = setting(
+        "all",
+        "which parameters are trained; embeddings and lm_head stay frozen except with everything",
+        choices=TRAINABLE,
+        common=True,
+    )
+    learning_rate: float = setting(1e-4, "peak learning rate", above=0, maximum=1, common=True)
+    changed_learning_rate: float | None = setting(
+        None, "peak learning rate of the attention of changed layers; null means learning_rate", above=0, maximum=1
+    )
+    epochs: float = setting(1.0, "passes over the training rows", above=0, common=True)
+    steps: int | None = setting(None, "optimiser steps; overrides epochs", minimum=1)
+    name: str | None = setting(None, "name of the stage's folder; null means what it trains")
+    loss: str = setting(
+        "cross_entropy",
+        "loss to minimise; local: the error of changed layers' attention outputs on the base's own hidden states",
+        choices=("cross_entropy", "distillation", "local"),
+    )
+    distillation: DistillationSpec | None = setting(
+        None, "settings of this stage's loss: distillation; null means train.distillation"
+    )
+    data: tuple[DatasetSpec, ...] | None = setting(
+        None, "training rows of this stage, without the share data.holdout of them; null means data.train"
+    )
+    schedule: str | None = setting(
+        None, "learning-rate schedule of this stage; null means train.schedule", choices=SCHEDULES
+    )
+    warmup: float | None = setting(
+        None, "share of this stage's steps used for warm-up; null means train.warmup", minimum=0, maximum=0.9
+    )
+    lora: LoraSpec = setting(LoraSpec, "adapters, for a stage that trains lora")
+
+    @property
+    def label(self) -> str:
+        """Its name, or what it trains."""
+        return self.name or self.trains
+
+    @property
+    def only_changed(self) -> bool:
+        """Whether it leaves everything but the attention of changed layers as it is."""
+        return self.trains in ("compensation", "followers")
 
 
 @dataclass(frozen=True)
@@ -501,15 +545,23 @@ class TrainSpec:
         above=0,
         endless=True,
     )
-    distillation: DistillationSpec = setting(DistillationSpec, "settings of stages with loss: distillation")
+    distillation: DistillationSpec = setting(
+        DistillationSpec, "settings of stages with loss: distillation that have none of their own"
+    )
     report_to: tuple[str, ...] = setting(tuple, "also log to: tensorboard, wandb, trackio")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", minimum=1)
     log_steps: int = setting(5, "optimiser steps between log lines", minimum=1)
 
-    @property
-    def distils(self) -> bool:
-        """Whether any stage learns from a teacher."""
-        return any(stage.loss == "distillation" for stage in self.stages)
+    def distillation_of(self, stage: TrainStage) -> DistillationSpec:
+        """The settings that a stage with `loss: distillation` learns with."""
+        return self.distillation if stage.distillation is None else stage.distillation
+
+    def learns_from_base_alone(self, stage: TrainStage) -> bool:
+        """Whether the base would learn nothing in a stage: all that it is compared with is the base."""
+        if stage.loss == "distillation":
+            spec = self.distillation_of(stage)
+            return spec.teacher == "base" and spec.weight == 1
+        return stage.loss == "local"
 
     def contradictions(self) -> list[str]:
         """Faults of settings that are valid on their own but not together."""
@@ -527,16 +579,30 @@ class TrainSpec:
                 faults.append(
                     f"train.report_to: unknown '{name}'{suggest(name, REPORTERS)} (known: {', '.join(REPORTERS)})"
                 )
-        spec = self.distillation
-        if self.distils and spec.precompute and spec.top_k is None:
-            faults.append("train.distillation.precompute needs top_k; set train.distillation.top_k, for example to 64")
-        if self.distils and spec.precompute and spec.attention:
-            faults.append(
-                "train.distillation.precompute does not store attention outputs; set train.distillation.attention to 0 "
-                "or remove precompute"
-            )
-        if self.distils and not (spec.weight or spec.attention):
-            faults.append("train.distillation: weight and attention are both 0; set one of them to distil anything")
+        if any(stage.loss == "distillation" and stage.distillation is None for stage in self.stages):
+            faults += self.distillation.contradictions("train.distillation")
+        for index, stage in enumerate(self.stages):
+            faults += self._stage_contradictions(stage, f"train.stages[{index}]", self.stages[:index])
+        return faults
+
+    def _stage_contradictions(self, stage: TrainStage, where: str, before: typing.Sequence[TrainStage]) -> list[str]:
+        faults = data_faults(f"{where}.data", stage.data or (), mixed=True, held=False)
+        if stage.data == ():
+            faults.append(f"{where}.data is empty; name at least one data set, or remove it")
+        if stage.distillation is not None:
+            if stage.loss == "distillation":
+                faults += stage.distillation.contradictions(f"{where}.distillation")
+            else:
+                faults.append(f"{where}.distillation is only for loss: distillation; set it or remove this")
+        if stage.loss == "local":
+            others = [other.label for other in before if not other.only_changed]
+            if not stage.only_changed:
+                faults.append(f"{where}.loss: local is for changed layers alone; set trains: followers")
+            elif others:
+                faults.append(
+                    f"{where}.loss: local needs the hidden states of the base, which stage '{others[0]}' changes; put "
+                    "the stage before it"
+                )
         return faults
 
 

@@ -2,20 +2,22 @@
 
     loss = (1 - weight) · mean over learned tokens of cross-entropy
            + mean over compared tokens of [ weight · temperature² · KL(teacher || student)
-             + attention · mean over changed layers of |student's attention output - teacher's|² / E_layer ]
+             + attention · mean over changed layers of |student's attention output - teacher's|² / E_layer
+             + hidden · |student's hidden state - teacher's|² / |teacher's|² ]
 
 Means are over the tokens of an optimiser step, of all its processes and forward passes. Compared are the learned
 tokens, or with `tokens: all` those of prompts too: a teacher has something to say about each. Each mean has a count of
 its own, because a step of long prompts with short answers would otherwise count several times as much as another.
 E_layer is the mean |teacher's attention output|² over the compared tokens of the stage's first step; as a constant it
 keeps the loss a sum over tokens, which comes out the same however a step is divided. Both models see the same rows;
-the attention output is that of the attention block, where a layer's compensation has been added.
+the attention output is that of the attention block, where a layer's compensation has been added. Hidden states are
+those that enter the last layer, each in units of its own, for that of a first token may be a thousand times as long.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,7 @@ class Targets:
         hidden: last hidden states of the teacher, [positions, hidden]; None where top_k is there.
         top_k: the teacher's coarsened distribution.
         attention: the teacher's attention outputs by layer, each [positions, hidden].
+        entering: its hidden states that enter the last layer, [positions, hidden]; None where they are not compared.
     """
 
     labels: torch.Tensor
@@ -53,6 +56,7 @@ class Targets:
     hidden: torch.Tensor | None = None
     top_k: TopK | None = None
     attention: dict[int, torch.Tensor] = field(default_factory=dict)
+    entering: torch.Tensor | None = None
 
 
 def compared_positions(inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: str) -> torch.Tensor:
@@ -74,28 +78,73 @@ def compared_positions(inputs: dict[str, torch.Tensor], labels: torch.Tensor, to
     return inputs["position_ids"][:, 1:] != 0
 
 
-def _pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def places_of(compared: torch.Tensor) -> torch.Tensor:
+    """Compared positions [batch, tokens - 1] as indices into [batch * tokens].
+
+    Once for all layers: the device has to be waited for, which a mask in place of indices would do again in each.
+    """
+    return F.pad(compared, (0, 1)).flatten().nonzero().squeeze(1)
+
+
+def pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """States [batch, tokens, hidden] at places, [positions, hidden]."""
     return states.flatten(0, 1).index_select(0, places)
 
 
+# Key of the hidden states that enter the last layer, beside the numbers of layers.
+ENTERING = "entering"
+
+
 @contextlib.contextmanager
-def attention_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the outputs of these layers' attention in the forward pass inside, each [batch, tokens, hidden]."""
-    outputs: dict[int, torch.Tensor] = {}
+def kept_states(
+    model: PreTrainedModel, layers: Sequence[int], entering: bool = False
+) -> Iterator[dict[int | str, torch.Tensor]]:
+    """Collects the outputs of these layers' attention in the forward pass inside, each [batch, tokens, hidden].
+
+    Args:
+        entering: also what enters the last layer.
+    """
+    states: dict[int | str, torch.Tensor] = {}
 
     def keep(layer: int) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            outputs[layer] = output[0]
+            states[layer] = output[0]
 
         return hook
 
+    def keep_entering(module: torch.nn.Module, inputs: Any) -> None:
+        states[ENTERING] = inputs[0]
+
     handles = [model.model.layers[layer].self_attn.register_forward_hook(keep(layer)) for layer in layers]
+    if entering:
+        handles.append(model.model.layers[-1].register_forward_pre_hook(keep_entering))
     try:
-        yield outputs
+        yield states
     finally:
         for handle in handles:
             handle.remove()
+
+
+def energies(targets: Iterable[Targets]) -> dict[int, float]:
+    """The mean squared norm of the teacher's attention outputs, by layer."""
+    sums: dict[int, float] = {}
+    count = 0
+    for each in targets:
+        count += len(each.places)
+        for layer, output in each.attention.items():
+            sums[layer] = sums.get(layer, 0.0) + output.double().square().sum().item()
+    return {layer: total / max(count, 1) for layer, total in sums.items()}
+
+
+def relative_errors(
+    ours: Mapping[int, torch.Tensor], theirs: Mapping[int, torch.Tensor], energies: Mapping[int, float]
+) -> torch.Tensor:
+    """Squared errors of attention outputs [positions, hidden], each over the layer's energy: summed over positions, in
+    the mean over layers; a scalar."""
+    errors = [
+        (output.float() - theirs[layer].float()).square().sum() / energies[layer] for layer, output in ours.items()
+    ]
+    return torch.stack(errors).mean()
 
 
 class Distillation(Objective):
@@ -127,17 +176,12 @@ class Distillation(Objective):
             self.weights["divergence"] = spec.weight
         if self.layers:
             self.weights["attention"] = spec.attention
+        if spec.hidden:
+            self.weights["hidden"] = spec.hidden
 
-    @torch.no_grad()
     def prepare(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """Sets E_layer from the stage's first step."""
-        sums, count = dict.fromkeys(self.layers, 0.0), 0
-        for batch in batches if self.layers else ():
-            targets = self.targets(batch)
-            count += int(targets.compared.sum())
-            for layer, output in targets.attention.items():
-                sums[layer] += output.double().square().sum().item()
-        self.energies = {layer: total / max(count, 1) for layer, total in sums.items()}
+        self.energies = energies(map(self.targets, batches)) if self.layers else {}
 
     def loaded(self) -> PreTrainedModel:
         """The teacher, where nothing is stored."""
@@ -155,16 +199,24 @@ class Distillation(Objective):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         compared = compared_positions(inputs, labels, self.spec.tokens)
-        # Indices once: the device has to be waited for, which a mask in place of indices would do again in each layer.
-        places = F.pad(compared, (0, 1)).flatten().nonzero().squeeze(1)
+        places = places_of(compared)
         if self.stored is not None:
             return Targets(labels, compared, places, top_k=self.stored.lookup(inputs, labels, self.spec.tokens))
         teacher = self.loaded()
         # The trainer's automatic mixed precision is the student's, not the teacher's.
-        with torch.autocast(labels.device.type, enabled=False), attention_outputs(teacher, self.layers) as outputs:
-            hidden = _pick(teacher.model(**inputs, use_cache=False).last_hidden_state, places)
-        attention = {layer: _pick(output, places) for layer, output in outputs.items()}
-        return Targets(labels, compared, places, hidden=hidden if self.spec.weight else None, attention=attention)
+        with torch.autocast(labels.device.type, enabled=False), self._kept(teacher) as states:
+            hidden = pick(teacher.model(**inputs, use_cache=False).last_hidden_state, places)
+        return Targets(
+            labels,
+            compared,
+            places,
+            hidden=hidden if self.spec.weight else None,
+            attention={layer: pick(states[layer], places) for layer in self.layers},
+            entering=pick(states[ENTERING], places) if self.spec.hidden else None,
+        )
+
+    def _kept(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[dict[int | str, torch.Tensor]]:
+        return kept_states(model, self.layers, bool(self.spec.hidden))
 
     @torch.no_grad()
     def top_k_of(self, inputs: dict[str, torch.Tensor]) -> TopK:
@@ -177,18 +229,18 @@ class Distillation(Objective):
 
     def loss_sums(self, model: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> dict[str, torch.Tensor]:
         places = targets.places
-        with attention_outputs(model, self.layers) as outputs:
+        with self._kept(model) as states:
             backbone = model.model(**inputs)
         # The label of a position is the next token's; the last of a row is never compared.
         labels = targets.labels.roll(-1, dims=1).flatten()[places]
-        parts = self._token_parts(model, _pick(backbone.last_hidden_state, places), labels, targets)
+        parts = self._token_parts(model, pick(backbone.last_hidden_state, places), labels, targets)
         if self.layers:
-            errors = [
-                (_pick(outputs[layer], places).float() - targets.attention[layer].float()).square().sum()
-                / self.energies[layer]
-                for layer in self.layers
-            ]
-            parts["attention"] = torch.stack(errors).mean()
+            ours = {layer: pick(states[layer], places) for layer in self.layers}
+            parts["attention"] = relative_errors(ours, targets.attention, self.energies)
+        if targets.entering is not None:
+            theirs = targets.entering.float()
+            errors = (pick(states[ENTERING], places).float() - theirs).square().sum(-1)
+            parts["hidden"] = (errors / theirs.square().sum(-1)).sum()
         if getattr(backbone, "router_logits", None) is not None:
             parts["router"] = router_loss(model, backbone.router_logits, inputs.get("attention_mask"))
         return parts

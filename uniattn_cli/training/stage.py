@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     import datasets
     import torch
     from accelerate import PartialState
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from uniattn_cli.data.sequences import Tokenised
     from uniattn_cli.models.losses import Rows
     from uniattn_cli.training.teaching import Teaching
 
@@ -57,7 +58,7 @@ class StageResult:
         rows: rows seen, or packed sequences.
         tokens: tokens seen, padding not counted.
         seconds: time in optimiser steps, over all sessions.
-        start_loss: mean loss over the steps of the first log line, in nats per learned token.
+        start_loss: mean loss over the steps of the first log line; of `cross_entropy`, in nats per learned token.
         end_loss: the same for the last log line.
         kept_step: the step whose weights the stage ends with; 0 if it ends as it began.
         validation: loss on validation rows before, and of the weights it ends with; None where there were no rows.
@@ -77,6 +78,21 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class StageData:
+    """What a stage is trained on.
+
+    Attributes:
+        rows: tokenised.
+        sequences: columns `input_ids`, `labels` and, where packed, `seq_lengths`.
+        lengths: tokens of each sequence.
+    """
+
+    rows: Tokenised
+    sequences: datasets.Dataset
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
 class Job:
     """What the stages have in common.
 
@@ -86,8 +102,7 @@ class Job:
         source: the model that the first stage starts from.
         dtype: in which the trained model is saved.
         tokenizer: its tokenizer.
-        sequences: columns `input_ids`, `labels` and, where packed, `seq_lengths`.
-        lengths: tokens of each sequence.
+        data: of each stage; of several with the same data the same object, for they share one stream of rows.
         validation: rows on which states are compared; None where there are none.
         teaching: gives the teacher to the stages that have one.
         partial: folder that becomes the output.
@@ -99,8 +114,7 @@ class Job:
     source: Source
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerBase
-    sequences: datasets.Dataset
-    lengths: list[int]
+    data: tuple[StageData, ...]
     validation: Rows | None
     teaching: Teaching
     partial: Path
@@ -117,11 +131,22 @@ class Job:
         """Folder of a stage."""
         return self.work / f"{index + 1}-{_plain(self.stages[index].label)}"
 
+    def steps(self, index: int) -> int:
+        """Optimiser steps of a stage."""
+        return stage_steps(self.stages[index], len(self.data[index].lengths), self.recipe.train.batch_size)
 
-# What `loss` of a stage may be; each is made for a stage of a model with this configuration.
-OBJECTIVES: dict[str, Callable[[Job, PretrainedConfig], Objective]] = {
-    "cross_entropy": lambda job, config: CrossEntropy(),
-    "distillation": lambda job, config: job.teaching.distillation(config.layout, job.process.device),
+    def steps_before(self, index: int) -> int:
+        """Optimiser steps that earlier stages take from the rows of a stage."""
+        return sum(self.steps(other) for other in range(index) if self.data[other] is self.data[index])
+
+
+# What `loss` of a stage may be; each is made for a stage, by its number, of a model that is ready for it.
+OBJECTIVES: dict[str, Callable[[Job, int, PreTrainedModel], Objective]] = {
+    "cross_entropy": lambda job, index, model: CrossEntropy(),
+    "distillation": lambda job, index, model: job.teaching.distillation(
+        job.recipe.train.distillation_of(job.stages[index]), job.data[index].rows, model
+    ),
+    "local": lambda job, index, model: job.teaching.local(model),
 }
 
 
@@ -161,12 +186,11 @@ def load_after(job: Job, stages: int, *, training: bool = False, device: torch.d
     return model
 
 
-def run_stage(job: Job, index: int, first: int) -> StageResult:
+def run_stage(job: Job, index: int) -> StageResult:
     """Trains one stage, or what is left of it.
 
     Args:
         index: which of the job's stages.
-        first: optimiser steps of the stages before.
 
     Raises:
         StageError: the loss is not a number, or has risen too far.
@@ -179,11 +203,11 @@ def run_stage(job: Job, index: int, first: int) -> StageResult:
     stored = load_config(job.source, converted=None).dtype
     prepare(model, stage, low if low is stored else None, job.recipe.seed + index)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    steps = stage_steps(stage, len(job.lengths), job.recipe.train.batch_size)
+    steps = job.steps(index)
     order = batches(
-        job.lengths,
+        job.data[index].lengths,
         batch_size=job.recipe.train.batch_size,
-        first=first,
+        first=job.steps_before(index),
         steps=steps,
         seed=job.recipe.seed,
         grouped=job.recipe.train.group_by_length,
@@ -235,7 +259,7 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
         monitor = Monitor(
             stage.label,
             len(order),
-            tokens_per_step(job.lengths, order),
+            tokens_per_step(job.data[index].lengths, order),
             job.log,
             advance,
             validate=_validate(job),
@@ -254,9 +278,9 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
                 seed=job.recipe.seed,
                 name=f"{job.partial.absolute().parent.name}-{stage.label}",
             ),
-            OBJECTIVES[stage.loss](job, model.config),
+            OBJECTIVES[stage.loss](job, index, model),
             stage.changed_learning_rate,
-            train_dataset=job.sequences.select([row for batch in order for row in batch]),
+            train_dataset=job.data[index].sequences.select([row for batch in order for row in batch]),
             # TRL gives it a padding token, which must not reach the saved tokenizer.
             processing_class=copy.deepcopy(job.tokenizer),
             callbacks=[monitor],

@@ -18,9 +18,10 @@ from uniattn_cli.data.sequences import row_key
 from uniattn_cli.models.hub import Source
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.options import Progress
-from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.recipe.schema import DistillationSpec, Recipe
 from uniattn_cli.run.files import write_json
 from uniattn_cli.training.distill import Distillation
+from uniattn_cli.training.local import LocalDistillation
 from uniattn_cli.training.stored_teacher import FOLDER, META, StoredTeacher, pad_rows, positions, store_key
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PreTrainedModel
 
+    from uniattn_cli.data.sequences import Tokenised
     from uniattn_cli.modeling.layout_uniattn import Layout
 
 # Seconds until a process that waits for another one says so.
@@ -36,63 +38,72 @@ PATIENCE = 60.0
 
 @dataclass
 class Teaching:
-    """Makes the `Distillation` of each stage that distils; the teacher is loaded when the first one asks.
+    """Makes what stages with a teacher minimise; one teacher is in memory at a time, once a stage asks for it.
 
     Attributes:
-        recipe: says who teaches and how.
-        source: the teacher's files; None where nothing is distilled.
-        rows: columns `input_ids` and `labels`, not packed.
-        data: identifies them.
+        recipe: says how teachers are loaded and rows are stored.
+        sources: files of the teachers, by `teacher` of `DistillationSpec`.
         root: the run directory, where `teacher/` goes.
     """
 
     recipe: Recipe
-    source: Source | None
-    rows: datasets.Dataset
-    data: str
+    sources: dict[str, Source]
     root: Path
     process: PartialState
     progress: Progress
-    _teacher: PreTrainedModel | None = field(default=None, init=False)
+    _loaded: tuple[str, PreTrainedModel] | None = field(default=None, init=False)
 
-    def distillation(self, layout: Layout, device: torch.device) -> Distillation:
-        """For a stage of a model with this layout."""
-        spec = self.recipe.train.distillation
+    def distillation(self, spec: DistillationSpec, rows: Tokenised, student: PreTrainedModel) -> Distillation:
+        """For a stage that trains this model on these rows."""
+        device = self.process.device
         if spec.precompute:
-            return Distillation(spec, None, StoredTeacher(self._stored(device)))
-        # A layer without attention gives zeros, which nothing can train.
-        layers = [i for i in layout.changed if layout[i].traits.attends or layout[i].compensation != "none"]
-        return Distillation(spec, self._load(device), layers=layers)
+            return Distillation(spec, None, StoredTeacher(self._stored(spec, rows, device)))
+        return Distillation(spec, self._teacher(spec.teacher, student), layers=_compared_layers(student))
 
-    def _source(self) -> Source:
-        assert self.source is not None, "what distils has a teacher"
-        return self.source
+    def local(self, student: PreTrainedModel) -> LocalDistillation:
+        """For a stage that trains the changed layers of this model, which else is its base."""
+        return LocalDistillation(self._teacher("base", student), _compared_layers(student), student.config)
 
-    def _load(self, device: torch.device) -> PreTrainedModel:
-        if self._teacher is None:
-            self._teacher = load_model(self._source(), self.recipe.model, device).requires_grad_(False)
-        return self._teacher
+    def _teacher(self, name: str, student: PreTrainedModel) -> PreTrainedModel:
+        teacher = self._load(name, self.process.device)
+        # Sharded weights are replaced when training begins.
+        if not self.recipe.train.fsdp:
+            share_weights(teacher, student)
+        return teacher
 
-    def _stored(self, device: torch.device) -> Path:
+    def _load(self, name: str, device: torch.device) -> PreTrainedModel:
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None
+            model = load_model(self.sources[name], self.recipe.model, device).requires_grad_(False)
+            self._loaded = name, model
+        return self._loaded[1]
+
+    def _stored(self, spec: DistillationSpec, rows: Tokenised, device: torch.device) -> Path:
         """The folder of the teacher's distributions; one process writes them first if they are not there.
 
         The others wait for its lock on the disk, however long that takes: a barrier would end them after some minutes.
         """
-        settings = self._settings()
+        settings = self._settings(spec, rows)
         folder = self.root / FOLDER / store_key(settings)
         folder.parent.mkdir(exist_ok=True)
         with self._turn(folder.with_name(f".{folder.name}.lock")):
             if folder.exists():
                 self.progress.note(f"teacher's distributions read from {folder}")
                 return folder
-            distillation = Distillation(self.recipe.train.distillation, self._load(device))
-            with self.progress.track("teacher", len(self.rows)) as advance:
+            distillation = Distillation(spec, self._load(spec.teacher, device))
+            with self.progress.track("teacher", len(rows.dataset)) as advance:
                 size = self.recipe.train.micro_batch_size
                 write_teacher(
-                    folder, distillation, self.rows, settings=settings, batch_size=size, device=device, advance=advance
+                    folder,
+                    distillation,
+                    rows.dataset,
+                    settings=settings,
+                    batch_size=size,
+                    device=device,
+                    advance=advance,
                 )
             del distillation
-            self._teacher = None
+            self._loaded = None
             gc.collect()
             self.progress.note(f"teacher's distributions written to {folder} ({_gigabytes(folder):.2f} GB)")
         return folder
@@ -105,18 +116,43 @@ class Teaching:
             except Timeout:
                 self.progress.note(f"waiting for {path}; remove it if no process writes the teacher's distributions")
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, spec: DistillationSpec, rows: Tokenised) -> dict[str, Any]:
         """Everything that the stored distributions depend on."""
-        spec, model = self.recipe.train.distillation, self.recipe.model
+        model = self.recipe.model
         return {
-            "data": self.data,
-            "teacher": self._source().fingerprint,
+            "data": rows.digest,
+            "teacher": self.sources[spec.teacher].fingerprint,
             "dtype": model.dtype,
             "attention": model.attention,
             "top_k": spec.top_k,
             "temperature": spec.temperature,
             "tokens": spec.tokens,
         }
+
+
+def _compared_layers(student: PreTrainedModel) -> list[int]:
+    """Changed layers but those without any attention, which give zeros that nothing can train."""
+    layout: Layout = student.config.layout
+    return [i for i in layout.changed if layout[i].traits.attends or layout[i].compensation != "none"]
+
+
+def share_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Lets a teacher read what the student has too and does not train, so that it is in memory once.
+
+    Args:
+        teacher: on the student's device; weights of its that are equal to frozen ones of the student are let go.
+        student: prepared for its stage.
+    """
+    # Adapters put the weights that they are for one level down.
+    frozen = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in student.named_parameters()
+        if not parameter.requires_grad
+    }
+    for name, parameter in teacher.named_parameters():
+        other = frozen.get(name)
+        if other is not None and other.dtype is parameter.dtype and torch.equal(other, parameter):
+            parameter.data = other.data
 
 
 def _gigabytes(folder: Path) -> float:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import StageError
-from uniattn_cli.recipe.schema import TrainStage
+from uniattn_cli.recipe.schema import TrainSpec, TrainStage
 from uniattn_cli.training.lora import adapted_names, directly_trained, inject
 
 if TYPE_CHECKING:
@@ -44,15 +44,26 @@ def planned_stages(stages: Sequence[TrainStage], config: Any) -> tuple[tuple[Tra
     return planned, notes
 
 
-def control_stages(stages: Sequence[TrainStage]) -> tuple[TrainStage, ...]:
+def control_stages(stages: Sequence[TrainStage], spec: TrainSpec) -> tuple[TrainStage, ...]:
     """The same stages for the unconverted base, which sees the same rows in the same order and in as many steps.
 
     The base has no compensation and no followers. Left out, such a stage would deprive it of tokens; with its own
     learning rate, which suits a small new matrix, it would spoil the base. So in its place the base trains what the
     next stage that can train a base trains (else the one before, else `all`), at that stage's learning rate. Losses
-    from a teacher become cross-entropy: the control is what post-training usually is.
+    from a teacher become cross-entropy: the control is what post-training usually is. Stages that learn from the base
+    alone, on data of their own, are left out: they win back what conversion lost, and the base has lost nothing.
+
+    Args:
+        stages: of the converted model.
+        spec: has the settings of distillation.
+
+    Raises:
+        StageError: no stage is left.
     """
-    able = [index for index, stage in enumerate(stages) if stage.trains not in ("compensation", "followers")]
+    stages = [stage for stage in stages if stage.data is None or not spec.learns_from_base_alone(stage)]
+    if not stages:
+        raise StageError("every stage learns from the base alone, on data of its own, so the base is its own control")
+    able = [index for index, stage in enumerate(stages) if not stage.only_changed]
     replaced = []
     for index, stage in enumerate(stages):
         nearest = [other for other in able if other >= index] or able[::-1]

@@ -75,6 +75,8 @@ def make_config(
     Raises:
         RecipeError: an optimizer that is not known or not installed, or a setting that the device cannot have.
     """
+    # A local stage keeps little: its gradients end in each layer, and MLPs have none.
+    recompute = spec.gradient_checkpointing and stage.loss != "local"
     plain = "adamw_torch_fused" if device.type in ("cpu", "cuda") and not spec.fsdp else "adamw_torch"
     if spec.activation_offloading and device.type != "cuda":
         raise RecipeError(f"train.activation_offloading needs a CUDA device, not {device.type}")
@@ -90,9 +92,9 @@ def make_config(
         max_grad_norm=spec.max_grad_norm,
         optim=plain if spec.optimizer == "auto" else known_optimizer(spec.optimizer),
         bf16=compute_dtype(device) is torch.bfloat16,
-        gradient_checkpointing=spec.gradient_checkpointing,
+        gradient_checkpointing=recompute,
         # The reentrant kind gives wrong gradients where layers share queries and keys.
-        gradient_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
         activation_offloading=spec.activation_offloading,
         max_length=spec.max_length,
         packing=spec.packing,
