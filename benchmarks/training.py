@@ -11,8 +11,9 @@ is better. The gap is the score minus that of the control of the same seed. `--p
 `--synthetic` adds rows of `uniattn synthesize`; with `--controls`, controls of other runs, without these rows, are the
 teachers. A part may name its own learning rates and settings of the recipe's `train.distillation`: `one@3e-4`,
 `two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`; `one@1e-4/1e-3` has the second for the attention of changed
-layers. Layouts are searched, or taken from `benchmarks/layouts.py`
-with `--layouts-from`.
+layers. Stages before it, each for a share of `--tokens`, are `local` and `base teaches`: `local*0.2@1e-3 > one` leaves
+the part the other tokens; that of `broad base teaches*4@2e-4 > one` learns from `--broad` and leaves it all of them.
+Layouts are searched, or taken from `benchmarks/layouts.py` with `--layouts-from`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import statistics
 import tempfile
@@ -66,6 +68,9 @@ PARTS = ("base", "control", "converted", "one", "two", "distillation", "control 
 PARTS += ("equal time",)
 TABLES = ("layouts", "rows")
 LOSSES = ("text", "wikitext", "responses")
+# Stages before a part, with their learning rates.
+FIRST = {"local": 1e-3, "base teaches": 2e-4}
+BROAD = "broad "
 # What teaches with `--controls`.
 TEACHER = "control of other runs"
 RATES = {"compensation": 1e-3, "all": 1e-4, "lora": 2e-4}
@@ -125,6 +130,7 @@ class Bench:
                 "model": Path(spec.model).name,
                 "train": [Path(name).name for name in [*spec.train, *spec.synthetic]],
                 **({"synthetic": self._provenance()} if spec.synthetic else {}),
+                **({"broad": [Path(name).name for name in spec.broad]} if spec.broad else {}),
                 "tokens": spec.tokens,
                 "kv": recipe.layout.kv,
                 "batch_size": recipe.train.batch_size,
@@ -166,14 +172,18 @@ class Bench:
         overrides = self.settings(seed, search=True)
         return Recipe.from_tree({"model": {"name": self.source.name}}, overrides=overrides)
 
-    def _steps(self) -> int:
-        """Optimiser steps that see about the wanted number of tokens."""
+    def _steps(self, broad: bool = False) -> int:
+        """Optimiser steps that see about the wanted number of tokens, of the training rows or of `--broad`."""
         recipe = self._recipe()
         spec = recipe.train
-        mix = splits.load_mix(recipe.data.train, "train", holdout=recipe.data.holdout, seed=0)
+        rows = Recipe.from_tree(recipe.to_dict(), overrides=[f"data.train={self._broad()}"]) if broad else recipe
+        mix = splits.load_mix(rows.data.train, "train", holdout=recipe.data.holdout, seed=0)
         tokenised = sequences.tokenize(mix, self.tokenizer, max_length=spec.max_length, loss=spec.loss)
         count = len(pack(tokenised.dataset, spec.max_length)) if spec.packing else tokenised.counts.used
         return max(1, round(self.arguments.tokens / (tokenised.counts.tokens / count) / spec.batch_size))
+
+    def _broad(self) -> str:
+        return f"[{', '.join(str(Path(name).absolute()) for name in self.arguments.broad)}]"
 
     def analysis(self) -> Path:
         """A directory with `analysis/`, made once."""
@@ -271,7 +281,10 @@ class Bench:
 
     def _recipe_of(self, part: str, layout: str, seed: int) -> list[str]:
         """The stages of a part, as settings."""
-        steps = self.steps
+        *first, part = part.split(" > ")
+        before = [self._first_stage(each) for each in first]
+        # Those with rows of their own leave the others to the part.
+        steps = self.steps - sum(count for count, entry in before if "data:" not in entry)
         name_and_settings, _, rates = part.partition("@")
         part, *more_settings = name_and_settings.split("+")
         if part == "two":
@@ -286,7 +299,7 @@ class Bench:
         else:
             stages = [("all", steps, "")]
         chosen = rates.split(",") if rates else [RATES[trains] for trains, *_ in stages]
-        entries = [
+        entries = [entry for _, entry in before] + [
             f"{{trains: {trains}, steps: {count}, {_rates(str(rate))}{more}}}"
             for (trains, count, more), rate in zip(stages, chosen, strict=True)
         ]
@@ -296,6 +309,25 @@ class Bench:
             f"train.distillation={{teacher: {teacher}, top_k: 64}}",
             *(f"train.distillation.{each}" for each in more_settings),
         ]
+
+    def _first_stage(self, text: str) -> tuple[int, str]:
+        """Steps and settings of a stage before a part."""
+        name_and_settings, _, rates = text.partition("@")
+        (name, *more), broad = name_and_settings.split("+"), text.startswith(BROAD)
+        name, _, share = name.removeprefix(BROAD).partition("*")
+        count = max(1, round(float(share) * (self._steps(broad=True) if broad else self.steps)))
+        settings = ["teacher=base", "weight=1.0", "tokens=all", "top_k=64", *more]
+        distillation = f"{{{', '.join(each.replace('=', ': ') for each in settings)}}}"
+        entry = [
+            f"name: {name}",
+            f"steps: {count}",
+            _rates(rates or str(FIRST[name])),
+            "trains: followers, loss: local"
+            if name == "local"
+            else f"trains: all, loss: distillation, distillation: {distillation}",
+            *([f"data: {self._broad()}"] if broad else []),
+        ]
+        return count, f"{{{', '.join(entry)}}}"
 
     def _score(self, directory: Path, seed: int) -> dict[str, float]:
         model = load_model(locate(str(directory)), ModelSpec(dtype="float32"), self.device)
@@ -319,8 +351,8 @@ def write_recipe(folder: Path, model: str, layers: list[dict]) -> None:
 
 
 def name_of(part: str) -> str:
-    """A part without its settings and learning rates."""
-    return part.partition("@")[0].partition("+")[0]
+    """A part without its settings and learning rates, and without stages before it."""
+    return part.rpartition(" > ")[2].partition("@")[0].partition("+")[0]
 
 
 def order(key: str) -> tuple:
@@ -370,6 +402,9 @@ def markdown(content: runner.Content) -> str:
 
 def words(part: str) -> str:
     """A part's name for tables: `control teaches, weight 1.0, tokens all, 2e-4`."""
+    *first, part = part.split(" > ")
+    if first:
+        return " > ".join(map(words, [*first, part]))
     names, _, rates = part.partition("@")
     # Where a teacher's distributions come from changes the time and no result.
     kept = [name.replace("=", " ") for name in names.split("+") if not name.startswith("precompute")]
@@ -407,6 +442,10 @@ def part_named(text: str) -> str:
     """A part with its settings, for argparse."""
     if name_of(text) not in PARTS:
         raise argparse.ArgumentTypeError(f"unknown part: {text} (known: {', '.join(PARTS)})")
+    for stage in text.split(" > ")[:-1]:
+        name = re.split(r"[*+@]", stage.removeprefix(BROAD))[0]
+        if name not in FIRST or "*" not in stage:
+            raise argparse.ArgumentTypeError(f"unknown stage: {stage} (known: {', '.join(FIRST)}, each with *SHARE)")
     return text
 
 
@@ -416,6 +455,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     texts.add_options(parser, seeds=[0, 1, 2])
     option("--train", nargs="+", required=True, help="training rows, files or hub data sets")
     option("--synthetic", nargs="*", default=[], help="additional training rows, from `uniattn synthesize`")
+    option("--broad", nargs="*", default=[], help="text that stages before a part may learn from")
     option("--work", help="folder of the run directories, kept; a temporary one by default")
     option("--controls", help="--work of other runs, whose controls are the teachers; by default those of these runs")
     option("--tokens", type=int, default=2_000_000, help="training tokens of each row")

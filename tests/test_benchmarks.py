@@ -76,14 +76,17 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     record = {"settings": {"synthesis": dataclasses.asdict(SynthesisSpec(tokens=1000))}}
     (tmp_path / "synthetic" / "stage.json").write_text(json.dumps(record))
     more = ["--synthetic", tmp_path / "synthetic" / "text.jsonl", "--out", tmp_path / "more.json"]
-    more += ["--work", tmp_path / "more", "--parts", "control teaches+weight=1.0"]
+    part = "local*0.5 > broad base teaches*0.2+hidden=1 > control teaches+weight=1.0"
+    more += ["--work", tmp_path / "more", "--parts", part, "--broad", tmp_path / "pages.jsonl"]
     done = run_benchmark("training", *common, *more, "--controls", tmp_path / "nowhere")
     assert done.returncode == 1 and "run the part control of that seed" in done.stderr
     done = run_benchmark("training", *common, *more, "--controls", tmp_path / "work")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "more.json").read_text())
     teacher = "base | control of other runs | seed 0"
-    assert list(content["rows"]) == [teacher, "softmax | control teaches+weight=1.0 | seed 0"]
+    assert list(content["rows"]) == [teacher, f"softmax | {part} | seed 0"]
+    # Stages on broad text come on top.
+    assert 1700 < content["rows"][f"softmax | {part} | seed 0"]["tokens"] < 3000
     assert content["rows"][teacher]["score"] == rows["base | control | seed 0"]["score"]
     assert "| – |" not in squeezed(tmp_path / "more.md")
     wanted = {"model": "base", "tokens": 1000, "prefix": 32, "temperature": 1.0, "top_p": 1.0}
