@@ -170,6 +170,7 @@ def test_stages_that_cannot_be(entries, says):
 
 RECOVERY = [
     *stages(
+        "name: text, trains: followers, loss: local, data: TEXT, steps: 1",
         "name: recover, loss: distillation, data: DATA, steps: 3, distillation: {weight: 1.0, tokens: all}",
         "trains: all, steps: 2",
     ),
@@ -183,19 +184,21 @@ def test_a_stage_has_rows_and_a_teacher_of_its_own(tmp_path):
     texts = [{"text": f"{n} and {n} are {n + n}, and so on, for a while"} for n in range(60)]
     (run / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     own = f"[{run / 'text.jsonl'}, {run / 'data.jsonl'}]"
-    settings = [RECOVERY[0].replace("DATA", own), *RECOVERY[1:]]
+    settings = [RECOVERY[0].replace("DATA", own).replace("TEXT", str(run / "text.jsonl")), *RECOVERY[1:]]
     said = Recorder()
     found = train(run_dir=run, overrides=settings, options=RunOptions(device="cpu", progress=said))
-    assert [(stage.name, stage.steps) for stage in found.stages] == [("recover", 3), ("all", 2)]
-    usual, more = (int(note.split()[2].replace(",", "")) for note in said.notes if note.startswith("training rows:"))
+    assert [(stage.name, stage.steps) for stage in found.stages] == [("text", 1), ("recover", 3), ("all", 2)]
+    usual, texts, more = (
+        int(note.split()[2].replace(",", "")) for note in said.notes if note.startswith("training rows:")
+    )
     # Rows that are held out are nowhere trained on, and of other rows the same share is left out.
-    assert 40 <= more - usual < 60
+    assert 40 <= texts == more - usual < 60
     lines = [line for line in log_of(run / "trained") if "loss" in line]
-    assert ["divergence" in line for line in lines] == [True] * 3 + [False] * 2
+    assert ["divergence" in line for line in lines] == [False] + [True] * 3 + [False] * 2
     inputs = json.loads((run / "trained" / "stage.json").read_text())["inputs"]
     assert inputs["teacher"] == inputs["model"] and inputs["stage_data"] != inputs["data"]
     # The base has nothing to win back, and sees the rows that the other stage saw.
     control = train(run_dir=run, control=True, overrides=settings, options=CPU)
-    assert [(stage.name, stage.tokens) for stage in control.stages] == [("all", found.stages[1].tokens)]
+    assert [(stage.name, stage.tokens) for stage in control.stages] == [("all", found.stages[2].tokens)]
     recipe = Recipe.load(run / "recipe.yaml", settings)
     assert not any("control/" in note for note in find_subjects(RunDir(run), recipe, [])[1])

@@ -76,7 +76,7 @@ def train(
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.screen import Screen
     from uniattn_cli.models.loading import load_config
-    from uniattn_cli.training.preview import endless
+    from uniattn_cli.training.preview import check_share, endless
     from uniattn_cli.training.process import join_processes, shared_output
     from uniattn_cli.training.trained import control_stages, planned_stages
 
@@ -98,9 +98,10 @@ def train(
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     screen = Screen(settings.data, tokenizer, progress.warn)
     main = _stage_data(settings.data.train, settings, tokenizer, progress, screen)
+    rows = main.rows
+    check_share(rows.counts, settings.train.loss)
     data = _data_of_stages(stages, main, settings, tokenizer, progress, screen)
     heldout = _heldout(settings, tokenizer, progress, screen)
-    rows = main.rows
     warning = endless(rows.dataset, tokenizer, source.path, settings.train.max_length)
     if warning:
         progress.warn(warning)
@@ -254,9 +255,9 @@ def _sources(run: RunDir, recipe: Recipe) -> tuple[Source, Source]:
 def _stage_data(
     specs: Sequence[DatasetSpec], recipe: Recipe, tokenizer, progress: Progress, screen: Screen
 ) -> StageData:
-    """Training rows, tokenised, checked, shown, and packed where the recipe says so."""
+    """Training rows, tokenised, shown, and packed where the recipe says so."""
     from uniattn_cli.data import sequences, splits, templates
-    from uniattn_cli.training.preview import check_share, describe, mark
+    from uniattn_cli.training.preview import describe, mark
     from uniattn_cli.training.stage import StageData
     from uniattn_cli.training.trainer import pack
 
@@ -269,7 +270,6 @@ def _stage_data(
         progress.note(templates.complete(tokenizer))
     with progress.track("tokenising", None):
         rows = sequences.tokenize(mix, tokenizer, max_length=spec.max_length, loss=spec.loss, workers=data.workers)
-    check_share(rows.counts, spec.loss)
     first = rows.dataset[0]
     progress.note(describe(rows.counts, spec.max_length))
     progress.note(f"first row, loss tokens in ⟦ ⟧:\n{mark(tokenizer, first['input_ids'], first['labels'])}")
