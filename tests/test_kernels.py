@@ -121,22 +121,23 @@ def own_queries(operations, layer, queries):
     return torch.cat([queries[layer.index], *asked], dim=1)
 
 
-def materialised(program, caches, queries):
+def materialised(program, caches, queries, starts=STARTS, ends=ENDS):
     """The same from whole maps in float64, head by head, as the layout reads."""
     outputs = []
     for layer in program.layers:
         rows = []
-        for row, (start, end) in enumerate(zip(STARTS, ENDS, strict=True)):
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             low = start if layer.window is None else max(start, end - layer.window)
-            rows.append(torch.stack([one_head(program, caches, queries, layer, row, h, low, end) for h in range(6)]))
+            heads = [one_head(program, caches, queries, layer, row, head, low, end) for head in range(layer.heads)]
+            rows.append(torch.stack(heads))
         outputs.append(torch.stack(rows))
     return outputs
 
 
 def one_head(program, caches, queries, layer, row, head, low, end):
-    group, kind = 2, layer.plan.kind
+    group, kind = program.shape.group_size, layer.plan.kind
     source, query_head = layer.query_sources[head] if kind == "softmax" else (layer.index, head)
-    own = layer.index, head // (6 // layer.kv_heads)
+    own = layer.index, head // (layer.heads // layer.kv_heads)
     borrowed = layer.key_sources[head // group] if "q" in layer.kind.projects and layer.kind.borrows else own
     key = (source, query_head // group) if kind == "softmax" else borrowed
     value = borrowed if layer.kind.borrows_values else own

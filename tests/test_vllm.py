@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,9 @@ def is_quick(entry, name: str) -> bool:
     return entry[0] == "llama" or (entry[0], name) == ("gemma3_text", "mixed")
 
 
+# Layouts whose borrowers their lenders serve; in windows, with norms of queries and capped logits, too.
+FUSED = [("llama", "leader"), ("llama", "grouped_several"), ("llama", "early"), ("llama", "mixed")]
+FUSED += [("qwen3", "early"), ("gemma2", "mixed")]
 LENGTHS = (3, 17, 40, 130)
 TOKENS = 12
 BLOCK = 128
@@ -296,6 +300,24 @@ def test_attention_of_gpus_gives_the_text_of_transformers(entry, name, flash, tm
     assert done.counters["prefix_cache_hits"] >= BLOCK
     if entry[0] == "llama":
         assert abs(done.blocks - CACHE_BYTES // page_bytes(directory)) <= 1
+
+
+# Kernels of the passes that serve borrowers run in Triton's interpreter: TRITON_INTERPRET=1.
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("family", "name"), FUSED)
+def test_fused_decoding_gives_the_text_of_transformers(family, name, flash, tmp_path):
+    entry = next(entry for entry in FAMILIES if entry[0] == family)
+    directory = write(tmp_path, entry, name)
+    found = []
+    for fused in (False, True):
+        before = flash.call(torch_flash.calls)
+        done = flash.run(
+            directory, (prompts(), TOKENS), (prompts(), TOKENS), additional_config={"uniattn_fused_decoding": fused}
+        )
+        found.append(flash.call(torch_flash.calls) - before)
+        assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
+        assert_same(done.outputs[1], done.outputs[0])
+    assert found[1] < found[0]
 
 
 @pytest.mark.parametrize("name", ["early", "mixed"])

@@ -5,7 +5,9 @@ Slow, and strict where the kernels are: strides, shapes, and a division of work 
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -37,13 +39,15 @@ def install() -> None:
     flash_attn.flash_attn_supports_kv_cache_dtype = lambda *args, **kwargs: True
     flash = importlib.import_module("uniattn_cli.serving.vllm_flash")
     vllm_plugin.TESTED["0.32", "cpu"] = f"{flash.__name__}.{flash.SharedFlashBackend.__name__}"
+    vllm_model = importlib.import_module("uniattn_cli.serving.vllm_model")
+    vllm_model.fusing_obstacles = lambda vllm_config: []
     for layer in (vllm_layers.KeyCache, vllm_layers.SharedCacheAttention):
-        layer.bind_kv_cache = bind_full_of_nan
+        layer.bind_kv_cache = functools.partialmethod(bind_full_of_nan, layer.bind_kv_cache)
 
 
-def bind_full_of_nan(layer, kv_cache: torch.Tensor) -> None:
+def bind_full_of_nan(layer, bind: Callable, kv_cache: torch.Tensor) -> None:
     """In the place of a layer's `bind_kv_cache`."""
-    layer.kv_cache = kv_cache.fill_(torch.nan) if kv_cache.is_floating_point() else kv_cache.fill_(0x7F)
+    bind(layer, kv_cache.fill_(torch.nan) if kv_cache.is_floating_point() else kv_cache.fill_(0x7F))
     if SCALED and hasattr(layer, "_k_scale"):
         index = int(layer.layer_name.split(".")[2])
         for shift, name in enumerate(("_q_scale", "_k_scale", "_v_scale")):

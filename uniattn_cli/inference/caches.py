@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -91,6 +92,25 @@ class Caches:
         self._heads = (program.map_slots, batch, shape.query_heads)
         self.lse = torch.zeros(*self._heads, dtype=accumulator, device=device)
         self.queries = torch.zeros(*self._heads, shape.head_dim, dtype=dtype, device=device)
+
+    @property
+    def page(self) -> int:
+        """Places of a page where a table says in which page a place lies; 0 where the places of a row lie together."""
+        return 0
+
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """Rows that a step may have."""
+        return (self.batch,)
+
+    def row_elements(self, kv_heads: int) -> int:
+        """Elements from one row of the batch to the next, of a layer with so many heads."""
+        return self.capacity * self.flat_head_dim * kv_heads
+
+    @property
+    def paging(self) -> tuple[torch.Tensor, int, int, int]:
+        """What kernels are told of pages: the table, and elements from one of its rows, page and place to the next."""
+        return self.lse, 0, 0, 0
 
     @functools.cached_property
     def maps(self) -> torch.Tensor:

@@ -70,8 +70,8 @@ def _table(
         queries,
         caches.head_offsets("k", key_sources) if reads_keys else None,
         caches.head_offsets("v", value_sources)[:, None],
-        caches.capacity * dim * key_heads,
-        caches.capacity * dim * value_heads,
+        caches.row_elements(key_heads),
+        caches.row_elements(value_heads),
     )
 
 

@@ -2,7 +2,10 @@
 
 One program handles all query heads that share a key/value head, for one part of the keys of one row; a second, small
 kernel merges the parts. Where heads begin comes from tables, so that borrowed keys, values and maps of several layers
-cost no copies. Lengths are read on the device: a captured graph stays valid while the cache fills up.
+cost no copies. Lengths are read on the device: a captured graph stays valid while the cache fills up. Keys and values
+of a row lie together, or in pages that a table names (PAGE > 0, the places of a page): what each kernel is told of them
+is the table, [rows, pages] int32, and how many elements lie from one of its rows, of the pages and of the places of a
+page to the next.
 """
 
 from __future__ import annotations
@@ -24,6 +27,21 @@ def _span(starts, ends, row, split, splits, window, BLOCK: tl.constexpr, WINDOW:
     begin = first + tl.minimum(split * share, total)
     stop = first + tl.minimum(split * share + share, total)
     return low, end, begin, stop
+
+
+@triton.jit
+def _pages(table, place, seen, PAGE: tl.constexpr):
+    """The pages in which places of a row lie; of those that are not seen, page 0."""
+    return tl.load(table + place // PAGE, mask=seen, other=0)
+
+
+@triton.jit
+def _starts(page, place, page_size, place_size, D: tl.constexpr, PAGE: tl.constexpr):
+    """Elements from the beginning of a head to each place."""
+    if PAGE:
+        return page.to(tl.int64) * page_size + place % PAGE * place_size
+    else:
+        return place * D
 
 
 @triton.jit
@@ -64,6 +82,10 @@ def lead_kernel(
     window,
     splits,
     resident_rows,
+    table,
+    table_row,
+    page_size,
+    place_size,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
@@ -76,6 +98,7 @@ def lead_kernel(
     LENT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Attention over one split of the keys, of the layer that has them and of those that borrow them from it.
 
@@ -131,10 +154,16 @@ def lead_kernel(
     acc = tl.zeros((ROWS_PAD, D_PAD), tl.float32)
     kept = row64 * (HEADS * GROUP) + kv_head * GROUP + lane
     blocks = capacity // BLOCK
+    pages = table + row64 * table_row
+    ahead = begin * BLOCK + tl.arange(0, BLOCK)
+    # Loaded one block ahead, so that keys and values need not wait for it.
+    page = _pages(pages, ahead, ahead < end, PAGE) if PAGE else ahead
     for block in range(begin, stop):
         place = block * BLOCK + tl.arange(0, BLOCK)
         seen = (place >= low) & (place < end)
-        offsets = place[:, None] * D + d[None, :]
+        offsets = _starts(page, place, page_size, place_size, D, PAGE)[:, None] + d[None, :]
+        if PAGE:
+            page = _pages(pages, place + BLOCK, place + BLOCK < end, PAGE)
         wanted = seen[:, None] & inside[None, :]
         k = tl.load(flat + key_base + offsets, mask=wanted, other=0.0)
         v = tl.load(flat + value_base + offsets, mask=wanted, other=0.0)
@@ -191,7 +220,11 @@ def lead_kernel(
         acc = tl.where((unit == 3)[:, None], third_acc, acc)
     filled = here[:, None] & inside[None, :]
     if LENT > 0:
-        newest_k = tl.load(flat + key_base + (end - 1) * D + d, mask=inside, other=0.0)
+        # A row without tokens fills up a captured batch.
+        filled_row = end > 0
+        last = _pages(pages, end - 1, filled_row, PAGE) if PAGE else end
+        newest_at = _starts(last, end - 1, page_size, place_size, D, PAGE) + d
+        newest_k = tl.load(flat + key_base + newest_at, mask=inside & filled_row, other=0.0)
         s = tl.sum(q.to(tl.float32) * newest_k.to(tl.float32)[None, :], 1)
         share = _cap(s, scale, softcap, SOFTCAP)
         owning = here & (unit > 0) & (unit <= LENT)
@@ -292,11 +325,16 @@ def receive_kernel(
     newest,
     value_row,
     out_row,
+    table,
+    table_row,
+    page_size,
+    place_size,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     NEWEST: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """What lenders summed up for a borrower, and its newest value where it has values; one head of one row."""
     row = tl.program_id(0) // HEADS
@@ -307,8 +345,11 @@ def receive_kernel(
     loan = row64 * HEADS + head
     total = tl.load(lent + loan * D + d, mask=inside, other=0.0)
     if NEWEST:
-        value = tl.load(value_heads + head // GROUP) + row64 * value_row + (tl.load(ends + row) - 1) * D
-        v = tl.load(flat + value + d, mask=inside, other=0.0).to(tl.float32)
+        last = tl.load(ends + row) - 1
+        page = _pages(table + row64 * table_row, last, last >= 0, PAGE) if PAGE else last
+        value = tl.load(value_heads + head // GROUP) + row64 * value_row
+        value += _starts(page, last, page_size, place_size, D, PAGE)
+        v = tl.load(flat + value + d, mask=inside & (last >= 0), other=0.0).to(tl.float32)
         total += tl.load(newest + loan) * v
     tl.store(out + row64 * out_row + head * D + d, total.to(out.dtype.element_ty), mask=inside)
 

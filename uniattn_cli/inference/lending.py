@@ -48,12 +48,16 @@ class Lending:
         return {lender for served in (self.owning, self.sharing) for lender, heads in served.items() if any(heads)}
 
 
-def plan_lending(program: Program) -> Lending:
+def plan_lending(program: Program, *, keeps_maps: bool = True) -> Lending:
     """Serves the borrowers of which every key/value head takes one key/value head of a lender.
 
     A leader serves all its followers or none: one that needs the map needs it written, and then the others may as well
     read it. So a follower with a free head map, or one too many, also leaves its leaders' other followers unserved. A
     layer that asks early and finds no place reads keys again, which others need not do.
+
+    Args:
+        keeps_maps: followers for whom there is no place read a map that is kept; else they too read keys again, and
+            each is served for whom there is a place.
     """
     followers = [layer for layer in program.layers if layer.kind.borrows_maps]
     kept: set[int] = set()
@@ -61,6 +65,8 @@ def plan_lending(program: Program) -> Lending:
         found = _Served()
         missed = found.take(layer for layer in followers if not kept & _lenders(layer))
         missed += [layer for layer in followers if kept & _lenders(layer)]
+        if not keeps_maps:
+            break
         more = kept.union(*map(_lenders, missed))
         if more == kept:
             break

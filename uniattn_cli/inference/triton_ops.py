@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ TUNINGS = {
 }
 
 
+@functools.cache
 def choose_splits(rows: int, keys: int, slots: int) -> int:
     """Into how many parts the keys of each row are cut.
 
@@ -94,7 +96,8 @@ class TritonOps(TorchOps):
     """Needs 16-bit or float32 weights, heads of at most 256, and a CUDA device or Triton's interpreter.
 
     Args:
-        lending: lenders serve the borrowers of `plan_lending`; else followers read maps, and those that ask early keys.
+        lending: lenders serve the borrowers of `plan_lending`, or those of a plan that is given; without, followers
+            read maps, and those that ask early keys.
     """
 
     name = "triton"
@@ -105,31 +108,35 @@ class TritonOps(TorchOps):
         caches: Caches,
         *,
         reuse: bool = True,
-        lending: bool = True,
+        lending: bool | Lending = True,
         tuning: Tuning | None = None,
     ):
         super().__init__(program, caches, reuse=reuse)
-        self.lending = plan_lending(program) if reuse and lending else Lending({}, {}, {})
+        if isinstance(lending, bool):
+            lending = plan_lending(program) if reuse and lending else Lending({}, {}, {})
+        self.lending = lending
         self.served = frozenset(self.lending.slots)
         self.tunings = {role: tuning or Tuning.of(role, caches.block) for role in TUNINGS}
         self.slots_of, self.shared = _processors(program.device), _shared_memory(program.device)
         self.tables = head_tables(program, caches, self.lending, None if reuse else self.map_rows)
         shape, device = program.shape, program.device
-        most = max(
+        parts = max(
             (
-                self._splits(layer, tuning)
+                rows * self._splits(layer, tuning, rows)
                 for layer in program.layers
                 if layer.kind.attends
                 for tuning in self.tunings.values()
+                for rows in caches.row_counts
             ),
             default=1,
         )
         heads = caches.batch * shape.query_heads
         floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
         units = max(map(self.lending.units, self.lending.lenders), default=1)
-        self.part_out = torch.empty(units * heads * most, shape.head_dim, **floats)
-        self.part_max = torch.empty(units * heads * most, **floats)
-        self.part_sum = torch.empty(units * heads * most, **floats)
+        parts *= units * shape.query_heads
+        self.part_out = torch.empty(parts, shape.head_dim, **floats)
+        self.part_max = torch.empty(parts, **floats)
+        self.part_sum = torch.empty(parts, **floats)
         slots = max(self.lending.slots.values(), default=-1) + 1
         self.lent = torch.empty(slots, heads, shape.head_dim, **floats)
         self.newest = torch.empty(slots, heads, **floats)
@@ -146,11 +153,11 @@ class TritonOps(TorchOps):
     def _keeps_map(self, layer: LayerProgram) -> bool:
         return layer.map_slot is not None and self.reuse and layer.index not in self.lending.lenders
 
-    def _splits(self, layer: LayerProgram, tuning: Tuning, block: int | None = None) -> int:
+    def _splits(self, layer: LayerProgram, tuning: Tuning, rows: int, block: int | None = None) -> int:
         keys, block = self.caches.capacity, block or self.caches.block
         if layer.window is not None:
             keys = min(keys, (layer.window // block + 1) * block)
-        return choose_splits(self.caches.batch * layer.kv_heads, keys, self.slots_of * tuning.programs)
+        return choose_splits(rows * layer.kv_heads, keys, self.slots_of * tuning.programs)
 
     def _stages(self, layer: LayerProgram, tuning: Tuning, read: int) -> int:
         """Blocks in flight: as many as asked for, or as fit into shared memory where heads or elements are large.
@@ -190,7 +197,7 @@ class TritonOps(TorchOps):
         block, stages = caches.block, self._stages(layer, tuning, 2)
         if lent:
             block, stages = self.lending_block(layer, tuning)
-        heads, splits = len(table.keys), self._splits(layer, tuning, block)
+        heads, splits = len(table.keys), self._splits(layer, tuning, step.batch, block)
         group = layer.heads // heads
         kernels.lead_kernel[(step.batch * heads, splits)](
             caches.queries if queries is None else queries,
@@ -218,6 +225,7 @@ class TritonOps(TorchOps):
             layer.window or 0,
             splits,
             self.resident_rows,
+            *caches.paging,
             HEADS=heads,
             GROUP=group,
             UNITS=units,
@@ -230,6 +238,7 @@ class TritonOps(TorchOps):
             LENT=lent,
             SOFTCAP=layer.softcap is not None,
             WINDOW=layer.window is not None,
+            PAGE=caches.page,
             num_warps=tuning.warps,
             num_stages=stages,
         )
@@ -247,17 +256,19 @@ class TritonOps(TorchOps):
             self.newest[slot],
             table.value_row,
             out.stride(0),
+            *self.caches.paging,
             HEADS=layer.heads,
             GROUP=layer.heads // layer.kv_heads,
             D=layer.head_dim,
             D_PAD=_pad(layer.head_dim),
             NEWEST=not layer.kind.borrows_values,
+            PAGE=self.caches.page,
             num_warps=1,
         )
 
     def _follow(self, layer: LayerProgram, step: Step, out: torch.Tensor) -> None:
         table, caches, tuning = self.tables[layer.index], self.caches, self.tunings["follow"]
-        splits, group = self._splits(layer, tuning), layer.heads // layer.kv_heads
+        splits, group = self._splits(layer, tuning, step.batch), layer.heads // layer.kv_heads
         kernels.follow_kernel[(step.batch * layer.kv_heads, splits)](
             caches.flat,
             self.map_rows[layer.index],

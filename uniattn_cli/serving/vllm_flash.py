@@ -10,9 +10,16 @@ from __future__ import annotations
 import torch
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import fa_utils
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl, FlashAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
 
+from uniattn_cli.serving.fused_decoding import SETTING
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
 
 
@@ -39,6 +46,11 @@ class SharedFlashImpl(FlashAttentionImpl):
             raise NotImplementedError("fused output quantisation is not supported by vLLM's FlashAttention")
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output.fill_(0)
+        # Behind its own, a lender may be given queries of other layers.
+        query = query.view(len(output), -1, self.head_size)
+        if layer.fused is not None and attn_metadata.max_query_len == 1:
+            layer.fused.attend(layer.index, query, attn_metadata, output)
+            return output
         tokens, requests = attn_metadata.num_actual_tokens, len(attn_metadata.query_start_loc) - 1
         for run in layer.runs:
             heads = slice(run.query_head, run.query_head + run.query_heads)
@@ -98,8 +110,22 @@ class SharedFlashImpl(FlashAttentionImpl):
         )
 
 
+class SharedFlashMetadataBuilder(FlashAttentionMetadataBuilder):
+    """vLLM's; where decoding is fused, a step that is captured for decoding serves no other batch."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        if vllm_config.additional_config.get(SETTING, False):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+
+
 class SharedFlashBackend(FlashAttentionBackend):
     """vLLM's FlashAttention with `SharedFlashImpl`; it keeps the name, because vLLM knows its backends by name."""
+
+    @staticmethod
+    def get_builder_cls() -> type[SharedFlashMetadataBuilder]:
+        return SharedFlashMetadataBuilder
 
     @staticmethod
     def get_impl_cls() -> type[SharedFlashImpl]:

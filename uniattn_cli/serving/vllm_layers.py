@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.serving.cache_plan import KEYS_SUFFIX, kv_heads_of, passed_kv_heads, read_runs, writes
+from uniattn_cli.serving.fused_decoding import FusedDecoding
 
 
 class KeyCache(AttentionLayerBase):
@@ -31,6 +32,11 @@ class KeyCache(AttentionLayerBase):
         self.num_heads = owner.num_heads
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[name] = self
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        if self.owner.fused is not None:
+            self.owner.fused.bound("k", self.owner.index)
 
     def heads(self, first: int, count: int, step: int = 1) -> torch.Tensor:
         """Keys of some heads, [blocks, heads, block size, head size]."""
@@ -56,6 +62,9 @@ class SharedCacheAttention(Attention):
         backend: of this device. Its implementation says what the kernels can do: `strided_heads`, take heads at equal
             distances, other ones of keys than of values; `writes_borrowed_keys`, write nothing but keys beside values.
         arguments: what vLLM gives its own class.
+
+    Attributes:
+        fused: the passes in which it takes part while decoding; None where it does not.
     """
 
     def __init__(
@@ -86,6 +95,13 @@ class SharedCacheAttention(Attention):
         keys = KeyCache(self, prefix + KEYS_SUFFIX, vllm_config) if "k" in layout[index].traits.caches else None
         object.__setattr__(self, "keys", keys)
         self.needs_new_keys = keys is not None or impl.writes_borrowed_keys
+        self.index = index
+        self.fused: FusedDecoding | None = None
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        if self.fused is not None:
+            self.fused.bound("v", self.index)
 
     def heads(self, first: int, count: int, step: int = 1) -> torch.Tensor:
         """Cached values of some heads, [blocks, heads, block size, head size]."""

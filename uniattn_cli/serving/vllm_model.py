@@ -7,7 +7,7 @@ says. Imported by vLLM's processes only.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import transformers as backend
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.selector import get_attn_backend
@@ -26,6 +28,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.serving.cache_plan import shard_layout
+from uniattn_cli.serving.fused_decoding import SETTING, FusedDecoding, ask_with_lender
 from uniattn_cli.serving.head_order import Orders, in_order_of_sources, joined, reorder_weights
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
 from uniattn_cli.serving.vllm_plugin import tested_backend
@@ -38,7 +41,7 @@ else:
 
 logger = init_logger("vllm.uniattn")
 # To be raised when the layers of `vllm_layers` are called in another way.
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 def obstacles(vllm_config) -> list[str]:
@@ -88,6 +91,18 @@ def _cuda_obstacles(vllm_config) -> list[str]:
     return found
 
 
+def fusing_obstacles(vllm_config) -> list[str]:
+    """Why a decoding step cannot read borrowed keys once, where the cache is shared; empty where it can."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    checks = {
+        "vLLM runs without a GPU": current_platform.is_cpu(),
+        "Triton is missing": not HAS_TRITON,
+        "the cache is not stored in the model's dtype": cache.cache_dtype != "auto"
+        and kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
+    }
+    return [what for what, is_so in checks.items() if is_so]
+
+
 class SharedCacheMixin(_Model):
     """Gives each attention module of the model its layer of `vllm_layers`."""
 
@@ -109,11 +124,36 @@ class SharedCacheMixin(_Model):
                 self._share(self._layout, attention_shape(config))
             if isinstance(self.vllm_config.additional_config, dict):
                 # Compiled code is kept by configuration, and writes other caches in each of these cases.
+                # The setting is part of that configuration.
                 self.vllm_config.additional_config |= {"uniattn_cache": [CODE_VERSION, self._shared_layout is not None]}
             else:
                 self._layout = None
         self._shared_peers: dict[int, SharedCacheAttention] = {}
         super()._create_attention_instances(prefix)
+        if self._shared_layout is not None and self.vllm_config.additional_config.get(SETTING, False):
+            if found := fusing_obstacles(self.vllm_config):
+                logger.warning("uniattn: each layer reads the keys that it borrows again, because %s", found[0])
+            else:
+                self._fuse()
+
+    def _fuse(self) -> None:
+        """Makes the passes of lenders that serve their borrowers while decoding."""
+        layout, shape = self._shared_layout, self._shared_shape
+        assert layout is not None and shape is not None
+        fused = FusedDecoding(
+            layout,
+            shape,
+            self._shared_peers,
+            self.vllm_config.scheduler_config.max_num_seqs,
+            self.model_config.max_model_len,
+            self.model_config.dtype,
+            self.device_config.device,
+        )
+        for index in fused.taking_part:
+            self._shared_peers[index].fused = fused
+        modules = {module.layer_idx: module for module in self._borrowing_modules()}
+        for lender, borrowers in fused.asked.items():
+            ask_with_lender(modules[lender], [modules[index] for index in borrowers])
 
     def _share(self, layout: Layout, shape: AttentionShape) -> None:
         """Plans the cache of this rank, with heads in the order in which few calls read them."""
@@ -140,11 +180,12 @@ class SharedCacheMixin(_Model):
         """Gives the model code the head maps of this rank."""
         layout, shape = self._shared_layout, self._shared_shape
         assert layout is not None
-        for module in self.model.modules():
-            plan = getattr(module, "plan", None)
-            if plan is None or not hasattr(module, "layer_idx"):
-                continue
+        for module in self._borrowing_modules():
             module.borrow_from(layout[module.layer_idx], shape)
+
+    def _borrowing_modules(self) -> list[Any]:
+        """The attention modules of the checkpoint's own code."""
+        return [module for module in self.model.modules() if hasattr(module, "plan") and hasattr(module, "layer_idx")]
 
     def _get_attn_cls(self):
         stock = super()._get_attn_cls()
