@@ -106,16 +106,18 @@ def test_the_plugin_needs_nothing_that_vllm_does_not_bring():
         path = waiting.pop()
         tree = ast.parse(path.read_text(encoding="utf-8"))
         # What other files import in functions is for other commands.
-        loaded = ast.walk(tree) if path.name.startswith("vllm_") else tree.body
+        loaded = ast.walk(tree) if path.name.startswith(("vllm_", "fused_")) else tree.body
         for node in loaded:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
-                names = [node.module] if not node.level else [f"uniattn_cli.modeling.{node.module}"]
+                module = f"uniattn_cli.modeling.{node.module}" if node.level else node.module
+                # Of a file or of a folder.
+                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
             for name in names:
                 file = (PACKAGE.parent / name.replace(".", "/")).with_suffix(".py")
-                if name.startswith("uniattn_cli.") and file not in seen:
+                if name.startswith("uniattn_cli.") and file.is_file() and file not in seen:
                     seen.add(file)
                     waiting.append(file)
                 libraries.add(name.partition(".")[0])
-    assert libraries - set(sys.stdlib_module_names) <= {"uniattn_cli", "torch", "vllm"}
+    assert libraries - set(sys.stdlib_module_names) <= {*("uniattn_cli", "torch", "vllm", "transformers", "triton")}
     assert PACKAGE / "modeling" / "layout_uniattn.py" in seen
