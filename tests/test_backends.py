@@ -7,9 +7,7 @@ import operator
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout, randomise_compensation
-
-from uniattn_cli.models.building import build_converted
+from tiny import CASE_IDS, CASES, FAMILIES, make_converted
 
 TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
@@ -21,11 +19,6 @@ def fresh_compiler():
     torch.compiler.reset()
     with torch.no_grad():
         yield
-
-
-def converted_model(entry, layout):
-    base = make_base(entry)
-    return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
 
 
 def masked():
@@ -40,7 +33,7 @@ def masked():
 @pytest.mark.parametrize("layout", ["mixed", "others"])
 def test_flex_attention_equals_plain_attention(entry, layout):
     """On a CPU it works in forward calls only, and compiles for seconds."""
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     if model.model.layers[0].self_attn.has_sinks:
         pytest.skip("on a CPU, FlexAttention refuses sinks")
     expected = model(TOKENS, attention_mask=masked(), use_cache=False).logits
@@ -68,7 +61,7 @@ def test_gpu_backends_equal_plain_attention(entry, layout, backend):
     if backend == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("needs flash_attn")
     name, config, model_class = entry
-    model = converted_model((name, lambda: with_larger_heads(config()), model_class), layout)
+    model = make_converted((name, lambda: with_larger_heads(config()), model_class), layout)
     expected = model(TOKENS, use_cache=False).logits
     # Flash knows 16 bits only; the tokens of the plain backend in the same dtype are as far from float32.
     dtype = torch.bfloat16 if backend == "flash_attention_2" else torch.float32
@@ -106,7 +99,7 @@ def test_borrowed_states_are_sliced_in_the_piece_that_reads_them(name):
         assert piece == model.config.num_hidden_layers
         return graph.forward
 
-    model = converted_model(FAMILIES[0], name)
+    model = make_converted(FAMILIES[0], name)
     expected = model(TOKENS, use_cache=False).logits
     found = torch.compile(model, backend=note_crossings, fullgraph=True)(TOKENS, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_layout, randomise_compensation
+from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_converted, make_layout
 from tiny_run import make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -64,8 +64,7 @@ else:
 
 
 def save_converted(entry, layout, directory, sharded=False):
-    base = make_base(entry)
-    model = randomise_compensation(build_converted(base, make_layout(layout, base.config)))
+    model = make_converted(entry, layout)
     if sharded:
         model.save_pretrained(directory, max_shard_size="40KB")
         assert len(list(directory.glob("model-*.safetensors"))) > 5 and not (directory / "model.safetensors").exists()

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_layout, randomise_compensation, typical_families
+from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, make_base, make_converted, typical_families
 from transformers import DynamicCache, StaticCache
 
 from uniattn_cli.evaluation.cost import cache_bytes
-from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.costs import kv_bytes
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
@@ -28,11 +27,6 @@ def no_grad():
         yield
 
 
-def converted_model(entry, layout, seed=0):
-    base = make_base(entry, seed)
-    return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
-
-
 def random_tokens(rows=2, tokens=12, seed=1):
     return torch.randint(3, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -48,10 +42,10 @@ def by_name(name):
 @reduced
 def test_assisted_decoding_equals_greedy(entry, layout):
     """With a stock assistant, whose guesses are mostly wrong, and a converted one, whose guesses are often right."""
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     prompt = random_tokens(rows=1)
     expected = model.generate(prompt, max_new_tokens=8, use_cache=False, **GREEDY)
-    near = converted_model(entry, layout)
+    near = make_converted(entry, layout)
     near.lm_head.weight = torch.nn.Parameter(near.lm_head.weight + 0.01 * torch.randn_like(near.lm_head.weight))
     for assistant in (make_base(entry, seed=5), near):
         assert torch.equal(model.generate(prompt, assistant_model=assistant, max_new_tokens=8, **GREEDY), expected)
@@ -62,7 +56,7 @@ def test_a_converted_model_assists_its_base(entry):
     base = make_base(entry)
     prompt = random_tokens(rows=1)
     expected = base.generate(prompt, max_new_tokens=10, use_cache=False, **GREEDY)
-    assistant = converted_model(entry, "others")
+    assistant = make_converted(entry, "others")
     assert torch.equal(base.generate(prompt, assistant_model=assistant, max_new_tokens=10, **GREEDY), expected)
 
 
@@ -70,7 +64,7 @@ def test_a_converted_model_assists_its_base(entry):
 @reduced
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_chat_goes_on_with_the_cache_of_the_last_turn(entry, layout, kind):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
     whole = random_tokens()
     for seed in (2, 3):
@@ -87,7 +81,7 @@ def test_a_chat_goes_on_with_the_cache_of_the_last_turn(entry, layout, kind):
 @reduced
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beam", "static"])
 def test_left_padded_prompts_are_continued_like_prompts_alone(entry, layout, mode):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     tokens = random_tokens()
     mask = torch.ones_like(tokens)
     tokens[0, :5], mask[0, :5] = 0, 0
@@ -106,7 +100,7 @@ def test_left_padded_prompts_are_continued_like_prompts_alone(entry, layout, mod
 )
 @pytest.mark.parametrize("layout", ["mixed", pytest.param("others", marks=pytest.mark.slow)])
 def test_compiled_static_decoding_has_no_graph_break(entry, layout):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     tokens = random_tokens()
     expected = model(tokens, use_cache=False).logits
     torch.compiler.reset()
@@ -125,7 +119,7 @@ def test_compiled_static_decoding_has_no_graph_break(entry, layout):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_cache_bytes_are_predicted_beyond_the_window(entry, layout, kind):
     """A prompt longer than any window, then single tokens, in three rows."""
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     rows, tokens = 3, 24
     ids = random_tokens(rows, tokens)
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=tokens)
@@ -136,7 +130,7 @@ def test_cache_bytes_are_predicted_beyond_the_window(entry, layout, kind):
 
 
 def test_a_sliding_cache_is_bounded_by_its_window():
-    model = converted_model(by_name("gemma3_text"), "mixed")
+    model = make_converted(by_name("gemma3_text"), "mixed")
     cache = DynamicCache(config=model.config)
     tokens = random_tokens(rows=1, tokens=40)
     model(tokens[:, :30], past_key_values=cache)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, make_base, make_layout, randomise_compensation
-
-from uniattn_cli.models.building import build_converted
+from tiny import FAMILIES, make_converted
 
 QUICK = [("llama", "leader", False), ("llama", "key", True), ("llama", "kv", True)]
 SLOW = [(entry[0], layout, True) for entry in FAMILIES for layout in ("mixed", "others")]
@@ -14,8 +12,7 @@ TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1
 
 
 def converted_model(name, layout):
-    base = make_base(next(entry for entry in FAMILIES if entry[0] == name))
-    return randomise_compensation(build_converted(base, make_layout(layout, base.config))).train()
+    return make_converted(next(entry for entry in FAMILIES if entry[0] == name), layout).train()
 
 
 def backward(model, tokens):

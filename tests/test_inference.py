@@ -26,10 +26,7 @@ PADDING = [0, 4, 9]
 
 
 def make_model(entry, layout_name: str | None):
-    base = tiny.make_base(entry)
-    if layout_name is None:
-        return base
-    return tiny.randomise_compensation(build_converted(base, tiny.make_layout(layout_name, base.config))).eval()
+    return tiny.make_base(entry) if layout_name is None else tiny.make_converted(entry, layout_name)
 
 
 def make_prompt(rows: int = 3, seed: int = 1):

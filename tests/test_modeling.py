@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, FAMILIES, backends, make_base, make_layout, randomise_compensation
+from tiny import CASE_IDS, CASES, FAMILIES, backends, make_base, make_converted, make_layout
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -64,13 +64,6 @@ TOKENS = 12
 def no_grad():
     with torch.no_grad():
         yield
-
-
-def converted_model(entry, layout, backend=None):
-    base = make_base(entry)
-    if backend is not None:
-        base.set_attn_implementation(backend)
-    return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
 
 
 def random_tokens(rows=2, tokens=TOKENS, seed=1):
@@ -194,7 +187,7 @@ def test_a_configuration_that_gives_no_numbers_is_told_from_wrong_code():
 
 @cases
 def test_removed_projections_are_gone_and_counts_are_predicted(entry, layout):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     config = model.config
     shape, layout = attention_shape(config), make_layout(layout, config)
     names = {name for name, _ in model.named_parameters()}
@@ -219,7 +212,7 @@ def _rows(attention):
 @cases_and_backends
 def test_equals_the_formula_from_materialised_maps(entry, layout, backend):
     """Runs the model with every follower's map taken from the source heads' materialised maps instead."""
-    model = converted_model(entry, layout, backend)
+    model = make_converted(entry, layout, backend=backend)
     tokens = random_tokens()
     expected = model(tokens, use_cache=False).logits
     eager = copy.deepcopy(model)
@@ -255,7 +248,7 @@ def _from_maps(attention, maps, sources):
 @pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
 def test_early_queries_come_from_the_lenders_input(entry):
     """Maps of layers that ask early, from nothing but the inputs of their lenders' attention."""
-    model = converted_model(entry, "early", "eager")
+    model = make_converted(entry, "early", backend="eager")
     given, maps = {}, {}
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_pre_hook(
@@ -296,7 +289,7 @@ def test_only_checkpoints_with_new_kinds_need_new_code():
 
 @cases_and_backends
 def test_cached_modes_equal_uncached(entry, layout, backend):
-    model = converted_model(entry, layout, backend)
+    model = make_converted(entry, layout, backend=backend)
     tokens = random_tokens()
     expected = model(tokens, use_cache=False).logits
     steps = DynamicCache(config=model.config)
@@ -314,7 +307,7 @@ def test_cached_modes_equal_uncached(entry, layout, backend):
 
 @cases
 def test_heads_read_where_they_lie_equal_gathered_ones(entry, layout, monkeypatch):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     several = sum(len(layer.self_attn.parts) > 1 for layer in model.model.layers)
     if model.config._attn_implementation != "sdpa" or not several:
         pytest.skip("heads of several places are read where they lie by SDPA")
@@ -342,7 +335,7 @@ def test_heads_read_where_they_lie_equal_gathered_ones(entry, layout, monkeypatc
 
 @cases
 def test_left_padded_rows_equal_rows_alone(entry, layout):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     tokens = random_tokens()
     mask = torch.ones_like(tokens)
     tokens[0, :5], mask[0, :5] = 0, 0
@@ -354,7 +347,7 @@ def test_left_padded_rows_equal_rows_alone(entry, layout):
 
 @cases
 def test_packed_sequences_equal_sequences_alone(entry, layout):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     if not family_of(model.config.model_type).packs:
         pytest.skip("stock cannot keep packed rows apart; `check_packing` refuses")
     tokens = random_tokens(rows=1, tokens=20)
@@ -376,9 +369,9 @@ def test_packed_sequences_equal_sequences_alone(entry, layout):
     ids=["beam", "static", "prompt_lookup", "sampling"],
 )
 def test_generation_with_cache_equals_without(entry, layout, mode):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     prompt = random_tokens(rows=1 if "prompt_lookup_num_tokens" in mode else 2)
-    common = {"max_new_tokens": 8, "attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
+    common = {"max_new_tokens": 6, "attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
     torch.manual_seed(3)
     cached = model.generate(prompt, **(common | mode))
     plain = {key: value for key, value in mode.items() if key in ("num_beams", "do_sample", "top_k")}
@@ -388,7 +381,7 @@ def test_generation_with_cache_equals_without(entry, layout, mode):
 
 @cases
 def test_gradients_with_checkpointing_equal_gradients_without(entry, layout):
-    model = converted_model(entry, layout).train()
+    model = make_converted(entry, layout).train()
     tokens = random_tokens()
     with torch.enable_grad():
         model(tokens, labels=tokens, use_cache=False).loss.backward()
@@ -417,7 +410,7 @@ def catch_shared(model) -> list[SharedStates]:
 
 @pytest.mark.parametrize("layout", ["leader", "mixed"])
 def test_checkpointing_lets_go_what_was_lent(layout):
-    model = converted_model(FAMILIES[0], layout).train()
+    model = make_converted(FAMILIES[0], layout).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     caught = catch_shared(model)
     tokens = random_tokens()
@@ -430,7 +423,7 @@ def test_checkpointing_lets_go_what_was_lent(layout):
 
 
 def test_a_second_backward_pass_with_checkpointing_is_refused():
-    model = converted_model(FAMILIES[0], "leader").train()
+    model = make_converted(FAMILIES[0], "leader").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = random_tokens()
     with torch.enable_grad():
@@ -442,7 +435,7 @@ def test_a_second_backward_pass_with_checkpointing_is_refused():
 
 @families
 def test_autocast_lends_what_attention_takes(entry):
-    model = converted_model(entry, "leader").train()
+    model = make_converted(entry, "leader").train()
     base = make_base(entry).train()
     caught, tokens = catch_shared(model), random_tokens()
     with torch.autocast("cpu", torch.bfloat16):
@@ -459,7 +452,7 @@ def test_autocast_lends_what_attention_takes(entry):
 
 
 def test_reentrant_checkpointing_is_refused():
-    model = converted_model(FAMILIES[0], "leader")
+    model = make_converted(FAMILIES[0], "leader")
     with pytest.raises(ValueError, match="use_reentrant"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
 

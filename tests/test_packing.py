@@ -9,12 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from tiny import CASE_IDS, CASES, FAMILIES, backends, make_base, make_layout, randomise_compensation
+from tiny import CASE_IDS, CASES, FAMILIES, backends, make_base, make_converted
 from transformers import AttentionInterface, AttentionMaskInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from uniattn_cli.errors import RecipeError
-from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.families import check_packing, family_of
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.recipe.schema import Recipe
@@ -92,10 +91,8 @@ def assert_apart(model, together, batch) -> None:
 
 
 def make_model(entry, layout: str, backend: str):
-    base = make_base(entry)
-    model = randomise_compensation(build_converted(base, make_layout(layout, base.config)))
+    model = make_converted(entry, layout, backend=backend)
     model = model if entry[0] in WITH_EXPERTS else model.double()
-    model.config._attn_implementation = backend
     return model.train()
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, FAMILIES, SIZES, make_base, make_layout, randomise_compensation
+from tiny import CASE_IDS, CASES, FAMILIES, SIZES, make_base, make_converted, randomise_compensation
 from tiny_run import CPU, make_tokenizer, settings
 from transformers import (
     AutoModelForCausalLM,
@@ -39,14 +39,9 @@ def no_grad():
         yield
 
 
-def converted_model(entry, layout):
-    base = make_base(entry)
-    return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
-
-
 @pytest.mark.parametrize("layout", ["leader", "low_rank"])
 def test_every_projection_is_of_the_class_that_quantisers_look_for(layout):
-    model = converted_model(FAMILIES[0], layout)
+    model = make_converted(FAMILIES[0], layout)
     assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
 
 
@@ -87,7 +82,7 @@ def exact_cache(config, residual, layer_class=ExactLayer, **options):
     ids=[*[name for name in CASE_IDS if name.split("-")[0] in ("llama", "phi3", "qwen3_moe")], "one_head"],
 )
 def test_a_quantised_cache_holds_what_a_layer_caches(entry, layout, residual):
-    model = converted_model(entry, layout)
+    model = make_converted(entry, layout)
     cache = exact_cache(model.config, residual)
     chunks = [model(part, past_key_values=cache).logits for part in TOKENS.split([7, 1, 2, 1, 5], dim=1)]
     assert (torch.cat(chunks, 1) - model(TOKENS, use_cache=False).logits).abs().max() < 2e-5
@@ -228,7 +223,7 @@ def test_quantised_weights_that_cannot_be_read_are_told_in_one_line(method, word
 
 
 def test_the_engine_leaves_models_with_integer_weights_alone():
-    model = converted_model(FAMILIES[0], "leader")
+    model = make_converted(FAMILIES[0], "leader")
     weight = model.model.layers[1].mlp.up_proj.weight
     model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedError, match="its weights are quantised"):

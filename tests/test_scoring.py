@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, make_base, make_layout, randomise_compensation
+from tiny import FAMILIES, make_base, make_converted
 
-from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.losses import Rows, row_losses
 from uniattn_cli.training.objective import attach_objective
 from uniattn_cli.training.validation import validation_loss
@@ -16,8 +15,7 @@ TOKENS = (torch.arange(48).view(2, 24) * 7) % 90 + 5
 
 def models(entry):
     """A stock model and one converted from it."""
-    base = make_base(entry)
-    return base, randomise_compensation(build_converted(base, make_layout("mixed", base.config)))
+    return make_base(entry), make_converted(entry, "mixed")
 
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 from transformers import (
@@ -51,6 +54,7 @@ from transformers import (
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
+from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.families import family_of
 
 SIZES = {
@@ -280,3 +284,20 @@ def randomise_compensation(model, scale: float = 0.05):
             if "compensation" in name:
                 parameter.normal_(std=scale)
     return model
+
+
+def make_converted(entry, layout: str, *, backend: str | None = None, seed: int = 0):
+    """A model of `make_base`, converted, with random compensations.
+
+    It is a copy of one that is built once: building takes longer than most that is asked of so small a model.
+    """
+    model = copy.deepcopy(_converted(entry, layout, seed))
+    if backend is not None:
+        model.set_attn_implementation(backend)
+    return model
+
+
+@functools.cache
+def _converted(entry, layout: str, seed: int):
+    base = make_base(entry, seed)
+    return randomise_compensation(build_converted(base, make_layout(layout, base.config)))
