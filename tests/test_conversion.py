@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, make_base, make_layout, typical_cases, typical_families
+from tiny import CASE_IDS, CASES, FAMILIES, REDUCED, TYPICAL, make_base, make_layout, typical_families
 from tiny_run import make_model, settings, write_data
 
 from uniattn_cli import convert
@@ -98,8 +98,19 @@ def test_low_rank_is_optimal_among_low_ranks():
     assert moments.error(torch.cat([whole, (up @ down).T])) == pytest.approx(moments.error(full), rel=1e-6)
 
 
-@typical_cases
-@pytest.mark.parametrize("target", ["attention", "residual"])
+def is_quick(entry, layout: str, target: str) -> bool:
+    """Every layout with the usual target, and with the other one those that have every kind between them."""
+    return entry[0] in TYPICAL and (target == "attention" or layout in REDUCED)
+
+
+@pytest.mark.parametrize(
+    ("entry", "layout", "target"),
+    [
+        pytest.param(*case, target, id=f"{name}-{target}", marks=[] if is_quick(*case, target) else pytest.mark.slow)
+        for case, name in zip(CASES, CASE_IDS, strict=True)
+        for target in ("attention", "residual")
+    ],
+)
 def test_fitted_error_is_smaller_on_tokens_never_seen(entry, layout, target, windows):
     base = make_base(entry)
     if target == "residual" and family_of(base.config.model_type).post_norm:

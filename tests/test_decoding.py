@@ -120,7 +120,7 @@ def test_compiled_static_decoding_has_no_graph_break(entry, layout):
 def test_cache_bytes_are_predicted_beyond_the_window(entry, layout, kind):
     """A prompt longer than any window, then single tokens, in three rows."""
     model = make_converted(entry, layout)
-    rows, tokens = 3, 24
+    rows, tokens = 3, 19
     ids = random_tokens(rows, tokens)
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=tokens)
     model(ids[:, :16], past_key_values=cache)

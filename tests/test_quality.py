@@ -287,13 +287,12 @@ def test_nothing_is_scored_twice_over_run_directories(fresh, tmp_path, monkeypat
     assert len(scored) == once
     assert first.results["models"]["base"] == second.results["models"]["base"]
     for change, more in (
-        ("evaluation.limit=5", 2),  # the task of both models
-        ("evaluation.length=32", 2),  # the text of both
-        ("evaluation.cache=false", once),
-        ("model.dtype=bfloat16", once),
+        (["evaluation.limit=5", "evaluation.length=32"], 2 + 2),  # the task of both models, and their text
+        (["evaluation.cache=false"], once),
+        (["model.dtype=bfloat16"], once),
     ):
         before = len(scored)
-        evaluate.evaluate(run_dir=tmp_path / "other", overrides=[NO_SPEED, change], options=RunOptions(force=True))
+        evaluate.evaluate(run_dir=tmp_path / "other", overrides=[NO_SPEED, *change], options=RunOptions(force=True))
         assert len(scored) - before == more, change
 
 

@@ -216,10 +216,6 @@ def families(*quick: str):
 
 
 typical_families = families(*TYPICAL)
-typical_cases = pytest.mark.parametrize(
-    ("entry", "layout"),
-    [pytest.param(entry, name, id=f"{entry[0]}-{name}", marks=_marks(entry[0] in TYPICAL)) for entry, name in CASES],
-)
 
 
 def make_base(entry, seed: int = 0):
