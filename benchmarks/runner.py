@@ -18,7 +18,7 @@ from typing import Any
 from uniattn_cli.errors import UniAttnError
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.files import write_whole
-from uniattn_cli.run.files import read_json, versions
+from uniattn_cli.run.files import file_errors, read_json, versions
 from uniattn_cli.tables import Table, to_markdown
 
 Content = dict[str, Any]
@@ -60,6 +60,7 @@ class Results:
 
         Raises:
             SystemExit: the file holds rows of other settings.
+            StageError: it cannot be written.
         """
         setting = {**setting, "versions": versions()}
         if any(self.content[name] for name in self.tables):
@@ -67,6 +68,8 @@ class Results:
                 sys.exit(f"error: {self.out} has rows of other settings; remove it or choose another --out")
         else:
             self.content["setting"] = setting
+            # A file that cannot be written is no reason to lose what was measured first.
+            self.save()
 
     def _read(self, path: Path) -> Content:
         content = read(path)
@@ -109,8 +112,9 @@ class Results:
         shown = self.tables[-1]
         if self._order:
             self.content[shown] = dict(sorted(self.content[shown].items(), key=lambda item: self._order(item[0])))
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.out, rows_on_lines(self.content))
+        with file_errors(self.out, making=True, instead="choose another --out"):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.out, rows_on_lines(self.content))
         if self._markdown and self.content[shown]:
             write_whole(self.out.with_suffix(".md"), self._markdown(self.content))
         if self._draw and self.content[shown]:

@@ -475,9 +475,22 @@ def test_an_output_in_the_way(verb, output, run, refuses):
 
 def test_a_run_directory_that_cannot_be(refuses, tmp_path):
     (tmp_path / "file").touch()
-    says = ["cannot write file/run: the run directory is not a directory"]
+    says = ["cannot write file/run: a file is in the place of a folder"]
     refuses(tmp_path, "analyze", "some/model", "-C", "file/run", says=says)
     refuses(tmp_path, "analyze", "./nowhere", "-C", "some/new/run", says=["./nowhere: no such directory"])
+
+
+@pytest.mark.parametrize("place", ["/proc/new", "/proc/new/folder", "loop/new", "nowhere/new", "file/new"])
+@pytest.mark.parametrize(
+    "arguments", [["analyze", "./m", "-C"], ["bench", "--shape", "unknown", "--out"], ["recipes", "copy", "quick"]]
+)
+def test_a_place_where_nothing_can_be_made(arguments, place, refuses, tmp_path):
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("this system has no file system that makes nothing")
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("not/there")
+    refuses(tmp_path, *arguments, place, says=[place.removesuffix("/new").removesuffix("/folder")])
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -217,10 +217,22 @@ def test_the_command_measures_and_writes(uniattn, tmp_path):
     done = uniattn(*command, *options)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("use --force to replace it, or --out DIR")
+    done = uniattn(*command, *options, "--force")
+    assert done.returncode == 0, done.stderr
     for wrong in (["--batch", "1,x"], ["--compensation", "0"]):
         done = uniattn(*command, *wrong)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["mine", ".", "..", "mine/results.json"])
+def test_force_replaces_only_what_the_bench_wrote(place, tmp_path):
+    run = tmp_path / "run"
+    (run / "mine").mkdir(parents=True)
+    (run / "mine" / "results.json").write_text("precious")
+    with pytest.raises(StageError, match="exists but was not written by `uniattn bench`"):
+        bench(shape="tiny", run_dir=run, out=place, options=RunOptions("cpu", force=True))
+    assert [path.name for path in run.rglob("*")] == ["mine", "results.json"]
 
 
 def test_checkpoints_are_compared_with_the_first_one(tmp_path):

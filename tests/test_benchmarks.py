@@ -16,6 +16,7 @@ import pytest
 from tiny_run import make_model, write_data
 
 from benchmarks.runner import Results, rows_on_lines
+from uniattn_cli.errors import StageError
 from uniattn_cli.recipe.schema import SynthesisSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,3 +216,10 @@ def test_a_file_is_continued_has_one_row_on_each_line_and_mixes_no_settings(tmp_
 def test_published_files_have_one_row_on_each_line(path):
     text = path.read_text(encoding="utf-8")
     assert rows_on_lines(json.loads(text)) == text
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    results = Results(tmp_path / "file" / "results.json", ("rows",))
+    with pytest.raises(StageError, match="something else has this name; move it away"):
+        results.begin({"device": "cpu"})

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,5 +94,11 @@ def test_a_directory_that_was_made_goes_again_unless_something_was_written(tmp_p
 
 def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(StageError, match=r"^cannot write .*run: the run directory is not a directory$"):
+    with pytest.raises(StageError, match=r"^cannot write .*run: a file is in the place of a folder; choose another"):
         uniattn_cli.convert(run_dir=tmp_path / "run")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no file system that makes nothing")
+def test_a_folder_that_takes_no_lock_is_no_run_directory():
+    with pytest.raises(StageError, match=r"nothing can be made there; choose another run directory with -C DIR$"):
+        uniattn_cli.convert(run_dir="/proc/self/fdinfo")

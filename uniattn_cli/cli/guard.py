@@ -117,7 +117,7 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
         raise StageError("the current folder has been removed; change to another one") from None
     with contextlib.ExitStack() as stack:
         try:
-            with file_errors(path):
+            with file_errors(path, making=create):
                 if create:
                     stack.enter_context(made(path))
                 os.chdir(path)

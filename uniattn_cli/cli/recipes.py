@@ -80,7 +80,7 @@ def copy(
         from uniattn_cli.recipe import ready
         from uniattn_cli.run.files import file_errors
 
-        with file_errors(Path(".")):
+        with file_errors(file, making=True, instead="name another file"):
             written = ready.copy(name, file, force=force)
         default = written.resolve() == Path("recipe.yaml").resolve()
         follow = "uniattn data and uniattn analyze" if default else f"uniattn analyze --recipe {written}"

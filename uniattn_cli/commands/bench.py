@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from uniattn_cli.models.of_run import CONTROL, find, own_models
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.run.files import file_errors, now, versions, write_json
+from uniattn_cli.run.files import file_errors, made, now, remove, taken, versions, write_json
 from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, to_markdown
 
@@ -123,22 +125,53 @@ def bench(
     if shape and checkpoints:
         raise UsageError("give checkpoints or --shape, not both")
     directory = Path(run_dir) / out
-    if directory.exists() and not options.force:
-        raise StageError(f"{directory} exists; use --force to replace it, or --out DIR")
-    device = options.torch_device()
-    models = _models(checkpoints, shape, groups, compensation, layers, spec, run_dir, device)
-    engines = _engines(models)
-    bandwidth = copy_bandwidth(device)
-    measurements = _measure(models, engines, spec, bandwidth, options)
-    settings = {
-        "spec": dataclasses.asdict(spec),
-        "models": {name: _describe(model) for name, model in models.items()},
-        "shape": shape,
-        "threads": torch.get_num_threads(),
-        "ops": {name: engine.ops.name for name, engine in engines.items()},
-        "graphs": {name: engine.graphs for name, engine in engines.items()},
-    }
-    return _write(directory, measurements, settings, bandwidth, device)
+    with _written(directory, options.force) as partial:
+        device = options.torch_device()
+        models = _models(checkpoints, shape, groups, compensation, layers, spec, run_dir, device)
+        engines = _engines(models)
+        bandwidth = copy_bandwidth(device)
+        measurements = _measure(models, engines, spec, bandwidth, options)
+        settings = {
+            "spec": dataclasses.asdict(spec),
+            "models": {name: _describe(model) for name, model in models.items()},
+            "shape": shape,
+            "threads": torch.get_num_threads(),
+            "ops": {name: engine.ops.name for name, engine in engines.items()},
+            "graphs": {name: engine.graphs for name, engine in engines.items()},
+        }
+        result = _result(directory, measurements, bandwidth, device)
+        _write(partial, result, settings)
+    return result
+
+
+@contextlib.contextmanager
+def _written(directory: Path, force: bool) -> Iterator[Path]:
+    """Gives a hidden folder to fill, made before anything is measured; on success it becomes `directory`.
+
+    Raises:
+        StageError: something else is in the way, or the folder cannot be made.
+    """
+    if taken(directory):
+        # The user has chosen the name: what has no plot of the bench, such as a checkpoint, may be dear to them.
+        if directory.name in ("", "..") or not (directory / PLOT).is_file():
+            raise StageError(f"{directory} exists but was not written by `uniattn bench`; choose another --out DIR")
+        if not force:
+            raise StageError(f"{directory} exists; use --force to replace it, or --out DIR")
+    partial = directory.with_name(f".{directory.name}.partial")
+    errors = functools.partial(file_errors, directory, making=True, instead="choose another --out DIR")
+    with contextlib.ExitStack() as stack:
+        with errors():
+            stack.enter_context(made(directory.parent))
+            if taken(partial):
+                remove(partial)
+            partial.mkdir()
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        with file_errors(directory):
+            yield partial
+        with errors():
+            if taken(directory):
+                remove(directory)
+            partial.rename(directory)
 
 
 def _models(
@@ -238,38 +271,31 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     return {"kinds": dict(kinds), "parameters": parameters, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def _write(
-    directory: Path,
-    measurements: list[Measurement],
-    settings: dict[str, Any],
-    bandwidth: float,
-    device: torch.device,
-) -> BenchResult:
+def _result(directory: Path, measurements: list[Measurement], bandwidth: float, device: torch.device) -> BenchResult:
     from uniattn_cli.models.device import describe_device
     from uniattn_cli.reporting import bench
 
     name = describe_device(device)
+    notes = [bench.explanation(bandwidth), *bench.conclusions(measurements), f"Written to {directory}/"]
     shown = bench.tables(measurements)
+    title = f"Decoding speed on {name}"
+    return BenchResult(directory, name, bandwidth, tuple(measurements), title=title, tables=shown, notes=notes)
+
+
+def _write(folder: Path, result: BenchResult, settings: dict[str, Any]) -> None:
+    from uniattn_cli.reporting import bench
+
     content = {
         "schema": SCHEMA,
-        "device": name,
-        "copy_bandwidth": bandwidth,
+        "device": result.device,
+        "copy_bandwidth": result.bandwidth,
         "versions": versions(),
         "finished": now(),
         "settings": settings,
-        "measurements": [dataclasses.asdict(one) for one in measurements],
+        "measurements": [dataclasses.asdict(one) for one in result.measurements],
     }
-    partial = directory.with_name(f".{directory.name}.partial")
-    with file_errors(directory.parent):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_json(partial / RESULTS, content)
-        text = "\n\n".join(["# Decoding speed", f"{name}; {bench.explanation(bandwidth)}", *map(to_markdown, shown)])
-        (partial / REPORT).write_text(text + "\n", encoding="utf-8")
-        bench.draw(measurements, partial / PLOT)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-    notes = [bench.explanation(bandwidth), *bench.conclusions(measurements), f"Written to {directory}/"]
-    title = f"Decoding speed on {name}"
-    return BenchResult(directory, name, bandwidth, tuple(measurements), title=title, tables=shown, notes=notes)
+    write_json(folder / RESULTS, content)
+    about = f"{result.device}; {bench.explanation(result.bandwidth)}"
+    text = "\n\n".join(["# Decoding speed", about, *map(to_markdown, result.tables)])
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    bench.draw(result.measurements, folder / PLOT)

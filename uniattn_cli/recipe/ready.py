@@ -101,7 +101,7 @@ def copy(name: str, target: Path, *, force: bool = False) -> Path:
     """
     source = find(name)
     target = target / "recipe.yaml" if target.is_dir() else target
-    if target.exists() and not force:
+    if (target.exists() or target.is_symlink()) and not force:
         raise StageError(f"{target} exists; use --force to replace it, or name another file")
     if not target.parent.is_dir():
         raise StageError(f"{target.parent}: no such directory; make it first")

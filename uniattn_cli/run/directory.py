@@ -16,7 +16,7 @@ from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.run.files import file_errors, now, read_json, versions, write_json
+from uniattn_cli.run.files import file_errors, now, read_json, remove, taken, versions, write_json
 
 STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
@@ -93,7 +93,7 @@ class RunDir:
             StageError: the output exists and `force` is off.
         """
         output = self.output(stage)
-        if _taken(output) and not force:
+        if taken(output) and not force:
             state = "is complete" if self.is_complete(stage) else "exists but was not written by uniattn"
             raise StageError(f"{output} {state}; use --force to replace it")
 
@@ -157,9 +157,9 @@ class RunDir:
             "started": started,
         }
         try:
-            with file_errors(self.root):
-                if _taken(partial) and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
-                    _remove(partial)
+            with file_errors(self.root, making=True):
+                if taken(partial) and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
+                    remove(partial)
                 partial.mkdir(parents=True, exist_ok=True)
                 # Settings such as train.max_rise may be infinite.
                 write_json(partial / STARTED_FILE, record, finite=False)
@@ -171,8 +171,8 @@ class RunDir:
                 write_json(partial / STAGE_FILE, record, finite=False)
                 _share_weights(partial)
                 output = self.output(stage)
-                if _taken(output):
-                    _remove(output)
+                if taken(output):
+                    remove(output)
                 partial.rename(output)
         finally:
             # It is still there only after a failure; what can be resumed is kept.
@@ -187,19 +187,6 @@ def _share_weights(folder: Path) -> None:
         # Some file systems have one mode for all files, and refuse to set any.
         if stat.S_IMODE(path.stat().st_mode) != mode:
             path.chmod(mode)
-
-
-def _taken(path: Path) -> bool:
-    """Whether something has this name, be it a link that leads nowhere."""
-    return path.exists() or path.is_symlink()
-
-
-def _remove(path: Path) -> None:
-    """Removes a folder; of a link, only the link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _has_work(partial: Path) -> bool:

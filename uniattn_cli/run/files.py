@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +30,15 @@ VERSIONED = ("uniattn", "torch", "transformers", "trl", "datasets", "accelerate"
 
 
 @contextlib.contextmanager
-def file_errors(root: Path) -> Iterator[None]:
+def file_errors(
+    root: Path, *, making: bool = False, instead: str = "choose another run directory with -C DIR"
+) -> Iterator[None]:
     """Turns file-system errors that a user can fix into one clear line.
+
+    Args:
+        root: what the line names where the error names nothing.
+        making: nothing is read inside, so that a missing file is one that the file system does not let be made.
+        instead: where else it could be written; ends the line.
 
     Raises:
         StageError: what could not be read or written, why, and the next step.
@@ -39,17 +47,21 @@ def file_errors(root: Path) -> Iterator[None]:
         errno.ENAMETOOLONG: "a name this long is no path here",
         errno.EISDIR: "a folder is in the place of a file; move it away and run the same command again",
         errno.EMFILE: "too many open files; raise the limit (ulimit -n) and run the same command again",
+        errno.EEXIST: "something else has this name; move it away and run the same command again",
+        errno.ELOOP: "a link leads back to itself; remove it and run the same command again",
         errno.EIO: "the device reports an error; look at the disk or the mount and run the same command again",
     }
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
         errno.EDQUOT: "the disk quota is exceeded; free some space and run the same command again",
         errno.EFBIG: "files may not be that large here; raise the limit (ulimit -f) and run the same command again",
-        errno.EROFS: "the file system is read-only; choose another run directory with -C DIR",
-        errno.EACCES: "permission denied; choose another run directory with -C DIR",
-        errno.EPERM: "permission denied; choose another run directory with -C DIR",
-        errno.ENOTDIR: "the run directory is not a directory",
+        errno.EROFS: f"the file system is read-only; {instead}",
+        errno.EACCES: f"permission denied; {instead}",
+        errno.EPERM: f"permission denied; {instead}",
+        errno.ENOTDIR: f"a file is in the place of a folder; {instead}",
     }
+    if making:
+        reasons[errno.ENOENT] = f"nothing can be made there; {instead}"
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -88,6 +100,19 @@ def made(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for each in missing:
                 each.rmdir()
+
+
+def taken(path: Path) -> bool:
+    """Whether something has this name, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder; of a link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_json(path: Path, content: Any, *, finite: bool = True) -> None:

@@ -51,7 +51,7 @@ def held(root: Path) -> Iterator[None]:
     """
     path = root.absolute() / LOCK_FILE
     with contextlib.ExitStack() as stack:
-        with file_errors(root):
+        with file_errors(root, making=True):
             stack.enter_context(made(root))
             try:
                 stack.enter_context(SoftFileLock(path, timeout=PATIENCE))
