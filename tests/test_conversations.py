@@ -164,6 +164,11 @@ def test_a_table_of_text_holds_conversations_as_json(tmp_path):
     assert load(tmp_path, {"messages": json.dumps([ASKED, SAID])})[0]["messages"] == [ASKED, SAID]
 
 
+@pytest.mark.parametrize("nothing", ["null", "[]", "{}", " ", "", None, [], {}])
+def test_a_table_of_text_says_in_many_ways_that_there_are_no_tools(tmp_path, nothing):
+    assert chat(tmp_path, ASKED, {**SAID, "tool_calls": nothing}, tools=nothing) == [ASKED, SAID]
+
+
 def test_content_in_parts(tmp_path):
     parts = [{"type": "text", "text": "wea"}, {"type": "input_text", "text": "ther"}, "?"]
     assert chat(tmp_path, {"role": "user", "content": parts}, SAID) == [ASKED, SAID]

@@ -243,8 +243,14 @@ def test_missing_and_unreadable_sources(tmp_path, monkeypatch):
         load("rows.jsonl")
     with pytest.raises(DataError, match="not found"):
         load("./no/such/thing")
+    with pytest.raises(DataError, match=rf"{tmp_path} is a folder; .* a pattern such as \*\.jsonl"):
+        load(".")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="is not a file"):
-        load(tmp_path)
+        load("pipe.jsonl")
+    for address in ("https://host/rows.jsonl", "s3://bucket/rows", "hf://datasets/a/b/rows.parquet"):
+        with pytest.raises(DataError, match=f"{address} is an address; download it and name the file"):
+            load(address)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text"):
         load("a.txt")

@@ -125,6 +125,12 @@ def test_the_first_row_may_be_bad_like_any_other(first, tmp_path):
     assert len(found) == 200 and f"1 of 201 rows cannot be used and is left out: {path}, line 1" in line
 
 
+def test_some_first_rows_may_be_bad_like_any_others(tmp_path):
+    good = [{"prompt": f"What comes after {number}?", "completion": str(number + 1)} for number in range(2000)]
+    found, [line] = read(write(tmp_path / "a.jsonl", *[{"version": 1}] * 15, *good))
+    assert len(found) == 2000 and "15 of 2,015 rows cannot be used and are left out" in line
+
+
 def test_rows_none_of_which_has_known_columns_are_refused_with_the_setting_as_yaml_reads_it(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt, completion\nq,a\n")
@@ -175,6 +181,17 @@ def test_what_is_not_used_is_named_once(tmp_path):
     ):
         assert f"{name} in 1 of 201 rows" in line
     assert "column id" not in line
+
+
+def test_of_two_conversations_the_one_that_is_not_used_is_named(tmp_path):
+    row = {
+        "messages": turns("q", "a"),
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "b"}],
+    }
+    path = write(tmp_path / "a.jsonl", row, {**row, "conversations": []}, {**row, "messages": []})
+    found, told = read(path)
+    assert [row["messages"][1]["content"] for row in found] == ["a", "a", "b"]
+    assert told == [f"{path}: column conversations in 1 of 3 rows: not used"]
 
 
 def test_a_reader_that_has_enough_tells_what_it_left_out(tmp_path):

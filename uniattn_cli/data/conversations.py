@@ -81,7 +81,7 @@ def definitions(value: Any, here: str) -> list[dict]:
     Raises:
         RowError: they are neither.
     """
-    if empty(value):
+    if _nothing(value):
         return []
     tools = _parsed(value) if isinstance(value, str) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -126,7 +126,7 @@ def _answer(role: str, content: str | None, thoughts: Message, rest: dict[str, A
     for name in THOUGHTS:  # some give them twice
         if rest.get(name) in answer.values():
             del rest[name]
-    if not empty(calls):
+    if not _nothing(calls):
         answer["tool_calls"] = _calls(calls, here)
     # Templates join it with other text, so that nothing said is no characters.
     answer["content"] = "" if content is None and answer else content
@@ -182,6 +182,11 @@ def _calls(value: Any, here: str) -> list[dict]:
         named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append(named | _function({"name": inner["name"], "arguments": arguments}))
     return found
+
+
+def _nothing(value: Any) -> bool:
+    """Whether a field that a table of text holds as JSON holds nothing."""
+    return empty(value) or (isinstance(value, str) and value.strip() in ("", "null", "[]", "{}"))
 
 
 def _parsed(text: str) -> Any:

@@ -22,7 +22,7 @@ from uniattn_cli.recipe.schema import DatasetSpec
 
 BUILTIN = "builtin"
 
-LOOKED_AT = 10  # first rows that decide on the format: one of them may be broken, or of another
+LOOKED_AT = 100  # first rows that decide on the format: some of them may be broken, or of another
 
 _COLUMNS = {
     "messages": "messages (or conversations)",
@@ -209,7 +209,10 @@ def _like(name: str, columns: set[str]) -> str | None:
 
 def _from_messages(raw: dict[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
     names = [name for name in ("messages", "conversations") if name in raw]
-    column = next((name for name in names if not empty(raw[name])), names[0] if names else "messages")
+    filled = [name for name in names if not empty(raw[name])]
+    column = [*filled, *names, "messages"][0]
+    # The same conversation in both forms is common; which of two is learned should be known.
+    unused.update(f"column {name}" for name in filled[1:])
     return _row(conversation(_given(raw, column, where), where, column, unused), raw, where, unused)
 
 

@@ -112,6 +112,8 @@ def find(spec: DatasetSpec) -> Files | HubSet:
     if not paths:
         if may_be_on_hub(spec.source):
             return HubSet(spec)
+        if "://" in spec.source:
+            raise DataError(f"{spec.source} is an address; download it and name the file, or give the id of a data set")
         raise DataError(f"data file {spec.source} not found (looked for {path.absolute()}); check data.* in the recipe")
     for each in paths:
         _check(each)
@@ -138,11 +140,10 @@ def may_be_on_hub(source: str) -> bool:
 
 
 def _check(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(f"{path.absolute()} is a folder; name the files in it by a pattern such as {path / '*.jsonl'}")
     if not path.is_file():
-        raise DataError(
-            f"{path.absolute()} is not a file; give a file ({' '.join(EXTENSIONS)}), a pattern such as "
-            f"{path.name}/*.jsonl, or a hub data set"
-        )
+        raise DataError(f"{path.absolute()} is not a file; give one ({' '.join(EXTENSIONS)}), or a hub data set")
     if extension(path) not in EXTENSIONS:
         raise DataError(f"{path} has the unsupported extension '{path.suffix}'; supported are {' '.join(EXTENSIONS)}")
 
