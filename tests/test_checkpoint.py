@@ -268,6 +268,7 @@ def test_the_stored_configuration_keeps_the_stock_settings(tmp_path):
             "factor of its rotary .* is 0 and must",
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, ModelError, "rope_theta of its rotary"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, ModelError, "rope_theta of its .* is null"),
         ({"rope_scaling": {"type": "linear", "factor": float("nan")}, "rope_parameters": None}, ModelError, "is nan"),
         ({"rope_parameters": {"rope_type": "mystery", "factor": 2.0}}, ModelError, "of type 'mystery' .*longrope"),
         ({"rope_parameters": None, "rope_scaling": {"type": "mystery"}}, ModelError, "of type 'mystery'"),

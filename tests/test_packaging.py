@@ -158,6 +158,21 @@ def test_files_that_are_pointers_of_git_lfs_are_recognised(folder, sharded):
 
 
 @pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "chat_template.json", "additional_chat_templates/tool.jinja", "merges.txt"]
+)
+def test_all_files_of_a_tokenizer_may_be_pointers_or_links_to_nothing(name, folder):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(LFS_POINTER)
+    with pytest.raises(ModelError, match=rf"{re.escape(str(path))} is a pointer of Git LFS"):
+        load_tokenizer(locate(str(folder)))
+    path.unlink()
+    path.symlink_to("../../blobs/1234")
+    with pytest.raises(ModelError, match=rf"{re.escape(str(path))} is a link to a file that is missing \(.*blobs/1234"):
+        load_tokenizer(locate(str(folder)))
+
+
+@pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda folder, shard: shard.unlink(), "{shard} is missing"),

@@ -132,6 +132,8 @@ def _check_rope(source: Source, config: Any) -> None:
         for name in DIVISORS:
             values = entry.get(name)
             wrong = [each for each in (values if isinstance(values, list) else [values]) if _is_not_positive(each)]
+            if name == "rope_theta" and entry.get(name, name) is None:  # the others may be left open
+                wrong = ["null"]
             if wrong:
                 raise ModelError(
                     f"{source.path / 'config.json'}: {name} of its rotary embeddings is {wrong[0]} and must be greater "

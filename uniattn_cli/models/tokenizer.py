@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from uniattn_cli.errors import ModelError
-from uniattn_cli.models.building import TOKENIZER_FILES, converted_classes
+from uniattn_cli.models.building import BESIDE_TOKENIZER, TOKENIZER_FILES, converted_classes
 from uniattn_cli.models.families import is_converted
 from uniattn_cli.models.hub import Source, fetch
 from uniattn_cli.models.loading import NONSENSE, last_line, read_config
 from uniattn_cli.models.text_part import language_settings
-from uniattn_cli.run.files import check_not_pointer
+from uniattn_cli.run.files import check_not_pointer, taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +36,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     if not found:
         raise ModelError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    for file in found:
-        check_not_pointer(file, ModelError)
+    beside = [path / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER, "chat_template.json")]
+    for file in (*beside, *path.glob("*.jinja"), *path.glob("*/*.jinja")):
+        if taken(file):
+            check_not_pointer(file, ModelError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer("a")  # some settings are used only now

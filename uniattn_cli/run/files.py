@@ -130,10 +130,10 @@ def write_json(path: Path, content: Any, *, finite: bool = True) -> None:
 
 
 def check_not_pointer(path: Path, error: type[UniAttnError]) -> None:
-    """Refuses a file that Git LFS has not fetched yet, or that the user may not read.
+    """Refuses a file that Git LFS has not fetched yet, that the user may not read, or that is a link to none.
 
     Args:
-        path: a file that exists.
+        path: a file that exists, or a link.
         error: class of the error.
 
     Raises:
@@ -144,6 +144,10 @@ def check_not_pointer(path: Path, error: type[UniAttnError]) -> None:
             start = stream.read(len(LFS_POINTER))
     except PermissionError:
         raise error(f"{path} cannot be read: permission denied") from None
+    except FileNotFoundError:
+        if not path.is_symlink():
+            raise
+        raise error(f"{path} is a link to a file that is missing ({path.readlink()}); copy both again") from None
     if start == LFS_POINTER:
         raise error(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in {path.parent}")
 
