@@ -98,6 +98,7 @@ class PagedOps(TritonOps):
         layers = sorted({*self.lending.lenders, *self.lending.slots})
         return [(name, index) for index in layers for name in self.program.layers[index].kind.caches]
 
+    @torch.inference_mode()
     def bind(self) -> None:
         """To be called when the pages are there, or have moved; captured graphs have to be captured again.
 
