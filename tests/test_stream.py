@@ -10,7 +10,7 @@ from torch import nn
 from uniattn_cli.fitting import stream
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
-from uniattn_cli.fitting.stream import layer_by_layer, placement, release, resident, start_batches
+from uniattn_cli.fitting.stream import layer_by_layer, placement, release, resident, start_batches, visit
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
 from uniattn_cli.models.building import build_converted
@@ -138,6 +138,21 @@ def test_a_fit_with_one_layer_resident_gives_the_same_weights(entry, matched):
     assert layout == other_layout and fits == other_fits and set(weights) == set(other_weights)
     assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
     assert places(base) == home and all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_one_batch_at_a_time_is_where_layers_run():
+    base = make_base(FAMILIES[0])
+    batches = start_batches(base, windows(6), 0.3, 2, ACCELERATOR)
+    first = [batch.base for batch in batches]
+    where = lambda batch: {state.device for state in (batch.base, batch.converted, *batch.shared.keys.values())}  # noqa: E731
+    for batch in visit(batches):
+        assert [where(other) == {ACCELERATOR} for other in batches] == [other is batch for other in batches]
+        assert batch.base is batch.converted
+        batch.converted = batch.base + 1
+        batch.shared.keys[0] = batch.converted
+    assert all(batch.base is states for batch, states in zip(batches, first, strict=True))
+    assert all(where(batch) == {torch.device("cpu")} and batch.shared.keys[0] is batch.converted for batch in batches)
+    assert all(torch.equal(batch.converted, states + 1) for batch, states in zip(batches, first, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from uniattn_cli.fitting.align_queries import align_queries
 from uniattn_cli.fitting.match_outputs import SourceChooser
 from uniattn_cli.fitting.refine import refine
 from uniattn_cli.fitting.solve import solve, solved_parts
-from uniattn_cli.fitting.stream import Batch, base_step, release, resident, run_layer, start_batches
+from uniattn_cli.fitting.stream import Batch, base_step, release, resident, run_layer, start_batches, visit
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_attention
 from uniattn_cli.recipe.schema import ConversionSpec
@@ -85,7 +85,8 @@ def fit_layers(
         windows: [sequences, length] calibration tokens without padding.
         spec: what is solved, the rank, the target and the share of sequences held out for the ridge strength.
         chooser: chooses the sources of borrowing layers anew, and changes the layout of `converted`.
-        device: where layers run, one at a time, while the models stay where they are; None: all where the base is.
+        device: where layers run, one at a time and on one batch after another, while the models and all states stay
+            where the base is; None: all there.
         batch_size: sequences that run at once; the result depends on it only by rounding.
         advance: told about each finished layer.
 
@@ -113,7 +114,7 @@ def fit_layers(
                 layout = layout.with_plan(index, chooser.plan(layout, index, base, converted, batches))
                 layer.self_attn = build_attention(base, layout, index)
             if not diverged:
-                for batch in batches:
+                for batch in visit(batches):
                     batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
             else:
                 fits += fit_layer(base, converted, index, batches, spec)
@@ -144,12 +145,12 @@ def step_layer(
 ) -> list[LayerFit]:
     """Fits one layer and moves both streams through it."""
     solved = any(solved_parts(layer.self_attn, spec))
-    for batch in batches:
+    for batch in visit(batches):
         before = batch.base
         batch.base, target = base_step(base_layer, batch.base, batch.kwargs[index])
         batch.target = target.float() + before.float() - batch.converted.float() if spec.aim == "residual" else target
     fits = [_fit(layer, index, batches, spec)] if solved else []
-    for batch in batches:
+    for batch in visit(batches):
         batch.converted = run_layer(layer, batch.converted, batch.kwargs[index], uniattn_shared=batch.shared)
         batch.target = None
     return fits

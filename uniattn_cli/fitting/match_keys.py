@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from uniattn_cli.fitting.stream import Batch, attention_inputs
+from uniattn_cli.fitting.stream import Batch, attention_inputs, visit
 
 if TYPE_CHECKING:
     from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, SharedStates
@@ -62,7 +62,7 @@ class KeyMatches:
             tokens: enough to regress on; None takes all.
         """
         found = cls(own, sources)
-        for batch in [batch for batch in batches if not batch.held] or batches:
+        for batch in visit([batch for batch in batches if not batch.held] or batches):
             kwargs = attention_inputs(base_layer, batch.base, batch.kwargs[index])
             found.add(kwargs, batch.shared)
             if tokens is not None and found.tokens >= tokens:
@@ -80,7 +80,7 @@ class KeyMatches:
         within = queries.mT @ queries / queries.shape[1] * own.shape[1]
         sums: dict[Any, torch.Tensor] = {"qq": within, "kk": own.mT @ own, "k": own.sum(1)}
         for source in self.sources:
-            lent = unrotated(self.own, shared.keys[source], kwargs["position_embeddings"])
+            lent = unrotated(self.own, shared.keys[source].to(own.device), kwargs["position_embeddings"])
             lent = lent.transpose(0, 1).flatten(1, 2)
             sums |= {("ss", source): lent.mT @ lent, ("sk", source): lent.mT.unsqueeze(1) @ own}
             sums["s", source] = lent.sum(1)
@@ -149,7 +149,7 @@ class InputMatches:
         found = cls(attention)
         sums: dict[int, list[Any]] = {}
         seen = 0
-        for batch in [batch for batch in batches if not batch.held] or batches:
+        for batch in visit([batch for batch in batches if not batch.held] or batches):
             own = attention_inputs(base_layer, batch.base, batch.kwargs[index])["hidden_states"]
             own = found._with_constant(own.flatten(0, 1).float())
             for source in sources:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, matched
 from uniattn_cli.fitting.moments import Moments
-from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step, positions_of
+from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step, positions_of, visit
 from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.building import build_attention
 
@@ -193,7 +193,7 @@ class Borrowing:
 
     def _sum_moments(self, batches: Sequence[Batch], blocks: Sequence[Block], tokens: int) -> Moments:
         moments: Moments | None = None
-        for batch in batches:
+        for batch in visit(batches):
             _, target = base_step(self.base_layer, batch.base, batch.kwargs[self.index])
             kwargs = attention_inputs(self.layer, batch.converted, batch.kwargs[self.index], batch.shared)
             inputs = kwargs["hidden_states"].flatten(0, 1).float()
@@ -241,26 +241,29 @@ class Borrowing:
         For `softmax` each map of the source is applied to the values of group `offset`; for `key` and `kv` the own
         queries are rolled by that many groups, so that each group of the source meets one of them.
         """
+        device = kwargs["hidden_states"].device
         if KINDS[self.kind].borrows_maps:
-            queries = shared.queries[source]
+            queries = shared.queries[source].to(device)
             values = states["v"][:, offset : offset + 1].expand(-1, self.shape.kv_heads, -1, -1)
         else:
             late = states.get("q")
-            queries = self._early_queries(shared, source) if late is None else late
+            queries = self._early_queries(shared, source, device) if late is None else late
             queries = self._queries(queries, source, offset, kwargs)
-            values = shared.values[source] if KINDS[self.kind].borrows_values else states["v"].roll(offset, 1)
+            borrowed = KINDS[self.kind].borrows_values
+            values = shared.values[source].to(device) if borrowed else states["v"].roll(offset, 1)
         own = self.own
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, own.eager_attention)
         arguments = {"scaling": own.scaling, "dropout": 0.0, **own.attention_arguments()}
         if own.has_sinks:
-            borrowed = KINDS[self.kind].borrows_maps
             # Sinks belong to query heads, and are rolled like these.
-            arguments["s_aux"] = shared.sinks[source][0] if borrowed else own.sinks.roll(offset * self.shape.group_size)
+            rolled = own.sinks.roll(offset * self.shape.group_size)
+            arguments["s_aux"] = shared.sinks[source][0].to(device) if KINDS[self.kind].borrows_maps else rolled
         mask = kwargs.get("attention_mask")
-        return backend(own, queries, shared.keys[source], values, mask, **arguments)[0].flatten(0, 1)
+        keys = shared.keys[source].to(device)
+        return backend(own, queries, keys, values, mask, **arguments)[0].flatten(0, 1)
 
-    def _early_queries(self, shared: SharedStates, source: int) -> torch.Tensor:
-        lent = shared.inputs[source]
+    def _early_queries(self, shared: SharedStates, source: int, device: torch.device) -> torch.Tensor:
+        lent = shared.inputs[source].to(device)
         return self.own.project(lent if self.inputs is None else self.inputs.estimate(source, lent), "q")["q"]
 
     def _queries(self, queries: torch.Tensor, source: int, offset: int, kwargs: dict[str, Any]) -> torch.Tensor:

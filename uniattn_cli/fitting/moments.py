@@ -87,7 +87,8 @@ def solve_ridge(moments: Moments, strength: float, blocks: list[int]) -> torch.T
     scale = torch.cat([part.mean().expand(len(part)) for part in diagonal.split(blocks)])
     # A block that is zero everywhere gets a unit penalty, so that its weights are zero and not undefined.
     penalty = torch.where(scale > 0, scale * strength, torch.ones_like(scale))
-    system = moments.ff + torch.diag(penalty)
+    system = moments.ff.clone()
+    system.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed.item():
         return torch.linalg.lstsq(system.cpu(), moments.fy.cpu(), driver="gelsd").solution.to(system.device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from uniattn_cli.fitting.stream import Batch, positions_of
+from uniattn_cli.fitting.stream import Batch, positions_of, visit
 from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, SharedStates
 
 # Tokens of one step, in whole rows: a fifth of a second for a model of 0.1 billion parameters on two CPU cores.
@@ -26,11 +26,13 @@ class Rows:
             them, the latter where layers are given them.
         mask: as the layer gives it to its attention module, [1, ...]; None where that is left to the backend.
         scores: of one row.
+        place: where they are used, wherever they are kept.
     """
 
     states: dict[Any, torch.Tensor]
     mask: torch.Tensor | None
     scores: int
+    place: torch.device
 
     @classmethod
     def of(cls, attention: SharedAttentionMixin, states: dict[Any, torch.Tensor], kwargs: dict[str, Any]) -> Rows:
@@ -44,18 +46,24 @@ class Rows:
         mask = kwargs.get("attention_mask")
         # One that only a backend can read says, without padding, nothing that is not known.
         mask = mask[:1] if isinstance(mask, torch.Tensor) else None
-        return cls(states, mask, attention.config.num_attention_heads * length**2)
+        place = kwargs["hidden_states"].device
+        return cls(states, mask, attention.config.num_attention_heads * length**2, place)
 
     @property
     def positions(self) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
         """Rotary embeddings, float32, and positions, as `embed_positions` is given them."""
-        return (self["cos"].float(), self["sin"].float()), self.states.get("position_ids")
+        places = self["position_ids"] if "position_ids" in self.states else None
+        return (self["cos"].float(), self["sin"].float()), places
 
     def __getitem__(self, name: Any) -> torch.Tensor:
-        return self.states[name]
+        return self.states[name].to(self.place)
 
     def __len__(self) -> int:
-        return len(self["cos"])
+        return len(self.states["cos"])
+
+    def kept(self, device: torch.device) -> Rows:
+        """The same rows, kept on a device."""
+        return replace(self, states={name: state.to(device) for name, state in self.states.items()})
 
     def split(self) -> list[Rows]:
         """Each row by itself."""
@@ -79,9 +87,10 @@ def rows_per_step(length: int) -> int:
 def single_rows(batches: Sequence[Batch], prepare: Callable[[Batch], Rows], held: bool, most: int) -> list[Rows]:
     """So many single rows, held out or not."""
     rows: list[Rows] = []
-    for batch in batches:
-        if batch.held is held and len(rows) < most:
-            rows += prepare(batch).split()
+    for batch in visit(batch for batch in batches if batch.held is held):
+        rows += [row.kept(batch.home) for row in prepare(batch).split()]
+        if len(rows) >= most:
+            break
     return rows[:most]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from uniattn_cli.errors import ModelError
 from uniattn_cli.fitting.moments import Moments, PositionSums, RidgeFit, fit_ridge, reduce_rank
-from uniattn_cli.fitting.stream import Batch, attention_features
+from uniattn_cli.fitting.stream import Batch, attention_features, visit
 from uniattn_cli.modeling.sharing_uniattn import LowRankCompensation, SharedAttentionMixin
 from uniattn_cli.recipe.schema import ConversionSpec
 
@@ -139,15 +139,17 @@ def solve(layer: Any, index: int, batches: Sequence[Batch], spec: ConversionSpec
         result = fit_ridge(problem.fit, validation, problem.blocks)
     heads = problem.blocks[0] if has_output else 0
 
-    def change(weights: torch.Tensor, moments: Moments) -> Change:
+    def change(weights: torch.Tensor, *moments: Moments) -> Change:
         if has_compensation and isinstance(attention.compensation, LowRankCompensation):
             rank = attention.compensation.down.out_features
-            output, *factors = reduce_rank(weights, moments, heads, rank, result.strength)
+            output, *factors = reduce_rank(
+                weights, functools.reduce(Moments.merged, moments), heads, rank, result.strength
+            )
             return Change(output, tuple(factors))
         return Change(weights[:heads], (weights[heads:].T,) if has_compensation else ())
 
     partial = change(result.partial, problem.fit)
-    whole = change(result.weights, problem.fit.merged(problem.held))
+    whole = change(result.weights, problem.fit, problem.held)
     energy = max(problem.energy, 1e-30)
     after = validation.error(partial.weights)
     return Solution(partial, whole, result.strength, result.error_before / energy, after / energy)
@@ -156,7 +158,7 @@ def solve(layer: Any, index: int, batches: Sequence[Batch], spec: ConversionSpec
 def _problem(layer: Any, index: int, batches: Sequence[Batch], solved: tuple[bool, bool], reference: bool) -> _Problem:
     attention = layer.self_attn
     problem: _Problem | None = None
-    for batch in batches:
+    for batch in visit(batches):
         normed, heads = attention_features(layer, batch.converted, batch.kwargs[index], batch.shared)
         target: Any = batch.target
         missing = target.float()

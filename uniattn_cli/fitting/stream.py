@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ class Batch:
         kwargs: keyword arguments of each layer.
         shared: what layers of the converted model hand over.
         held: whether the tokens are held out from fits.
+        home: where its states wait while other batches run.
+        place: where layers run.
         target: what a layer's attention output is to be, [rows, length, hidden], while the layer is fitted.
     """
 
@@ -49,7 +51,52 @@ class Batch:
     kwargs: list[dict[str, Any]]
     shared: SharedStates
     held: bool
+    home: torch.device
+    place: torch.device
     target: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def visiting(self) -> Iterator[None]:
+        """Keeps hidden states and target on the device where layers run for a while.
+
+        What layers lend there comes back, too, and is taken along again by who borrows it.
+        """
+        # By identity, because both streams may be the same tensor: it and its copy.
+        moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def there(state: torch.Tensor) -> torch.Tensor:
+            if id(state) not in moved:
+                moved[id(state)] = (state, state.to(self.place))
+            return moved[id(state)][1]
+
+        def back(state: torch.Tensor) -> torch.Tensor:
+            if id(state) not in at_home:
+                at_home[id(state)] = state.to(self.home)
+            return at_home[id(state)]
+
+        self._move(there)
+        try:
+            yield
+        finally:
+            # What has not changed has never left.
+            at_home = {id(visitor): state for state, visitor in moved.values()}
+            self._move(back)
+            for lent in vars(self.shared).values():
+                lent.update({layer: back(state) for layer, state in lent.items()})
+
+    def _move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.base, self.converted = move(self.base), move(self.converted)
+        self.target = None if self.target is None else move(self.target)
+
+
+def visit(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Each batch in turn, its states on the device where layers run.
+
+    Where a model is larger than that device's memory, so may be the states of all calibration tokens together.
+    """
+    for batch in batches:
+        with contextlib.nullcontext() if batch.home == batch.place else batch.visiting():
+            yield batch
 
 
 def start_batches(
@@ -74,9 +121,10 @@ def start_batches(
     batches = []
     for part, is_held in parts:
         for start in range(0, len(part), batch_size):
-            inputs = layer_inputs(base, part[start : start + batch_size].to(home))
-            hidden, kwargs = inputs if device is None else send_to_device(inputs, device)
-            batches.append(Batch(hidden, hidden, kwargs, SharedStates(), is_held))
+            hidden, kwargs = layer_inputs(base, part[start : start + batch_size].to(home))
+            if device is not None:
+                kwargs = send_to_device(kwargs, device)
+            batches.append(Batch(hidden, hidden, kwargs, SharedStates(), is_held, home, device or home))
     return batches
 
 
