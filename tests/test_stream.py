@@ -141,18 +141,18 @@ def test_a_fit_with_one_layer_resident_gives_the_same_weights(entry, matched):
 
 
 def test_one_batch_at_a_time_is_where_layers_run():
-    base = make_base(FAMILIES[0])
-    batches = start_batches(base, windows(6), 0.3, 2, ACCELERATOR)
+    batches = start_batches(make_base(FAMILIES[0]), windows(6), 0.3, 2, ACCELERATOR)
     first = [batch.base for batch in batches]
-    where = lambda batch: {state.device for state in (batch.base, batch.converted, *batch.shared.keys.values())}  # noqa: E731
     for batch in visit(batches):
-        assert [where(other) == {ACCELERATOR} for other in batches] == [other is batch for other in batches]
+        # Tensors of both devices say that they are on the CPU, but one that was moved is another.
+        assert [other.base is not at_home for other, at_home in zip(batches, first, strict=True)] == [
+            other is batch for other in batches
+        ]
         assert batch.base is batch.converted
-        batch.converted = batch.base + 1
-        batch.shared.keys[0] = batch.converted
-    assert all(batch.base is states for batch, states in zip(batches, first, strict=True))
-    assert all(where(batch) == {torch.device("cpu")} and batch.shared.keys[0] is batch.converted for batch in batches)
-    assert all(torch.equal(batch.converted, states + 1) for batch, states in zip(batches, first, strict=True))
+        batch.converted = batch.shared.keys[0] = batch.base + 1
+    for batch, states in zip(batches, first, strict=True):
+        assert batch.base is states and torch.equal(batch.converted, states + 1)
+        assert batch.shared.keys[0] is batch.converted
 
 
 @pytest.mark.parametrize(
