@@ -18,12 +18,12 @@ from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.commands.sweep import _begin
 from uniattn_cli.errors import LayoutError, RecipeError, StageError
 from uniattn_cli.fitting.fit import fit_layers, for_trials
+from uniattn_cli.layouts.alone import Alone
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.considered import Considered, Validated
 from uniattn_cli.layouts.scores import NEAREST, Question, Score, questions
 from uniattn_cli.layouts.solutions import DIFFERENT, LOSS_SHARES, POOL, Wish, frontier, loss, pick, pool
 from uniattn_cli.layouts.solver import layout_of, total
-from uniattn_cli.layouts.trials import Trials
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.building import build_converted
@@ -50,14 +50,13 @@ def run(tiny_runs, tmp_path, monkeypatch):
 def tried(monkeypatch):
     """(layer, kind, compensation) of each plan that is really converted."""
     found = []
-    convert = Trials.convert
+    convert = Alone.convert
 
-    def recorded(self, layout, *arguments, **others):
-        (layer,) = layout.changed
-        found.append((layer, layout[layer].kind, layout[layer].compensation))
-        return convert(self, layout, *arguments, **others)
+    def recorded(self, plans):
+        found.extend((self.index, plan.kind, plan.compensation) for plan in plans)
+        return convert(self, plans)
 
-    monkeypatch.setattr(Trials, "convert", recorded)
+    monkeypatch.setattr(Alone, "convert", recorded)
     return found
 
 
@@ -156,15 +155,15 @@ def test_an_interrupted_run_goes_on(run, tried, monkeypatch):
     whole = score(*kinds)
     shutil.rmtree("scores")
     tried.clear()
-    recorded = Trials.convert
+    recorded = Alone.convert
 
-    def interrupted(self, layout, *arguments, **others):
-        if layout.changed == [5]:
+    def interrupted(self, plans):
+        if self.index == 5:
             raise KeyboardInterrupt
-        return recorded(self, layout, *arguments, **others)
+        return recorded(self, plans)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trials, "convert", interrupted)
+        patch.setattr(Alone, "convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(*kinds)
     assert not Path("scores").exists() and {layer for layer, *_ in tried} == {4}

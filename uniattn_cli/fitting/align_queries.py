@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from uniattn_cli.fitting.adam import TrainedWeights, gain_of
-from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, query_projection
+from uniattn_cli.fitting.match_keys import InputMatches, LayerMatches, query_projection
 from uniattn_cli.fitting.rows import Rows, in_turn, masked, rows_per_step, scores, single_rows
 from uniattn_cli.fitting.stream import Batch, attention_inputs, positions_of
 from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, gather_heads
@@ -26,45 +26,35 @@ from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, gather_he
 RATE = 0.1
 # Rows on which alignments are validated.
 VALIDATION_ROWS = 16
-# Enough for regressions of one head's width.
-MATCH_TOKENS = 1 << 15
 # Stands for the logarithm of zero.
 LOWEST = -100.0
 
 
 @torch.no_grad()
-def align_queries(
-    base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index: int, batches: Sequence[Batch], steps: int
-) -> tuple[float, float]:
+def align_queries(layer: Any, matches: LayerMatches, steps: int) -> tuple[float, float]:
     """Matches and trains W_q of a converted layer that borrows keys; see the head of this file.
 
     Args:
-        base_layer: the base's layer.
         layer: the converted model's, of a kind that borrows keys and has queries of its own.
-        own: the layer's attention module as a layer of kind `own` has it, with the base's weights.
-        batches: both streams where they enter the layer, and the states that earlier layers lend.
+        matches: of the layer with those that it borrows from.
         steps: of Adam, each on the next rows that are not held out.
 
     Returns:
         The divergence before and after, in nats, on held-out tokens where there are some. What makes it larger there
         is not kept.
     """
-    attention = layer.self_attn
+    attention, own, batches = layer.self_attn, matches.own, matches.batches
     count = rows_per_step(batches[0].converted.shape[1])
-    prepare = functools.partial(_prepare, base_layer, layer, own, index)
+    prepare = functools.partial(_prepare, matches.base_layer, layer, own, matches.index)
     rows = lambda held, most: single_rows(batches, prepare, held, most)  # noqa: E731
     learned = rows(False, max(1, steps) * count) or rows(True, max(1, steps) * count)
     validation = rows(True, VALIDATION_ROWS) or learned[:VALIDATION_ROWS]
-    sources = sorted({source for source, _ in attention.key_sources})
-    matches = KeyMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
     weights = _Queries(attention)
     gradients = functools.partial(_gradients, weights.trained, attention, own)
-    inputs = None
-    if attention.plan.traits.early:
-        inputs = InputMatches.of(base_layer, own, index, batches, sources, MATCH_TOKENS)
+    inputs = matches.inputs if attention.plan.traits.early else None
     before = best = _mean(attention, own, validation)
     for change in (
-        lambda: weights.match(matches.maps(attention.key_sources), inputs),
+        lambda: weights.match(matches.keys.maps(attention.key_sources), inputs),
         lambda: weights.train(in_turn(learned, min(count, len(learned)), gradients), steps, RATE),
     ):
         kept = weights.copy()
@@ -78,6 +68,11 @@ def align_queries(
     return before, best
 
 
+def query_modules(attention: SharedAttentionMixin) -> list[nn.Module]:
+    """The modules whose weights are aligned."""
+    return [*filter(None, (query_projection(attention), getattr(attention, "q_norm", None)))]
+
+
 class _Queries(TrainedWeights):
     """The parameters that queries come from.
 
@@ -88,7 +83,7 @@ class _Queries(TrainedWeights):
     def __init__(self, attention: SharedAttentionMixin):
         self.attention = attention
         self.norm: Any = getattr(attention, "q_norm", None)
-        super().__init__(*filter(None, (query_projection(attention), self.norm)))
+        super().__init__(*query_modules(attention))
 
     def match(self, maps: torch.Tensor, inputs: InputMatches | None) -> None:
         """Puts `B q` in the place of each query q, up to its length where queries are normed.
@@ -150,7 +145,7 @@ def _prepare(base_layer: nn.Module, layer: Any, own: SharedAttentionMixin, index
 
 
 def _divergence(attention: SharedAttentionMixin, own: SharedAttentionMixin, rows: Rows) -> torch.Tensor:
-    """KL(base's map || the layer's), mean over rows, heads and positions."""
+    """KL(base's map || the layer's), mean over rows, heads and positions, float32 []."""
     target = masked(own, scores(own, rows["queries"], rows["base_keys"]), rows.mask).log_softmax(-1)
     queries = _positioned_queries(attention, rows)
     found = masked(attention, scores(attention, queries, rows["keys"]), rows.mask).log_softmax(-1)
@@ -158,7 +153,8 @@ def _divergence(attention: SharedAttentionMixin, own: SharedAttentionMixin, rows
 
 
 def _mean(attention: SharedAttentionMixin, own: SharedAttentionMixin, rows: Sequence[Rows]) -> float:
-    return sum(_divergence(attention, own, row).item() for row in rows) / len(rows)
+    found = [_divergence(attention, own, piece) * len(piece) for piece in Rows.together(rows)]
+    return torch.stack(found).sum().item() / len(rows)
 
 
 def _positioned_queries(attention: SharedAttentionMixin, rows: Rows) -> torch.Tensor:

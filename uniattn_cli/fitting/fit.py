@@ -17,6 +17,7 @@ from torch import nn
 
 from uniattn_cli.fitting.adam import parameters_of, put_back
 from uniattn_cli.fitting.align_queries import align_queries
+from uniattn_cli.fitting.match_keys import LayerMatches
 from uniattn_cli.fitting.match_outputs import SourceChooser
 from uniattn_cli.fitting.refine import refine
 from uniattn_cli.fitting.solve import solve, solved_parts
@@ -136,7 +137,8 @@ def fit_layer(
     divergence = None
     if spec.align and layer.self_attn.plan.traits.aligns_queries:
         own = build_attention(base, Layout.own(len(base.model.layers)), index)
-        divergence = align_queries(base_layer, layer, own, index, batches, spec.align)
+        sources = sorted({source for source, _ in layer.self_attn.key_sources})
+        divergence = align_queries(layer, LayerMatches(base_layer, own, index, batches, sources), spec.align)
     return [replace(fit, divergence=divergence) for fit in step_layer(base_layer, layer, index, batches, spec)]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, SharedStates
 
 RIDGE = 1e-4
+# Enough for regressions of one head's width.
+MATCH_TOKENS = 1 << 15
 
 
 class KeyMatches:
@@ -176,6 +179,35 @@ class InputMatches:
         """The layer's input as it follows from a source's, [..., hidden]."""
         found = self._with_constant(lent.float()) @ self._maps[source]
         return (found[..., :-1] if self.affine else found).to(lent.dtype)
+
+
+@dataclass(frozen=True)
+class LayerMatches:
+    """How a layer's keys and input follow from those of others; each is found when it is first needed.
+
+    Attributes:
+        base_layer: the base's layer.
+        own: the layer's attention module as it is while the layer is `own`, with the base's weights.
+        index: number of the layer.
+        batches: streams where they enter the layer, and what earlier layers lend.
+        sources: layers that lend.
+        tokens: enough to regress on.
+    """
+
+    base_layer: nn.Module
+    own: SharedAttentionMixin
+    index: int
+    batches: Sequence[Batch]
+    sources: Sequence[int]
+    tokens: int = MATCH_TOKENS
+
+    @functools.cached_property
+    def keys(self) -> KeyMatches:
+        return KeyMatches.of(self.base_layer, self.own, self.index, self.batches, self.sources, self.tokens)
+
+    @functools.cached_property
+    def inputs(self) -> InputMatches:
+        return InputMatches.of(self.base_layer, self.own, self.index, self.batches, self.sources, self.tokens)
 
 
 def query_projection(attention: SharedAttentionMixin) -> nn.Linear:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, matched
+from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, LayerMatches, matched
 from uniattn_cli.fitting.moments import Moments
 from uniattn_cli.fitting.stream import Batch, attention_inputs, base_step, positions_of, visit
 from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.models.building import build_attention
+from uniattn_cli.models.device import coarse_products
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,45 +157,32 @@ class Borrowing:
 
     @torch.no_grad()
     def choose(
-        self, batches: Sequence[Batch], blocks: Sequence[Block], tokens: int, *, one_source: bool = False
-    ) -> list[Block]:
+        self, batches: Sequence[Batch], choices: Sequence[Sequence[Block]], tokens: int, *, one_source: bool = False
+    ) -> list[list[Block]]:
         """One block for each unit, so that the joint linear prediction of the base's attention output is best.
 
         Args:
             batches: both streams where they enter the layer, and the states that earlier layers lend.
-            blocks: of `candidate_blocks`.
+            choices: for each answer the blocks to choose among, of `candidate_blocks`.
             tokens: enough to compare blocks on.
-            one_source: all blocks must come from one layer.
+            one_source: all blocks of an answer must come from one layer.
 
         Returns:
-            The chosen blocks in the order of their units.
+            For each choice the chosen blocks, in the order of their units.
         """
-        moments = self.moments(batches, blocks, tokens)
-        choice = BlockChoice(moments, self.shape.hidden_size, blocks)
-        if not one_source:
-            return choice.descend(range(len(blocks)))[1]
-        units = {block.unit for block in blocks}
-        results = []
-        for source in sorted({block.source for block in blocks}):
-            numbers = [number for number, block in enumerate(blocks) if block.source == source]
-            if {blocks[number].unit for number in numbers} == units:
-                results.append(choice.descend(numbers))
-        return max(results, key=lambda result: result[0])[1]
+        blocks = list(dict.fromkeys(block for choice in choices for block in choice))
+        with coarse_products():
+            moments = self.moments(batches, blocks, tokens)
+        problem = BlockChoice(moments, self.shape.hidden_size, blocks)
+        return [problem.best(choice, one_source=one_source) for choice in choices]
 
     def moments(self, batches: Sequence[Batch], blocks: Sequence[Block], tokens: int) -> Moments:
         """Second moments of [all blocks, x] with the base's attention output."""
-        # Blocks are only compared here, for which ten bits of mantissa in the products are plenty.
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            return self._sum_moments(batches, blocks, tokens)
-        finally:
-            torch.set_float32_matmul_precision(precision)
-
-    def _sum_moments(self, batches: Sequence[Batch], blocks: Sequence[Block], tokens: int) -> Moments:
         moments: Moments | None = None
         for batch in visit(batches):
-            _, target = base_step(self.base_layer, batch.base, batch.kwargs[self.index])
+            target = batch.target
+            if target is None:
+                _, target = base_step(self.base_layer, batch.base, batch.kwargs[self.index])
             kwargs = attention_inputs(self.layer, batch.converted, batch.kwargs[self.index], batch.shared)
             inputs = kwargs["hidden_states"].flatten(0, 1).float()
             features = torch.cat([self.features(kwargs, batch.shared, blocks), inputs], dim=1)
@@ -316,26 +304,53 @@ class SourceChooser:
         lenders = self.lenders(layout, index)
         if not lenders:
             return plan
-        one_source = not self.matcher.several
         own = build_attention(base, Layout.own(self.matcher.shape.layers), index)
         layers = base.model.layers[index], converted.model.layers[index]
-        matches = inputs = None
+        matches = LayerMatches(layers[0], own, index, batches, lenders, self.limits.tokens)
+        return self.plans(plan, layers[1], matches, [lenders])[0]
+
+    def plans(
+        self, plan: LayerPlan, layer: nn.Module, matches: LayerMatches, choices: Sequence[Sequence[int]]
+    ) -> list[LayerPlan]:
+        """A borrowing layer's plan with new sources, for each choice of lenders.
+
+        Args:
+            plan: of the layer.
+            layer: the converted model's.
+            matches: of the layer with all lenders; both streams of its batches stand before the layer.
+            choices: layers that may lend, for each answer.
+        """
+        one_source, index, batches = not self.matcher.several, matches.index, matches.batches
+        keys = inputs = None
         if self.match_keys and not plan.traits.borrows_maps:
-            matches = KeyMatches.of(layers[0], own, index, batches, lenders, self.limits.tokens)
-            if plan.traits.early:
-                inputs = InputMatches.of(layers[0], own, index, batches, lenders, self.limits.tokens)
-        blocks = candidate_blocks(
-            self.matcher,
-            index,
-            lenders,
-            plan.kind,
-            self.limits.features,
-            one_source=one_source,
-            matches=matches,
-        )
-        problem = Borrowing(*layers, own, index, plan.kind, self.matcher.shape, matches, inputs)
-        found = problem.choose(batches, blocks, self.limits.tokens, one_source=one_source)
-        return replace(plan, leader=None, heads=self._heads(index, found))
+            keys = matches.keys
+            inputs = matches.inputs if plan.traits.early else None
+        blocks = [
+            candidate_blocks(
+                self.matcher, index, lenders, plan.kind, self.limits.features, one_source=one_source, matches=keys
+            )
+            for lenders in choices
+        ]
+        problem = Borrowing(matches.base_layer, layer, matches.own, index, plan.kind, self.matcher.shape, keys, inputs)
+        found: list[LayerPlan] = []
+        for together in self._together(blocks):
+            chosen = problem.choose(batches, together, self.limits.tokens, one_source=one_source)
+            found += [replace(plan, leader=None, heads=self._heads(index, each)) for each in chosen]
+        return found
+
+    def _together(self, choices: Sequence[list[Block]]) -> list[list[list[Block]]]:
+        """Choices whose blocks have their moments taken at once, as far as they are not too many."""
+        shape = self.matcher.shape
+        groups: list[list[list[Block]]] = []
+        for choice in choices:
+            if groups:
+                blocks = {block for other in (*groups[-1], choice) for block in other}
+                units = len({block.unit for block in blocks})
+                if len(blocks) * shape.query_heads * shape.head_dim <= units * self.limits.features:
+                    groups[-1].append(choice)
+                    continue
+            groups.append([choice])
+        return groups
 
     def _heads(self, layer: int, blocks: Sequence[Block]) -> tuple[tuple[int, int], ...]:
         """A head map; within a block, query heads get the heads whose maps are most like their own, each once."""
@@ -410,6 +425,19 @@ class BlockChoice:
         kept = self._places(chosen)
         factor = torch.linalg.cholesky(self.system[kept][:, kept])
         return torch.linalg.solve_triangular(factor, self.target[kept], upper=False).square().sum().item()
+
+    def best(self, choice: Sequence[Block], *, one_source: bool) -> list[Block]:
+        """One block for each unit, of some of the candidates; with `one_source` all of one layer."""
+        places = {block: number for number, block in enumerate(self.blocks)}
+        if not one_source:
+            return self.descend([places[block] for block in choice])[1]
+        units = {block.unit for block in choice}
+        results = []
+        for source in sorted({block.source for block in choice}):
+            blocks = [block for block in choice if block.source == source]
+            if {block.unit for block in blocks} == units:
+                results.append(self.descend([places[block] for block in blocks]))
+        return max(results, key=lambda result: result[0])[1]
 
     def descend(self, numbers: Sequence[int]) -> tuple[float, list[Block]]:
         """(explained energy, one block for each unit) among the candidates with these numbers."""

@@ -47,6 +47,13 @@ class Moments:
         result.tokens = self.tokens + other.tokens
         return result
 
+    def first(self, features: int) -> Moments:
+        """Moments of the first features alone."""
+        result = Moments(0, 0, self.ff.device)
+        result.ff, result.fy, result.yy = self.ff[:features, :features], self.fy[:features], self.yy
+        result.tokens = self.tokens
+        return result
+
     def error(self, weights: torch.Tensor) -> float:
         """Mean of |y - W^T f|^2 over the tokens for weights [p, d]."""
         residual = self.yy - 2 * (weights * self.fy).sum() + (weights * (self.ff @ weights)).sum()

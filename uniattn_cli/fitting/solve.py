@@ -28,7 +28,7 @@ def solved_parts(attention: SharedAttentionMixin, spec: ConversionSpec) -> tuple
 
 
 @dataclass
-class _Problem:
+class Problem:
     """Moments of one layer's fit; features are [heads, x] or a part of it, targets are what is missing.
 
     `positions` are the sums over sequences from which the paper's initialisation is computed, where it is asked for.
@@ -58,9 +58,14 @@ class _Problem:
         return self.held if self.held.tokens else self.fit
 
     @classmethod
-    def like(cls, features: torch.Tensor, missing: torch.Tensor, blocks: list[int], reference: bool) -> _Problem:
+    def like(cls, features: torch.Tensor, missing: torch.Tensor, blocks: list[int], reference: bool) -> Problem:
         sizes = (features.shape[-1], missing.shape[-1], features.device)
         return cls(Moments(*sizes), Moments(*sizes), blocks, positions=PositionSums() if reference else None)
+
+    def of_heads(self) -> Problem:
+        """The same without x, for a layer without W_c."""
+        fit, held = (moments.first(self.blocks[0]) for moments in (self.fit, self.held))
+        return Problem(fit, held, self.blocks[:1], self.energies)
 
 
 @dataclass(frozen=True)
@@ -123,15 +128,15 @@ def solve(layer: Any, index: int, batches: Sequence[Batch], spec: ConversionSpec
     Raises:
         ModelError: hidden states are not finite.
     """
-    attention = layer.self_attn
-    has_output, has_compensation = solved = solved_parts(attention, spec)
-    problem = _problem(layer, index, batches, solved, spec.solve == "reference")
+    return solution(problem_of(layer, index, batches, spec), layer.self_attn, spec)
+
+
+def solution(problem: Problem, attention: SharedAttentionMixin, spec: ConversionSpec) -> Solution:
+    """Solves the problem of a layer for one of its attention modules, which may have less W_c than the problem."""
+    has_output, has_compensation = solved_parts(attention, spec)
+    if has_output and not has_compensation:
+        problem = problem.of_heads()
     validation = problem.validation
-    if not (problem.fit.ff.isfinite().all() and problem.fit.fy.isfinite().all() and validation.yy.isfinite()):
-        raise ModelError(
-            f"cannot fit layer {index}: hidden states overflow in {_dtype(attention)}; set model.dtype to "
-            "bfloat16 or float32"
-        )
     if problem.positions is not None:
         weights = problem.positions.solve()
         result = RidgeFit(weights, weights, 0.0, validation.yy.item() / validation.tokens, validation.error(weights))
@@ -155,9 +160,15 @@ def solve(layer: Any, index: int, batches: Sequence[Batch], spec: ConversionSpec
     return Solution(partial, whole, result.strength, result.error_before / energy, after / energy)
 
 
-def _problem(layer: Any, index: int, batches: Sequence[Batch], solved: tuple[bool, bool], reference: bool) -> _Problem:
-    attention = layer.self_attn
-    problem: _Problem | None = None
+def problem_of(layer: Any, index: int, batches: Sequence[Batch], spec: ConversionSpec) -> Problem:
+    """Sums over calibration tokens from which W_o and W_c of a layer are solved; arguments as `solve`.
+
+    Raises:
+        ModelError: hidden states are not finite.
+    """
+    attention, reference = layer.self_attn, spec.solve == "reference"
+    solved = solved_parts(attention, spec)
+    problem: Problem | None = None
     for batch in visit(batches):
         normed, heads = attention_features(layer, batch.converted, batch.kwargs[index], batch.shared)
         target: Any = batch.target
@@ -169,9 +180,15 @@ def _problem(layer: Any, index: int, batches: Sequence[Batch], solved: tuple[boo
         ]
         features = torch.cat([part.float() for part in parts], dim=-1)
         if problem is None:
-            problem = _Problem.like(features, missing, [part.shape[-1] for part in parts], reference)
+            problem = Problem.like(features, missing, [part.shape[-1] for part in parts], reference)
         problem.add(features, missing, target, batch.held)
     assert problem is not None, "there are tokens"
+    sums = (problem.fit.ff, problem.fit.fy, problem.validation.yy)
+    if not all(each.isfinite().all() for each in sums):
+        raise ModelError(
+            f"cannot fit layer {index}: hidden states overflow in {_dtype(attention)}; set model.dtype to "
+            "bfloat16 or float32"
+        )
     return problem
 
 

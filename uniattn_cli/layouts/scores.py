@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.layouts.thorough import may_change, proposal
 from uniattn_cli.layouts.workbench import Workbench, stderr
-from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan, Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from uniattn_cli.layouts.alone import Alone
     from uniattn_cli.layouts.trials import Trials
 
 SCHEMA = 1
@@ -214,26 +215,45 @@ def _score_missing(bench: Workbench, asked: Sequence[Question], known: dict[Ques
             batch_size=bench.recipe.evaluation.batch_size,
         )
         for layer, plans in itertools.groupby(missing, key=lambda question: question.layer):
-            for question in plans:
-                known[question] = _score(bench, trials, question, known)
-                advance(1, f"layer {layer} {question.kind}: KL {known[question].divergence:.4f}")
+            for score in _of_layer(bench, trials, layer, list(plans), known):
+                known[score.question] = score
+                advance(1, f"layer {layer} {score.question.kind}: KL {score.divergence:.4f}")
             write_json(path, {"schema": SCHEMA, "scores": [score.to_dict() for score in known.values()]})
 
 
-def _score(bench: Workbench, trials: Trials, question: Question, known: dict[Question, Score]) -> Score:
-    layer, lenders = question.layer, list(question.lenders)
-    matched = [
-        score.plan for other, score in known.items() if replace(other, compensation=question.compensation) == question
-    ]
-    chooser = None
-    if matched:
-        # Heads are matched beside any W_c, so those of another one are the same.
-        plan = replace(matched[0], compensation=question.compensation)
-    else:
+def _of_layer(
+    bench: Workbench, trials: Trials, layer: int, asked: Sequence[Question], known: dict[Question, Score]
+) -> Iterator[Score]:
+    """The scores of plans of one layer, in their order."""
+    from uniattn_cli.layouts.alone import Alone
+
+    alone = Alone(trials, layer, bench.matcher.candidates(layer))
+    for _, of_kind in itertools.groupby(asked, key=lambda question: question.kind):
+        groups = [list(group) for _, group in itertools.groupby(of_kind, key=lambda question: question.lenders)]
+        for group, plan in zip(groups, _matched(bench, alone, [group[0] for group in groups], known), strict=True):
+            trial_of = alone.convert([replace(plan, compensation=question.compensation) for question in group])
+            for question, trial in zip(group, trial_of, strict=True):
+                yield Score(question, trial.layout[layer], trial.divergence, stderr(trial.rows))
+
+
+def _matched(
+    bench: Workbench, alone: Alone, asked: Sequence[Question], known: dict[Question, Score]
+) -> list[LayerPlan]:
+    """Plans of one kind with matched heads, for questions that differ in their lenders."""
+    # Heads are matched beside any W_c, so those of another one are the same.
+    found = {score.question.lenders: score.plan for score in known.values() if _alike(score.question, asked[0])}
+    missing = [question for question in asked if question.lenders not in found]
+    for question in missing:
         matcher = bench.matcher.for_kind(question.kind)
-        found = proposal(matcher, layer, question.kind, question.compensation, lenders)
-        assert found is not None, "only what can be proposed is asked for"
-        plan = found
-        chooser = bench.chooser(lambda layout, index: lenders)
-    trial = trials.convert(Layout.own(bench.matcher.shape.layers).with_plan(layer, plan), chooser)
-    return Score(question, trial.layout[layer], trial.divergence, stderr(trial.rows))
+        plan = proposal(matcher, question.layer, question.kind, question.compensation, question.lenders)
+        assert plan is not None, "only what can be proposed is asked for"
+        found[question.lenders] = plan
+    chooser = bench.chooser(bench.lenders) if missing and KINDS[asked[0].kind].borrows else None
+    if chooser is not None:
+        choices = [question.lenders for question in missing]
+        found |= zip(choices, alone.choose(found[choices[0]], chooser, choices), strict=True)
+    return [found[question.lenders] for question in asked]
+
+
+def _alike(one: Question, other: Question) -> bool:
+    return (one.layer, one.kind) == (other.layer, other.kind)

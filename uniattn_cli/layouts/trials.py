@@ -21,7 +21,8 @@ from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
 from uniattn_cli.models.building import build_attention, build_converted
-from uniattn_cli.models.losses import head_logits, kl_divergence
+from uniattn_cli.models.device import coarse_products
+from uniattn_cli.models.losses import LOGITS_AT_ONCE, head_logits, kl_divergence
 from uniattn_cli.recipe.schema import ConversionSpec
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Trials:
     def _store_base(self) -> None:
         """Hidden states before every layer: of the base for targets, of the converted model as starting points."""
         self.states = [self._rest(batch, [batch.base], 0, batch.shared) for batch in self.fit_batches]
-        self.score_states = [self._rest(batch, [batch.base], 0, batch.shared) for batch in self.score_batches]
+        with coarse_products():
+            self.score_states = [self._rest(batch, [batch.base], 0, batch.shared) for batch in self.score_batches]
         # As long as nothing is changed the converted model is the base, bit for bit.
         self.base_states = [list(states) for states in self.states]
         self.base_final = [states[-1] for states in self.score_states]
@@ -98,12 +100,14 @@ class Trials:
 
     def _divergences(self, finals: list[torch.Tensor]) -> torch.Tensor:
         """`Trial.rows`, from hidden states after the last layer."""
-        found = [
-            kl_divergence(self._logits(base_row), self._logits(row)).mean()
-            for ours, theirs in zip(finals, self.base_final, strict=True)
-            for row, base_row in zip(ours, theirs, strict=True)
-        ]
-        return torch.stack(found).double().cpu()
+        length = finals[0].shape[1]
+        rows = max(1, LOGITS_AT_ONCE // (length * self.base.config.vocab_size))
+        found = []
+        for ours, theirs in zip(finals, self.base_final, strict=True):
+            for pair in zip(ours.split(rows), theirs.split(rows), strict=True):
+                logits, base_logits = (self._logits(states.flatten(0, 1)) for states in pair)
+                found.append(kl_divergence(base_logits, logits).view(-1, length).mean(1))
+        return torch.cat(found).double().cpu()
 
     @torch.no_grad()
     def convert(self, layout: Layout, chooser: SourceChooser | None = None, *, keep: bool = False) -> Trial:
@@ -120,7 +124,7 @@ class Trials:
         different = [i for i in range(self.shape.layers) if layout[i] != self.layout[i]]
         first = different[0]
         end = self.shape.layers if keep else different[-1] + 1
-        batches = [self._at(batch, position, first) for position, batch in enumerate(self.fit_batches)]
+        batches = self.arriving(first)
         arriving = [states[: first + 1] for states in self.states]
         with contextlib.ExitStack() as changes:
             for index in range(first, end):
@@ -134,12 +138,7 @@ class Trials:
                         self._advance(batch, index)
                 for states, batch in zip(arriving, batches, strict=True):
                     states.append(batch.converted)
-            shared = [batch.shared if keep else batch.shared.copy() for batch in self.score_batches]
-            finals = [
-                self._rest(batch, states, first, holder)
-                for batch, states, holder in zip(self.score_batches, self.score_states, shared, strict=True)
-            ]
-            rows = self._divergences([states[-1] for states in finals])
+            finals, rows = self.judge(first, keep)
             if keep:
                 changes.pop_all()
         if keep:
@@ -149,6 +148,24 @@ class Trials:
                 replace(batch, shared=tried.shared) for batch, tried in zip(self.fit_batches, batches, strict=True)
             ]
         return Trial(layout, rows)
+
+    @coarse_products()
+    def judge(self, first: int, keep: bool = False) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+        """Runs the model as it is now from layer `first` on, on the scoring tokens.
+
+        Args:
+            first: layers before it are those of the current layout.
+            keep: what layers lend is kept for later calls.
+
+        Returns:
+            Hidden states before every layer and after the last, by batch, and `Trial.rows`.
+        """
+        shared = [batch.shared if keep else batch.shared.copy() for batch in self.score_batches]
+        finals = [
+            self._rest(batch, states, first, holder)
+            for batch, states, holder in zip(self.score_batches, self.score_states, shared, strict=True)
+        ]
+        return finals, self._divergences([states[-1] for states in finals])
 
     def _advance(self, batch: Batch, index: int) -> None:
         layer = self.model.model.layers[index]
@@ -179,10 +196,12 @@ class Trials:
             states.append(run_layer(layer, states[-1], batch.kwargs[index], uniattn_shared=shared))
         return states
 
-    def _at(self, batch: Batch, position: int, layer: int) -> Batch:
-        """A fit batch as it arrives at a layer; its holder is a copy, so that trying a candidate leaves no trace."""
-        hidden = self.states[position][layer]
-        return replace(batch, base=self.base_states[position][layer], converted=hidden, shared=batch.shared.copy())
+    def arriving(self, layer: int) -> list[Batch]:
+        """The fit batches where they enter a layer; holders are copies, so that trying a candidate leaves no trace."""
+        return [
+            replace(batch, base=base[layer], converted=states[layer], shared=batch.shared.copy())
+            for batch, base, states in zip(self.fit_batches, self.base_states, self.states, strict=True)
+        ]
 
     def reset(self) -> None:
         """Starts again from the unchanged model."""

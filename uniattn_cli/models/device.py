@@ -79,6 +79,19 @@ def timed(times: list[float], device: torch.device) -> Iterator[None]:
     times.append(clock(device) - started)
 
 
+@contextlib.contextmanager
+def coarse_products() -> Iterator[None]:
+    """Multiplies float32 matrices with ten bits of mantissa where that is faster: plenty where things are compared."""
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @dataclass(frozen=True)
 class Series:
     """Seconds of repeated measurements.
