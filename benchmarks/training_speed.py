@@ -30,9 +30,9 @@ from uniattn_cli.models.of_run import BASE
 from uniattn_cli.models.random import SHAPES, known_config, random_models
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import TrainSpec, TrainStage
+from uniattn_cli.run.process import join_processes
 from uniattn_cli.tables import Table
 from uniattn_cli.training.objective import CrossEntropy
-from uniattn_cli.training.process import join_processes
 from uniattn_cli.training.stage import quiet_training
 from uniattn_cli.training.trained import prepare
 from uniattn_cli.training.trainer import StageTrainer

@@ -40,10 +40,10 @@ from uniattn_cli.models.hub import locate
 from uniattn_cli.models.losses import IGNORED
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe, TrainSpec, TrainStage
+from uniattn_cli.run.process import LAUNCHED, join_processes
 from uniattn_cli.training import trainer
 from uniattn_cli.training.order import GROUPED_STEPS, accumulation, batches, stage_steps
 from uniattn_cli.training.preview import check_share, mark
-from uniattn_cli.training.process import LAUNCHED, join_processes
 from uniattn_cli.training.trained import freeze_all_but, prepare, trained_names
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uniattn_cli.analysis.measured import Measured
@@ -13,10 +13,11 @@ from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.models.of_run import base_of
-from uniattn_cli.options import RunOptions
+from uniattn_cli.options import RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.lock import alone
+from uniattn_cli.run.process import join_processes
 from uniattn_cli.tables import NOTHING, Result, Table
 
 
@@ -38,6 +39,7 @@ def score(*, run_dir: Path | str = ".", overrides: Sequence[str] = (), options: 
     """Converts every plan that the recipe allows, alone, measures the loss and writes `scores/`.
 
     What was scored before with the same model, text and fit is not scored again, and an interrupted run goes on.
+    Several processes, started by `torchrun`, share the layers among them.
 
     Args:
         run_dir: holds `recipe.yaml` and `analysis/`.
@@ -55,10 +57,12 @@ def score(*, run_dir: Path | str = ".", overrides: Sequence[str] = (), options: 
     rank = compensation_of(recipe)
     check_rank(rank, shape)
     check_protected(recipe.layout, shape)
-    options.torch_device()  # a device that is not there is told before any work
     check_analysis(run, recipe, source.fingerprint)
-    bench = Workbench(recipe, source, Measured.load(run.output("analyze")), options)
-    scores = score_plans(run, bench, rank, force=options.force)
+    process = join_processes(options, objects=True)  # a device that is not there is told before any work
+    progress = options.progress if process.is_main_process else Silent()
+    own = replace(options, device=str(process.device), progress=progress)
+    bench = Workbench(recipe, source, Measured.load(run.output("analyze")), own)
+    scores = score_plans(run, bench, rank, process=process, force=options.force)
     output = run.output("score")
     notes = [
         f"{len(scores)} plans, scored on {bench.texts.score.numel():,} tokens; of each kind the best is shown",

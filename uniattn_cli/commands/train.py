@@ -76,8 +76,8 @@ def train(
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.screen import Screen
     from uniattn_cli.models.loading import load_config
+    from uniattn_cli.run.process import join_processes, shared_output
     from uniattn_cli.training.preview import check_share, endless
-    from uniattn_cli.training.process import join_processes, shared_output
     from uniattn_cli.training.trained import control_stages, planned_stages
 
     run = RunDir(run_dir)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.by_scores import by_scores
 from uniattn_cli.layouts.considered import Considered, Point, Validated
 from uniattn_cli.layouts.fast import Choice, candidates_table, frontier, parameter_counts, plan_of
 from uniattn_cli.layouts.picture import draw_layout
-from uniattn_cli.layouts.scores import score_plans
 from uniattn_cli.layouts.shorthand import parse_groups
-from uniattn_cli.layouts.solutions import Wish, loss, pick, pool
-from uniattn_cli.layouts.solutions import frontier as frontier_of
-from uniattn_cli.layouts.solver import layout_of, total
+from uniattn_cli.layouts.solutions import Wish
 from uniattn_cli.layouts.thorough import frontier_table, points_of, search, steps_table
 from uniattn_cli.layouts.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
@@ -214,32 +212,14 @@ def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
 
 
 def _by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load: bool) -> Grouping:
-    """The layouts that the scores of single layers predict to be best are converted and compared.
-
-    Raises:
-        LayoutError: nothing does what is asked, or scores are missing that a dry run cannot make.
-    """
-    spec, measured = bench.recipe.layout, bench.measured
-    scores = score_plans(run, bench, rank, load=load)
-    solutions = pool(scores, spec, measured.shape.layers, wish)
-    layouts = {name: layout_of(solution) for name, solution in solutions.items()}
-    shortlist = bench.validate(layouts) if load and spec.compared != 1 else []
-    shortlist = [replace(entry, predicted=total(solutions[entry.name], loss)) for entry in shortlist]
-    if shortlist:
-        best = pick(shortlist, wish)
-        name, layout = best.name, best.layout
-    else:
-        name, layout = next(iter(layouts.items()))
-        layout = bench.match_heads(layout) if load else layout
-    points, checked = frontier_of(scores, spec, measured.shape), _checked(bench, shortlist)
-    considered = Considered(
-        "sum of the layers' scores, nats per token", points, shortlist, checked, layout, wish.max_loss
-    )
-    predicted = total(solutions[name], loss)
+    """The layouts that the scores of single layers predict to be best are converted and compared."""
+    considered, predicted = by_scores(run, bench, wish, rank, load)
+    layout = considered.chosen
     note = f"{len(layout.changed)} layers changed: {wish.words}; predicted loss {predicted:.4f} nats per token"
     if _borrows(layout):
         note += f"; heads {_matched(bench.recipe, layout, True)}"
-    return _grouping(considered, measured, [frontier_table(points, measured, "predicted from scores")], [note])
+    table = frontier_table(considered.frontier, bench.measured, "predicted from scores")
+    return _grouping(considered, bench.measured, [table], [note])
 
 
 def _proposals(

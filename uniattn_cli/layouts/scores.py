@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.layouts.solver import Option, layout_of
 from uniattn_cli.layouts.thorough import may_change, proposal
 from uniattn_cli.layouts.workbench import Workbench, stderr
 from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import read_json, write_json
+from uniattn_cli.run.process import shared_output
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from uniattn_cli.layouts.alone import Alone
     from uniattn_cli.layouts.trials import Trials
 
@@ -117,7 +121,13 @@ def questions(bench: Workbench, compensation: str | int) -> list[Question]:
 
 
 def score_plans(
-    run: RunDir, bench: Workbench, compensation: str | int, *, force: bool = False, load: bool = True
+    run: RunDir,
+    bench: Workbench,
+    compensation: str | int,
+    *,
+    process: PartialState | None = None,
+    force: bool = False,
+    load: bool = True,
 ) -> list[Score]:
     """The scores of all plans that the recipe allows, in the order of `questions`.
 
@@ -126,6 +136,7 @@ def score_plans(
 
     Args:
         compensation: see `questions`.
+        process: one of several that share the layers among them, and all end with all scores; None is alone.
         force: replace scores of another model, text or fit, and make all anew.
         load: whether weights may be loaded.
 
@@ -146,12 +157,41 @@ def score_plans(
         raise LayoutError("a dry run cannot score plans; run `uniattn score` first, or use --search fast")
     if bench.placement[1] is not None:
         raise LayoutError("scores need the whole model on the GPU; use --search fast")
-    with run.write("score", bench.recipe, inputs, force=True, resume=True, decisive=()) as directory:
+    with shared_output(process, run, "score", bench.recipe, inputs, force=True, decisive=()) as directory:
         path = directory / JSON_FILE
         with contextlib.suppress(StageError):  # what an interrupted run left is missing or damaged
             known |= _read(path)
-        _score_missing(bench, asked, known, path)
+        _score_missing(bench, asked, known, path, process)
     return [known[question] for question in asked]
+
+
+def in_company(bench: Workbench, scores: Sequence[Score], solution: Sequence[Option]) -> list[Score]:
+    """Scores as they are where the other layers of a solution are changed too.
+
+    The solution is converted, and each of its layers left out in turn. All plans of that layer cost more or less than
+    alone by the same factor, those of other layers by the mean one; so the scores of the solution sum up to its loss.
+    """
+    trials = _trials(bench)
+    whole = trials.convert(layout_of(solution), bench.chooser(bench.lenders), keep=True)
+    rest = {
+        layer: trials.convert(whole.layout.with_plan(layer, LayerPlan())).divergence for layer in whole.layout.changed
+    }
+    added = {layer: max(whole.divergence - divergence, 0.0) for layer, divergence in rest.items()}
+    alone = {option.layer: option.loss for option in solution if option.layer in added}
+    scale = whole.divergence / max(sum(added.values()), 1e-12)
+    factors = {layer: scale * added[layer] / max(alone[layer], 1e-12) for layer in added}
+    mean = whole.divergence / max(sum(alone.values()), 1e-12)
+    return [replace(score, divergence=score.divergence * factors.get(score.question.layer, mean)) for score in scores]
+
+
+def _trials(bench: Workbench) -> Trials:
+    import torch
+
+    from uniattn_cli.layouts.trials import Trials
+
+    torch.manual_seed(bench.recipe.seed)
+    recipe, texts = bench.recipe, bench.texts
+    return Trials(bench.base, texts.fit, texts.score, recipe.conversion, batch_size=recipe.evaluation.batch_size)
 
 
 def stored(run: RunDir, inputs: dict[str, Any]) -> dict[Question, Score]:
@@ -197,36 +237,40 @@ def _read(path: Path) -> dict[Question, Score]:
     return {score.question: score for score in found}
 
 
-def _score_missing(bench: Workbench, asked: Sequence[Question], known: dict[Question, Score], path: Path) -> None:
-    """Adds the scores that are missing, and writes the file after every layer."""
-    import torch
-
-    from uniattn_cli.layouts.trials import Trials
+def _score_missing(
+    bench: Workbench,
+    asked: Sequence[Question],
+    known: dict[Question, Score],
+    path: Path,
+    process: PartialState | None = None,
+) -> None:
+    """Adds the scores that are missing, and writes the file whenever each process is done with a layer."""
+    from accelerate.utils import gather_object
 
     missing = [question for question in asked if question not in known]
-    base = bench.base
+    layers = [list(group) for _, group in itertools.groupby(missing, key=lambda question: question.layer)]
+    count, number = (process.num_processes, process.process_index) if process else (1, 0)
+    trials = _trials(bench)
     with bench.options.progress.track("scoring plans", len(missing)) as advance:
-        torch.manual_seed(bench.recipe.seed)
-        trials = Trials(
-            base,
-            bench.texts.fit,
-            bench.texts.score,
-            bench.recipe.conversion,
-            batch_size=bench.recipe.evaluation.batch_size,
-        )
-        for layer, plans in itertools.groupby(missing, key=lambda question: question.layer):
-            for score in _of_layer(bench, trials, layer, list(plans), known):
-                known[score.question] = score
-                advance(1, f"layer {layer} {score.question.kind}: KL {score.divergence:.4f}")
-            write_json(path, {"schema": SCHEMA, "scores": [score.to_dict() for score in known.values()]})
+        # Neighbouring layers take about as long.
+        for start in range(0, len(layers), count):
+            found = []
+            for plans in layers[start : start + count][number : number + 1]:
+                for score in _of_layer(bench, trials, plans, known):
+                    found.append(score)
+                    advance(count, f"layer {score.question.layer} {score.question.kind}: KL {score.divergence:.4f}")
+            known |= {score.question: score for score in (gather_object(found) if count > 1 else found)}
+            if number == 0:
+                write_json(path, {"schema": SCHEMA, "scores": [score.to_dict() for score in known.values()]})
 
 
 def _of_layer(
-    bench: Workbench, trials: Trials, layer: int, asked: Sequence[Question], known: dict[Question, Score]
+    bench: Workbench, trials: Trials, asked: Sequence[Question], known: dict[Question, Score]
 ) -> Iterator[Score]:
     """The scores of plans of one layer, in their order."""
     from uniattn_cli.layouts.alone import Alone
 
+    layer = asked[0].layer
     alone = Alone(trials, layer, bench.matcher.candidates(layer))
     for _, of_kind in itertools.groupby(asked, key=lambda question: question.kind):
         groups = [list(group) for _, group in itertools.groupby(of_kind, key=lambda question: question.lenders)]

@@ -18,9 +18,6 @@ from uniattn_cli.recipe.schema import LayoutSpec
 # one that has another layer changed instead.
 POOL = 4
 DIFFERENT = 3
-# Where the loss is limited, solutions for such shares of it: scores of single layers predict that of all only roughly.
-# With factors of 1.4 between them, one comes near to what is allowed unless predictions are off by more than twice.
-LOSS_SHARES = (1.0, 0.7, 1.4, 0.5, 2.0)
 # Sizes of the cache for which the frontier has a solution.
 FRONTIER = 8
 
@@ -121,9 +118,7 @@ def pool(scores: Sequence[Score], spec: LayoutSpec, layers: int, wish: Wish) -> 
     if first is None:
         raise LayoutError(f"no layout does what is asked: {impossible(problem, wish.limits())}")
     found: list[tuple[str, list[Option] | None]] = [(name, first)]
-    if wish.max_loss is not None:
-        found += [(f"{name}, {share:g} of max_loss", wish.best(problem, share)) for share in LOSS_SHARES if share != 1]
-    elif layout_of(first).changed:
+    if wish.max_loss is None and layout_of(first).changed:
         while len(found) < POOL and found[-1][1] is not None:
             others = [solution for _, solution in found if solution is not None]
             found.append((f"{name}, {len(found) + 1}", wish.best(problem, others=others)))

@@ -187,27 +187,33 @@ class Workbench:
         )
         return model
 
+    @cached_property
+    def _compared(self) -> dict[Layout, tuple[Layout, torch.Tensor]]:
+        """Layouts that were converted: as they came out, and their divergence from the base by sequence."""
+        return {}
+
     def validate(self, layouts: dict[str, Layout]) -> list[Validated]:
         """Converts each layout and measures its divergence from the base on `texts.check`, best first.
 
         Args:
-            layouts: by name, two or more.
+            layouts: by name; those of earlier calls are not converted again.
         """
         from uniattn_cli.fitting.stream import layer_by_layer
         from uniattn_cli.models.losses import window_divergences
 
         base, device, batch_size = self.base, self.placement[1], self.recipe.evaluation.batch_size
         fit = self.texts.fit[: max(1, SHORTLIST_TOKENS // self.recipe.conversion.length)]
-        found: list[tuple[str, Layout, torch.Tensor]] = []
+        missing = {name: layout for name, layout in layouts.items() if layout not in self._compared}
         layers = self.measured.shape.layers
-        with self.options.progress.track("converting the shortlist", len(layouts) * layers) as advance:
-            for name, layout in layouts.items():
+        with self.options.progress.track("converting the shortlist", len(missing) * layers) as advance:
+            for name, layout in missing.items():
                 model = self.converted(
                     layout, fit, advance=lambda steps=1, text="", name=name: advance(steps, f"{name}, {text}")
                 )
                 with layer_by_layer(base, device), layer_by_layer(model, device):
                     rows = window_divergences(base, model, self.texts.check, batch_size=batch_size)
-                found.append((name, model.config.layout, rows))
+                self._compared[layout] = model.config.layout, rows
+        found = [(name, *self._compared[layout]) for name, layout in layouts.items()]
         found.sort(key=lambda entry: entry[2].mean().nan_to_num(nan=math.inf).item())
         best = found[0][2]
         if not best.isfinite().all():

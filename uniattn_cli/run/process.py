@@ -21,8 +21,12 @@ NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 LAUNCHED = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
 
 
-def join_processes(options: RunOptions) -> PartialState:
-    """Joins what `accelerate launch` or `torchrun` started; its `device` is where this process trains.
+def join_processes(options: RunOptions, *, objects: bool = False) -> PartialState:
+    """Joins what `accelerate launch` or `torchrun` started; its `device` is where this process works.
+
+    Args:
+        options: its device counts for all processes; `cuda` is the GPU of the same number in each.
+        objects: only Python objects are exchanged, which several processes on one GPU can do, too.
 
     Raises:
         UsageError: the environment has only some of the variables that a launcher sets, or impossible ones.
@@ -34,7 +38,7 @@ def join_processes(options: RunOptions) -> PartialState:
     device = options.torch_device()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    process = PartialState(cpu=device.type == "cpu")
+    process = PartialState(cpu=device.type == "cpu" or (objects and "RANK" in os.environ))
     process.device = device
     return process
 
@@ -58,7 +62,7 @@ def _check_launcher() -> None:
 
 @contextlib.contextmanager
 def shared_output(
-    process: PartialState,
+    process: PartialState | None,
     run: RunDir,
     stage: str,
     recipe: Recipe,
@@ -67,7 +71,15 @@ def shared_output(
     force: bool,
     decisive: Sequence[str],
 ) -> Iterator[Path]:
-    """The hidden folder of a stage, the same for all processes; the main one makes and finishes it (`RunDir.write`)."""
+    """The hidden folder of a stage, the same for all processes; the main one makes and finishes it (`RunDir.write`).
+
+    Args:
+        process: None where there is only one.
+    """
+    if process is None:
+        with run.write(stage, recipe, inputs, force=force, resume=True, decisive=decisive) as partial:
+            yield partial
+        return
     with contextlib.ExitStack() as stack:
         if process.is_main_process:
             writing = run.write(stage, recipe, inputs, force=force, resume=True, decisive=decisive)

@@ -1,0 +1,375 @@
+"""Searches for a layout: scores of single layers and a solver, compared with the greedy search by conversion.
+
+    python -m benchmarks.search MODEL --calibration c4.jsonl wikipedia.jsonl chat.jsonl:120 --work DIR
+
+Parts: `scores` scores every plan of every layer once; `budgets` solves for each budget, converts the best prediction
+and one whose scores were corrected in its company; `pool` converts the other solutions and each kind alone; `loss` asks
+for the smallest cache at each of `--losses` and measures the result on text that the choice has not seen; `thorough`
+runs the greedy search with all kinds, takes its steps for every budget, and then searches with each kind alone down to
+the budget `--timed`. Without a GPU this takes hours. Parts may share `--work`, which keeps analysis and scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import runner
+from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.commands.analyze import analyze
+from uniattn_cli.layouts.budget import Budget
+from uniattn_cli.layouts.by_scores import by_scores
+from uniattn_cli.layouts.choose import compensation_of
+from uniattn_cli.layouts.considered import kinds_in_words
+from uniattn_cli.layouts.greedy import SearchStep, ThoroughSearch
+from uniattn_cli.layouts.plots import COLOURS, MARKERS
+from uniattn_cli.layouts.scores import Score, in_company, score_plans
+from uniattn_cli.layouts.solutions import Wish, loss, pool, problem_of
+from uniattn_cli.layouts.solver import Option, layout_of, total
+from uniattn_cli.layouts.thorough import proposer, series_name
+from uniattn_cli.layouts.workbench import Workbench, stderr
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
+from uniattn_cli.models.costs import kv_bytes_per_token
+from uniattn_cli.models.device import clock, describe_device, timed
+from uniattn_cli.models.hub import locate
+from uniattn_cli.models.loading import load_config
+from uniattn_cli.models.losses import window_divergences
+from uniattn_cli.options import RunOptions, Silent
+from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.run.directory import RunDir
+from uniattn_cli.run.process import join_processes
+from uniattn_cli.tables import NOTHING, Table
+
+SETTINGS = ["model.dtype=float32", "layout.search=scores", "evaluation.batch_size=32"]
+
+
+class Bench:
+    """The model, its calibration text and the results so far."""
+
+    def __init__(self, arguments: argparse.Namespace, results: runner.Results):
+        self.arguments, self.results = arguments, results
+        self.process = join_processes(RunOptions(device=str(arguments.device)), objects=True)
+        self.device = self.process.device
+        self.options = RunOptions(device=str(self.device), progress=Printed())
+        if not self.process.is_main_process:
+            # It helps with scores, and only the main one writes.
+            results.out = Path(tempfile.mkdtemp()) / "helper.json"
+        self.run = RunDir(Path(arguments.work or tempfile.mkdtemp(prefix="uniattn-search-")))
+        place = Path(arguments.model)
+        model = str(place.absolute()) if place.is_dir() else arguments.model
+        specs: list[dict[str, Any]] = []
+        for name in arguments.calibration:
+            path, _, limit = name.partition(":")
+            specs.append({"source": str(Path(path).absolute()), **({"limit": int(limit)} if limit else {})})
+        calibration = [f"data.calibration={json.dumps(specs)}"] if specs else []
+        kinds = f"layout.kinds=[{', '.join(arguments.kinds)}]"
+        settings = [f"model.name={json.dumps(model)}", *SETTINGS, *calibration, kinds, *arguments.set]
+        with self.process.main_process_first():
+            if not self.run.is_complete("analyze"):
+                analyze(model, run_dir=self.run.root, overrides=settings, options=self.options)
+        self.recipe = Recipe.load(self.run.recipe, settings)
+        self.source = locate(model)
+        self.config = load_config(self.source)
+        self.measured = Measured.load(self.run.output("analyze"))
+        spec = self.recipe.conversion
+        results.begin(
+            {
+                "model": place.name,
+                "dtype": self.recipe.model.dtype,
+                "device": describe_device(self.device),
+                "kinds": list(self.recipe.layout.kinds),
+                "calibration": [Path(name).name for name in arguments.calibration],
+                "window": spec.length,
+                "tokens": {"fit": spec.tokens, "score": self.recipe.layout.score_tokens},
+                "align": spec.align,
+                "refine": spec.refine,
+            }
+        )
+
+    @property
+    def shape(self) -> AttentionShape:
+        return self.measured.shape
+
+    @cached_property
+    def workbench(self) -> Workbench:
+        return Workbench(self.recipe, self.source, self.measured, self.options)
+
+    def missing(self, key: str) -> bool:
+        return bool(self.results.missing("rows", [key]))
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        return score_plans(self.run, self.workbench, compensation_of(self.recipe), process=self.process)
+
+    def share(self, layout: Layout) -> float:
+        """Of the base's KV bytes."""
+        own = Layout.own(self.shape.layers)
+        return kv_bytes_per_token(layout, self.shape, 1) / kv_bytes_per_token(own, self.shape, 1)
+
+    def wish(self, **fields: Any) -> Wish:
+        """What a recipe with these budgets asks."""
+        return Wish.of(replace(self.recipe.layout, **fields), self.shape, self.config)
+
+    def compare(self, key: str, layout: Layout, **facts: Any) -> None:
+        """Converts a layout as the shortlist does, measures it and adds its row."""
+        if not self.missing(key):
+            return
+        seconds: list[float] = []
+        with timed(seconds, self.device):
+            (entry,) = self.workbench.validate({key: layout})
+        self.add(key, entry.layout, entry.divergence, entry.stderr, convert_seconds=round(seconds[0], 1), **facts)
+
+    def add(self, key: str, layout: Layout, divergence: float, deviation: float, **facts: Any) -> None:
+        """One row of a layout that was measured."""
+        row = {
+            "kinds": kinds_in_words(layout),
+            "kv_share": round(self.share(layout), 4),
+            "divergence": round(divergence, 5),
+            "stderr": round(deviation, 5),
+            **facts,
+        }
+        self.results.add("rows", key, row | {"layers": layout.to_list()}, row)
+
+
+class Printed(Silent):
+    """Notes and warnings as lines."""
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    warn = note
+
+
+def run_scores(bench: Bench) -> None:
+    """Scores everything, and says how long that takes."""
+    if not bench.results.missing("times", ["scores"]):
+        return
+    _ = bench.workbench.base, bench.workbench.texts  # loading is not scoring
+    bench.process.wait_for_everyone()
+    cuda = bench.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds: list[float] = []
+    with timed(seconds, bench.device):
+        scores = bench.scores
+    facts = {"seconds": round(seconds[0], 1), "processes": bench.process.num_processes, "plans": len(scores)}
+    if cuda:
+        facts["peak_gib"] = round(torch.cuda.max_memory_allocated(bench.device) / 2**30, 2)
+    for (layer, kind), group in itertools.groupby(
+        scores, key=lambda score: (score.question.layer, score.question.kind)
+    ):
+        best = min(group, key=lambda score: score.divergence)
+        row = {"divergence": round(best.divergence, 6), "stderr": round(best.stderr, 6)}
+        bench.results.content["scores"][f"layer {layer} | {kind}"] = row | {"plan": best.plan.to_dict()}
+    bench.results.add("times", "scores", facts)
+
+
+def run_budgets(bench: Bench) -> None:
+    """The best prediction for each budget, and the best of scores that were corrected in its company."""
+    spec, layers = bench.recipe.layout, bench.shape.layers
+    problem = problem_of(bench.scores, spec, layers, spec.kinds)
+    for kv in bench.arguments.budgets:
+        wish, key = bench.wish(kv=kv), f"kv {kv:g} | scores"
+        solution, seconds = _solved(lambda wish=wish: wish.best(problem))
+        facts = {"predicted": round(total(solution, loss), 5), "seconds": seconds}
+        bench.compare(key, layout_of(solution), **facts)
+        key = f"kv {kv:g} | scores, corrected"
+        if bench.missing(key):
+            started = time.perf_counter()
+            corrected = problem_of(in_company(bench.workbench, bench.scores, solution), spec, layers, spec.kinds)
+            found, _ = _solved(lambda wish=wish, corrected=corrected: wish.best(corrected))
+            facts = {"predicted": round(total(found, loss), 5), "seconds": round(time.perf_counter() - started, 1)}
+            bench.compare(key, layout_of(found), **facts)
+
+
+def _solved(solve: Callable[[], list[Option] | None]) -> tuple[list[Option], float]:
+    started = time.perf_counter()
+    solution = solve()
+    if solution is None:
+        raise SystemExit("error: no layout meets a budget; give other --budgets")
+    return solution, round(time.perf_counter() - started, 2)
+
+
+def run_pool(bench: Bench) -> None:
+    """The other solutions of the pool, and each kind alone."""
+    spec, layers = bench.recipe.layout, bench.shape.layers
+    for kv in bench.arguments.budgets:
+        solutions = pool(bench.scores, replace(spec, kv=kv), layers, bench.wish(kv=kv))
+        for name, solution in itertools.islice(solutions.items(), 1, None):
+            bench.compare(f"kv {kv:g} | {name}", layout_of(solution), predicted=round(total(solution, loss), 5))
+
+
+def run_losses(bench: Bench) -> None:
+    """The smallest cache for each loss, converted with all tokens and measured on text that nothing has seen."""
+    texts = bench.workbench.texts
+    seen = sum(len(part) for part in (texts.fit, texts.score, texts.check))
+    windows = bench.workbench.windows((seen + len(texts.check)) * bench.recipe.conversion.length)
+    fresh = windows[seen:]
+    for limit in bench.arguments.losses:
+        key = f"max_loss {limit:g}"
+        if not bench.missing(key):
+            continue
+        workbench, wish = bench.workbench, bench.wish(max_loss=limit)
+        seconds: list[float] = []
+        with timed(seconds, bench.device):
+            considered, _ = by_scores(bench.run, workbench, wish, compensation_of(bench.recipe), True)
+        chosen = next(entry for entry in considered.shortlist if entry.layout == considered.chosen)
+        model = workbench.converted(considered.chosen, texts.fit)
+        rows = window_divergences(workbench.base, model, fresh, batch_size=bench.recipe.evaluation.batch_size)
+        facts = {
+            "asked": limit,
+            "predicted": round(chosen.predicted or 0.0, 5),
+            "compared": round(chosen.divergence, 5),
+            "tried": len(considered.shortlist),
+            "seconds": round(seconds[0], 1),
+        }
+        bench.add(key, model.config.layout, rows.mean().item(), stderr(rows), **facts)
+
+
+def run_thorough(bench: Bench) -> None:
+    """The greedy search with all kinds for every budget, then with each kind alone for one."""
+    spec, workbench = bench.recipe.layout, bench.workbench
+    names = {series_name(kinds): kinds for kinds in (spec.kinds, *((kind,) for kind in spec.kinds))}
+    missing = bench.results.missing("times", names)
+    if not missing:
+        return
+    search = ThoroughSearch(
+        workbench.base,
+        workbench.texts.fit,
+        workbench.texts.score,
+        bench.recipe.conversion,
+        proposer(workbench.matcher, spec.kinds, compensation_of(bench.recipe), spec.max_group),
+        chooser=workbench.chooser(workbench.lenders),
+        batch_size=bench.recipe.evaluation.batch_size,
+    )
+    for name in missing:
+        search.reset()
+        shares = bench.arguments.budgets if names[name] == spec.kinds else [bench.arguments.timed]
+        _search(bench, search, name, names[name], sorted(shares))
+
+
+def _search(bench: Bench, search: ThoroughSearch, name: str, kinds: tuple[str, ...], shares: list[float]) -> None:
+    """One search down to the smallest share; the first layout within each share is measured when it is found."""
+    started, measured = clock(bench.device), 0
+    budgets = {share: Budget("kv", share, f"kv {share:g}", bench.shape, bench.config) for share in shares}
+    last = budgets[shares[0]]
+
+    def report(step: SearchStep) -> None:
+        nonlocal started, measured
+        measured += step.measured
+        now = clock(bench.device)
+        while shares and budgets[shares[-1]].met(step.layout):
+            share = shares.pop()
+            if share == bench.arguments.timed:
+                bench.results.add("times", name, {"seconds": round(now - started, 1), "measured": measured})
+            bench.compare(f"kv {share:g} | {name}", step.layout, searched=round(step.divergence, 5))
+        # What was measured meanwhile is not searching.
+        started += clock(bench.device) - now
+
+    search.run(last.met, saved=last.saved, kinds=kinds, report=report)
+
+
+MEASURES = {
+    "scores": run_scores,
+    "budgets": run_budgets,
+    "pool": run_pool,
+    "loss": run_losses,
+    "thorough": run_thorough,
+}
+COLUMNS = ["budget", "found by", "changed layers", "KV bytes", "predicted", "measured"]
+
+
+def markdown(content: runner.Content) -> str:
+    """One line per layout, the best of each budget first."""
+    rows = sorted(content["rows"].items(), key=lambda item: (item[0].partition(" | ")[0], item[1]["divergence"]))
+    lines = []
+    for key, row in rows:
+        budget, _, name = key.partition(" | ")
+        predicted = row.get("predicted", row.get("searched"))
+        shown = NOTHING if predicted is None else f"{predicted:.4f}"
+        measured = f"{row['divergence']:.4f} ± {1.96 * row['stderr']:.4f}"
+        lines.append([budget, name or "scores", row["kinds"], f"{row['kv_share']:.1%}", shown, measured])
+    setting = content["setting"]
+    times = [f"{name}: {row['seconds']:g} s" for name, row in content["times"].items()]
+    text = (
+        "Loss of converted models before training: KL from the base, nats per token (95 %), on text that no search has "
+        f"seen; {setting['dtype']}, {setting['device']}, {setting['tokens']['fit']:,} tokens for fits and "
+        f"{setting['tokens']['score']:,} for scores. Predicted: the sum of scores, or what the greedy search measured. "
+        f"Time of the searches: {'; '.join(times) or 'not measured'}. Made by `benchmarks/search.py`, which explains "
+        "what is measured; the JSON file has all numbers."
+    )
+    return runner.page(f"{setting['model']}: layouts by search", text, Table("", COLUMNS, lines))
+
+
+def draw(content: runner.Content, path: Path) -> None:
+    """Predicted against measured loss; beside it the loss over the KV bytes, by search."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    series: dict[str, list[dict]] = {}
+    for key, row in content["rows"].items():
+        series.setdefault(_series(key, content["setting"]["kinds"]), []).append(row)
+    most = max(row["divergence"] for row in content["rows"].values())
+    for number, (name, rows) in enumerate(series.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "label": name}
+        predicted = [row for row in rows if "predicted" in row]
+        left.scatter([row["predicted"] for row in predicted], [row["divergence"] for row in predicted], s=24, **style)
+        right.scatter([100 * row["kv_share"] for row in rows], [row["divergence"] for row in rows], s=24, **style)
+    left.plot([0, most], [0, most], linestyle=":", color="gray", label="equal")
+    left.set_xlabel("predicted: sum of the layers' scores, nats per token")
+    right.set_xlabel("KV bytes per token kept, % of the base")
+    for axes in (left, right):
+        axes.set_ylabel("measured: KL from the base, nats per token")
+        axes.set_ylim(bottom=0)
+    right.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _series(key: str, kinds: list[str]) -> str:
+    """Rows of one series have one colour: all kinds by each search, each kind alone, and the limited loss."""
+    name = key.partition(" | ")[2]
+    if not name:
+        return "scores, limited loss"
+    words = name.partition(", ")[2]
+    if words in kinds:
+        return words
+    return "greedy" if name.startswith("thorough") else "scores" if name == "scores" else "scores, other solutions"
+
+
+def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> None:
+    """All rows of the parts."""
+    bench = Bench(arguments, results)
+    for part in arguments.parts:
+        if part == "scores" or bench.process.is_main_process:
+            MEASURES[part](bench)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument("--calibration", nargs="*", default=[], help="FILE or FILE:ROWS; the built-in text without")
+    parser.add_argument("--kinds", nargs="*", default=["key", "kv", "early", "softmax", "linear"])
+    parser.add_argument("--budgets", nargs="*", type=float, default=[0.9, 0.8, 0.7, 0.6], metavar="SHARE")
+    parser.add_argument("--timed", type=float, default=0.8, metavar="SHARE", help="one of --budgets")
+    parser.add_argument("--losses", nargs="*", type=float, default=[0.02, 0.05, 0.1], metavar="NATS")
+    parser.add_argument("--work", type=Path, help="folder of the analysis and the scores")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
+    parser.add_argument("--parts", nargs="*", choices=MEASURES, default=list(MEASURES))
+
+
+if __name__ == "__main__":
+    tables = ("scores", "times", "rows")
+    runner.run("search", __doc__, tables, add_options, measure_parts, markdown=markdown, draw=draw)

@@ -1,0 +1,89 @@
+"""The choice of a layout from scores: solutions are converted, scores corrected by that, and the best one is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from uniattn_cli.layouts.considered import Considered, Validated
+from uniattn_cli.layouts.scores import Score, in_company, score_plans
+from uniattn_cli.layouts.solutions import Wish, frontier, kind_sets, loss, pick, pool, problem_of
+from uniattn_cli.layouts.solver import Option, layout_of, total
+from uniattn_cli.layouts.workbench import Workbench
+from uniattn_cli.run.directory import RunDir
+
+# Where the loss is limited: how often the prediction is corrected, and the parts of it that are aimed at and enough.
+ROUNDS = 4
+AIM, ENOUGH = 0.95, 0.85
+
+Solutions = dict[str, list[Option]]
+
+
+def by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load: bool) -> tuple[Considered, float]:
+    """The best layout for what is asked, and the loss that scores predict for it, in nats per token.
+
+    Args:
+        rank: W_c that is asked for, see `scores.questions`.
+        load: whether weights may be loaded; without, the best prediction is taken as it is.
+
+    Raises:
+        LayoutError: nothing does what is asked, or scores are missing that a dry run cannot make.
+    """
+    spec, shape = bench.recipe.layout, bench.measured.shape
+    scores = score_plans(run, bench, rank, load=load)
+    solutions = pool(scores, spec, shape.layers, wish)
+    shortlist: list[Validated] = []
+    if load and spec.compared != 1:
+        improve = _corrected if wish.max_loss is None else _nearer
+        solutions = improve(bench, scores, wish, solutions)
+        shortlist = _validated(bench, solutions)
+        best = pick(shortlist, wish)
+        name, layout = best.name, best.layout
+    else:
+        name, solution = next(iter(solutions.items()))
+        layout = bench.match_heads(layout_of(solution)) if load else layout_of(solution)
+    checked = bench.texts.check.numel() if shortlist else 0
+    measure = "sum of the layers' scores, nats per token"
+    points = frontier(scores, spec, shape)
+    return Considered(measure, points, shortlist, checked, layout, wish.max_loss), total(solutions[name], loss)
+
+
+def _validated(bench: Workbench, solutions: Solutions) -> list[Validated]:
+    found = bench.validate({name: layout_of(solution) for name, solution in solutions.items()})
+    return [replace(entry, predicted=total(solutions[entry.name], loss)) for entry in found]
+
+
+def _corrected(bench: Workbench, scores: list[Score], wish: Wish, solutions: Solutions) -> Solutions:
+    """One more solution, from scores that were corrected by what layers cost in the company of the best so far."""
+    spec, best = bench.recipe.layout, _validated(bench, solutions)[0]
+    if not best.layout.changed or len(solutions) == spec.compared:
+        return solutions
+    layers = bench.measured.shape.layers
+    corrected = in_company(bench, scores, solutions[best.name])
+    name, kinds = next(iter(kind_sets(spec).items()))
+    found = wish.best(problem_of(corrected, spec, layers, kinds))
+    forms = [[option.form for option in solution] for solution in solutions.values()]
+    if found is None or [option.form for option in found] in forms:
+        return solutions
+    return solutions | {f"{name}, corrected": found}
+
+
+def _nearer(bench: Workbench, scores: list[Score], wish: Wish, solutions: Solutions) -> Solutions:
+    """More solutions, whose measured loss comes nearer to what may be lost: sums of scores predict it only roughly."""
+    assert wish.max_loss is not None, "the loss is limited"
+    spec, layers = bench.recipe.layout, bench.measured.shape.layers
+    (name, kinds), *alone = kind_sets(spec).items()
+    found, latest, share = {name: solutions[name]}, solutions[name], 1.0
+    problem = problem_of(scores, spec, layers, kinds)
+    for _ in range(min(ROUNDS, (spec.compared or 1 + ROUNDS) - 1)):
+        (entry,) = _validated(bench, {name: latest})
+        if not entry.layout.changed or ENOUGH * wish.max_loss <= entry.divergence <= wish.max_loss:
+            break
+        share = AIM * total(latest, loss) / entry.divergence
+        better = wish.best(problem, share)
+        if better is None or better in found.values():
+            break
+        latest = found[f"{name}, {share:.2f} of max_loss"] = better
+    for name, kinds in alone:
+        if name in solutions:
+            found[name] = wish.best(problem_of(scores, spec, layers, kinds), share) or solutions[name]
+    return dict(list(found.items())[: spec.compared])
