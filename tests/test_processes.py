@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import settings
 from training_run import CPU, ROOT, log_of, make_run, stages, weights
 
+import uniattn_cli
 from uniattn_cli.commands.train import train
 from uniattn_cli.options import RunOptions
 
@@ -151,3 +154,20 @@ def test_two_gpus_train_what_one_does(tmp_path, sharded):
     assert done.returncode == 0, done.stderr
     # Forward passes of other sizes round differently in bfloat16.
     check_equal_to_one_process(run, tolerance=4e-3)
+
+
+def test_processes_share_the_layers_that_are_scored(tiny_runs, tmp_path):
+    """Two score what one scores, go on where one stopped, and only the main one writes."""
+    few = settings(conversion__tokens=512, conversion__align=4, layout__score_tokens=256)
+    asked = [*few, "layout.kinds=[key, linear]", "layout.protect=[1, 2]"]
+    one, two = (Path(shutil.copytree(tiny_runs / "analysed", tmp_path / name)) for name in ("one", "two"))
+    expected = uniattn_cli.score(run_dir=one, overrides=asked, options=CPU).scores
+    uniattn_cli.score(run_dir=two, overrides=[*few, "layout.kinds=[linear]", "layout.protect=[1, 2, 3]"], options=CPU)
+    flags = [word for entry in asked for word in ("--set", entry)]
+    done = launch("torchrun", "-m", "uniattn_cli", "score", "-C", str(two), "--device", "cpu", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scores: ") == 1
+    found = uniattn_cli.score(run_dir=two, overrides=asked, options=CPU).scores
+    assert [each.question for each in found] == [each.question for each in expected]
+    for each, other in zip(found, expected, strict=True):
+        assert each.plan == other.plan and each.divergence == pytest.approx(other.divergence, rel=1e-4)
