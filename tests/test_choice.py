@@ -453,7 +453,16 @@ def test_predictions_that_overflow_are_no_choice(run, monkeypatch):
     assert [entry.name for entry in found] == ["fine", "broken"]
     answers += [broken, broken]
     with pytest.raises(ModelError, match="no layout in the shortlist gives finite logits in float32"):
-        bench.validate({"broken": layout_of(*"oooool"), "too": layout_of(*"ooooon")})
+        bench_of(run).validate({"broken": layout_of(*"oooool"), "too": layout_of(*"ooooon")})
+
+
+def test_no_layout_is_converted_twice_to_be_compared(run, monkeypatch):
+    bench, converted = bench_of(run), []
+    rows = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    monkeypatch.setattr("uniattn_cli.models.losses.window_divergences", lambda *a, **k: converted.append(a) or rows)
+    bench.validate({"one": layout_of(*"oooool")})
+    found = bench.validate({"again": layout_of(*"oooool"), "two": layout_of(*"ooooon")})
+    assert len(converted) == 2 and [entry.name for entry in found] == ["again", "two"]
 
 
 def test_points_begin_with_the_unchanged_model():

@@ -89,7 +89,7 @@ def score(
 
     Converts each layer alone to every kind, with and without W_c, and measures the loss. Writes scores/, from which
     `--search scores` finds a layout for any budget. A kind that is added later adds its scores; an interrupted run goes
-    on. Best on a GPU.
+    on. Best on a GPU, or on several with `torchrun -m uniattn_cli score`.
 
     \b
     Example:
