@@ -17,7 +17,7 @@ from tiny_run import byte_tokenizer
 
 from uniattn_cli.data import builtin, items, rows, sequences, splits, windows
 from uniattn_cli.errors import DataError
-from uniattn_cli.recipe.schema import DatasetSpec, DataSpec
+from uniattn_cli.recipe.schema import DatasetSpec, DataSpec, TaskSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
@@ -550,6 +550,14 @@ def test_choices_of_a_local_file(tmp_path):
 def test_wrong_items_are_told(tmp_path, item, message):
     with pytest.raises(DataError, match=message):
         items.load_choices(write(tmp_path / "m.jsonl", item))
+
+
+@pytest.mark.parametrize("target", ["NaN", "-Infinity", "null", "true", '["a", "b"]', '" "'])
+def test_a_target_that_is_no_answer_is_told(tmp_path, target):
+    path = tmp_path / "m.jsonl"
+    path.write_text(f'{{"question": "q", "target": 5}}\n{{"question": "q", "target": {target}}}\n')
+    with pytest.raises(DataError, match=f"^{path}, line 2: target must be text"):
+        items.load_items(TaskSpec(source=str(path)))
 
 
 def test_missing_items_are_told(tmp_path):

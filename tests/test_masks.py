@@ -150,9 +150,10 @@ def test_the_default_for_a_base_model_is_what_it_is_trained_with():
 
 def test_a_template_may_be_a_file(tmp_path):
     tokenizer = make_tokenizer(None)
-    (tmp_path / "mine.jinja").write_text(ZEPHYR, encoding="utf-8")
-    templates.apply(tokenizer, str(tmp_path / "mine.jinja"))
-    assert tokenizer.chat_template == ZEPHYR
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "mine.jinja").write_text(ZEPHYR, encoding=encoding)
+        templates.apply(tokenizer, str(tmp_path / "mine.jinja"))
+        assert tokenizer.chat_template == ZEPHYR
     (tmp_path / "marked.jinja").write_text("{% for m in messages %}{%- generation -%}x{% endgeneration %}{% endfor %}")
     templates.apply(tokenizer, str(tmp_path / "marked.jinja"))
 
@@ -162,6 +163,7 @@ def test_a_template_may_be_a_file(tmp_path):
     [
         ("{% for m in messages %}", "line 1: Unexpected end of template"),
         ("hello", "it does not use `messages`"),
+        ("version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
         (b"\xff\xfe", "cannot be read"),
         (None, r"'.*t\.jinja' is neither a file .* nor one of plain, chatml"),
     ],

@@ -376,6 +376,13 @@ def test_the_template_of_a_copied_tokenizer_is_the_one_in_use(place, template, f
     assert "chat_template" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
 
 
+def test_the_byte_order_mark_of_a_template_is_no_part_of_it(folder):
+    path = folder / "chat_template.jinja"
+    stored = path.read_text(encoding="utf-8")
+    path.write_text(stored, encoding="utf-8-sig")
+    assert load_tokenizer(locate(str(folder))).chat_template == stored
+
+
 # --- multi-modal models -----------------------------------------------------------------------------------------------
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

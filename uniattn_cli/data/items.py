@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ def _item(shape: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)} (it has: {', '.join(sorted(raw))})")
     item = {name: raw[name] for name in columns}
-    if isinstance(item.get("target"), (int, float)) and not isinstance(item["target"], bool):
-        item["target"] = str(item["target"])
+    target = item.get("target")
+    if isinstance(target, (int, float)) and not isinstance(target, bool) and math.isfinite(target):
+        item["target"] = str(target)
     for name, value in item.items():
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {name} must be text")

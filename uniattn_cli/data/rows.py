@@ -121,8 +121,7 @@ def _renamed(raw: dict[str, Any], columns: dict[str, str], where: str) -> dict[s
     """The row with the recipe's names for its columns (`columns: {prompt: question}`)."""
     for name, column in columns.items():
         if column not in raw:
-            have = ", ".join(sorted(raw)) or "none"
-            raise RowError(f"{where}: no column '{column}' for {name}{suggest(column, raw)} (it has: {have})")
+            raise RowError(f"{where}: no column '{column}' for {name}{suggest(column, raw)} (it has: {_listed(raw)})")
     taken = set(columns.values()) | set(columns)
     others = {name: value for name, value in raw.items() if name not in taken}
     return others | {name: raw[column] for name, column in columns.items()}
@@ -170,8 +169,7 @@ def _layout(spec: DatasetSpec, columns: set[str]) -> str:
             return layout
     needed = "; or ".join(_COLUMNS[layout] for layout in wanted)
     raise DataError(
-        f"{spec.source} lacks the needed columns: {needed}. It has: {', '.join(sorted(columns)) or 'none'}"
-        + _nearest(columns, wanted)
+        f"{spec.source} lacks the needed columns: {needed}. It has: {_listed(columns)}" + _nearest(columns, wanted)
     )
 
 
@@ -256,9 +254,13 @@ _NORMALISE: dict[str, Callable[[dict[str, Any], str, set[str]], dict[str, Any]]]
 }
 
 
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(sorted(columns)) or "none"
+
+
 def _given(raw: dict[str, Any], column: str, where: str) -> Any:
     if column not in raw:
-        raise RowError(f"{where}: no column '{column}' (it has: {', '.join(sorted(raw))})")
+        raise RowError(f"{where}: no column '{column}' (it has: {_listed(raw)})")
     return raw[column]
 
 
@@ -266,7 +268,7 @@ def _text(raw: dict[str, Any], column: str, where: str) -> str:
     value = _given(raw, column, where)
     if not isinstance(value, str):
         kind = "null" if value is None else f"{type(value).__name__}, not text"
-        raise RowError(f"{where}: column '{column}' is {kind} (it has: {', '.join(sorted(raw))})")
+        raise RowError(f"{where}: column '{column}' is {kind} (it has: {_listed(raw)})")
     return value
 
 

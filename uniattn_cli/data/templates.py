@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from uniattn_cli.data.encoding import bos_of
 from uniattn_cli.errors import DataError, suggest
 from uniattn_cli.recipe.paths import located
+from uniattn_cli.run.files import check_not_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,8 @@ def _read(path: Path) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     try:
-        text = path.read_text(encoding="utf-8")
+        check_not_pointer(path, DataError)
+        text = path.read_text(encoding="utf-8-sig")
         # This mark is transformers' own.
         probe = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", text)
         ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]).parse(probe)

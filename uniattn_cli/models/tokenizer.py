@@ -48,6 +48,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         if type(error) is not Exception and not isinstance(error, (OSError, StrictDataclassError, *NONSENSE)):
             raise
         raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {last_line(error)}") from None
+    if isinstance(tokenizer.chat_template, str):  # the byte order mark of a file is no part of its text
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     known = language_settings(raw).get("vocab_size")
     if isinstance(known, int):
         _check_vocabulary(source, tokenizer, known)
