@@ -168,6 +168,13 @@ def test_stages_that_cannot_be(entries, says):
         Recipe.from_tree({"model": {"name": "m"}}, overrides=stages(*entries))
 
 
+def test_a_sharded_model_cannot_learn_locally():
+    # A layer's weights would be put together where gradients reach its output, which they never do.
+    tree = {"model": {"name": "m"}, "train": {"fsdp": True}}
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.loss: train\.fsdp cannot shard"):
+        Recipe.from_tree(tree, overrides=LOCAL[:1])
+
+
 RECOVERY = [
     *stages(
         "name: text, trains: followers, loss: local, data: TEXT, steps: 1",

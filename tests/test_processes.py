@@ -20,7 +20,7 @@ from uniattn_cli.options import RunOptions
 pytestmark = pytest.mark.slow
 SETTING = [
     *stages(
-        "trains: compensation, loss: local, steps: 3, learning_rate: 0.001",
+        "trains: compensation, steps: 3, learning_rate: 0.001",
         "trains: all, loss: distillation, steps: 5, learning_rate: 0.0005",
         "trains: lora, steps: 3, learning_rate: 0.003",
     ),
@@ -29,6 +29,7 @@ SETTING = [
     "train.save_steps=2",
     "train.eval_steps=2",
 ]
+LOCAL = [*stages("trains: followers, loss: local, steps: 3, learning_rate: 0.001"), *SETTING[1:]]
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
@@ -122,6 +123,16 @@ def test_two_processes_train_what_one_does(run, launcher):
     # One of them speaks, and says how the step is divided.
     assert done.stdout.count("checkpoint: trained") == 1
     assert "8 sequences" in done.stderr and "4 per forward pass x 1 accumulated x 2 processes" in done.stderr
+
+
+def test_two_processes_train_layers_locally_as_one_does(tmp_path):
+    run = make_run(tmp_path / "run")
+    train(run_dir=run, overrides=LOCAL, options=CPU)
+    (run / "trained").rename(run / "one")
+    setting = [word for each in LOCAL for word in ("--set", each)]
+    done = launch("torchrun", "-m", "uniattn_cli", "train", "-C", str(run), "--device", "cpu", *setting)
+    assert done.returncode == 0, done.stderr
+    check_equal_to_one_process(run, tolerance=1e-4)
 
 
 def test_two_processes_that_shard_the_model_train_what_one_does_even_if_killed(run, tmp_path):

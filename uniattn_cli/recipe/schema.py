@@ -598,6 +598,8 @@ class TrainSpec:
             others = [other.label for other in before if not other.only_changed]
             if not stage.only_changed:
                 faults.append(f"{where}.loss: local is for changed layers alone; set trains: followers")
+            elif self.fsdp:
+                faults.append(f"{where}.loss: train.fsdp cannot shard a model for loss: local; remove train.fsdp")
             elif others:
                 faults.append(
                     f"{where}.loss: local needs the hidden states of the base, which stage '{others[0]}' changes; put "

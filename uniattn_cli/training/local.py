@@ -44,10 +44,10 @@ class LocalDistillation(Distillation):
     def __init__(self, teacher: PreTrainedModel, layers: Sequence[int], config: PretrainedConfig):
         super().__init__(DistillationSpec(weight=0.0, attention=1.0, tokens="all"), teacher, layers=layers)
         self.weights = {"attention": 1.0}
-        # Of all changed layers, also those with nothing to train. Copies, for they run beside the trained ones: in that
-        # precision, on masks of that backend.
+        # Of all changed layers, also those with nothing to train. Copies, for they run beside the trained ones: in the
+        # same precision, on masks of the same backend.
         self.attentions = {
-            layer: copy.deepcopy(teacher.model.layers[layer].self_attn).float() for layer in config.layout.changed
+            layer: copy.deepcopy(teacher.model.layers[layer].self_attn) for layer in config.layout.changed
         }
         for attention in self.attentions.values():
             attention.config._attn_implementation = config._attn_implementation
@@ -80,8 +80,9 @@ class LocalDistillation(Distillation):
         def hook_of(layer: int) -> Any:
             def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
                 given = {name: value for name, value in kwargs.items() if name != "uniattn_shared"}
+                hidden = args[0] if args else given["hidden_states"]
                 with torch.no_grad():
-                    base = self.attentions[layer](*args, **given)
+                    base = self.attentions[layer].to(hidden.dtype)(*args, **given)
                 if layer in self.layers:
                     ours[layer], theirs[layer] = pick(output[0], places), pick(base[0], places)
                 return base
