@@ -150,8 +150,8 @@ def test_missing_topics_name_the_next_step(monkeypatch):
 def test_unknown_names_are_told():
     with pytest.raises(DataError, match=r"no part 'held-out' \(did you mean 'heldout'"):
         builtin.text("held-out")
-    with pytest.raises(DataError, match="no task 'x'; known: name_the_function, describe_the_function"):
-        builtin.multiple_choice("x")
+    with pytest.raises(DataError, match=r"no task 'x'; known: name_the_function, .*, count_the_coins"):
+        builtin.task_items("x")
 
 
 def paragraphs(part: str) -> set[str]:
@@ -205,6 +205,18 @@ def test_choices_are_fair(task):
         assert name not in described.lower().removeprefix("question: which python function does this?")
         if task == "describe_the_function":
             assert all(any(answer.startswith(choice) for answer in heldout) for choice in item["choices"])
+
+
+def test_questions_have_the_answers_that_they_ask_for():
+    shape, items = builtin.task_items("count_the_coins")
+    assert shape == "generate" and len({item["question"] for item in items}) == len(items) == builtin.QUESTIONS
+    for item in items:
+        told, _, asked = item["question"].partition(". ")
+        coins = {part.split()[0]: int(part.split()[2]) for part in told.split(", ")}
+        wanted = [count for owner, count in coins.items() if owner in asked]
+        assert len(coins) == 3 and len(wanted) == (2 if asked.endswith("together?") else 1)
+        assert item["target"] == item["answer"] == str(sum(wanted)) and sum(wanted) < 100
+    assert sum("together" in item["question"] for item in items) == len(items) / 2
 
 
 # Changes with `shared_docs.json`, and wherever the corpus is made differently: then all scores on it change.

@@ -530,7 +530,7 @@ def test_heldout_text_is_used_nowhere_else_under_another_name_either(tmp_path, m
 
 def test_choices_of_a_local_file(tmp_path):
     item = {"query": "Q\nAnswer:", "choices": ["a", "b"], "gold": 1}
-    assert items.load_choices(write(tmp_path / "m.jsonl", {"id": 7, **item}, item)) == [
+    assert items.read_choices(Path(write(tmp_path / "m.jsonl", {"id": 7, **item}, item))) == [
         {"id": "7", **item},
         {"id": "1", **item},
     ]
@@ -549,7 +549,7 @@ def test_choices_of_a_local_file(tmp_path):
 )
 def test_wrong_items_are_told(tmp_path, item, message):
     with pytest.raises(DataError, match=message):
-        items.load_choices(write(tmp_path / "m.jsonl", item))
+        items.read_choices(Path(write(tmp_path / "m.jsonl", item)))
 
 
 @pytest.mark.parametrize("target", ["NaN", "-Infinity", "null", "true", '["a", "b"]', '" "'])
@@ -562,13 +562,13 @@ def test_a_target_that_is_no_answer_is_told(tmp_path, target):
 
 def test_missing_items_are_told(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl not found"):
-        items.load_choices(str(tmp_path / "none.jsonl"))
+        items.read_choices(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="has no items"):
-        items.load_choices(write(tmp_path / "m.jsonl"))
+        items.read_choices(Path(write(tmp_path / "m.jsonl")))
     with pytest.raises(DataError, match=r"not a \.jsonl file"):
-        items.load_choices("hellaswag")
+        items.read_choices(Path("hellaswag"))
     with pytest.raises(DataError, match=r"no task 'name_the_functoin' \(did you mean 'name_the_function'"):
-        items.load_choices("builtin:name_the_functoin")
+        items.load_items(TaskSpec("builtin:name_the_functoin"))
 
 
 def test_no_torch_is_imported_to_read_rows():

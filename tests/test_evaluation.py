@@ -24,7 +24,6 @@ from uniattn_cli.data import heldout
 from uniattn_cli.errors import CheckpointError, DataError, ModelError, RecipeError, StageError
 from uniattn_cli.evaluation import aggregate, capacity, cost, figures, results, speed, tasks, verdict, wording
 from uniattn_cli.evaluation.figures import Figure
-from uniattn_cli.evaluation.intervals import Difference
 from uniattn_cli.inference import engine, timing
 from uniattn_cli.inference.engine import engine_for
 from uniattn_cli.inference.program import UnsupportedError
@@ -32,7 +31,7 @@ from uniattn_cli.models import building, hub, loading, losses, pool
 from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.models.losses import window_loss
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.recipe.schema import MarginSpec, Recipe
 from uniattn_cli.reporting import markdown
 from uniattn_cli.run.directory import RunDir
 
@@ -243,23 +242,6 @@ def test_paired_standard_errors_match_a_bootstrap():
     assert low < 0 < 0.25 < high
 
 
-@pytest.mark.parametrize(
-    ("value", "stderr", "better", "expected"),
-    [
-        (0.0, 0.0, "lower", "same"),
-        (0.1, 0.06, "lower", "within noise"),
-        (0.1, 0.04, "lower", "worse"),
-        (0.1, 0.04, "higher", "better"),
-        (-0.1, 0.04, "higher", "worse"),
-        (0.1, None, "lower", "uncertain"),
-    ],
-)
-def test_judgement(value, stderr, better, expected):
-    interval = None if stderr is None else (value - 2 * stderr, value + 2 * stderr)
-    difference = Difference(value, stderr, interval)
-    assert verdict.judge(Figure(1.0, "perplexity", better, difference_to_base=difference)) == expected
-
-
 def test_tasks_of_a_group_are_pooled_over_items():
     members = [
         {"acc": tasks.MetricScores(1.0, [1.0], True, 1), "f1": tasks.MetricScores(0.3, None, True, 1)},
@@ -317,7 +299,7 @@ def test_bytes_of_different_dtypes_are_not_compared(compared):
     for name in ("checkpoint_bytes", "kv_bytes_per_token"):
         assert found[name].ratio_to_base is None and wording.as_ratio(found[name]) == "other dtype"
     entry = compared.results["models"]["converted"]
-    text = verdict.verdict("it", compared.results["models"]["base"], {**entry, "cost": found})["sentence"]
+    text = verdict.verdict("it", compared.results["models"]["base"], {**entry, "cost": found}, MarginSpec())["sentence"]
     assert "a different dtype of the KV cache" in text
     notes = results._limits({"base": base, "it": model}, SimpleNamespace(together=True))
     assert len(notes) == 2 and all("base float32, it bfloat16" in note for note in notes)

@@ -267,7 +267,7 @@ def test_numbers_are_those_of_the_results(run, results):
 def test_judgements_are_symbols_and_words(whole, results):
     root = Tree(whole).root
     marks = {element.words() for element in root.all("span") if "mark" in element.attributes.get("class", "")}
-    assert marks and all(re.fullmatch(r"[▲▼≈=◆?] (better|worse|within noise|same|mixed|uncertain)", m) for m in marks)
+    assert marks and all(re.fullmatch(r"[▲▼≈=◆?] (better|worse|as good|same|mixed|not told apart)", m) for m in marks)
     cards = root.all("article")
     assert len(cards) == len(results["models"]) - 1
     for card in cards:
@@ -421,7 +421,7 @@ def test_without_results_there_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": 1}, r"has schema 1, this version of uniattn reads 2; run `uniattn eval --force`"),
+        ({"schema": 1}, r"has schema 1, this version of uniattn reads 3; run `uniattn eval --force`"),
         ({"schema": None}, "has schema None"),
         ({"models": {}}, r"not the result of an evaluation .it has no base.; run `uniattn eval --force`"),
     ],

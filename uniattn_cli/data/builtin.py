@@ -209,6 +209,8 @@ def _describe_the_function(entry: Entry) -> tuple[str, str]:
 
 _TASKS = {"name_the_function": _name_the_function, "describe_the_function": _describe_the_function}
 TASKS = tuple(_TASKS)
+# Of which the answer is generated.
+COINS = "count_the_coins"
 
 
 def multiple_choice(task: str) -> list[dict]:
@@ -224,9 +226,8 @@ def multiple_choice(task: str) -> list[dict]:
         position equally often.
 
     Raises:
-        DataError: unknown task, or this installation has no standard-library sources.
+        DataError: this installation has no standard-library sources.
     """
-    _check(task, TASKS, "task")
     make = _TASKS[task]
     pool = _choice_pool()
     rows: list[dict[str, Any]] = []
@@ -261,3 +262,41 @@ def _distractors(entry: Entry, pool: list[Entry]) -> list[Entry]:
 
     others = [other for other in pool if _short(other) != _short(entry)]
     return sorted(others, key=distance)[: CHOICES - 1]
+
+
+# Questions with a short answer
+
+QUESTIONS = 1000
+_OWNERS = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Irene", "Jack")
+
+
+def count_the_coins() -> list[dict]:
+    """Questions about three numbers in a sentence, by turns for one of them (looking up) and for the sum of two.
+
+    Returns:
+        Rows `question`, `target` and `answer`, both the number, below 100.
+    """
+    rows = []
+    for index in range(QUESTIONS):
+        first = number(f"owners {index}", len(_OWNERS))
+        owners = [_OWNERS[(first + step) % len(_OWNERS)] for step in (0, 3, 7)]
+        coins = [11 + number(f"coins {index} {owner}", 39) for owner in owners]
+        left_out = number(f"left out {index}", 3)
+        told = ", ".join(f"{owner} has {count} coins" for owner, count in zip(owners, coins, strict=True))
+        if index % 2:
+            pair = " and ".join(owner for place, owner in enumerate(owners) if place != left_out)
+            question, target = f"How many coins do {pair} have together?", sum(coins) - coins[left_out]
+        else:
+            question, target = f"How many coins does {owners[left_out]} have?", coins[left_out]
+        rows.append({"question": f"{told}. {question}", "target": str(target), "answer": str(target)})
+    return rows
+
+
+def task_items(task: str) -> tuple[str, list[dict]]:
+    """Shape and items of a built-in task.
+
+    Raises:
+        DataError: unknown task, or this installation has no standard-library sources.
+    """
+    _check(task, (*TASKS, COINS), "task")
+    return ("generate", count_the_coins()) if task == COINS else ("choices", multiple_choice(task))

@@ -41,9 +41,10 @@ def load_items(task: TaskSpec) -> tuple[str, list[dict[str, Any]]]:
         DataError: unknown built-in task, missing or empty file, or a row that is not such an item.
     """
     if task.source.startswith(f"{BUILTIN}:"):
-        if task.shape not in ("auto", "choices"):
-            raise DataError(f"{task.source} is multiple choice; remove `shape: {task.shape}`")
-        return "choices", load_choices(task.source)
+        shape, items = builtin.task_items(task.source.removeprefix(f"{BUILTIN}:"))
+        if task.shape not in ("auto", shape):
+            raise DataError(f"{task.source} has the shape {shape}; remove `shape: {task.shape}`")
+        return shape, items
     path = located(task.source)
     if path.suffix.lower() == ".txt":
         if task.shape not in ("auto", "perplexity"):
@@ -51,7 +52,7 @@ def load_items(task: TaskSpec) -> tuple[str, list[dict[str, Any]]]:
         return "perplexity", _documents(path)
     shape = _shape_of(path) if task.shape == "auto" else task.shape
     if shape == "choices":
-        return shape, load_choices(task.source)
+        return shape, read_choices(path)
     items = [_item(shape, raw, where) for where, raw in read_objects(path)]
     if not items:
         raise DataError(f"{path} has no items")
@@ -110,23 +111,12 @@ def _joined(paragraphs: Iterator[str]) -> list[str]:
     return documents
 
 
-def load_choices(name: str) -> list[dict[str, Any]]:
-    """Multiple-choice items of `builtin:TASK` or of a local .jsonl file.
+def read_choices(path: Path) -> list[dict[str, Any]]:
+    """Reads and checks the multiple-choice items of a .jsonl file.
 
     Returns:
         Rows with `id`, `query` (the prompt), `choices` (each scored as its continuation after one blank) and `gold`
         (index of the right one).
-
-    Raises:
-        DataError: unknown task, missing file, or a row that is not such an item.
-    """
-    if name.startswith(f"{BUILTIN}:"):
-        return builtin.multiple_choice(name.removeprefix(f"{BUILTIN}:"))
-    return read_choices(located(name))
-
-
-def read_choices(path: Path) -> list[dict[str, Any]]:
-    """Reads and checks the items of a .jsonl file; see `data.load_choices`.
 
     Raises:
         DataError: missing file, no items, or a row that is not an item.

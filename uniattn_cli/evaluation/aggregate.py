@@ -153,10 +153,9 @@ def mean_stderr(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def mean_accuracy(tasks: dict[str, dict[str, Figure]], names: Sequence[str]) -> Figure | None:
-    """Mean of `acc` or `exact_match` over tasks, each weighing the same; None if no task has either."""
-    found = (tasks[name].get("acc", tasks[name].get("exact_match")) for name in names)
-    figures = [entry for entry in found if entry is not None]
+def mean_of_tasks(tasks: dict[str, dict[str, Figure]], names: Sequence[str], metric: str) -> Figure | None:
+    """Mean of a metric, such as `acc`, over the tasks that have it, each weighing the same; None if no task has it."""
+    figures = [tasks[name][metric] for name in names if metric in tasks[name]]
     if not figures:
         return None
     pairs = [entry.difference_to_base for entry in figures if entry.difference_to_base is not None]

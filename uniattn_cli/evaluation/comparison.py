@@ -15,6 +15,7 @@ from uniattn_cli.tables import Table
 QUALITY_LABELS = {
     "perplexity": ("perplexity of held-out text (lower is better)", 1),
     "accuracy": ("mean accuracy of the tasks, % (higher is better)", 100),
+    "generated": ("right answers generated, % (higher is better)", 100),
 }
 
 

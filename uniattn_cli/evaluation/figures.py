@@ -1,15 +1,15 @@
 """Figures with their uncertainty, and `results.json`, which holds them.
 
-Schema of `results.json` (`"schema": 2`):
+Schema of `results.json` (`"schema": 3`):
 
-    schema    2
+    schema    3
     models    one entry per model, the base first, keyed by its name (`base`, `control`, `converted`, `trained`, or as
               given); the control is the base after the training that the trained model has had
       role, path, fingerprint    what it is, where it came from, which weights
       dtype, dtype_on_disk, attention    of the loaded weights and cache; of the files; the backend
       layers                     number of layers of each kind, such as {"own": 24, "softmax": 6}
-      quality    perplexity, text_loss, response_loss, and accuracy (mean of `acc` or `exact_match`
-                 over the tasks that have either): figures
+      quality    perplexity, text_loss, response_loss, accuracy (mean of `acc` over the tasks that have it) and
+                 generated (mean of `exact_match`): figures
       tasks      {task: {metric: figure}}; metrics as in lm-evaluation-harness
       cost       parameters, checkpoint_bytes, kv_bytes_per_token, kv_bytes_per_token_predicted and, where speed was
                  measured, time_to_first_token, time_per_output_token, tokens_per_second: figures
@@ -19,7 +19,7 @@ Schema of `results.json` (`"schema": 2`):
       lengths    [{length, perplexity, stderr, tokens, difference}]: the same text in windows of several lengths;
                  difference as difference_to_base of a figure
       retrieval  [{length, correct, items, difference}]: questions answered from a text of that length
-      verdict    null for the base; else `quality` (worse, better, mixed, within noise, same, uncertain) and `sentence`
+      verdict    null for the base; else `quality` (a word of `verdict`) and `sentence`
     tasks     entries of the recipe, in the order of the tables; other tasks are members of a group
     speed_grid    [{batch, context, new, models: {name: {ttft, tpot, peak_bytes}}}]: ttft and tpot (seconds to the first
               token, and for each further one) are {median, low, high, ratio_to_base}; the ratio is that of rounds
@@ -49,7 +49,7 @@ from uniattn_cli.evaluation.intervals import Difference
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.run.files import read_json
 
-SCHEMA = 2
+SCHEMA = 3
 RESULTS = "results.json"
 
 

@@ -3,7 +3,8 @@
 Two sorts of scores need two methods. Right or wrong answers: the interval of Bonett and Price (2012) for paired
 proportions, made from the discordant items that McNemar's test counts; it does not shrink to nothing where no item
 differs. Everything else: a studentised bootstrap over rows (Efron and Tibshirani 1993, section 12.5), whose ends lean
-towards the longer tail, as those of losses should.
+towards the longer tail, as those of losses should. Each comes with the probability of a difference at least as large
+where there is none: below 5 % where the interval leaves zero out, and what a correction for several scores needs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ RESAMPLES = 2000
 # With fewer rows too many resamples hold hardly two different ones, and Student's t is used.
 FEWEST_ROWS = 10
 SEED = 2502
-# Upper 97.5 % points of Student's t for 1 to 9 degrees of freedom.
-STUDENT_POINTS = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MCNEMAR, BOOTSTRAP, STUDENT = "paired proportions (Bonett-Price)", "bootstrap over rows", "Student's t over rows"
 # How a mean becomes the figure: as it is, or perplexity from a mean loss.
 IDENTITY, EXPONENTIAL = "identity", "exponential"
@@ -36,12 +35,17 @@ class Difference:
         stderr: its standard error over rows or items; None for fewer than two, and where nothing was sampled.
         interval: the 95 % interval, lowest and highest; None where there is no standard error.
         method: how the interval was made.
+        p: probability of a difference at least as large, in either direction, where there is none; None where interval
+            is.
+        verdict: what it means, one of the words of `verdict`; None where nothing is judged.
     """
 
     value: float
     stderr: float | None = None
     interval: tuple[float, float] | None = None
     method: str | None = None
+    p: float | None = None
+    verdict: str | None = None
 
     @classmethod
     def from_dict(cls, entry: dict) -> Difference:
@@ -76,7 +80,7 @@ def paired_difference(
     if count < 2:
         return Difference(value)
     if not stderr:
-        return Difference(value, 0.0, (value, value), BOOTSTRAP)
+        return Difference(value, 0.0, (value, value), BOOTSTRAP, float(value == 0))
     if count >= FEWEST_ROWS:
         picks = numpy.random.default_rng(SEED).integers(0, count, (resamples, count))
         values, stderrs = _estimate(rows[:, picks], transform)
@@ -84,9 +88,14 @@ def paired_difference(
         if usable.mean() > LEVEL:
             scores = (values[usable] - value) / stderrs[usable]
             low, high = numpy.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            return Difference(value, stderr, (float(value - high * stderr), float(value - low * stderr)), BOOTSTRAP)
-    half = STUDENT_POINTS[min(count - 1, len(STUDENT_POINTS)) - 1] * stderr
-    return Difference(value, stderr, (value - half, value + half), STUDENT)
+            # No tail is known to be thinner than one resample.
+            tail = min((scores >= value / stderr).mean(), (scores <= value / stderr).mean()) + 1 / len(scores)
+            interval = float(value - high * stderr), float(value - low * stderr)
+            return Difference(value, stderr, interval, BOOTSTRAP, min(2 * float(tail), 1.0))
+    from scipy.stats import t
+
+    half, p = float(t.ppf(0.5 + LEVEL / 2, count - 1)) * stderr, 2 * float(t.sf(abs(value) / stderr, count - 1))
+    return Difference(value, stderr, (value - half, value + half), STUDENT, p)
 
 
 def _estimate(rows, transform: str):
@@ -115,7 +124,13 @@ def _paired_proportions(differences) -> Difference:
     up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     half = Z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
     middle = up - down
-    return Difference(value, stderr, (max(middle - half, -1.0), min(middle + half, 1.0)), MCNEMAR)
+    interval = max(middle - half, -1.0), min(middle + half, 1.0)
+    return Difference(value, stderr, interval, MCNEMAR, _two_sided(Z * middle / half if half else 0.0))
+
+
+def _two_sided(score: float) -> float:
+    """The probability of a normal deviate at least as far from zero."""
+    return 2 * statistics.NormalDist().cdf(-abs(score))
 
 
 def mean_difference(parts: Sequence[Difference]) -> Difference:
@@ -132,4 +147,7 @@ def mean_difference(parts: Sequence[Difference]) -> Difference:
     below = math.hypot(*(middle - low for middle, low, _ in bounded)) / len(parts)
     above = math.hypot(*(high - middle for middle, _, high in bounded)) / len(parts)
     methods = {part.method for part in parts}
-    return Difference(value, stderr, (value - below, value + above), methods.pop() if len(methods) == 1 else "combined")
+    towards_zero = below if value > 0 else above
+    p = _two_sided(Z * value / towards_zero) if towards_zero else float(value == 0)
+    method = methods.pop() if len(methods) == 1 else "combined"
+    return Difference(value, stderr, (value - below, value + above), method, p)

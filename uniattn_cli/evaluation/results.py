@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from uniattn_cli.evaluation import aggregate
@@ -13,7 +13,7 @@ from uniattn_cli.evaluation.figures import SCHEMA, Figure
 from uniattn_cli.evaluation.retrieval import FACTS
 from uniattn_cli.evaluation.scores import Material, ModelScores
 from uniattn_cli.evaluation.speed import GridPoint, Runner, grid_entry
-from uniattn_cli.evaluation.verdict import verdict
+from uniattn_cli.evaluation.verdict import add_verdicts, verdict
 from uniattn_cli.inference.timing import WARM_UP_TOKENS
 from uniattn_cli.models.device import describe_device
 from uniattn_cli.models.loading import load_config, read_config
@@ -52,7 +52,10 @@ def assemble(
                 new=recipe.evaluation.speed.new,
             )
         models[subject.name] = entry
-        entry["verdict"] = None if base is None else verdict(subject.name, models[BASE], entry)
+        add_verdicts(entry, recipe.evaluation.margins)
+        entry["verdict"] = (
+            None if base is None else verdict(subject.name, models[BASE], entry, recipe.evaluation.margins)
+        )
     return {
         "schema": SCHEMA,
         "models": models,
@@ -101,7 +104,7 @@ def _against_control(scores: dict[str, Figure], compared: dict[str, Figure]) -> 
 
 
 def _scores(own: ModelScores, other: ModelScores | None, shown: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of tasks, and of quality with the mean accuracy, compared with another model where one is given."""
+    """Figures of tasks, and of quality with means over tasks, compared with another model where one is given."""
     tasks = {
         task: {
             metric: aggregate.task_figure(metric, scores, other.tasks[task][metric] if other else None)
@@ -110,8 +113,10 @@ def _scores(own: ModelScores, other: ModelScores | None, shown: Sequence[str]) -
         for task, metrics in own.tasks.items()
     }
     quality = aggregate.quality_figures(own, other)
-    accuracy = aggregate.mean_accuracy(tasks, shown)
-    return tasks, quality if accuracy is None else {**quality, "accuracy": accuracy}
+    for name, metric in (("accuracy", "acc"), ("generated", "exact_match")):
+        mean = aggregate.mean_of_tasks(tasks, shown, metric)
+        quality |= {} if mean is None else {name: mean}
+    return tasks, quality
 
 
 def _settings(
@@ -151,6 +156,7 @@ def _settings(
             "fewshot": {name: task.get_config("num_fewshot") for name, task in material.tasks.loaded.items()},
             "chat_template": spec.chat_template,
         },
+        "margins": asdict(spec.margins),
         "lengths": {
             "tokens": spec.length_tokens,
             "lengths": list(material.lengths),

@@ -161,7 +161,12 @@ def _commented_item(item: Any, depth: int, indent: int, comments: bool) -> Any:
     if not dataclasses.is_dataclass(item):
         return item
     if not any(entry.metadata["common"] for entry in dataclasses.fields(item)):
-        return getattr(item, item.main)  # type: ignore[union-attr]
+        given = {
+            entry.name: getattr(item, entry.name)
+            for entry in dataclasses.fields(item)
+            if entry.name == item.main or getattr(item, entry.name) != entry.default  # type: ignore[union-attr]
+        }
+        return given if len(given) > 1 else next(iter(given.values()))
     return _commented(item, depth, indent, comments)
 
 

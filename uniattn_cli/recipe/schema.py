@@ -652,6 +652,14 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class MarginSpec:
+    """The largest difference from the base with which a model is as good as the base."""
+
+    nats: float = setting(0.02, "of losses, and of the logarithm of perplexities", above=0)
+    points: float = setting(1.0, "of shares of right answers, in points", above=0, maximum=100)
+
+
+@dataclass(frozen=True)
 class EvaluationSpec:
     """What `uniattn eval` measures."""
 
@@ -667,7 +675,11 @@ class EvaluationSpec:
     length_tokens: int = setting(4096, "held-out tokens per text length", minimum=16)
     retrieval: int = setting(4, "items of the retrieval task per text length", minimum=0)
     tasks: tuple[TaskSpec, ...] = setting(
-        lambda: (TaskSpec("builtin:name_the_function"), TaskSpec("builtin:describe_the_function")),
+        lambda: (
+            TaskSpec("builtin:name_the_function"),
+            TaskSpec("builtin:describe_the_function"),
+            TaskSpec("builtin:count_the_coins", fewshot=3, new=8),
+        ),
         "built-in tasks, local files (.jsonl, .txt) or tasks of lm-evaluation-harness",
         common=True,
     )
@@ -684,6 +696,7 @@ class EvaluationSpec:
     )
     samples: int = setting(3, "held-out prompts that every model answers greedily, for the report", minimum=0)
     sample_tokens: int = setting(64, "largest number of tokens per answer", minimum=1)
+    margins: MarginSpec = setting(MarginSpec, "differences that count as none")
     speed: SpeedSpec = setting(SpeedSpec, "speed measurements", common=True)
 
 

@@ -30,9 +30,10 @@ RANGE = "  smallest–largest"
 PLOT = "quality_vs_kv.png"
 EXPLANATION = (
     "± is one standard error. The lines “− base, paired” give the difference from the base on the same rows or items "
-    "and its 95 % interval; if that contains zero, the difference counts as noise. The control is the base after the "
-    "same training; “− control, paired” is the cost of sharing. Times are medians over rounds, and ratios to the base "
-    "compare adjacent rounds. Tokens per second are counted after the first token."
+    "and its 95 % interval. “As good” means that all of it lies within the margin, “worse” and “better” that zero is "
+    "outside after a correction for the number of scores. The control is the base after the same training; “− control, "
+    "paired” is the cost of sharing. Times are medians over rounds, and ratios to the base compare adjacent rounds. "
+    "Tokens per second are counted after the first token."
 )
 
 

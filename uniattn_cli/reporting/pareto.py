@@ -20,7 +20,7 @@ SPEED_LABEL = "tokens per second, divided by the base's"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Writes a PNG: perplexity, and accuracy where tasks were run, each against KV bytes per token.
+    """Writes a PNG: perplexity, and means of tasks where some were run, each against KV bytes per token.
 
     The base has a line across the panel; the bars of the others are standard errors of their paired difference to it,
     because errors that all models share say nothing about which is better.
@@ -32,7 +32,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def draw_panels(
     models: dict[str, Any], panels: Sequence[tuple[str, str]], fronts: dict[str, list[str]], path: Path
 ) -> None:
-    """Writes a PNG with one panel for each pair of quality (`perplexity`, `accuracy`) and cost (`kv`, `speed`).
+    """Writes a PNG with one panel for each pair of quality (a key of `QUALITY_LABELS`) and cost (`kv`, `speed`).
 
     Args:
         models: as in `results.json`, the base first.

@@ -21,6 +21,7 @@ def pareto(results: dict[str, Any]) -> list[Html]:
     for key, title, factor, unit in (
         ("perplexity", "Perplexity against KV cache (down and left is better)", 1, "perplexity of held-out text"),
         ("accuracy", "Accuracy against KV cache (up and left is better)", 100, "mean accuracy of the tasks, %"),
+        ("generated", "Generated answers against KV cache (up and left is better)", 100, "right answers, %"),
     ):
         models = {name: model for name, model in results["models"].items() if key in model["quality"]}
         if not models:

@@ -6,23 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from uniattn_cli.evaluation.figures import Figure
-from uniattn_cli.evaluation.verdict import SUMMARIES, judge
+from uniattn_cli.evaluation.intervals import Difference
+from uniattn_cli.evaluation.verdict import SENTENCES, SUMMARIES
 from uniattn_cli.evaluation.wording import as_difference, as_interval, as_range, as_ratio, as_value
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.reporting.page.markup import Html, join, table, tag
 from uniattn_cli.tables import NOTHING
 
-SYMBOLS = {"better": "▲", "worse": "▼", "within noise": "≈", "same": "=", "mixed": "◆", "uncertain": "?"}
+SYMBOLS = {"better": "▲", "worse": "▼", "as good": "≈", "same": "=", "mixed": "◆", "not told apart": "?"}
 EXPLANATION = (
     "± is one standard error. Below each score is its paired difference from the base, on the same rows or items: what "
-    "is hard for all models cancels out, so its error is smaller than that of either score. ≈ means that the "
-    "difference is within noise. Times are medians over rounds, with their range in brackets; ratios to the base "
-    "compare adjacent rounds."
+    "is hard for all models cancels out, so its error is smaller than that of either score. ≈ means that its whole "
+    "95 % interval lies within the margin, ▲ and ▼ that zero is outside after a correction for the number of scores. "
+    "Times are medians over rounds, with their range in brackets; ratios to the base compare adjacent rounds."
 )
 QUALITY = {
     "perplexity": "perplexity of held-out text",
     "response_loss": "loss on held-out responses",
     "accuracy": "mean accuracy of the tasks",
+    "generated": "right answers generated, mean of the tasks",
 }
 AGREEMENT = {"kl": "divergence from the base (KL)", "top1": "same next token as the base"}
 COST = {
@@ -58,7 +60,7 @@ def verdicts(results: dict[str, Any]) -> Html:
 def _card(name: str, model: dict[str, Any]) -> Html:
     word = model["verdict"]["quality"]
     pairs = []
-    for key, label in (("perplexity", "perplexity"), ("response_loss", "loss on responses"), ("accuracy", "accuracy")):
+    for key, label in SUMMARIES.items():
         entry = model["quality"].get(key)
         if entry is not None:
             pairs.append((label, as_difference(entry)))
@@ -73,7 +75,7 @@ def _card(name: str, model: dict[str, Any]) -> Html:
     return tag(
         "article",
         tag("h3", name),
-        tag("p", f"{SYMBOLS[word]} {SUMMARIES[word]}", class_="word"),
+        tag("p", f"{SYMBOLS[word]} {SENTENCES[word]}", class_="word"),
         tag("dl", listed),
         tag("p", model["verdict"]["sentence"]),
         class_=f"card {word.replace(' ', '-')}",
@@ -124,7 +126,11 @@ def _difference(entry: Figure) -> Html:
     parts = [tag("span", as_difference(entry), class_="sub")]
     if interval := as_interval(entry):
         parts.append(tag("span", f"95 %: {interval}", class_="sub"))
-    return join((parts, mark(judge(entry)), _to_control(entry)))
+    return join((parts, _mark_of(entry.difference_to_base), _to_control(entry)))
+
+
+def _mark_of(difference: Difference | None) -> Html | None:
+    return mark(difference.verdict) if difference and difference.verdict else None
 
 
 def _to_control(entry: Figure) -> Html | None:
@@ -132,7 +138,7 @@ def _to_control(entry: Figure) -> Html | None:
     if entry.difference_to_control is None:
         return None
     words = f"from control: {as_difference(entry, 'control')}"
-    return tag("span", words, tag("br"), mark(judge(entry, "control")), class_="sub")
+    return tag("span", words, tag("br"), _mark_of(entry.difference_to_control), class_="sub")
 
 
 def _ratio(entry: Figure) -> Html | None:
