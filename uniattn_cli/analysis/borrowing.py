@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from uniattn_cli.analysis.capture import LayerStates
+from uniattn_cli.models.device import coarse_products
 
 SKETCH = 256
 # Relative to the mean square of the inputs. On a few thousand tokens of SmolLM2-135M the errors are within 5 % of each
@@ -124,24 +125,28 @@ class BorrowingError:
         """Adds one sequence: captured states, `inputs` among them, one per layer."""
         judging = self._weights is not None
         fitting = self.compensate and not judging
-        own = torch.stack([s.output.flatten(1).float() @ p for s, p in zip(layers, self.projections, strict=True)])
+        # The backend computes maps as in the model; only what is summed over tokens may be coarse.
+        with coarse_products():
+            own = torch.stack([s.output.flatten(1).float() @ p for s, p in zip(layers, self.projections, strict=True)])
+            if fitting:
+                self._add_second(layers)
         before, after = (own.new_zeros(self.layers, self.max_distance) for _ in range(2))
-        if fitting:
-            self._add_second(layers)
         for source, state in enumerate(layers):
             for borrowers, pairs in self._parts(source, state):
                 values = torch.stack([layers[j].values for j in borrowers])
-                difference = own[pairs[0]] - state.attend(values).flatten(2).float() @ self.projections[pairs[0]]
-                before[pairs] = difference.square().sum((1, 2))
-                if not (fitting or judging):
-                    continue
-                inputs = torch.stack([_received(layers[j]) for j in borrowers])
-                if self._weights is None:
-                    assert self._cross is not None
-                    self._cross[pairs] += inputs.transpose(1, 2) @ difference
-                else:
-                    left = torch.baddbmm(difference, inputs, self._weights[pairs], alpha=-1)
-                    after[pairs] = left.square().sum((1, 2))
+                found = state.attend(values).flatten(2).float()
+                with coarse_products():
+                    difference = own[pairs[0]] - found @ self.projections[pairs[0]]
+                    before[pairs] = difference.square().sum((1, 2))
+                    if not (fitting or judging):
+                        continue
+                    inputs = torch.stack([_received(layers[j]) for j in borrowers])
+                    if self._weights is None:
+                        assert self._cross is not None
+                        self._cross[pairs] += inputs.transpose(1, 2) @ difference
+                    else:
+                        left = torch.baddbmm(difference, inputs, self._weights[pairs], alpha=-1)
+                        after[pairs] = left.square().sum((1, 2))
         energy = own.square().sum((1, 2))[:, None]
         self.before.add(before, energy)
         if judging:

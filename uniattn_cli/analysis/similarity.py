@@ -18,6 +18,7 @@ import torch
 
 from uniattn_cli.analysis.capture import LayerStates
 from uniattn_cli.analysis.maps import SMALLEST, SequenceMaps, drop_sink
+from uniattn_cli.models.device import coarse_products
 
 # Rows of the first queries have so few keys that they are alike whatever the layers do.
 FIRST_ROW = 8
@@ -68,7 +69,9 @@ def gram(features: torch.Tensor) -> torch.Tensor:
         [maps, maps].
     """
     if features.is_cuda:
-        return gram_by_rows(features)
+        # Means over many tokens: the rounding of single products is far below the intervals that are told.
+        with coarse_products():
+            return gram_by_rows(features)
     flat = features.flatten(1)
     return flat @ flat.T
 
