@@ -27,6 +27,10 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"table '{self.title}': a row has {len(row)} cells, not {len(self.columns)}: {row}")
 
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds figures, which are aligned to the right; the first one names the rows."""
+        return column > 0 and all(_is_number(row[column]) for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -61,7 +65,7 @@ class Result:
 
 
 def to_markdown(table: Table) -> str:
-    """The table in Markdown, its title as a bold line; all columns but the first are aligned to the right.
+    """The table in Markdown, its title as a bold line; columns of numbers are aligned to the right.
 
     >>> print(to_markdown(Table("", ["model", "ppl"], [["base", "15.5"]])))
     | model |  ppl |
@@ -70,18 +74,25 @@ def to_markdown(table: Table) -> str:
     """
     lines = [[_escape(cell) for cell in row] for row in (table.columns, *table.rows)]
     widths = [max(3, *(len(line[index]) for line in lines)) for index in range(len(table.columns))]
+    columns = list(zip(widths, map(table.is_numeric, range(len(widths))), strict=True))
 
     def line(cells: list[str]) -> str:
         padded = [
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, (width, right) in zip(cells, columns, strict=True)
         ]
         return "| " + " | ".join(padded) + " |"
 
-    rule = ["-" * (width - 1) + ":" if index else ":" + "-" * (width - 1) for index, width in enumerate(widths)]
+    rule = ["-" * (width - 1) + ":" if right else ":" + "-" * (width - 1) for width, right in columns]
     heading = [f"**{table.title}**", ""] if table.title else []
     return "\n".join([*heading, line(lines[0]), line(rule), *map(line, lines[1:])])
 
 
 def _escape(cell: str) -> str:
     return cell.replace("|", "\\|").replace("\n", " ")
+
+
+def _is_number(cell: str) -> bool:
+    # Figures come with units and signs, so anything that holds a digit before a letter counts, and so do blanks.
+    text = cell.strip().lstrip("+-−±≈~<>x×")
+    return not text or text in (NOTHING, "—", "n/a", "all") or text[0].isdigit()

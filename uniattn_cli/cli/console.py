@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from uniattn_cli.tables import NOTHING, Result, Sample, Table
+from uniattn_cli.tables import Result, Sample, Table
 
 # Width of output that is not a terminal, where nothing is gained by folding cells.
 WIDTH_OF_FILES = 160
@@ -76,7 +76,7 @@ def show_table(table: Table, console: Console) -> None:
         table = turned
     drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(table.columns):
-        right = index > 0 and all(_is_number(row[index]) for row in table.rows)
+        right = table.is_numeric(index)
         # The first column names things; a name cut in two is of no use.
         drawn.add_column(Text(column), justify="right" if right else "left", overflow="fold", no_wrap=not index)
     for row in table.rows:
@@ -97,12 +97,6 @@ def transposed(table: Table) -> Table:
     """Rows and columns exchanged; the first column becomes the heading."""
     first, *others = (list(cells) for cells in zip(table.columns, *table.rows, strict=True))
     return Table(table.title, first, others)
-
-
-def _is_number(cell: str) -> bool:
-    # Figures come with units and signs, so anything that holds a digit before a letter counts, and so do blanks.
-    text = cell.strip().lstrip("+-−±≈~<>x×")
-    return not text or text in (NOTHING, "—", "n/a", "all") or text[0].isdigit()
 
 
 def shorten(text: str, width: int) -> str:
