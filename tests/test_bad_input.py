@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import make_model, settings, write_data
 
 from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.cli.guard import run_directory
 from uniattn_cli.commands.analyze import analyze
 from uniattn_cli.commands.convert import convert
 from uniattn_cli.commands.group import group
@@ -491,6 +492,19 @@ def test_a_place_where_nothing_can_be_made(arguments, place, refuses, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("not/there")
     refuses(tmp_path, *arguments, place, says=[place.removesuffix("/new").removesuffix("/folder")])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_run_directory_that_is_removed_under_a_command_is_one_line(inside, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.chdir(run if inside else tmp_path)
+    with (
+        pytest.raises(StageError, match=rf"^{run} has been removed while the command was at work there$"),
+        run_directory(Path("." if inside else "run"), create=False),
+    ):
+        shutil.rmtree(run)
+        Path("recipe.yaml").write_text("seed: 0")
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

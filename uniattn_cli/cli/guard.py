@@ -109,7 +109,7 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
         create: make it if it is missing; what was made is removed again if nothing was written.
 
     Raises:
-        StageError: it does not exist or cannot be entered.
+        StageError: it does not exist, cannot be entered, or is removed meanwhile.
     """
     try:
         home = Path.cwd()
@@ -123,14 +123,20 @@ def run_directory(path: Path, *, create: bool) -> Iterator[None]:
                 os.chdir(path)
         except FileNotFoundError:
             raise StageError(f"-C {path}: no such directory; `uniattn analyze MODEL -C {path}` makes it") from None
+        place = Path.cwd()
         try:
             yield
+        except FileNotFoundError as error:
+            if place.exists():
+                raise
+            raise StageError(f"{place} has been removed while the command was at work there") from error
         except UniAttnError as error:
             if name := _left_behind(home, str(error)):
                 error.add(f"; paths start at -C {path}: write {os.path.relpath(home / name)}")
             raise
         finally:
-            os.chdir(home)
+            with contextlib.suppress(FileNotFoundError):
+                os.chdir(home)
 
 
 def _left_behind(home: Path, message: str) -> str | None:
