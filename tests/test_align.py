@@ -16,7 +16,7 @@ from uniattn_cli.models.building import build_attention, build_converted
 from uniattn_cli.recipe.schema import ConversionSpec
 
 families = pytest.mark.parametrize("entry", FAMILIES, ids=[entry[0] for entry in FAMILIES])
-STEPS = 60
+STEPS = 40
 
 
 @pytest.fixture(scope="module")

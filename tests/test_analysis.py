@@ -106,37 +106,41 @@ def without_sink(maps):
 
 
 @everything
-@pytest.mark.parametrize("tile", [1, 1 << 30], ids=["many_tiles", "one_tile"])
-def test_streaming_equals_direct_computation(entry, tile, monkeypatch):
-    monkeypatch.setattr(similarity, "TILE_BYTES", tile)
+def test_streaming_equals_direct_computation(entry, monkeypatch):
+    """With many tiles and with one."""
     model = make_base(entry)
     depth = model.config.num_hidden_layers
     sequences = tokens_of(24, 40, 31)
-    result = stream(model, sequences)
+    whole = [direct_maps(model, sequence) for sequence in sequences]
+    heads, layers = {}, {}
     for suffix, change in (("", lambda maps: maps), ("_no_sink", without_sink)):
-        heads = {name: torch.zeros(depth, DISTANCE, HEADS, HEADS, dtype=torch.float64) for name in ("cosine", "js")}
-        layers = {name: torch.zeros(depth, depth, dtype=torch.float64) for name in ("cosine", "js", "averaged_cosine")}
-        for sequence in sequences:
-            maps = change(direct_maps(model, sequence))
-            rows = torch.linspace(FIRST_ROW, len(sequence) - 1, ROWS).long()
+        for name in ("cosine", "js"):
+            heads[name + suffix] = torch.zeros(depth, DISTANCE, HEADS, HEADS, dtype=torch.float64)
+        for name in ("cosine", "js", "averaged_cosine"):
+            layers[name + suffix] = torch.zeros(depth, depth, dtype=torch.float64)
+        for maps in map(change, whole):
+            rows = torch.linspace(FIRST_ROW, maps.shape[2] - 1, ROWS).long()
             for later in range(depth):
                 for distance in range(1, min(DISTANCE, later) + 1):
                     p, q = maps[later][:, None], maps[later - distance][None]
                     cosines = cosine(p, q)[..., FIRST_ROW:].mean(-1)
-                    heads["cosine"][later, distance - 1] += cosines / len(sequences)
-                    heads["js"][later, distance - 1] += js(p, q)[..., rows].mean(-1) / len(sequences)
+                    heads["cosine" + suffix][later, distance - 1] += cosines / len(sequences)
+                    heads["js" + suffix][later, distance - 1] += js(p, q)[..., rows].mean(-1) / len(sequences)
                 p, mean = maps[later][None], maps.mean(1)
-                layers["cosine"][later] += cosine(p, maps)[..., FIRST_ROW:].mean((1, 2)) / len(sequences)
-                layers["js"][later] += js(p, maps)[..., rows].mean((1, 2)) / len(sequences)
+                cosines = cosine(p, maps)[..., FIRST_ROW:].mean((1, 2))
+                layers["cosine" + suffix][later] += cosines / len(sequences)
+                layers["js" + suffix][later] += js(p, maps)[..., rows].mean((1, 2)) / len(sequences)
                 averaged = cosine(mean[later][None], mean)[..., FIRST_ROW:].mean(-1)
-                layers["averaged_cosine"][later] += averaged / len(sequences)
+                layers["averaged_cosine" + suffix][later] += averaged / len(sequences)
+    sink = sum(m[..., FIRST_ROW:, 0].mean((1, 2)) for m in whole) / len(whole)
+    for tile in (1, 1 << 30):
+        monkeypatch.setattr(similarity, "TILE_BYTES", tile)
+        result = stream(model, sequences)
         for name, expected in heads.items():
-            torch.testing.assert_close(result.heads[name + suffix].mean, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(result.heads[name].mean, expected, atol=1e-5, rtol=0)
         for name, expected in layers.items():
-            torch.testing.assert_close(result.layers[name + suffix].mean, expected, atol=1e-5, rtol=0)
-    maps = [direct_maps(model, sequence) for sequence in sequences]
-    sink = sum(m[..., FIRST_ROW:, 0].mean((1, 2)) for m in maps) / len(maps)
-    torch.testing.assert_close(result.sink.mean, sink, atol=1e-5, rtol=0)
+            torch.testing.assert_close(result.layers[name].mean, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result.sink.mean, sink, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tile", [1, 4000, 1 << 30])
@@ -338,16 +342,18 @@ def direct_borrowing(model, sequences):
 
 
 @everything
-@pytest.mark.parametrize("tile", [1, 1 << 30], ids=["many_tiles", "one_tile"])
-def test_output_error_equals_direct_computation(entry, tile, monkeypatch):
-    monkeypatch.setattr(borrowing, "TILE_BYTES", tile)
+def test_output_error_equals_direct_computation(entry, monkeypatch):
+    """With many tiles and with one."""
     model = make_base(entry)
     sequences = tokens_of(24, 40, 31, 28, 36, 33)
     before, after = direct_borrowing(model, sequences)
-    found = borrow(model, sequences)
-    torch.testing.assert_close(found["before"], before, atol=1e-5, rtol=1e-5, equal_nan=True)
-    torch.testing.assert_close(found["after"], after, atol=1e-5, rtol=1e-5, equal_nan=True)
-    assert before[2, 0] > 1e-3 and (found["before_stderr"][2, 0] > 0)
+    assert before[2, 0] > 1e-3
+    for tile in (1, 1 << 30):
+        monkeypatch.setattr(borrowing, "TILE_BYTES", tile)
+        found = borrow(model, sequences)
+        torch.testing.assert_close(found["before"], before, atol=1e-5, rtol=1e-5, equal_nan=True)
+        torch.testing.assert_close(found["after"], after, atol=1e-5, rtol=1e-5, equal_nan=True)
+        assert found["before_stderr"][2, 0] > 0
 
 
 def test_layers_of_other_mask_types_are_not_borrowed_from():
@@ -446,11 +452,23 @@ def test_ratio_of_means_and_its_standard_error():
 
 
 @everything
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_counts_for_nothing(entry, side):
+def test_padding_counts_for_nothing(entry):
     model = make_base(entry)
     sequences = tokens_of(24, 37, 30)
     alone, errors = stream(model, sequences), borrow(model, sequences)
+    for side in ("left", "right"):
+        result, borrowed = measured_together(model, sequences, side)
+        for name, found in result.layers.items():
+            torch.testing.assert_close(found.mean, alone.layers[name].mean, atol=1e-5, rtol=0)
+        for name, found in result.heads.items():
+            torch.testing.assert_close(found.mean, alone.heads[name].mean, atol=1e-5, rtol=0)
+        for name, values in borrowed.results().items():
+            found = torch.tensor(values, dtype=torch.float64)
+            torch.testing.assert_close(found, errors[name], atol=1e-5, rtol=1e-4, equal_nan=True)
+
+
+def measured_together(model, sequences, side):
+    """Statistics and errors of three sequences that one forward pass computes, padded on one side to 37 tokens."""
     padded = torch.zeros(3, 37, dtype=torch.long)
     mask = torch.zeros_like(padded)
     for row, sequence in enumerate(sequences):
@@ -468,13 +486,7 @@ def test_padding_counts_for_nothing(entry, side):
             states = captured.take(mask, row)
             result.add(states)
             borrowed.add(states)
-    for name, entry in result.layers.items():
-        torch.testing.assert_close(entry.mean, alone.layers[name].mean, atol=1e-5, rtol=0)
-    for name, entry in result.heads.items():
-        torch.testing.assert_close(entry.mean, alone.heads[name].mean, atol=1e-5, rtol=0)
-    for name, values in borrowed.results().items():
-        found = torch.tensor(values, dtype=torch.float64)
-        torch.testing.assert_close(found, errors[name], atol=1e-5, rtol=1e-4, equal_nan=True)
+    return result, borrowed
 
 
 def test_a_window_that_no_mask_tells_of():

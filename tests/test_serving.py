@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_process
-from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_layout, randomise_compensation
+from tiny import CASE_IDS, CASES, FAMILIES, make_base, make_converted, make_layout, randomise_compensation
 from tiny_run import make_tokenizer
 
 from uniattn_cli.commands.serve import serve
@@ -245,12 +245,11 @@ def test_runs_read_what_the_model_code_passes(entry, name, strided):
     """Runs are checked against attention on the tensors that the model code hands to its backend, layer by layer."""
     from transformers import AttentionInterface
 
-    base = make_base(entry)
-    shape = attention_shape(base.config)
-    layout = make_layout(name, base.config)
+    model = make_converted(entry, name)
+    shape, layout = attention_shape(model.config), model.config.layout
     if strided:
         layout, _ = in_order_of_sources(layout, shape, strided)
-    model = build_converted(base, layout)
+        model = build_converted(make_base(entry), layout)
     caches = {index: {} for index in range(len(layout))}
     seen = []
 

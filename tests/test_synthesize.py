@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,12 +59,11 @@ def synthesize(**changes):
 
 
 @pytest.fixture(scope="module")
-def usual(made) -> list[dict]:
-    """The texts that are written with the usual settings."""
+def usual(made) -> SimpleNamespace:
+    """What is written with the usual settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
-        synthesize()
-        return written("text.jsonl")
+        return SimpleNamespace(result=synthesize(), texts=written("text.jsonl"), chats=written("chats.jsonl"))
 
 
 def written(name: str) -> list[dict]:
@@ -82,27 +82,25 @@ def training_rows(part="train", train=BOTH):
     return splits.load_mix(recipe.data.train, part, holdout=recipe.data.holdout, seed=0).rows
 
 
-def test_rows_go_on_from_training_rows_and_from_no_others(run):
-    result = synthesize()
-    texts, chats = written("text.jsonl"), written("chats.jsonl")
-    assert result.rows == {"text": len(texts), "messages": len(chats)} and min(result.rows.values()) > 3
+def test_rows_go_on_from_training_rows_and_from_no_others(run, usual):
+    rows = usual.result.rows
+    assert rows == {"text": len(usual.texts), "messages": len(usual.chats)} and min(rows.values()) > 3
     train, heldout = training_rows(), training_rows("heldout")
     asked = {row["messages"][0]["content"] for row in train if row["messages"]}
     kept_back = {row["messages"][0]["content"] for row in heldout if row["messages"]}
     assert kept_back and not kept_back & asked
-    for row in chats:
+    for row in usual.chats:
         question, answer = row["messages"]
         assert question["content"] in asked and answer["role"] == "assistant" and answer["content"]
     passages = [row["text"] for row in train if row["text"]]
     tokenizer = make_tokenizer()
-    for row in texts:
+    for row in usual.texts:
         start = tokenizer.decode(tokenizer(row["text"])["input_ids"][:4])
         assert any(start in passage for passage in passages)
 
 
-def test_there_are_as_many_tokens_as_asked_for_in_rows_that_fit(run):
-    result = synthesize()
-    assert 3000 <= result.tokens < 3000 + 64
+def test_there_are_as_many_tokens_as_asked_for_in_rows_that_fit(run, usual):
+    assert 3000 <= usual.result.tokens < 3000 + 64
     sizes = [size for batch in loaded(tokens=2000, batch_size=16)[2].batches(training_rows()) for *_, size in batch]
     assert max(sizes) <= 64 and 2000 <= sum(sizes) < 2000 + 64
 
@@ -145,7 +143,7 @@ def test_settings_change_what_is_written(key, value, run, usual):
     if value == "other":
         make_model(run / "other", seed=1)
     synthesize(**{f"synthesis__{key}": value})
-    assert written("text.jsonl") != usual
+    assert written("text.jsonl") != usual.texts
 
 
 def test_rows_of_a_model_are_trained_on_and_never_held_out(run, usual):
@@ -157,7 +155,7 @@ def test_rows_of_a_model_are_trained_on_and_never_held_out(run, usual):
     assert len(training_rows("train", more)) == len(training_rows()) + count
     # And they are not continued once more.
     synthesize(data__train=more)
-    assert written("text.jsonl") == usual
+    assert written("text.jsonl") == usual.texts
 
 
 def asking(words: str) -> dict:
@@ -288,14 +286,14 @@ def test_texts_end_with_a_sentence_where_most_of_them_is_kept():
 
 
 def test_mistakes_are_told_before_anything_is_written(run):
-    synthesize()
+    synthesize(synthesis__tokens=100)
     with pytest.raises(StageError, match="use --force"):
         uniattn_cli.synthesize(overrides=overrides(), options=CPU)
     with pytest.raises(DataError, match=r"synthesis.prefix is 40 tokens, but rows have 64"):
         synthesize(synthesis__prefix=40)
     with pytest.raises(StageError, match=r"trained is missing; run `uniattn train recipe.yaml` first"):
         synthesize(synthesis__model="trained")
-    assert written("text.jsonl") and not RunDir(".").partial("synthesize").exists()
+    assert written("chats.jsonl") and not RunDir(".").partial("synthesize").exists()
 
 
 def test_the_command_writes_rows_that_the_next_one_reads(made, uniattn, tmp_path):
