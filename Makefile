@@ -57,10 +57,11 @@ $(VLLM_STAMP): pyproject.toml scripts/install_vllm.py $(VLLM_CONSTRAINTS)
 	@touch $@
 
 # Arguments for pytest: make test-vllm ONLY="-k server"; the quick part: make test-vllm ONLY='-m "vllm and not slow"'
+# Each process starts with its own part of the file, whose tests share an engine, and takes from others' when it is done.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py demo
 	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py --model gemma3-270m demo
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py $(ONLY)
+	$(VLLM_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m vllm tests/test_vllm.py $(ONLY)
 
 lint: install
 	$(BIN)/ruff check .

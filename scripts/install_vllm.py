@@ -39,7 +39,8 @@ def main() -> None:
         if "extra ==" not in requirement and not requirement.startswith(LEFT_OUT)
     ]
     root = Path(__file__).resolve().parent.parent
-    pip("-c", str(options.constraints), *wanted, "-e", f"{root}[gguf]", "pytest>=8", "pytest-timeout>=2.3")
+    tests = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
+    pip("-c", str(options.constraints), *wanted, "-e", f"{root}[gguf]", *tests)
 
 
 if __name__ == "__main__":
