@@ -27,17 +27,15 @@ COMMANDS = {
 # The run directory under demo/, and the training: the learning rate of the recipe spoils Gemma in a few steps.
 RUNS = {"smollm2-135m-instruct": "run", "gemma3-270m": "run-gemma3-270m"}
 OWN = {"gemma3-270m": {"train": "--set train.stages='[{trains: all, steps: 40, learning_rate: 2.0e-5}]'"}}
+# Written into the recipe, so that the commands after the first are the documented ones.
 SHORT = {
-    "analyze": "--tokens 1024 --length 256",
-    "convert": "--set conversion.tokens=2048 --set conversion.length=256 "
-    "--set conversion.align=10 --set conversion.refine=5 --set evaluation.tokens=1024 --set evaluation.length=256",
-    "train": "--set train.stages='[{trains: all, steps: 2, learning_rate: 2.0e-5}]' "
-    "--set train.batch_size=4 --set train.micro_batch_size=4 --set train.max_length=256",
-    "eval": "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
+    "analyze": "--tokens 512 --length 256 --set data.train='[{source: builtin, limit: 96}]' "
+    "--set conversion.tokens=1024 --set conversion.length=256 --set conversion.align=5 --set conversion.refine=2 "
+    "--set train.stages='[{trains: all, steps: 2, learning_rate: 2.0e-5}]' --set train.batch_size=4 "
+    "--set evaluation.tokens=1024 --set evaluation.length=256 --set evaluation.responses=8 "
     "--set evaluation.limit=8 --set evaluation.lengths=[256] --set evaluation.length_tokens=512 "
     "--set evaluation.retrieval=1 --set evaluation.samples=1 --set evaluation.sample_tokens=8 "
-    "--set evaluation.speed.prompt=32 --set evaluation.speed.new=8 "
-    "--set evaluation.speed.repeats=2",
+    "--set evaluation.speed.prompt=32 --set evaluation.speed.new=8 --set evaluation.speed.repeats=2",
 }
 
 
@@ -54,7 +52,7 @@ def main() -> None:
     print(f"\nIn {run}:")
     took = {}
     for verb, command in COMMANDS.items():
-        more = SHORT[verb] if short else OWN.get(model, {}).get(verb, "")
+        more = (SHORT if short else OWN.get(model, {})).get(verb, "")
         command = f"{command.format(directory=MODELS[model].directory)} {more}".strip()
         print(f"\n$ {command}")
         took[verb] = step(shlex.split(command), run)
