@@ -8,6 +8,7 @@ the same order for a seed. The score is the mean of log perplexity on `--text` (
 calibration text), of log perplexity on `--wikitext` (first 65,536 tokens) and of the loss on held-out responses; lower
 is better. The gap is the score minus that of the control of the same seed. `--parts` and `--layouts` pick rows.
 `control converted` converts the control instead of the base and learns from it, so that it has seen the data twice.
+A row that was interrupted goes on from its last checkpoint, if `--set train.save_steps=N` made any.
 `--synthetic` adds rows of `uniattn synthesize`; with `--controls`, controls of other runs, without these rows, are the
 teachers. A part may name its own learning rates and settings of the recipe's `train.distillation`: `one@3e-4`,
 `two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`; `one@1e-4/1e-3` has the second for the attention of changed
@@ -25,6 +26,7 @@ import re
 import shutil
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import runner, texts
@@ -84,8 +86,8 @@ SETTINGS = [
     *("conversion.tokens=163840", "conversion.length=1024"),
     *("evaluation.length=1024", "evaluation.responses=200", "evaluation.batch_size=32"),
     *("train.batch_size=16", "train.micro_batch_size=16", "train.max_length=512", "train.group_by_length=true"),
-    # Nobody resumes these runs, and writing takes longer than the steps of so small a model; so do measurements of the
-    # best state, which with this schedule is the last.
+    # Writing takes longer than the steps of so small a model; so do measurements of the best state, which with this
+    # schedule is the last.
     *("train.save_steps=1000000", "train.eval_steps=300"),
     *("layout.kv=0.8", "layout.head_map=free", "layout.search=thorough", "layout.score_tokens=24576"),
 ]
@@ -257,7 +259,9 @@ class Bench:
         if name_of(part) == "control teaches":
             self._fetch_control(folder, seed)
         control = name_of(part) == "control"
-        result = train(run_dir=folder, control=control, overrides=settings, options=self.options)
+        unfinished = _belongs(folder, part) and not (folder / ("control" if control else "trained")).exists()
+        options = replace(self.options, force=not unfinished)
+        result = train(run_dir=folder, control=control, overrides=settings, options=options)
         seconds, tokens = (sum(getattr(stage, name) for stage in result.stages) for name in ("seconds", "tokens"))
         if part == "control":
             shutil.rmtree(self.work / f"control-{seed}", ignore_errors=True)
@@ -335,6 +339,14 @@ class Bench:
         rows = response_rows(self._recipe(seed), self.tokenizer)
         found["responses"] = row_losses(model, rows, batch_size=16).summary().mean
         return found
+
+
+def _belongs(folder: Path, part: str) -> bool:
+    """Whether what was trained last in a run directory, and perhaps interrupted, is this part; from now on it is."""
+    path = folder / "part.txt"
+    same = path.is_file() and path.read_text(encoding="utf-8") == part
+    path.write_text(part, encoding="utf-8")
+    return same
 
 
 def _rates(text: str) -> str:

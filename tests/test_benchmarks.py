@@ -11,12 +11,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny_run import make_model, write_data
 
+from benchmarks import training
 from benchmarks.runner import Results, rows_on_lines
 from uniattn_cli.errors import StageError
+from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import SynthesisSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +97,23 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     wanted = {"model": "base", "tokens": 1000, "prefix": 32, "temperature": 1.0, "top_p": 1.0}
     assert content["setting"]["comparable"]["synthetic"] == [wanted]
     assert content["setting"]["comparable"]["train"] == ["rows.jsonl", "text.jsonl"]
+
+
+def test_an_interrupted_row_goes_on_and_no_other_does(tmp_path, monkeypatch):
+    bench: Any = object.__new__(training.Bench)
+    bench.options, bench.settings, bench._recipe_of = RunOptions(force=True), lambda seed: [], lambda *part: []
+    forced = []
+
+    def train(*, options, **others):
+        forced.append(options.force)
+        return SimpleNamespace(stages=[], directory=tmp_path)
+
+    monkeypatch.setattr(training, "train", train)
+    for part in ("one", "one", "lora"):
+        bench._train(tmp_path, "early", part, 0)
+    (tmp_path / "trained").mkdir()
+    bench._train(tmp_path, "early", "lora", 0)
+    assert forced == [True, False, True, True]
 
 
 @pytest.mark.slow
