@@ -4,9 +4,10 @@
 
 Parts: `scores` scores every plan of every layer once; `budgets` solves for each budget, converts the best prediction
 and one whose scores were corrected in its company; `pool` converts the other solutions and each kind alone; `loss` asks
-for the smallest cache at each of `--losses` and measures the result on text that the choice has not seen; `thorough`
-runs the greedy search with all kinds, takes its steps for every budget, and then searches with each kind alone down to
-the budget `--timed`. Without a GPU this takes hours. Parts may share `--work`, which keeps analysis and scores.
+for the smallest cache at each of `--losses` and measures the result on text that the choice has not seen; `speed` asks
+for each of `--speeds` and times the result again; `thorough` runs the greedy search with all kinds, takes its steps for
+every budget, and then searches with each kind alone down to the budget `--timed`. Without a GPU this takes hours. Parts
+may share `--work`, which keeps analysis and scores.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from uniattn_cli.layouts.plots import COLOURS, MARKERS
 from uniattn_cli.layouts.scores import Score, in_company, score_plans
 from uniattn_cli.layouts.solutions import Wish, loss, pool, problem_of
 from uniattn_cli.layouts.solver import Option, layout_of, total
+from uniattn_cli.layouts.speed import confirmed
 from uniattn_cli.layouts.thorough import proposer, series_name
 from uniattn_cli.layouts.workbench import Workbench, stderr
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
@@ -222,7 +224,7 @@ def run_losses(bench: Bench) -> None:
         workbench, wish = bench.workbench, bench.wish(max_loss=limit)
         seconds: list[float] = []
         with timed(seconds, bench.device):
-            considered, _ = by_scores(bench.run, workbench, wish, compensation_of(bench.recipe), True)
+            considered = by_scores(bench.run, workbench, wish, compensation_of(bench.recipe), True).considered
         chosen = next(entry for entry in considered.shortlist if entry.layout == considered.chosen)
         model = workbench.converted(considered.chosen, texts.fit)
         rows = window_divergences(workbench.base, model, fresh, batch_size=bench.recipe.evaluation.batch_size)
@@ -234,6 +236,23 @@ def run_losses(bench: Bench) -> None:
             "seconds": round(seconds[0], 1),
         }
         bench.add(key, model.config.layout, rows.mean().item(), stderr(rows), **facts)
+
+
+def run_speeds(bench: Bench) -> None:
+    """The layout with the smallest predicted loss for each ratio, and the ratio that the engine measures afterwards."""
+    for text in bench.arguments.speeds:
+        key = f"speed {text}"
+        if not bench.missing(key):
+            continue
+        recipe = replace(bench.recipe, layout=replace(bench.recipe.layout, speed=text, shortlist=1))
+        workbench = replace(bench.workbench, recipe=recipe)
+        vars(workbench)["base"] = bench.workbench.base
+        seconds: list[float] = []
+        with timed(seconds, bench.device):
+            found = by_scores(bench.run, workbench, bench.wish(speed=text), compensation_of(recipe), True)
+        again = confirmed(workbench, found.layout)
+        facts = {"predicted": round(found.predicted, 5), "seconds": round(seconds[0], 1)}
+        bench.compare(key, found.layout, speed=round(found.speed or 1.0, 4), speed_again=round(again, 4), **facts)
 
 
 def run_thorough(bench: Bench) -> None:
@@ -284,6 +303,7 @@ MEASURES = {
     "budgets": run_budgets,
     "pool": run_pool,
     "loss": run_losses,
+    "speed": run_speeds,
     "thorough": run_thorough,
 }
 COLUMNS = ["budget", "found by", "changed layers", "KV bytes", "predicted", "measured"]
@@ -365,6 +385,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.9, 0.8, 0.7, 0.6], metavar="SHARE")
     parser.add_argument("--timed", type=float, default=0.8, metavar="SHARE", help="one of --budgets")
     parser.add_argument("--losses", nargs="*", type=float, default=[0.02, 0.05, 0.1], metavar="NATS")
+    parser.add_argument("--speeds", nargs="*", default=["1.1@64x8192", "1.2@64x8192"], metavar="RATIO@BATCHxCONTEXT")
     parser.add_argument("--work", type=Path, help="folder of the analysis and the scores")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the recipe")
     parser.add_argument("--parts", nargs="*", choices=MEASURES, default=list(MEASURES))

@@ -468,6 +468,7 @@ def test_a_budget_on_the_command_line_replaces_the_others(name, stages, tmp_path
         "layout.params=null",
         "layout.save=kv",
         "layout.sources=one",
+        "layout.speed=null",
     ]
     assert [entry for entry in sorted(stages[1].overrides) if "null" not in entry] == [
         "layout.kv=0.8",
@@ -479,6 +480,7 @@ def test_a_budget_on_the_command_line_replaces_the_others(name, stages, tmp_path
 def test_budgets_may_be_given_together(name, stages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--params", "0.95", "--kv", "0.8", "--max-loss", "0.03", "--save", "params", "--search", "scores"]
+    flags += ["--speed", "1.1@4x64"]
     invoke(name, *flags)
     assert sorted(stages[0].overrides) == [
         "layout.followers=null",
@@ -487,6 +489,7 @@ def test_budgets_may_be_given_together(name, stages, tmp_path, monkeypatch):
         "layout.params=0.95",
         "layout.save=params",
         "layout.search=scores",
+        "layout.speed=1.1@4x64",
     ]
 
 

@@ -18,13 +18,13 @@ from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.commands.sweep import _begin
 from uniattn_cli.errors import LayoutError, RecipeError, StageError
 from uniattn_cli.fitting.fit import fit_layers, for_trials
-from uniattn_cli.layouts import by_scores
+from uniattn_cli.layouts import by_scores, speed
 from uniattn_cli.layouts.alone import Alone
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.considered import Considered, Validated
 from uniattn_cli.layouts.scores import NEAREST, Question, Score, in_company, questions, score_plans
 from uniattn_cli.layouts.solutions import DIFFERENT, POOL, Wish, frontier, loss, pick, pool, problem_of
-from uniattn_cli.layouts.solver import layout_of, total
+from uniattn_cli.layouts.solver import Option, layout_of, total
 from uniattn_cli.layouts.trials import Trials
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
@@ -314,6 +314,7 @@ class FakeBench:
     def __init__(self, spec, factor):
         self.recipe, self.measured, self.factor = SimpleNamespace(layout=spec), SimpleNamespace(shape=SHAPE), factor
         self.texts, self.asked = SimpleNamespace(check=torch.zeros(4, 64)), []
+        self.base, self.options = SimpleNamespace(config=None), CPU
         self.loss = {(s.question.layer, s.plan): s.divergence for s in reversed(SCORES)}
 
     def validate(self, layouts):
@@ -332,12 +333,64 @@ def test_the_measured_loss_comes_near_to_the_limit(monkeypatch, factor):
     monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
     spec = spec_of(max_loss=0.03)
     wish, bench = wish_of(spec), FakeBench(spec, factor)
-    considered, predicted = by_scores.by_scores(None, bench, wish, "auto", True)
+    found = by_scores.by_scores(None, bench, wish, "auto", True)
+    considered, predicted = found.considered, found.predicted
     taken = next(entry for entry in considered.shortlist if entry.layout == considered.chosen)
     assert 0.75 * 0.03 <= taken.divergence <= 0.03 and predicted == pytest.approx(taken.divergence / factor)
     ideal = wish.best(problem_of(SCORES, spec, 6, KINDS), 0.9 / factor)
     assert wish.save.saved(considered.chosen) >= wish.save.saved(layout_of(ideal))
     assert len(bench.asked) <= 1 + by_scores.ROUNDS + len(KINDS)
+
+
+@pytest.mark.parametrize("together", [1.0, 0.7])
+def test_decoding_is_as_fast_as_was_asked(monkeypatch, together):
+    """Also where layers save together only a part of what each saves alone."""
+    alone = {"key": 0.01, "linear": 0.05}
+
+    def speed_of(bench, layout, batch, context):
+        assert (batch, context) == (64, 8192)
+        kinds = {layout[index].kind for index in layout.changed}
+        factor = 1.0 if len(kinds) == 1 else together
+        return 1 / (1 - factor * sum(alone[layout[index].kind] for index in layout.changed))
+
+    monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
+    monkeypatch.setattr(by_scores, "in_company", lambda bench, scores, solution: scores)
+    monkeypatch.setattr(speed, "speed_of", speed_of)
+    monkeypatch.setattr(speed, "layer_windows", lambda config: [None] * 6)
+    spec = spec_of(speed="1.15@64x8192")
+    bench = FakeBench(spec, 1.0)
+    assert Wish.of(spec, SHAPE, None).budgets == []
+    found = by_scores.by_scores(None, bench, Wish.of(spec, SHAPE, None), "auto", True)
+    assert found.speed >= 1.15 * (1 - speed.TOLERANCE)
+    assert found.speed == speed_of(bench, found.layout, 64, 8192)
+    assert {found.layout[index].kind for index in found.layout.changed} == {"key", "linear"}
+    with pytest.raises(LayoutError, match="a dry run cannot time decoding steps"):
+        by_scores.by_scores(None, bench, Wish.of(spec, SHAPE, None), "auto", False)
+    impossible = spec_of(speed="2@64x8192")
+    with pytest.raises(LayoutError, match=r"budget speed 2@64x8192 is not possible, 1\.\d+ is"):
+        by_scores.by_scores(None, FakeBench(impossible, 1.0), Wish.of(impossible, SHAPE, None), "auto", True)
+
+
+def test_as_much_time_is_saved_as_the_loss_allows(monkeypatch):
+    monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
+    monkeypatch.setattr(speed, "layer_windows", lambda config: [None] * 6)
+    kinds = {"key": 1.0, "linear": 1.3}  # those that save the most time
+    monkeypatch.setattr(speed, "speed_of", lambda bench, layout, *size: kinds[layout[layout.changed[0]].kind])
+    spec = spec_of(speed="1@4x64", save="time", max_loss=0.03)
+    found = by_scores.by_scores(None, FakeBench(spec, 1.0), Wish.of(spec, SHAPE, None), "auto", True)
+    assert {found.layout[index].kind for index in found.layout.changed} == {"linear"}
+    taken = next(entry for entry in found.considered.shortlist if entry.layout == found.layout)
+    assert taken.divergence <= 0.03
+
+
+def test_the_engine_times_decoding_steps_of_layouts(run):
+    bench = bench_of("layout.kinds=[key, linear]", "layout.speed=1.01@2x32", "layout.protect=[1, 2, 3]")
+    options = [Option(layer, LayerPlan("linear", compensation="full")) for layer in (4, 5)]
+    options.append(Option(5, LayerPlan("key", heads=((4, 0), (4, 1), (4, 2)))))
+    budget = speed.measured_budget(bench, options)
+    assert {form[0] for form in budget.shares} == {"linear", "key"}
+    assert all(-3 < share < 1 for share in budget.shares.values()) and budget.limit == 1.01
+    assert speed.confirmed(bench, Layout.own(6)) > 0
 
 
 def test_a_short_shortlist_stays_short(monkeypatch):
@@ -361,7 +414,7 @@ def test_a_solution_is_solved_for_again_with_scores_of_its_company(monkeypatch):
 
     monkeypatch.setattr(by_scores, "in_company", in_company)
     monkeypatch.setattr(by_scores, "pool", lambda *arguments: dict(list(pool(*arguments).items())[:1]))
-    considered, _ = by_scores.by_scores(None, bench, wish, "auto", True)
+    considered = by_scores.by_scores(None, bench, wish, "auto", True).considered
     corrected = next(entry for entry in considered.shortlist if entry.name.endswith(", corrected"))
     assert seen[0].changed[0] not in corrected.layout.changed and all(b.met(corrected.layout) for b in wish.budgets)
 
@@ -490,6 +543,10 @@ def test_from_scores_to_a_converted_checkpoint(run, uniattn):
     [
         ({"max_loss": 0.1}, "layout.max_loss needs layout.search: scores"),
         ({"search": "scores", "save": "params"}, "layout.save needs layout.max_loss"),
+        ({"speed": "1.1@4x64"}, "layout.speed needs layout.search: scores"),
+        ({"search": "scores", "speed": "4x64"}, "write RATIO@BATCHxCONTEXT, such as 1.15@64x8192"),
+        ({"search": "scores", "speed": "0.5@4x64"}, "write RATIO@BATCHxCONTEXT"),
+        ({"search": "scores", "save": "time", "max_loss": 0.1}, "layout.save: time needs layout.speed"),
         (
             {"search": "thorough", "kv": 0.8, "params": 0.9},
             "only one budget can be given, not kv and params; set layout",

@@ -95,6 +95,7 @@ FollowersOption = Annotated[int | None, setting("layout.followers", "--followers
 KvOption = Annotated[float | None, setting("layout.kv", "--kv", "SHARE")]
 ParamsOption = Annotated[float | None, setting("layout.params", "--params", "SHARE")]
 MaxLossOption = Annotated[float | None, setting("layout.max_loss", "--max-loss", "NATS")]
+SpeedOption = Annotated[str | None, setting("layout.speed", "--speed", "RATIO@BATCHxCONTEXT")]
 SaveOption = Annotated[Save | None, setting("layout.save", "--save")]
 HeadMapOption = Annotated[HeadMap | None, setting("layout.head_map", "--head-map")]
 SearchOption = Annotated[Search | None, setting("layout.search", "--search")]
@@ -118,7 +119,7 @@ def overrides_of(**values: Any) -> list[str]:
 
 
 def layout_overrides(
-    budgets: dict[str, float | None],
+    budgets: dict[str, float | str | None],
     save: Save | None,
     search: Search | None,
     kinds: str | None,

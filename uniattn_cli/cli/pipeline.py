@@ -26,6 +26,7 @@ from uniattn_cli.cli.flags import (
     SearchOption,
     SetOption,
     SourcesOption,
+    SpeedOption,
     complete_recipe,
     layout_overrides,
     overrides_of,
@@ -111,6 +112,7 @@ def group(
     kv: KvOption = None,
     params: ParamsOption = None,
     max_loss: MaxLossOption = None,
+    speed: SpeedOption = None,
     save: SaveOption = None,
     search: SearchOption = None,
     kinds: KindsOption = None,
@@ -135,7 +137,7 @@ def group(
 
         return group(groups=groups, overrides=overrides, options=options)
 
-    budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss}
+    budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss, "speed": speed}
     overrides = layout_overrides(budgets, save, search, kinds, head_map, sources)
     run_command("group", Common(run_dir, set_ or (), device, False, debug), overrides, call)
 
@@ -146,6 +148,7 @@ def convert(
     kv: KvOption = None,
     params: ParamsOption = None,
     max_loss: MaxLossOption = None,
+    speed: SpeedOption = None,
     save: SaveOption = None,
     search: SearchOption = None,
     kinds: KindsOption = None,
@@ -175,7 +178,7 @@ def convert(
 
         return convert(groups=groups, dry_run=dry_run, overrides=overrides, options=options)
 
-    budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss}
+    budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss, "speed": speed}
     overrides = layout_overrides(budgets, save, search, kinds, head_map, sources)
     run_command("convert", Common(run_dir, set_ or (), device, force, debug), overrides, call)
 

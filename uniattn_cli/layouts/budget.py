@@ -36,7 +36,7 @@ class Budget:
     def all_of(cls, spec: LayoutSpec, shape: AttentionShape, config: Any) -> list[Budget]:
         """The budgets that a recipe names, or the default one where nothing limits the layout."""
         limits = {unit: getattr(spec, unit) for unit in SAVINGS if getattr(spec, unit) is not None}
-        if not limits and spec.max_loss is None:
+        if not limits and spec.max_loss is None and spec.speed is None:
             return [cls("kv", DEFAULT_KV, f"default budget kv {DEFAULT_KV}", shape, config)]
         return [cls(unit, limit, f"budget {unit} {limit}", shape, config) for unit, limit in limits.items()]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from uniattn_cli.errors import LayoutError
 from uniattn_cli.layouts.considered import Considered, Validated
 from uniattn_cli.layouts.scores import Score, in_company, score_plans
-from uniattn_cli.layouts.solutions import Wish, frontier, kind_sets, loss, pick, pool, problem_of
+from uniattn_cli.layouts.solutions import Wish, frontier, kind_sets, loss, options_of, pick, pool, problem_of
 from uniattn_cli.layouts.solver import Option, layout_of, total
+from uniattn_cli.layouts.speed import TOLERANCE, confirmed, measured_budget
 from uniattn_cli.layouts.workbench import Workbench
+from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.run.directory import RunDir
 
 # Where the loss is limited: how often the prediction is corrected, and the parts of it that are aimed at and enough.
@@ -18,18 +21,53 @@ AIM, ENOUGH = 0.95, 0.85
 Solutions = dict[str, list[Option]]
 
 
-def by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load: bool) -> tuple[Considered, float]:
-    """The best layout for what is asked, and the loss that scores predict for it, in nats per token.
+@dataclass(frozen=True)
+class Chosen:
+    """The best layout for what is asked.
+
+    Attributes:
+        considered: what it was chosen from.
+        predicted: its loss as scores predict it, in nats per token.
+        speed: how many times as fast as the base it decodes, as the engine measured it; None if that is not asked for.
+    """
+
+    considered: Considered
+    predicted: float
+    speed: float | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return self.considered.chosen
+
+
+def by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load: bool) -> Chosen:
+    """The best layout for what is asked.
 
     Args:
         rank: W_c that is asked for, see `scores.questions`.
         load: whether weights may be loaded; without, the best prediction is taken as it is.
 
     Raises:
-        LayoutError: nothing does what is asked, or scores are missing that a dry run cannot make.
+        LayoutError: nothing does what is asked, or a dry run would have to score or to time something.
     """
-    spec, shape = bench.recipe.layout, bench.measured.shape
+    spec = bench.recipe.layout
     scores = score_plans(run, bench, rank, load=load)
+    if spec.speed is None:
+        return _chosen(bench, scores, wish, load)
+    if not load:
+        raise LayoutError("a dry run cannot time decoding steps; run `uniattn group` first, or leave out --speed")
+    budget = measured_budget(bench, options_of(scores, spec.kinds))
+    found = _chosen(bench, scores, wish.with_speed(budget, spec), load)
+    ratio = confirmed(bench, found.layout)
+    if ratio < budget.limit * (1 - TOLERANCE) and found.layout.changed:
+        # Layers save together less than each alone.
+        found = _chosen(bench, scores, wish.with_speed(budget.scaled(found.layout, ratio), spec), load)
+        ratio = confirmed(bench, found.layout)
+    return replace(found, speed=ratio)
+
+
+def _chosen(bench: Workbench, scores: list[Score], wish: Wish, load: bool) -> Chosen:
+    spec, shape = bench.recipe.layout, bench.measured.shape
     solutions = pool(scores, spec, shape.layers, wish)
     shortlist: list[Validated] = []
     if load and spec.compared != 1:
@@ -43,8 +81,8 @@ def by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load: 
         layout = bench.match_heads(layout_of(solution)) if load else layout_of(solution)
     checked = bench.texts.check.numel() if shortlist else 0
     measure = "sum of the layers' scores, nats per token"
-    points = frontier(scores, spec, shape)
-    return Considered(measure, points, shortlist, checked, layout, wish.max_loss), total(solutions[name], loss)
+    considered = Considered(measure, frontier(scores, spec, shape), shortlist, checked, layout, wish.max_loss)
+    return Chosen(considered, total(solutions[name], loss))
 
 
 def _validated(bench: Workbench, solutions: Solutions) -> list[Validated]:

@@ -213,9 +213,13 @@ def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
 
 def _by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load: bool) -> Grouping:
     """The layouts that the scores of single layers predict to be best are converted and compared."""
-    considered, predicted = by_scores(run, bench, wish, rank, load)
-    layout = considered.chosen
-    note = f"{len(layout.changed)} layers changed: {wish.words}; predicted loss {predicted:.4f} nats per token"
+    found = by_scores(run, bench, wish, rank, load)
+    considered, layout = found.considered, found.layout
+    asked = [wish.words, *([] if found.speed is None else [f"budget speed {bench.recipe.layout.speed}"])]
+    note = f"{len(layout.changed)} layers changed: {', '.join(filter(None, asked))}"
+    note += f"; predicted loss {found.predicted:.4f} nats per token"
+    if found.speed is not None:
+        note += f"; decoding steps {found.speed:.3f} times as fast as the base's"
     if _borrows(layout):
         note += f"; heads {_matched(bench.recipe, layout, True)}"
     table = frontier_table(considered.frontier, bench.measured, "predicted from scores")

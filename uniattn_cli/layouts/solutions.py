@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uniattn_cli.errors import LayoutError
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.considered import Point, Validated
 from uniattn_cli.layouts.scores import Score
 from uniattn_cli.layouts.solver import Limit, Option, Problem, impossible, layout_of, total
+from uniattn_cli.layouts.speed import SpeedBudget
 from uniattn_cli.modeling.layout_uniattn import AttentionShape
 from uniattn_cli.recipe.schema import LayoutSpec
 
@@ -44,8 +45,15 @@ class Wish:
     @classmethod
     def of(cls, spec: LayoutSpec, shape: AttentionShape, config: object) -> Wish:
         """What a recipe asks."""
-        save = Budget(spec.save, 1.0, f"save {spec.save}", shape, config)
+        # The time of a decoding step takes the place of this one when it has been measured.
+        unit = "kv" if spec.save == "time" else spec.save
+        save = Budget(unit, 1.0, f"save {unit}", shape, config)
         return cls(Budget.all_of(spec, shape, config), save, spec.max_loss)
+
+    def with_speed(self, budget: SpeedBudget, spec: LayoutSpec) -> Wish:
+        """With the budget of decoding time, which may be what to save, too; it replaces an earlier one."""
+        others = [each for each in self.budgets if each.unit != budget.unit]
+        return replace(self, budgets=[*others, budget], save=budget if spec.save == "time" else self.save)
 
     @property
     def words(self) -> str:
@@ -91,13 +99,17 @@ def limit_of(budget: Budget) -> Limit:
 
 
 def problem_of(scores: Sequence[Score], spec: LayoutSpec, layers: int, kinds: Sequence[str]) -> Problem:
-    """What a solver chooses from; plans that overflow are left out."""
-    options = [
+    """What a solver chooses from."""
+    return Problem(layers, options_of(scores, kinds), spec.max_group)
+
+
+def options_of(scores: Sequence[Score], kinds: Sequence[str]) -> list[Option]:
+    """The plans of some kinds, without those that overflow."""
+    return [
         Option(score.question.layer, score.plan, score.divergence)
         for score in scores
         if score.question.kind in kinds and math.isfinite(score.divergence)
     ]
-    return Problem(layers, options, spec.max_group)
 
 
 def kind_sets(spec: LayoutSpec) -> dict[str, tuple[str, ...]]:

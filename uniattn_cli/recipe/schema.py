@@ -215,7 +215,8 @@ def fast_search_takes(kinds: typing.Sequence[str]) -> bool:
 
 # Budgets that say what a layout saves, and with the one that says what it may lose all budgets.
 SAVINGS = ("followers", "kv", "params")
-BUDGETS = (*SAVINGS, "max_loss")
+BUDGETS = (*SAVINGS, "max_loss", "speed")
+SPEED = re.compile(r"(\d+(?:\.\d+)?)@([1-9]\d*)x([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,16 @@ class LayoutSpec:
         "budget: lose at most so many nats per token, as predicted from scores, and save as much as that allows",
         above=0,
     )
-    save: str = setting("kv", "what to save as much of as max_loss allows", choices=("kv", "params"))
+    speed: str | None = setting(
+        None,
+        "budget: decoding steps at least so many times as fast as the base's, at a batch and context, as the decoding "
+        "engine measures them on this device: 1.15@64x8192",
+    )
+    save: str = setting(
+        "kv",
+        "what to save as much of as max_loss allows; time: that of a decoding step, at the batch and context of speed",
+        choices=("kv", "params", "time"),
+    )
     search: str = setting(
         "fast",
         "search method: fast (maximises the similarity of maps), thorough (converts every candidate; best on a GPU) or "
@@ -294,6 +304,13 @@ class LayoutSpec:
             return 1 if self.search == "fast" else None
         return int(self.shortlist)
 
+    @property
+    def workload(self) -> tuple[float, int, int]:
+        """The ratio, batch and context of `speed`, which is given."""
+        found = SPEED.fullmatch(self.speed or "")
+        assert found is not None, "a recipe with another speed is refused"
+        return float(found[1]), int(found[2]), int(found[3])
+
     def contradictions(self) -> list[str]:
         """Faults of settings that are valid on their own but not together."""
         faults = []
@@ -305,6 +322,12 @@ class LayoutSpec:
             )
         if self.max_loss is not None and self.search != "scores":
             faults.append("layout.max_loss needs layout.search: scores")
+        if self.speed is not None and self.search != "scores":
+            faults.append("layout.speed needs layout.search: scores")
+        if self.speed is not None and not ((found := SPEED.fullmatch(self.speed)) and float(found[1]) >= 1):
+            faults.append(f"layout.speed is '{self.speed}'; write RATIO@BATCHxCONTEXT, such as 1.15@64x8192")
+        if self.save == "time" and self.speed is None:
+            faults.append("layout.save: time needs layout.speed, such as 1@64x8192, for the batch and context")
         if self.max_loss is None and self.save != "kv":
             faults.append("layout.save needs layout.max_loss; without it, layouts that meet the budgets lose the least")
         unknown = [kind for kind in self.kinds if kind not in CHANGED_KINDS]
