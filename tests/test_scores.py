@@ -342,28 +342,27 @@ def test_the_measured_loss_comes_near_to_the_limit(monkeypatch, factor):
     assert len(bench.asked) <= 1 + by_scores.ROUNDS + len(KINDS)
 
 
-@pytest.mark.parametrize("together", [1.0, 0.7])
-def test_decoding_is_as_fast_as_was_asked(monkeypatch, together):
+@pytest.mark.parametrize(("together", "changed"), [(1.0, 2), (0.5, 4)])
+def test_decoding_is_as_fast_as_was_asked(monkeypatch, together, changed):
     """Also where layers save together only a part of what each saves alone."""
-    alone = {"key": 0.01, "linear": 0.05}
+    alone, timed = {"key": 0.01, "linear": 0.05}, []
 
     def speed_of(bench, layout, batch, context):
         assert (batch, context) == (64, 8192)
-        kinds = {layout[index].kind for index in layout.changed}
-        factor = 1.0 if len(kinds) == 1 else together
+        timed.append(layout)
+        factor = 1.0 if len(timed) <= len(alone) else together
         return 1 / (1 - factor * sum(alone[layout[index].kind] for index in layout.changed))
 
     monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
     monkeypatch.setattr(by_scores, "in_company", lambda bench, scores, solution: scores)
     monkeypatch.setattr(speed, "speed_of", speed_of)
     monkeypatch.setattr(speed, "layer_windows", lambda config: [None] * 6)
-    spec = spec_of(speed="1.15@64x8192")
+    spec = spec_of(speed="1.1@64x8192")
     bench = FakeBench(spec, 1.0)
     assert Wish.of(spec, SHAPE, None).budgets == []
     found = by_scores.by_scores(None, bench, Wish.of(spec, SHAPE, None), "auto", True)
-    assert found.speed >= 1.15 * (1 - speed.TOLERANCE)
-    assert found.speed == speed_of(bench, found.layout, 64, 8192)
-    assert {found.layout[index].kind for index in found.layout.changed} == {"key", "linear"}
+    assert found.speed >= 1.1 * (1 - speed.TOLERANCE) and found.speed == speed_of(bench, found.layout, 64, 8192)
+    assert len(found.layout.changed) == changed
     with pytest.raises(LayoutError, match="a dry run cannot time decoding steps"):
         by_scores.by_scores(None, bench, Wish.of(spec, SHAPE, None), "auto", False)
     impossible = spec_of(speed="2@64x8192")
@@ -536,6 +535,7 @@ def test_from_scores_to_a_converted_checkpoint(run, uniattn):
     assert Path("scores/scores.json").read_bytes() == before
     done = uniattn("score", "--kinds", "key,linear", "--device", "cpu", *few, cwd=run)
     assert done.returncode == 0 and "± " in done.stdout and Path("scores/scores.json").read_bytes() == before
+    assert "Pareto front" in done.stdout and "predicted: the sum of scores" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.layouts.choose import check_analysis, check_protected, check_rank, compensation_of
 from uniattn_cli.layouts.scores import Score, score_plans
+from uniattn_cli.layouts.solutions import frontier
+from uniattn_cli.layouts.thorough import frontier_table
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.loading import load_config
@@ -68,7 +70,11 @@ def score(*, run_dir: Path | str = ".", overrides: Sequence[str] = (), options: 
         f"{len(scores)} plans, scored on {bench.texts.score.numel():,} tokens; of each kind the best is shown",
         f"scores: {output}; next: uniattn convert --search scores",
     ]
-    return Scoring(scores, output, title="scores", tables=[_table(scores, recipe.layout.kinds)], notes=notes)
+    tables = [_table(scores, recipe.layout.kinds)]
+    if process.is_main_process:
+        points = frontier(scores, recipe.layout, shape)
+        tables.append(frontier_table(points, bench.measured, "predicted: the sum of scores"))
+    return Scoring(scores, output, title="scores", tables=tables, notes=notes)
 
 
 def _table(scores: Sequence[Score], kinds: Sequence[str]) -> Table:
