@@ -327,7 +327,7 @@ class LayoutSpec:
         if self.speed is not None and not ((found := SPEED.fullmatch(self.speed)) and float(found[1]) >= 1):
             faults.append(f"layout.speed is '{self.speed}'; write RATIO@BATCHxCONTEXT, such as 1.15@64x8192")
         if self.save == "time" and self.speed is None:
-            faults.append("layout.save: time needs layout.speed, such as 1@64x8192, for the batch and context")
+            faults.append("layout.save: time needs layout.speed; write 1@64x8192 for that batch and context")
         if self.max_loss is None and self.save != "kv":
             faults.append("layout.save needs layout.max_loss; without it, layouts that meet the budgets lose the least")
         unknown = [kind for kind in self.kinds if kind not in CHANGED_KINDS]
