@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uniattn_cli.commands.analyze import analyze
     from uniattn_cli.commands.bench import bench
+    from uniattn_cli.commands.bench_serving import bench_serving
     from uniattn_cli.commands.compare import compare
     from uniattn_cli.commands.convert import convert
     from uniattn_cli.commands.evaluate import evaluate
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "analyze",
     "bench",
+    "bench_serving",
     "compare",
     "convert",
     "evaluate",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from uniattn_cli.errors import UsageError, suggest
 from uniattn_cli.recipe.schema import Recipe, flow
 from uniattn_cli.tables import Result, Table
@@ -163,6 +165,23 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     if not found or min(found) < 1:
         raise UsageError(f"{option} {text}: give positive numbers separated by commas, such as 1,16")
     return found
+
+
+def refuse(given: typer.Context, names: Sequence[str], needed: str) -> None:
+    """Refuses options that were given on the command line and would be ignored.
+
+    Args:
+        given: the command's context.
+        names: its parameters that mean nothing here.
+        needed: what they belong to, such as `--engine vllm`.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    for parameter in given.command.params:
+        source = given.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{parameter.opts[0]} is for {needed}")
 
 
 def compensation(text: str) -> str | int:

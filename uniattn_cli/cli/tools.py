@@ -30,6 +30,13 @@ class ServingEngine(str, enum.Enum):
     transformers = "transformers"
 
 
+class BenchEngine(str, enum.Enum):
+    """What is measured."""
+
+    engine = "engine"
+    vllm = "vllm"
+
+
 BesideOption = Annotated[
     str | None,
     typer.Option("--beside", metavar="MODEL", help="A second model to answer, given like CHECKPOINT."),
@@ -343,7 +350,13 @@ def chat(
     run_command("chat", Common(run_dir, set_ or (), device, False, debug), [], call)
 
 
+# Parameters of `bench` that mean nothing where the other is measured.
+_OF_VLLM = ("program", "cache", "server_options")
+_OF_THE_ENGINE = ("shape", "groups", "compensation", "layers", "stock", "prompt_tokens", "device")
+
+
 def bench(
+    given: typer.Context,
     checkpoints: Annotated[
         list[str] | None,
         typer.Argument(
@@ -370,12 +383,23 @@ def bench(
     layers: Annotated[
         int | None, typer.Option("--layers", metavar="N", min=1, help="Number of layers of --shape.")
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="Batch sizes.")] = "1,16",
+    engine: Annotated[
+        BenchEngine, typer.Option("--engine", help="This package's own engine, or the server of vLLM under load.")
+    ] = BenchEngine.engine,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N,...", help="Batch sizes; of vLLM, requests that are sent at once.")
+    ] = "1,16",
     context: Annotated[str, typer.Option("--context", metavar="N,...", help="Context lengths, in tokens.")] = (
         "512,4096"
     ),
-    new: Annotated[int, typer.Option("--new", metavar="N", help="Decoding steps per round.")] = 16,
-    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Rounds; all models take turns in each.")] = 5,
+    new: Annotated[
+        int | None,
+        typer.Option("--new", metavar="N", help="Decoding steps per round (16), or tokens per answer (128)."),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option("--repeats", metavar="N", help="Rounds; all models take turns in each. Default: 5; vLLM: 1."),
+    ] = None,
     stock: Annotated[
         str,
         typer.Option("--stock", metavar="base|all|none", help="Models to time with transformers' generate as well."),
@@ -387,30 +411,63 @@ def bench(
         ),
     ] = 131072,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")] = None,
+    program: Annotated[
+        str | None, typer.Option("--program", metavar="PATH", help="vLLM's executable, if not on the PATH.")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", metavar="BYTES", help="Memory for vLLM's keys and values, such as 16G; default: 4G."),
+    ] = None,
+    server_options: Annotated[
+        list[str] | None,
+        typer.Option("--server-option", metavar="OPTION", help="For vLLM's server, as --name=value; repeatable."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output directory.")] = Path("bench"),
     run_dir: RunDirOption = Path("."),
     device: DeviceOption = "auto",
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure decoding speed relative to the hardware limit.
+    """Measure decoding speed relative to the hardware limit, or requests per second of vLLM's server.
 
     Time to first token and time per output token for every batch size and context length, compared with transformers;
-    all models take turns in the same engine. Writes tables, a plot and all numbers.
+    all models take turns in the same engine. With --engine vllm, a server of each model is sent rising loads. Writes
+    tables, a plot and all numbers.
 
     \b
     Example:
       uniattn bench --shape llama-3.1-8b --groups paper --groups every:4 --batch 1,16 --context 4096
+      uniattn bench --engine vllm --program vllm-env/bin/vllm --batch 8,32,128 --context 4096 --cache 16G
     """
+
+    def load(options: Any) -> Any:
+        from uniattn_cli.commands.bench_serving import LoadSpec, bench_serving
+
+        defaults = LoadSpec()
+        spec = LoadSpec(
+            settings.numbers(batch, "--batch"),
+            settings.numbers(context, "--context"),
+            defaults.new if new is None else new,
+            defaults.repeats if repeats is None else repeats,
+            cache or defaults.cache,
+            (*(server_options or ()), *(() if dtype is None else (f"--dtype={dtype.value}",))),
+        )
+        return bench_serving(checkpoints or (), spec=spec, program=program, out=out, options=options)
 
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.commands.bench import BenchSpec, bench
 
+        others = _OF_VLLM if engine is BenchEngine.engine else _OF_THE_ENGINE
+        settings.refuse(given, others, f"--engine {'vllm' if engine is BenchEngine.engine else 'engine'}")
+        if engine is BenchEngine.vllm:
+            return load(options)
+        defaults = BenchSpec()
+
         spec = BenchSpec(
             settings.numbers(batch, "--batch"),
             settings.numbers(context, "--context"),
-            new,
-            repeats,
+            defaults.new if new is None else new,
+            defaults.repeats if repeats is None else repeats,
             stock,
             prompt_tokens,
             "auto" if dtype is None else dtype.value,

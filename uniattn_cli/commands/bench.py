@@ -125,7 +125,7 @@ def bench(
     if shape and checkpoints:
         raise UsageError("give checkpoints or --shape, not both")
     directory = Path(run_dir) / out
-    with _written(directory, options.force) as partial:
+    with written(directory, options.force) as partial:
         device = options.torch_device()
         models = _models(checkpoints, shape, groups, compensation, layers, spec, run_dir, device)
         engines = _engines(models)
@@ -145,7 +145,7 @@ def bench(
 
 
 @contextlib.contextmanager
-def _written(directory: Path, force: bool) -> Iterator[Path]:
+def written(directory: Path, force: bool) -> Iterator[Path]:
     """Gives a hidden folder to fill, made before anything is measured; on success it becomes `directory`.
 
     Raises:
@@ -196,7 +196,7 @@ def _models(
                 config = random.known_config(shape, layers)
                 layouts = {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
                 return random.random_models(config, layouts, dtype, device)
-            sources, model_spec = _sources(RunDir(run_dir), checkpoints), ModelSpec(dtype=spec.dtype)
+            sources, model_spec = sources_to_measure(RunDir(run_dir), checkpoints), ModelSpec(dtype=spec.dtype)
             # They are measured in turn, so they have to fit together.
             return {name: load_model(source, model_spec, device) for name, source in sources.items()}
     except NoRoomError as error:
@@ -205,7 +205,7 @@ def _models(
         ) from None
 
 
-def _sources(run: RunDir, checkpoints: Sequence[str]) -> dict[str, Source]:
+def sources_to_measure(run: RunDir, checkpoints: Sequence[str]) -> dict[str, Source]:
     """The checkpoints named, or the models of the run; a control is as fast as the base."""
     if checkpoints:
         return {name.rstrip("/"): find(run, name) for name in checkpoints}

