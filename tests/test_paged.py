@@ -55,6 +55,25 @@ def whole_rows(pages, table):
     return pages[table.long()].transpose(1, 2).flatten(2, 3)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "early"])
+def test_the_benchmark_compares_ways_that_do_the_same(kind, monkeypatch):
+    from benchmarks import paged
+
+    monkeypatch.setattr(torch, "bfloat16", DTYPES[-1])
+    case = paged.Case(2, 40, 4, 2, 32, 2, kind, DEVICE)
+    out = case.outputs()
+    case.paged(out)(), case.whole(case.outputs())()
+    assert case.moved == 4 * 80 * 2 * 32 * 2
+    for index, found in enumerate(out):
+        queries = case.queries[:, case.first[index] : case.first[index] + 4].unflatten(1, (2, 2)).double()
+        keys, values = (
+            whole_rows(case.pages[unit], case.table)[:, :, :40].double() for unit in (("k", 0), ("v", index))
+        )
+        weights = torch.einsum("bghd,bgkd->bghk", queries, keys).mul(32**-0.5).softmax(-1)
+        wanted = torch.einsum("bghk,bgkd->bghd", weights, values).flatten(1)
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=4 * TOLERANCES[found.dtype])
+
+
 def check(layers, dtype, *, page=PAGE, token_first=False, head_dim=64, heads=6, **options):
     from uniattn_cli.inference.paged import PagedOps
 
@@ -109,6 +128,18 @@ def test_groups_of_other_sizes(heads):
         torch.float32,
         heads=heads,
     )
+
+
+@pytest.mark.parametrize(("window", "parts"), [(None, 4), (40_000, 2), (4096, 1)])
+def test_no_part_of_a_row_is_longer_than_others_may_wait_for(window, parts):
+    from uniattn_cli.inference.paged import PagedOps
+
+    layout = Layout.from_list([OWN, {"leader": 0}], compensation="none")
+    sizes = {"heads": 6, "kv_heads": 3, "head_dim": 16}
+    program = attention_program(layout, **sizes, dtype=torch.float32, window=window, device=DEVICE)
+    operations = PagedOps(program, 64, 131_072, lambda *unit: torch.empty(0))
+    # So many rows occupy the device without being divided.
+    assert operations._splits(program.layers[0], operations.tunings["lend"], 64) == parts
 
 
 def test_an_engine_that_keeps_no_maps_serves_whoever_finds_a_place():

@@ -126,7 +126,9 @@ def write(
     assert key_cache.shape == value_cache.shape
     for new, cache, scales in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
         assert new.shape[1:] == cache.shape[2:]
-        assert new.stride()[1:] == (new.shape[2], 1), "the kernel reads the heads of a token as one row"
+        assert new.stride()[1:] == (new.shape[2], 1), (
+            f"the kernel reads the heads of a token as one row, not {new.shape} {new.stride()}"
+        )
         if kv_cache_dtype == "fp8":
             new, cache = (new / scales).to(FP8).view(torch.uint8), cache.view(torch.uint8)
         for token, slot in enumerate(slot_mapping.tolist()):

@@ -15,8 +15,11 @@ from uniattn_cli.inference.head_tables import head_tables
 from uniattn_cli.inference.lending import plan_lending
 from uniattn_cli.inference.program import Asked, LayerProgram, Program
 from uniattn_cli.inference.step import Step
-from uniattn_cli.inference.triton_ops import TritonOps
+from uniattn_cli.inference.triton_ops import TritonOps, Tuning
 
+# Places of a row that one program handles at most, since a step takes as long as its longest program and rows may be of
+# very different lengths. More parts than occupy the device cost a few percent.
+LONGEST_PART = 1 << 15
 # Keys (`k`) or values (`v`) of a layer: [pages, heads, places of a page, head_dim], without any until they are there.
 Pages = Callable[[str, int], torch.Tensor]
 
@@ -92,6 +95,10 @@ class PagedOps(TritonOps):
     def _keeps_map(self, layer: LayerProgram) -> bool:
         return False
 
+    def _splits(self, layer: LayerProgram, tuning: Tuning, rows: int, block: int | None = None) -> int:
+        keys = min(self.caches.capacity, layer.window or self.caches.capacity)
+        return max(super()._splits(layer, tuning, rows, block), -(-keys // LONGEST_PART))
+
     @property
     def units(self) -> list[tuple[str, int]]:
         """The keys and values that passes read, as `Pages` names them."""
@@ -126,6 +133,8 @@ class PagedOps(TritonOps):
             ends: [rows] int32, filled places, that of the new token included; 0 for a row that only fills up a batch.
             out: [rows, heads * head_dim].
         """
+        if queries.stride()[1:] != (self.caches.flat_head_dim, 1):
+            queries = queries.contiguous()
         self.caches.table = table
         step = Step(self.caches, {}, self._starts[: len(ends)], ends, ends, ends, 1, None, False)
         self.decode(self.program.layers[index], queries, step, out)
