@@ -67,6 +67,13 @@ def test_counts_are_those_of_training(folder):
     assert steps.rows[0][1] == str(round(2 * counts.used / 8))
 
 
+def test_a_stage_with_rows_of_its_own_is_named_and_not_counted(folder):
+    stages = f"train.stages=[{{trains: all}}, {{name: recovery, data: {folder / 'other.jsonl'}}}]"
+    view = view_data(recipe=folder / "recipe.yaml", overrides=[stages])
+    assert [row[0] for row in table(view, "one epoch").rows] == ["all"]
+    assert any("rows of 'recovery' are not among these" in note for note in view.notes)
+
+
 def test_samples_are_rows_as_they_are_trained_on(folder):
     view = view_data(recipe=folder / "recipe.yaml", samples=6)
     assert len(view.samples) == 6

@@ -254,7 +254,7 @@ def test_logits_in_pieces_change_nothing(run, name, monkeypatch):
 
 DISTIL = [
     *stages("trains: all, loss: distillation, steps: 6, learning_rate: 0.0005"),
-    "train.distillation={weight: 0.5, temperature: 2.0, attention: 0.5}",
+    "train.distillation={weight: 0.5, temperature: 2.0, attention: 0.5, hidden: 0.5}",
     "train.save_steps=2",
     "train.log_steps=1",
 ]
@@ -284,9 +284,9 @@ def again(distilled: Path, tmp_path: Path) -> Path:
 def test_distillation_learns_and_is_logged_by_its_parts(distilled):
     lines = [line for line in log_of(distilled / "trained") if "loss" in line]
     for line in lines:
-        parts = line["cross_entropy"], line["divergence"], line["attention"]
-        assert line["loss"] == pytest.approx(0.5 * parts[0] + 0.5 * parts[1] + 0.5 * parts[2], rel=1e-5)
-    for part in ("loss", "cross_entropy", "attention"):
+        parts = ("cross_entropy", "divergence", "attention", "hidden")
+        assert line["loss"] == pytest.approx(0.5 * sum(line[part] for part in parts), rel=1e-5)
+    for part in ("loss", "cross_entropy", "attention", "hidden"):
         assert lines[-1][part] < lines[0][part]
     record = json.loads((distilled / "trained" / "stage.json").read_text())
     # The teacher is as it was.

@@ -100,6 +100,24 @@ def test_each_layer_learns_as_if_it_alone_were_changed(entry, name):
     assert not any(layer.self_attn._forward_hooks for layer in student.model.layers)
 
 
+def test_packed_rows_learn_what_each_learns_alone():
+    base = make_base(FAMILIES[0]).eval()
+    layout = make_layout("early", base.config)
+    student = perturbed(base, layout)
+    objective = LocalDistillation(base, layout.changed, student.config)
+    rows = [torch.arange(5, 25)[None], torch.arange(40, 52)[None]]
+    places = [torch.arange(row.shape[1])[None] for row in rows]
+    packed = {"input_ids": torch.cat(rows, 1), "position_ids": torch.cat(places, 1)}
+    alone = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    objective.prepare([packed | {"labels": packed["input_ids"]}])
+
+    def loss(inputs):
+        targets = objective.targets(inputs | {"labels": inputs["input_ids"]})
+        return objective.loss_sums(student, inputs | {"use_cache": False}, targets)["attention"].item()
+
+    assert loss(packed) == pytest.approx(sum(map(loss, alone)), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run whose changed layers are not what they should be, trained. Tests only read it."""
