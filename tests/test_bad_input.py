@@ -228,7 +228,7 @@ def test_no_network_is_told_at_once(at, refuses, tmp_path):
     ("variable", "value", "says"),
     [
         ("ALL_PROXY", "socks5://127.0.0.1:1", "the hub cannot be reached (Using SOCKS proxy, but"),
-        ("SSL_CERT_FILE", "/nowhere", "the hub cannot be reached ([Errno 2] No such file"),
+        ("SSL_CERT_FILE", "/nowhere/at/all", "the hub cannot be reached ([Errno 2] No such file"),
     ],
 )
 def test_a_client_that_cannot_be_set_up_is_told(variable, value, says, at, refuses, monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 from test_data import CHATML, INST, make_tokenizer, turns, write
 
 from uniattn_cli.data import sequences, splits, stored
-from uniattn_cli.data.rows import read_rows
+from uniattn_cli.data.rows import LOOKED_AT, read_rows
 from uniattn_cli.data.screen import Screen
 from uniattn_cli.data.splits import stored_rows
 from uniattn_cli.errors import DataError, DataWarning
@@ -346,7 +346,7 @@ def test_rows_of_the_hub_may_be_read_as_they_come(monkeypatch, made):
         monkeypatch.setattr(Api, "commit", commit)
         mix, _ = prepare("owner/name", holdout=1e-9, limit=12, streaming=True)
         assert len(mix.rows) == 12 and made.count("rows") == made_so_far
-    assert len(read) <= 2 * 13, "no more than the limit asks for"
+    assert len(read) <= 2 * LOOKED_AT, "no more than the format is decided by, which is more than the limit asks for"
 
 
 def test_arguments_of_calls_are_kept_to_the_last_digit(tmp_path):
