@@ -120,7 +120,7 @@ def test_fitted_error_is_smaller_on_tokens_never_seen(entry, layout, target, win
     layout = make_layout(layout, base.config)
     unfitted = build_converted(base, layout)
     fitted = build_converted(base, layout)
-    fits = fit_layers(base, fitted, windows[:64], replace(QUICK, target=target))
+    fits = fit_layers(base, fitted, windows[:64], ConversionSpec(align=0, refine=0, target=target))
     assert [fit.layer for fit in fits] == [index for index in layout.changed if layout[index].kind != "none"]
     # A layer is left as it is where no change helps on tokens held out from its fit.
     better = [fit.error_after < fit.error_before for fit in fits]
