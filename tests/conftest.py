@@ -41,9 +41,10 @@ os.environ.pop("COLUMNS", None)
 LONG_FILES = {
     *("test_training", "test_distillation", "test_validation", "test_control", "test_synthesize", "test_every_setting"),
     *("test_pipeline", "test_evaluation", "test_quality", "test_choice", "test_search", "test_sweep", "test_bad_input"),
+    *("test_local", "test_bench", "test_refine", "test_scores"),
 }
 # Files whose tests look at pictures.
-LOOKED_AT = {"test_analysis", "test_bench", "test_choice", "test_page", "test_pipeline"}
+LOOKED_AT = {"test_analysis", "test_bench", "test_choice", "test_pipeline"}
 
 
 def command() -> list[str]:
