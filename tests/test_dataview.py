@@ -71,7 +71,9 @@ def test_a_stage_with_rows_of_its_own_is_named_and_not_counted(folder):
     stages = f"train.stages=[{{trains: all}}, {{name: recovery, data: {folder / 'other.jsonl'}}}]"
     view = view_data(recipe=folder / "recipe.yaml", overrides=[stages])
     assert [row[0] for row in table(view, "one epoch").rows] == ["all"]
-    assert any("rows of 'recovery' are not among these" in note for note in view.notes)
+    assert any(
+        "rows of 'recovery' are not among these" in note and "--train FILE shows them" in note for note in view.notes
+    )
 
 
 def test_samples_are_rows_as_they_are_trained_on(folder):

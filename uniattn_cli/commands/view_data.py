@@ -270,7 +270,9 @@ def _remarks(recipe: Recipe, counts: Counts) -> list[str]:
     if counts.lost_share > 0.1:
         notes.append(f"{counts.lost_share:.0%} of all tokens are lost; raise train.max_length if memory allows")
     if others := [f"'{stage.label}'" for stage in recipe.train.stages if stage.data is not None]:
-        notes.append(f"rows of {', '.join(others)} are not among these: the stage has data of its own")
+        notes.append(
+            f"rows of {', '.join(others)} are not among these: the stage has data of its own; --train FILE shows them"
+        )
     try:
         check_share(counts, recipe.train.loss)
     except DataError as error:
