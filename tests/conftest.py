@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,8 +43,6 @@ LONG_FILES = {
     *("test_pipeline", "test_evaluation", "test_quality", "test_choice", "test_search", "test_sweep", "test_bad_input"),
     *("test_local", "test_bench", "test_refine", "test_scores"),
 }
-# Files whose tests look at pictures.
-LOOKED_AT = {"test_analysis", "test_bench", "test_choice", "test_pipeline"}
 
 
 def command() -> list[str]:
@@ -127,25 +125,6 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def coarse_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Draws pictures that no test looks at with few points and where their parts happen to lie, in half the time."""
-    if request.module.__name__ in LOOKED_AT:
-        yield
-        return
-    from matplotlib.figure import Figure
-
-    savefig = Figure.savefig
-
-    def coarse(figure: Figure, path: Path, **options: object) -> None:
-        figure.set_layout_engine("none")
-        savefig(figure, path, **options | {"dpi": 20})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", coarse)
-        yield
 
 
 @pytest.fixture(scope="session")
