@@ -131,7 +131,7 @@ def test_files_of_other_shapes_are_refused(data, tmp_path):
         (TaskSpec(str(tmp_path / "odd.jsonl")), "fits no known shape"),
         (TaskSpec(str(tmp_path / "gap.jsonl")), "line 2 lacks target"),
         (TaskSpec(str(tmp_path / "gap.jsonl"), shape="choices"), "lacks choices, gold"),
-        (TaskSpec("builtin:name_the_function", shape="last_word"), "multiple choice"),
+        (TaskSpec("builtin:name_the_function", shape="last_word"), "has the shape choices"),
         (TaskSpec(str(data / "text.txt"), shape="choices"), "plain text"),
     ):
         with pytest.raises(DataError, match=words):
