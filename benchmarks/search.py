@@ -27,13 +27,13 @@ import torch
 
 from benchmarks import runner
 from uniattn_cli.analysis.measured import Measured
+from uniattn_cli.charts import MARKERS, colour
 from uniattn_cli.commands.analyze import analyze
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.by_scores import by_scores
 from uniattn_cli.layouts.choose import compensation_of
 from uniattn_cli.layouts.considered import kinds_in_words
 from uniattn_cli.layouts.greedy import SearchStep, ThoroughSearch
-from uniattn_cli.layouts.plots import COLOURS, MARKERS
 from uniattn_cli.layouts.scores import Score, in_company, score_plans
 from uniattn_cli.layouts.solutions import Wish, loss, pool, problem_of
 from uniattn_cli.layouts.solver import Option, layout_of, total
@@ -344,7 +344,7 @@ def draw(content: runner.Content, path: Path) -> None:
         series.setdefault(_series(key, content["setting"]["kinds"]), []).append(row)
     most = max(row["divergence"] for row in content["rows"].values())
     for number, (name, rows) in enumerate(series.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "label": name}
+        style = {"color": colour(number), "marker": MARKERS[number % len(MARKERS)], "label": name}
         predicted = [row for row in rows if "predicted" in row]
         left.scatter([row["predicted"] for row in predicted], [row["divergence"] for row in predicted], s=24, **style)
         right.scatter([100 * row["kv_share"] for row in rows], [row["divergence"] for row in rows], s=24, **style)

@@ -6,9 +6,11 @@ python scripts/draw_kinds.py
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from uniattn_cli.modeling.layout_uniattn import KINDS, Kind
-from uniattn_cli.reporting.page.markup import Html, tag
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "images" / "kinds.svg"
 COLUMNS, GAP = 3, 16
@@ -39,7 +41,7 @@ text { font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif; font-size:
 """
 
 
-def picture() -> Html:
+def picture() -> Markup:
     """The whole drawing, a card for each kind and a legend."""
     rows = -(-len(KINDS) // COLUMNS)
     width, height = COLUMNS * (WIDTH + GAP) + GAP, rows * (HEIGHT + GAP) + GAP + LEGEND
@@ -51,11 +53,11 @@ def picture() -> Html:
     heads = tag("defs", arrow_head("head"), arrow_head("borrowed-head"))
     legend = tag("g", legend_items(), transform=f"translate({GAP} {height - LEGEND + 12})")
     size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
-    parts = (title, tag("style", Html(STYLE)), heads, cards, legend)
+    parts = (title, tag("style", Markup(STYLE)), heads, cards, legend)
     return tag("svg", parts, xmlns="http://www.w3.org/2000/svg", **size)
 
 
-def card(kind: Kind) -> list[Html]:
+def card(kind: Kind) -> list[Markup]:
     """One kind: its name, a drawing, and what it caches, reads and has no weights for."""
     box = tag("rect", width=WIDTH, height=HEIGHT, rx=10, class_="card")
     badge = tag("rect", x=14, y=12, width=24, height=24, rx=5, class_="badge")
@@ -93,7 +95,7 @@ def named(letters: str) -> str:
     return " and ".join(WORDS[letter] for letter in letters)
 
 
-def layer(middle: int, kind: Kind, caption: str) -> list[Html]:
+def layer(middle: int, kind: Kind, caption: str) -> list[Markup]:
     """A layer's input, and the queries, keys and values that it projects from it or borrows."""
     parts = [text(middle, 198, caption, "soft small middle")]
     if not kind.attends:
@@ -115,7 +117,7 @@ def layer(middle: int, kind: Kind, caption: str) -> list[Html]:
     return [*parts, node(middle, BOTTOM, "x", "input", 11)]
 
 
-def loans(kind: Kind) -> list[Html]:
+def loans(kind: Kind) -> list[Markup]:
     """Arrows from the lender to the layer that borrows."""
     parts = []
     for (letter, start), (_, end) in zip(places(LENDER), places(BORROWER), strict=True):
@@ -133,7 +135,16 @@ def places(middle: int) -> list[tuple[str, int]]:
     return [(letter, middle + STEP * offset) for letter, offset in zip("qkv", (-1, 0, 1), strict=True)]
 
 
-def node(x: float, y: float, letter: str, style: str, radius: float = RADIUS) -> Html:
+def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+    """An element; children are markup, text, or lists of them. `class_` is `class`, other underscores are hyphens."""
+    words = (Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    inside = [part for child in children for part in (child if isinstance(child, (list, tuple)) else [child])]
+    inside = [tag("", *part) if isinstance(part, (list, tuple)) else part for part in inside]
+    whole = Markup("").join(inside)
+    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(words), whole) if name else whole
+
+
+def node(x: float, y: float, letter: str, style: str, radius: float = RADIUS) -> Markup:
     """A circle with a letter."""
     written = {"own": "letter", "borrowed": "letter-borrowed", "input": "soft"}[style]
     size = "small " if radius < RADIUS or len(letter) > 1 else ""
@@ -141,25 +152,25 @@ def node(x: float, y: float, letter: str, style: str, radius: float = RADIUS) ->
     return tag("g", circle, text(x, y + 4, letter, f"{size}{written} middle"))
 
 
-def arrow(x: float, y: float, to_x: float, to_y: float) -> Html:
+def arrow(x: float, y: float, to_x: float, to_y: float) -> Markup:
     """A projection."""
     path = f"M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}"
     return tag("path", d=path, class_="own-line", marker_end="url(#head)")
 
 
-def arrow_head(name: str) -> Html:
+def arrow_head(name: str) -> Markup:
     """The end of an arrow."""
     size = {"markerWidth": 5, "markerHeight": 5}
     shape = tag("path", d="M0 0L8 4L0 8z", class_=name)
     return tag("marker", shape, id=name, viewBox="0 0 8 8", refX=6, refY=4, orient="auto", **size)
 
 
-def text(x: float, y: float, words: str, style: str) -> Html:
+def text(x: float, y: float, words: str, style: str) -> Markup:
     """A line of text."""
     return tag("text", words, x=x, y=y, class_=style)
 
 
-def legend_items() -> list[Html]:
+def legend_items() -> list[Markup]:
     """What colours and rings mean."""
     return [
         node(12, 10, "K", "own", 11),

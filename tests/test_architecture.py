@@ -14,7 +14,7 @@ import uniattn_cli
 PACKAGE = Path(uniattn_cli.__file__).resolve().parent
 # From the ground up; rooms of one floor do not know each other.
 FLOORS = [
-    {"errors", "tables"},
+    {"charts", "errors", "tables"},
     {"options"},
     {"modeling"},
     {"recipe"},

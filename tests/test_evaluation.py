@@ -32,7 +32,7 @@ from uniattn_cli.models.fingerprint import fingerprint
 from uniattn_cli.models.losses import window_loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import MarginSpec, Recipe
-from uniattn_cli.reporting import markdown
+from uniattn_cli.reporting import tables
 from uniattn_cli.run.directory import RunDir
 
 WORDS = "the map of one layer is shared with those that follow it and a value stays what it was before".split()
@@ -403,33 +403,35 @@ def test_tables_and_report_say_what_the_results_say(compared):
     rows = {"perplexity of text": "perplexity", "loss on responses": "response_loss", "choose, acc": "choose.acc"}
     rows |= {"choose, acc_norm": "choose.acc_norm", "parameters": "parameters", "weights on disk": "checkpoint_bytes"}
     rows |= {"KV cache per token, measured": "kv_bytes_per_token", "time to first token": "time_to_first_token"}
-    rows |= {"tokens per second": "tokens_per_second"}
+    rows |= {"time per output token": "time_per_output_token", "tokens per second": "tokens_per_second"}
+    rows |= {"mean accuracy of the tasks": "accuracy", "right answers generated": "generated"}
     scale = {"share": 100, "seconds": 1e3}
     names = list(results["models"])
     key, seen = None, set()
-    for table in markdown.tables(results):
+    for table in tables.tables(results):
         for row in table.rows:
             key = rows.get(row[0], key if row[0].startswith("  ") else None)
             seen.add(key)
             for name, cell in zip(names, row[1:], strict=True):
                 entry = all_figures(results["models"][name])[key]
                 factor = scale.get(entry.unit, 1)
-                if row[0] == markdown.RANGE:
+                if row[0] == tables.RANGE:
                     known = entry.range
-                elif row[0] == markdown.DIFFERENCE:
+                elif row[0] == tables.DIFFERENCE:
                     difference = entry.difference_to_base
                     known = [difference.value, difference.stderr] if cell else []
                     assert cell == "" or "−+0"[(known[0] >= 0) + (known[0] == 0)] == cell[0]
-                elif row[0] == markdown.INTERVAL:
+                    assert cell == "" or cell[-1] == tables.SYMBOLS[difference.verdict]
+                elif row[0] == tables.INTERVAL:
                     known = entry.difference_to_base.interval if cell else []
-                elif row[0] == markdown.RATIO:
+                elif row[0] == tables.RATIO:
                     known, factor = [entry.ratio_to_base] if cell else [], 1 if "×" in cell else 100
                 else:
                     known = [value for value in (entry.value, entry.stderr) if value is not None]
                 said = [float(found.replace(",", "")) for found in re.findall(r"[\d,]+\.?\d*", cell)]
                 assert said == pytest.approx([abs(factor * value) for value in known], abs=0.051), (row, name)
                 assert cell in text and (cell or name == "base")
-    assert seen == set(rows.values())
+    assert seen == {key for key in rows.values() if key in all_figures(results["models"]["base"])}
     assert wording.as_value(Figure(134_515_008, "parameters", "lower")) == "134.5 M"
     assert wording.as_value(Figure(4.185e8, "perplexity", "lower")) == "4.18e+08"
     for model in list(results["models"].values())[1:]:
@@ -511,7 +513,7 @@ def test_tables_fit_a_terminal(compared):
     entry = compared.results["models"]["converted"]
     results = {**compared.results, "models": {"base": compared.results["models"]["base"], "converted": entry}}
     results["models"]["trained"] = entry
-    for table in markdown.tables(results):
+    for table in tables.tables(results):
         widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
         assert sum(widths) + 2 * len(widths) <= 100 and set(table.columns[1:]) == names
 
@@ -520,7 +522,7 @@ def test_many_models_make_several_tables(compared):
     base = compared.results["models"]["base"]
     entry = compared.results["models"]["converted"]
     results = {**compared.results, "models": {"base": base, **{f"model {n}": entry for n in range(5)}}}
-    columns = [table.columns[1:] for table in markdown.tables(results)]
+    columns = [table.columns[1:] for table in tables.tables(results)]
     assert columns[0] == columns[1] == ["base", "model 0", "model 1", "model 2"]
     assert columns[2] == columns[3] == ["base", "model 3", "model 4"]
 

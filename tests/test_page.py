@@ -18,15 +18,15 @@ import pytest
 from conftest import ROOT
 from test_evaluation import make_run
 
+from uniattn_cli.charts import COLOURS, LABEL_HEIGHT, SERIES, Chart, label, plot, to_svg
 from uniattn_cli.commands import evaluate, report
 from uniattn_cli.errors import StageError
 from uniattn_cli.evaluation import figures
-from uniattn_cli.evaluation.wording import as_value
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS
+from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS, Layout
 from uniattn_cli.models.fingerprint import fingerprint
-from uniattn_cli.reporting.page import context, curves, layers, page, plot, style
-from uniattn_cli.reporting.page.evidence import Evidence, collect
-from uniattn_cli.reporting.page.markup import Html, tag
+from uniattn_cli.reporting import charts, reproduce, tables
+from uniattn_cli.reporting.evidence import RECORDED, Evidence, collect
+from uniattn_cli.reporting.report import TEMPLATES, THEMES, page
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import write_json
 
@@ -147,7 +147,7 @@ def whole(results):
     results["notes"] = [HOSTILE]
     found = evidence()
     found.recipe, found.model = HOSTILE, "owner/<i>&amp;"
-    return page.page(results, found)
+    return page(results, found)
 
 
 def test_everything_is_shown_once(whole):
@@ -157,11 +157,9 @@ def test_everything_is_shown_once(whole):
         "Quality and cost",
         "Quality against KV cache",
         "Notes",
-        "Agreement with the base",
-        "Long texts",
+        "By length, and agreement with the base",
         "Speed and memory",
-        "Shared layers",
-        "Error by layer",
+        "Layers",
         "Training",
         "Samples",
         "Settings and versions",
@@ -175,18 +173,20 @@ def test_what_is_not_there_is_left_out_silently(results):
     bare = copy.deepcopy({key: value for key, value in results.items() if key != "samples"})
     for model in bare["models"].values():
         model.pop("agreement", None)
-    text = page.page(bare, Evidence(model="m"))
+    text = page(bare, Evidence(model="m"))
     headings = [element.words() for element in Tree(text).root.all("h2")]
-    assert "Agreement with the base" not in headings and "Training" not in headings and "Samples" not in headings
+    assert not {"Layers", "Training", "Samples"} & set(headings)
     assert "None" not in text and "nan" not in re.sub(r"<style>.*?</style>", "", text)
 
 
 def test_nothing_is_loaded_and_nothing_runs(whole):
     root = Tree(whole).root
-    for name in ("script", "link", "img", "iframe", "object", "use"):
+    for name in ("script", "link", "img", "iframe", "object", "image"):
         assert not root.all(name)
-    assert "url(" not in whole and "@import" not in whole
+    assert not re.search(r"url\((?!#)", whole) and "@import" not in whole
     assert not re.search(r"https?://", whole)
+    for element in root.all("use"):
+        assert element.attributes["href"].startswith("#")
     for element in root.all("a"):
         assert element.attributes["href"].startswith("#")
     assert "default-src 'none'" in root.all("meta")[2].attributes["content"]
@@ -200,14 +200,13 @@ def test_names_and_texts_are_escaped(whole):
     assert HOSTILE in [element.words() for element in root.all("pre")]
     assert HOSTILE in [element.words() for element in root.all("th")]
     assert [element.words() for element in root.all("li")].count(HOSTILE) >= 1
-    assert tag("p", "a<b", Html("<i></i>"), title='"') == '<p title="&quot;">a&lt;b<i></i></p>'
 
 
 def test_every_picture_has_words(whole):
     root = Tree(whole).root
     ids = re.findall(r' id="([^"]*)"', whole)
     assert len(ids) == len(set(ids))
-    assert len(root.all("figure")) == 2 + 2 + 2 + 2 + 1 + 1
+    assert len(root.all("figure")) == 2 + 2 + 2 + 3 + 1
     for figure in root.all("figure"):
         assert figure.children[-1].name == "figcaption" and len(figure.children[-1].words()) > 20
         drawing = figure.all("svg")[0]
@@ -216,8 +215,7 @@ def test_every_picture_has_words(whole):
         named = [child.attributes["id"] for child in drawing.children[:2]]
         assert drawing.attributes["aria-labelledby"].split() == named
         assert all(child.words().strip() for child in drawing.children[:2])
-        for swatch in figure.all("svg")[1:]:
-            assert swatch.attributes["aria-hidden"] == "true"
+        assert drawing.all("text"), "text is text, so that it can be searched and read aloud"
     for numbers in re.findall(r' (?:d|points|x|y|transform)="([^"]*)"', whole):
         assert not re.search(r"nan|inf|None", numbers)
 
@@ -225,10 +223,12 @@ def test_every_picture_has_words(whole):
 def test_tables_can_be_read_aloud(whole):
     root = Tree(whole).root
     ids = set(re.findall(r' id="([^"]*)"', whole))
-    assert len(root.all("table")) >= 7
+    assert len(root.all("table")) >= 6
     for table in root.all("table"):
         assert table.attributes["aria-labelledby"] in ids
-        width = len(table.all("thead")[0].all("th"))
+        # A heading without words would be read aloud as nothing.
+        assert all(cell.words() for cell in table.all("th"))
+        width = len(table.all("tr")[0].children)
         assert all(cell.attributes["scope"] == "col" for cell in table.all("thead")[0].all("th"))
         for row in table.all("tbody")[0].all("tr"):
             assert row.children[0].attributes["scope"] == "row" and len(row.children) == width
@@ -236,42 +236,32 @@ def test_tables_can_be_read_aloud(whole):
 
 
 def test_differences_to_a_control_stand_beside_those_to_the_base(whole):
-    told = [element.words() for element in Tree(whole).root.all("span") if "from control" in element.words()]
-    assert len(told) == 2 and all(words.startswith("from control: −123.00") for words in told)
+    rows = [row for row in Tree(whole).root.all("tr") if row.words().startswith(tables.AGAINST_CONTROL)]
+    assert [row.words().count("−123.00") for row in rows] == [2]
 
 
-def test_numbers_are_those_of_the_results(run, results):
+def test_tables_are_those_of_terminal_and_markdown(run, results):
     text = (run / "evaluation" / "report.html").read_text(encoding="utf-8")
-    shown = {
-        element.attributes["data-figure"]: element
-        for element in Tree(text).root.all("data")
-        if "data-figure" in element.attributes
-    }
-    for place, element in shown.items():
-        # Names of models may hold slashes.
-        name = max((n for n in results["models"] if place.startswith(f"models/{n}/")), key=len)
-        entry = results["models"][name]
-        for key in place.removeprefix(f"models/{name}/").split("/"):
-            entry = entry[key]
-        assert float(element.attributes["value"]) == entry.value
-        assert element.words() == as_value(entry, error=True)
-    for name, model in results["models"].items():
-        wanted = [f"quality/{key}" for key in ("perplexity", "response_loss", "accuracy")]
-        wanted += [f"cost/{key}" for key in model["cost"]]
-        wanted += [f"tasks/{task}/{metric}" for task in results["tasks"] for metric in model["tasks"][task]]
-        assert {f"models/{name}/{key}" for key in wanted} <= set(shown)
+    markdown = (run / "evaluation" / "report.md").read_text(encoding="utf-8")
+    found = [
+        [[cell.words() for cell in row.children] for row in table.all("tr")] for table in Tree(text).root.all("table")
+    ]
+    wanted = [*tables.tables(results), *tables.length_tables(results), tables.models_table(results)]
+    for table in wanted:
+        assert [table.columns, *table.rows] in found, table.title
+        assert all(cell.replace("|", "\\|") in markdown for row in table.rows for cell in row)
+    for model in results["models"].values():
         if model["verdict"]:
             assert model["verdict"]["sentence"] in Tree(text).root.words()
 
 
 def test_judgements_are_symbols_and_words(whole, results):
     root = Tree(whole).root
-    marks = {element.words() for element in root.all("span") if "mark" in element.attributes.get("class", "")}
-    assert marks and all(re.fullmatch(r"[▲▼≈=◆?] (better|worse|as good|same|mixed|not told apart)", m) for m in marks)
     cards = root.all("article")
     assert len(cards) == len(results["models"]) - 1
     for card in cards:
         assert re.match(r"[▲▼≈=◆?] \w", card.all("p")[0].words())
+    assert all(symbol in tables.EXPLANATION for word, symbol in tables.SYMBOLS.items() if word != "mixed")
 
 
 def luminance(colour: str) -> float:
@@ -280,78 +270,94 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colours", [style.LIGHT, style.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colours", THEMES.values(), ids=THEMES)
 def test_contrast_of_everything_that_is_read(colours):
-    for name in ("ink", "soft", "good", "bad", "even", *(f"s{index}" for index in range(style.SERIES))):
+    for name in ("ink", "soft", "good", "bad", "even", *SERIES):
         for ground in ("page", "panel"):
             light, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{name} on {ground}"
-    assert set(style.LIGHT) == set(style.DARK)
-    used = set(re.findall(r"var\(--(\w+)\)", style.sheet()))
-    assert used <= set(style.LIGHT)
+    used = set(re.findall(r"var\(--(\w+)\)", (TEMPLATES / "report.css").read_text(encoding="utf-8")))
+    assert used | set(COLOURS) <= set(colours)
 
 
 def test_the_same_results_give_the_same_page(results):
-    assert page.page(results, evidence()) == page.page(copy.deepcopy(results), evidence())
+    assert page(results, evidence()) == page(copy.deepcopy(results), evidence())
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 
-def places(drawing: str) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawing)]
+def drawn(draw) -> str:
+    return to_svg(Chart("t", "w", draw), 0)
 
 
-def test_points_stand_where_their_values_are():
-    series = [plot.DataSeries("a", [(0, 1.0), (5, 2.0), (10, 4.0)])]
-    (x0, y0), (x1, y1), (x2, y2) = places(plot.chart("t", "d", series, plot.Axis("x"), plot.Axis("y")))
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-    assert (y0 - y1) * 2 == pytest.approx(y1 - y2, abs=0.3) and y0 > y1 > y2
-    log = plot.Axis("y", log=True)
-    (_, y0), (_, y1), (_, y2) = places(plot.chart("t", "d", series, plot.Axis("x"), log))
-    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+def written(drawing: str) -> dict[str, tuple[float, float]]:
+    """Where each text begins."""
+    found = re.findall(r'<text [^>]*?x="([\d.-]+)" y="([\d.-]+)"[^>]*>([^<]*)</text>', drawing)
+    return {html.unescape(text): (float(x), float(y)) for x, y, text in found}
+
+
+def test_every_colour_of_a_chart_follows_the_theme(results):
+    everything = [*charts.of_models(results), *charts.lengths(with_lengths(results)), *charts.training(evidence())]
+    everything += charts.existing(charts.layer_map, charts.frontier, charts.damage, evidence=evidence())
+    assert len(everything) == 2 + 2 + 1 + 3
+    for chart in everything:
+        drawing = to_svg(chart, 0)
+        assert "var(--ink)" in drawing and not re.search(r"#[0-9a-fA-F]{6}\b", drawing), chart.title
+        assert "<style" not in drawing and "font-family" not in drawing
+
+
+def test_texts_of_a_chart_are_texts():
+    def draw(axis):
+        plot(axis, HOSTILE, [(1, 2), (3, 4)], errors=[0.1, None])
+        axis.set(xlabel="$x$ < 1")
+        axis.legend()
+
+    assert {HOSTILE, "$x$ < 1"} <= set(written(drawn(draw)))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-12, 1e9])
 def test_a_single_value_can_be_drawn(value):
-    series = [plot.DataSeries("a", [(value, value)], [0.0], label=True)]
-    ((x, y),) = places(plot.chart("t", "d", series, plot.Axis("x", whole=True), plot.Axis("y", zero=True)))
-    assert 0 <= x <= plot.WIDTH and 0 <= y <= plot.HEIGHT
+    drawing = drawn(lambda axis: plot(axis, "a", [(value, value)], errors=[0.0]))
+    assert "<use " in drawing and not re.search(r"nan|inf", drawing)
 
 
 def test_labels_do_not_cover_each_other():
-    series = [plot.DataSeries(name, [(1.0, 1.0)], style=n, label=True) for n, name in enumerate(("a", "b", "c"))]
-    drawing = plot.chart("t", "d", series, plot.Axis("x"), plot.Axis("y"))
-    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)" class="label', drawing))
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= plot.LABEL_HEIGHT - 0.1
+    def draw(axis):
+        for style, name in enumerate(("first", "second", "third")):
+            label(axis, name, (1.0, 1.0), style)
+
+    heights = sorted(y for name, (_, y) in written(drawn(draw)).items() if name in ("first", "second", "third"))
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= LABEL_HEIGHT - 0.2
 
 
 def test_the_map_frames_what_is_borrowed():
-    drawing = layers.redundancy(evidence())
-    told = re.findall(r"<title>(layer \d+ borrows [^<]*)</title>", drawing)
-    assert told == [
-        "layer 3 borrows 50% of its heads from layer 1",
-        "layer 3 borrows 50% of its heads from layer 2",
-        "layer 5 borrows 100% of its heads from layer 2",
-    ]
-    assert "3 of 6 layers were changed: 3 from 1 and 2; 4 (nothing borrowed); 5 from 2." in drawing
-    cells = "".join(re.findall(r'<path d="([^"]*)" class="heat"', drawing)).count("M")
-    assert cells == sum(value is not None for row in evidence().similarity for value in row)
+    found = evidence()
+    layout = Layout.from_list(found.conversion["layout"])
+    assert [charts.lenders(layout, layer) for layer in (2, 3, 5)] == [{}, {1: 0.5, 2: 0.5}, {2: 1.0}]
+    chart = charts.layer_map(found)
+    assert "3 of 6 layers were changed: 3 from 1 and 2; 4 (nothing borrowed); 5 from 2." in chart.words
+    drawing = to_svg(chart, 0)
+    paths = re.findall(r'<path d="([^"]*)"[^>]*style="([^"]*)"', drawing)
+    cells = "".join(path for path, look in paths if "fill: var(--heat)" in look).count("M")
+    assert cells == sum(value is not None for row in found.similarity for value in row)
+    frames = [look for _, look in paths if "fill: none" in look and "stroke: var(--s1)" in look and "width" in look]
+    assert len(frames) == 3
 
 
 @pytest.mark.parametrize("kind", BORROWING_KINDS)
-def test_the_legend_explains_frames_whatever_is_borrowed(kind):
+def test_words_below_the_map_explain_frames_whatever_is_borrowed(kind):
     found = evidence()
     found.conversion = {"layout": [{"kind": "own"}] * 5 + [{"kind": kind, "leader": 2}]}
-    drawing = layers.redundancy(found)
-    assert "layer 5 borrows 100% of its heads from layer 2" in drawing
-    assert "from this layer (thicker for more heads)" in drawing and html.escape(KINDS[kind].phrase) in drawing
+    words = charts.layer_map(found).words
+    assert "Frames show the lenders" in words and KINDS[kind].phrase in words and "5 from 2" in words
 
 
 def test_curves_have_validation_and_held_out_losses():
-    (drawing,) = curves.training(evidence())
-    assert "validation rows" in drawing and "held-out responses, trained: 1.500" in drawing
-    assert "training loss 3.000 at the first logged step, 0.375 at the last" in drawing
+    (chart,) = charts.training(evidence())
+    assert {"validation rows", "held-out responses, trained", "training, all"} <= set(written(to_svg(chart, 0)))
+    assert "Training loss 3.000 at the first logged step, 0.375 at the last" in chart.words
+    assert "held-out responses, trained: 1.500" in chart.words
 
 
 # --- what lies in the run directory -----------------------------------------------------------------------------------
@@ -382,8 +388,14 @@ def test_commands_tell_what_was_set_on_the_command_line():
         recipe="x", settings={"model": {"name": "m"}, "data": {}, "evaluation": {"tokens": 10, "tasks": []}}
     )
     recorded = {"model": {"name": "m"}, "data": {}, "evaluation": {"tokens": 20, "tasks": ["a b"]}}
-    command = context._command("eval", {"settings": recorded}, found)
+    command = reproduce.command("eval", {"settings": recorded}, found)
     assert command == "uniattn eval --set evaluation.tokens=20 --set 'evaluation.tasks=[\"a b\"]'"
+
+
+def test_every_stage_has_a_command():
+    found = Evidence(recipe="x", settings={}, records={stage: {"settings": {}} for stage in RECORDED})
+    stages = [command.split()[1] for command in reproduce.commands(found)]
+    assert stages == [stage for stage in RECORDED if stage != "group"]
 
 
 def test_the_command_makes_the_page_again_without_torch(run, results, tmp_path):

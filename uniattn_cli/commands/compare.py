@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from uniattn_cli.charts import write_png
 from uniattn_cli.commands.evaluate import evaluate_into, inputs_of, prepare
 from uniattn_cli.errors import ModelError, StageError
-from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, merge, table
+from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, front_notes, merge, table
 from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.models.of_run import BASE, Subject, base_of, with_given
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.paths import at_home
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.reporting.pareto import draw_panels
+from uniattn_cli.reporting.charts import BARS, quality_chart
 from uniattn_cli.run.directory import OUTPUTS, RunDir
 from uniattn_cli.run.files import write_json
 from uniattn_cli.run.lock import alone
@@ -125,15 +126,18 @@ def write_comparison(folder: Path, parts: Sequence[Part], command: str) -> Merge
     """
     merged = merge(parts)
     write_json(folder / COMPARISON, merged.to_dict(parts))
-    fronts = [(left, right) for left, _, right in (key.partition("/") for key in merged.fronts)]
-    draw_panels(merged.models, fronts, merged.fronts, folder / PLOT)
+    charts = []
+    for key, front in merged.fronts.items():
+        quality, cost = key.split("/")
+        charts.append(quality_chart(merged.models, quality, cost, front))
+    write_png(charts, folder / PLOT, note=BARS)
     lines = [
         "# Comparison",
         to_markdown(table(merged, "")),
         f"![Quality against cost]({PLOT})",
         "“− base” is the difference from the base on the same rows or items, ± one standard error. A model is on the "
         "Pareto front if no other model is at least as good in both quality and cost.",
-        *(f"- {note}" for note in merged.notes),
+        *(f"- {note}" for note in (*front_notes(merged), *merged.notes)),
         f"```\n{command}\n```",
     ]
     (folder / TEXT).write_text("\n\n".join(lines) + "\n", encoding="utf-8")
@@ -147,7 +151,7 @@ def _comparison(directory: Path, merged: Merged) -> Comparison:
     return Comparison(
         title=f"{count} models compared",
         tables=[table(merged, "Quality and cost (± one standard error)")],
-        notes=[*(sentences if count <= 4 else []), *merged.notes, files],
+        notes=[*(sentences if count <= 4 else []), *front_notes(merged), *merged.notes, files],
         directory=directory,
         merged=merged,
     )

@@ -32,15 +32,13 @@ from uniattn_cli.models.of_run import Subject
 from uniattn_cli.models.pool import ModelPool
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.reporting import markdown
-from uniattn_cli.reporting.page.page import PAGE, write_page
-from uniattn_cli.reporting.pareto import draw
+from uniattn_cli.reporting import tables
+from uniattn_cli.reporting.report import PAGE, PLOT, TEXT, write_page, write_text
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import write_json
 from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result
 
-REPORT = "report.md"
 # Scores of single parts while the evaluation is not finished.
 PARTS = "parts"
 
@@ -148,8 +146,7 @@ def evaluate_into(
         new = recipe.evaluation.sample_tokens
         results["samples"] = sample_all(folder, subjects, pool, material.tokenizer, prompts, new, options.progress)
     write_json(folder / RESULTS, results)
-    (folder / REPORT).write_text(markdown.markdown(results, command=command), encoding="utf-8")
-    draw(results, folder / markdown.PLOT)
+    write_text(results, folder, command)
     # All of it stands in `items/`.
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     return results
@@ -302,12 +299,12 @@ def _choose_runner(subjects: Sequence[Subject], pool: ModelPool, choice: str) ->
 def _evaluation(directory: Path, results: dict[str, Any]) -> Evaluation:
     sentences = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
     files = (
-        f"Report: {directory / PAGE}, and as text {directory / REPORT}; plot: {directory / markdown.PLOT}; "
+        f"Report: {directory / PAGE}, and as text {directory / TEXT}; plot: {directory / PLOT}; "
         f"all figures: {directory / RESULTS}"
     )
     return Evaluation(
         title=f"{len(results['models'])} models compared" if sentences else "Only the base was measured",
-        tables=[*markdown.tables(results), *markdown.length_tables(results)],
+        tables=[*tables.tables(results), *tables.length_tables(results)],
         notes=[*sentences, *results["notes"], files],
         directory=directory,
         results=results,

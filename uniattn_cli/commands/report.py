@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uniattn_cli.evaluation.figures import RESULTS, read_results
-from uniattn_cli.reporting.page.page import write_page
+from uniattn_cli.reporting.report import write_page
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.tables import Result
 

@@ -427,7 +427,9 @@ def _write_report(job: Job, rows: Tokenised, results: list[StageResult], losses:
         },
     }
     write_json(job.partial / REPORT_FILE, content)
-    plot_training(job.log.lines(), losses, job.partial / PLOT_FILE)
+    plot_training(
+        job.log.lines(), {name: (loss.mean, loss.stderr) for name, loss in losses.items()}, job.partial / PLOT_FILE
+    )
 
 
 def _tables(results: list[StageResult], losses: dict[str, Loss]) -> list[Table]:

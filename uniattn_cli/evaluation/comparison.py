@@ -160,7 +160,7 @@ def pareto(models: dict[str, Any], quality: str, cost: str) -> list[str]:
 def table(merged: Merged, title: str) -> Table:
     """One row per model: quality with its difference to the base, agreement, and cost."""
     columns = ["model", "perplexity", "− base", "accuracy", "− base", "KL from base", "same tokens"]
-    columns += ["KV per token", "parameters", "tokens/s ÷ base", "on the Pareto front of"]
+    columns += ["KV per token", "parameters", "tokens/s ÷ base"]
     rows = []
     for name, model in merged.models.items():
         quality, cost, agreement = model["quality"], model["cost"], model.get("agreement")
@@ -178,19 +178,20 @@ def table(merged: Merged, title: str) -> Table:
                 as_value(cost["kv_bytes_per_token"]),
                 as_value(cost["parameters"]),
                 "" if speed is None else "1.00×" if is_base else as_ratio(speed),
-                _fronts_of(name, merged.fronts),
             ]
         )
     kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
     return Table(title, [columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
-def _fronts_of(name: str, fronts: dict[str, list[str]]) -> str:
-    words = {"kv": "KV", "speed": "speed"}
-    return ", ".join(
-        f"{quality} vs. {words[cost]}"
-        for quality, cost in (key.split("/") for key, names in fronts.items() if name in names)
-    )
+def front_notes(merged: Merged) -> list[str]:
+    """The models on each Pareto front."""
+    words = {"kv": "KV cache", "speed": "speed"}
+    found = []
+    for key, names in merged.fronts.items():
+        quality, cost = key.split("/")
+        found.append(f"Pareto front of {quality} and {words[cost]}: {', '.join(names)}.")
+    return found
 
 
 def cost_of(model: dict[str, Any], cost: str) -> float | None:

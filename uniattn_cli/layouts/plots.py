@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from uniattn_cli.charts import COLOURS, Chart, plot, write_png
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from uniattn_cli.layouts.considered import Considered
 
-# Distinct for people who cannot tell red from green (Okabe and Ito); shapes differ too.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP*X"
-
 
 def plot_frontier(considered: Considered, shape: AttentionShape, path: Path) -> None:
     """Damage over the share of KV bytes kept, one line for each search; beside it the converted shortlist."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     own = kv_bytes_per_token(Layout.own(shape.layers), shape, 1)
 
     def share(layout: Layout) -> float:
         return 100 * kv_bytes_per_token(layout, shape, 1) / own
 
-    panels = 2 if considered.shortlist else 1
-    figure = Figure(figsize=(5.6 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    names = list(dict.fromkeys(point.series for point in considered.frontier))
-    for index, name in enumerate(names):
-        points = [point for point in considered.frontier if point.series == name]
-        marker = MARKERS[index % len(MARKERS)]
-        xs = [share(point.layout) for point in points]
-        axes[0].plot(xs, [point.value for point in points], marker=marker, markersize=4, label=name)
-    axes[0].axvline(share(considered.chosen), linestyle=":", color="gray", label="chosen")
-    axes[0].set_xlabel("KV bytes per token kept, % of the base")
-    axes[0].set_ylabel(considered.measure)
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend()
+    points = [(point.series, share(point.layout), point.value) for point in considered.frontier]
+    charts = [frontier_chart(points, share(considered.chosen), considered.measure, "")]
     if considered.shortlist:
+        charts.append(_shortlist_chart(considered))
+    write_png(charts, path)
+
+
+def frontier_chart(points: Sequence[tuple[str, float, float]], chosen: float | None, measure: str, words: str) -> Chart:
+    """The layouts that a search kept.
+
+    Args:
+        points: (search, share of the KV bytes in per cent, damage).
+        chosen: share of the KV bytes of the chosen one; None if it is not among them.
+        measure: of the damage.
+        words: what there is to see.
+    """
+
+    def draw(axis: Any) -> None:
+        for style, name in enumerate(dict.fromkeys(series for series, _, _ in points), 1):
+            plot(axis, name, sorted((x, y) for series, x, y in points if series == name), style=style)
+        if chosen is not None:
+            axis.axvline(chosen, linestyle=":", color=COLOURS["ink"], label="chosen")
+        axis.set(xlabel="KV cache, % of the base's", ylabel=measure if len(measure) <= 40 else "measure of the search")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+
+    return Chart("Layouts considered", words, draw)
+
+
+def _shortlist_chart(considered: Considered) -> Chart:
+    def draw(axis: Any) -> None:
         entries = considered.shortlist[::-1]
         errors = [0.0 if entry.stderr != entry.stderr else 1.96 * entry.stderr for entry in entries]
-        axes[1].barh([entry.name for entry in entries], [entry.divergence for entry in entries], xerr=errors)
-        axes[1].set_xlabel(f"KL from the base after conversion, nats per token ({considered.tokens:,} tokens, 95 %)")
-        axes[1].set_title("shortlist")
-    figure.savefig(path, dpi=110)
+        values = [entry.divergence for entry in entries]
+        axis.barh([entry.name for entry in entries], values, xerr=errors, color=COLOURS["s2"])
+        axis.set_xlabel(f"KL from the base after conversion, nats per token ({considered.tokens:,} tokens, 95 %)")
+
+    return Chart("Shortlist", "", draw)

@@ -16,7 +16,7 @@ from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_to
 from uniattn_cli.models.hub import context_window
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.publishing.facts import THIS, Facts
-from uniattn_cli.reporting import markdown
+from uniattn_cli.reporting import tables
 from uniattn_cli.tables import NOTHING, Table, to_markdown
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def model_card(facts: Facts, repo_id: str) -> str:
         layout_table=_layout_table(layout),
         picture=draw_layout(layout),
         cost_table=_cost_table(facts.config),
-        quality_tables=markdown.tables(facts.evaluation) if facts.evaluation else [],
-        explanation=markdown.EXPLANATION,
+        quality_tables=tables.tables(facts.evaluation) if facts.evaluation else [],
+        explanation=tables.EXPLANATION,
         loss_table=_loss_table(facts),
         stage_table=_stage_table,
         to_markdown=to_markdown,

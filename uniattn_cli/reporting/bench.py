@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.layouts.plots import COLOURS
+from uniattn_cli.charts import MARKERS, Chart, colour, write_png
 from uniattn_cli.tables import NOTHING, Table
 
 if TYPE_CHECKING:
@@ -99,33 +100,28 @@ def _span(ratios: Sequence[float]) -> str:
 
 def draw(measurements: Sequence[Measurement], path: Path) -> None:
     """Time per step against context, one panel for each batch size, floors dashed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     batches = sorted({one.batch for one in measurements})
-    names = list(dict.fromkeys(one.model for one in measurements))
-    page = Figure(figsize=(4.6 * len(batches) + 1, 4.2), dpi=140, layout="constrained")
-    FigureCanvasAgg(page)
-    for axis, batch in zip(page.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
-        for name in names:
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            for line, style in LINES.items():
-                points = [
-                    (one.context, one.step.median * 1e3, one.floor * 1e3)
-                    for one in measurements
-                    if (one.model, one.path, one.batch) == (name, line, batch) and one.step
-                ]
-                if not points:
-                    continue
-                contexts, times, floors = zip(*sorted(points), strict=True)
-                label = name if line == "engine" else f"{name}, {line}"
-                axis.plot(contexts, times, style, marker="o", color=colour, label=label)
-                if line == "engine":
-                    axis.plot(contexts, floors, "--", color=colour, alpha=0.5, linewidth=1)
-        axis.set(title=f"batch {batch}", xlabel="context, tokens", ylabel="ms per step")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    page.axes[0].legend(fontsize=8, title="dashed: floor", title_fontsize=8)
-    page.savefig(path)
+    charts = [Chart(f"Batch {batch}", "", partial(_steps, measurements, batch)) for batch in batches]
+    write_png(charts, path, columns=len(charts), note="thin dashed lines: floor")
+
+
+def _steps(measurements: Sequence[Measurement], batch: int, axis: Any) -> None:
+    for index, name in enumerate(dict.fromkeys(one.model for one in measurements)):
+        for line, style in LINES.items():
+            points = [
+                (one.context, one.step.median * 1e3, one.floor * 1e3)
+                for one in measurements
+                if (one.model, one.path, one.batch) == (name, line, batch) and one.step
+            ]
+            if not points:
+                continue
+            contexts, times, floors = zip(*sorted(points), strict=True)
+            label = name if line == "engine" else f"{name}, {line}"
+            axis.plot(contexts, times, style, marker=MARKERS[index % len(MARKERS)], color=colour(index), label=label)
+            if line == "engine":
+                axis.plot(contexts, floors, "--", color=colour(index), alpha=0.5, linewidth=1)
+    axis.set(xlabel="context, tokens", ylabel="ms per step")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend()

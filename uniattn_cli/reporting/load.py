@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from uniattn_cli.layouts.plots import COLOURS
+from uniattn_cli.charts import Chart, plot, write_png
 from uniattn_cli.tables import Table
 
 COLUMNS = ["model", "prompt", "at once", "requests/s", "× first", "tokens/s", "first token, s", "later ones, ms"]
@@ -70,24 +72,19 @@ def _pair(values: Sequence[tuple[float, float]], scale: float, digits: int) -> s
 
 def draw(loads: Sequence[Load], path: Path) -> None:
     """Requests per second against requests that are sent at once, one panel for each length of prompt."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     contexts = sorted({one.context for one in loads})
-    page = Figure(figsize=(4.6 * len(contexts) + 1, 4.2), dpi=140, layout="constrained")
-    FigureCanvasAgg(page)
-    for axis, context in zip(page.subplots(1, len(contexts), squeeze=False)[0], contexts, strict=True):
-        for index, model in enumerate(dict.fromkeys(one.model for one in loads)):
-            points: dict[int, list[float]] = {}
-            for one in loads:
-                if (one.model, one.context) == (model, context):
-                    points.setdefault(one.load, []).append(one.requests_per_second)
-            means = [statistics.mean(values) for values in points.values()]
-            axis.plot(list(points), means, marker="o", color=COLOURS[index % len(COLOURS)], label=model)
-        axis.set(title=f"prompts of {context:,} tokens", xlabel="requests at once", ylabel="requests per second")
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    page.axes[0].legend(fontsize=8)
-    page.savefig(path)
+    charts = [Chart(f"Prompts of {context:,} tokens", "", partial(_rates, loads, context)) for context in contexts]
+    write_png(charts, path, columns=len(charts))
+
+
+def _rates(loads: Sequence[Load], context: int, axis: Any) -> None:
+    for index, model in enumerate(dict.fromkeys(one.model for one in loads)):
+        points: dict[int, list[float]] = {}
+        for one in loads:
+            if (one.model, one.context) == (model, context):
+                points.setdefault(one.load, []).append(one.requests_per_second)
+        plot(axis, model, [(load, statistics.mean(values)) for load, values in points.items()], style=index)
+    axis.set(xlabel="requests at once", ylabel="requests per second")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(bottom=0)
+    axis.legend()

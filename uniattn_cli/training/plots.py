@@ -2,70 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.models.losses import Loss
+from uniattn_cli.charts import COLOURS, Chart, plot, write_png
 
+# Beside the loss.
 PANELS = {
-    "loss": "loss, nats per token",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm, before clipping",
     "tokens_per_second": "tokens per second",
 }
-# Distinct for people who cannot tell red from green (Okabe and Ito).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def plot_training(lines: list[dict], heldout: dict[str, Loss], path: Path) -> None:
+def plot_training(lines: list[dict], heldout: dict[str, tuple[float, float | None]], path: Path) -> None:
     """Loss, learning rate, gradient norm and speed over optimiser steps, one colour per stage.
-
-    With the training loss stand the loss on validation rows, and that on held-out responses before and after.
 
     Args:
         lines: of `log.jsonl`.
-        heldout: loss on held-out responses before and after, by the model's name; may be empty.
+        heldout: loss on held-out responses before and after, with its standard error, by the model's name; may be
+            empty.
         path: a PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    others = [_panel(lines, key, title) for key, title in PANELS.items()]
+    write_png([loss_chart(lines, heldout, "Loss"), *others], path)
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True))
-    offset = 0
-    for number, stage in enumerate(dict.fromkeys(line["stage"] for line in lines)):
-        own = [line for line in lines if line["stage"] == stage]
-        _stage(axes, own, offset, stage, COLOURS[number % len(COLOURS)])
-        offset += max(line["step"] for line in own)
-    for (name, loss), position in zip(heldout.items(), (0, offset), strict=False):
-        axes["loss"].errorbar(
-            position, loss.mean, yerr=loss.stderr, color="black", marker="D", capsize=3, linestyle="none",
-            label=f"held-out responses, {name}: {loss.mean:.3f}",
-        )  # fmt: skip
-    for key, axis in axes.items():
-        axis.set_ylabel(PANELS[key])
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if key in ("learning_rate", "tokens_per_second"):
+
+def loss_chart(lines: list[dict], heldout: dict[str, tuple[float, float | None]], title: str) -> Chart:
+    """Training loss of each stage, the loss on validation rows, and that on held-out responses before and after.
+
+    Args:
+        lines, heldout: as `plot_training`.
+        title: one line.
+    """
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+
+    def draw(axis: Any) -> None:
+        _stages(axis, lines, "loss", "training, ")
+        validation = [
+            (offset + line["step"], line["validation_loss"])
+            for offset, stage in _by_stage(lines)
+            for line in stage
+            if line.get("validation_loss") is not None
+        ]
+        if validation:
+            plot(axis, "validation rows", validation, style=4)
+        last = sum(stage[-1]["step"] for _, stage in _by_stage(lines))
+        for position, (name, (mean, error)) in zip((0, last), heldout.items(), strict=False):
+            plot(axis, f"held-out responses, {name}", [(position, mean)], errors=[error], line=False)
+        axis.set_ylabel("loss, nats per token")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend()
+
+    words = f"Training loss {losses[0]:.3f} at the first logged step, {losses[-1]:.3f} at the last" if losses else ""
+    words += "".join(f"; held-out responses, {name}: {mean:.3f}" for name, (mean, _) in heldout.items())
+    return Chart(title, f"{words}. Vertical lines separate stages.", draw)
+
+
+def _panel(lines: list[dict], key: str, title: str) -> Chart:
+    def draw(axis: Any) -> None:
+        _stages(axis, lines, key)
+        if key != "grad_norm":
             axis.set_ylim(bottom=0)
-    for axis in (axes["grad_norm"], axes["tokens_per_second"]):
-        axis.set_xlabel("optimiser step")
-    axes["loss"].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+
+    return Chart(title[:1].upper() + title[1:], "", draw)
 
 
-def _stage(axes: dict[str, Any], lines: list[dict], offset: int, stage: str, colour: str) -> None:
-    """Draws one stage into every panel, from step `offset` on."""
-    for key, axis in axes.items():
-        points = [(offset + line["step"], line[key]) for line in lines if line.get(key) is not None]
-        label = f"training, {stage}" if key == "loss" else None
-        axis.plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
+def _by_stage(lines: list[dict]) -> Iterator[tuple[int, list[dict]]]:
+    """(step at which a stage begins, its lines)."""
+    offset = 0
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        own = sorted((line for line in lines if line["stage"] == stage), key=lambda line: line["step"])
+        yield offset, own
+        offset += own[-1]["step"]
+
+
+def _stages(axis: Any, lines: list[dict], key: str, before: str = "") -> None:
+    """Draws a value of every line, in a colour for each stage."""
+    for style, (offset, stage) in enumerate(_by_stage(lines), 1):
+        points = [(offset + line["step"], line[key]) for line in stage if line.get(key) is not None]
+        if points:
+            plot(axis, f"{before}{stage[0]['stage']}", points, style=style)
         if offset:
-            axis.axvline(offset, color="0.7", linewidth=1)
-    points = [(offset + line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
-    if points:
-        steps, losses = zip(*points, strict=True)
-        axes["loss"].plot(steps, losses, marker="s", linestyle="--", color=colour, label=f"validation rows, {stage}")
+            axis.axvline(offset, color=COLOURS["soft"], linewidth=0.8)
+    axis.set_xlabel("optimiser step")
+    axis.xaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""Tables and the Markdown report, made from `results.json` and nothing else."""
+"""The tables of an evaluation, made from `results.json`: page, Markdown, terminal and card show the same."""
 
 from __future__ import annotations
 
@@ -9,31 +9,41 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from uniattn_cli.evaluation.figures import Figure
+from uniattn_cli.evaluation.verdict import AS_GOOD, BETTER, MIXED, SAME, UNTOLD, WORSE
 from uniattn_cli.evaluation.wording import as_difference, as_interval, as_range, as_ratio, as_setting, as_value, number
 from uniattn_cli.models.of_run import BASE
-from uniattn_cli.tables import Table, to_markdown
+from uniattn_cli.tables import Table
 
 # Models beside the base in one table; more make further tables, each with the base again.
 BESIDE = 3
+QUALITY = {
+    "perplexity": "perplexity of text",
+    "response_loss": "loss on responses",
+    "accuracy": "mean accuracy of the tasks",
+    "generated": "right answers generated",
+}
 COSTS = {
     "parameters": "parameters",
     "checkpoint_bytes": "weights on disk",
     "kv_bytes_per_token": "KV cache per token, measured",
+    "peak_bytes": "peak memory",
     "time_to_first_token": "time to first token",
+    "time_per_output_token": "time per output token",
     "tokens_per_second": "tokens per second",
 }
 DIFFERENCE = "  − base, paired"
 AGAINST_CONTROL = "  − control, paired"
 INTERVAL = "  95 % interval"
+SYMBOLS = {BETTER: "▲", WORSE: "▼", AS_GOOD: "≈", SAME: "=", MIXED: "◆", UNTOLD: "?"}
 RATIO = "  ÷ base"
 RANGE = "  smallest–largest"
-PLOT = "quality_vs_kv.png"
 EXPLANATION = (
     "± is one standard error. The lines “− base, paired” give the difference from the base on the same rows or items "
-    "and its 95 % interval. “As good” means that all of it lies within the margin, “worse” and “better” that zero is "
-    "outside after a correction for the number of scores. The control is the base after the same training; “− control, "
-    "paired” is the cost of sharing. Times are medians over rounds, and ratios to the base compare adjacent rounds. "
-    "Tokens per second are counted after the first token."
+    "and its 95 % interval. ≈ (as good) means that all of it lies within the margin, ▼ (worse) and ▲ (better) that "
+    "zero is outside after a correction for the number of scores, ? that the two are not told apart, = that nothing "
+    "differs. The control is the base after the same training; “− control, paired” is the cost of sharing. Times are "
+    "medians over rounds, and ratios to the base compare adjacent rounds. Tokens per second are counted after the "
+    "first token."
 )
 
 
@@ -67,10 +77,10 @@ def short(name: str, width: int = 24) -> str:
 
 
 def _quality_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
-    quality = {"perplexity": "perplexity of text", "response_loss": "loss on responses"}
     rows = []
-    for key, label in quality.items():
-        rows += _rows(results, names, label, ("quality", key), as_difference)
+    for key, label in QUALITY.items():
+        if key in results["models"][BASE]["quality"]:
+            rows += _rows(results, names, label, ("quality", key), _difference)
     for task in results["tasks"]:
         for metric in results["models"][BASE]["tasks"][task]:
             rows += _rows(
@@ -78,7 +88,7 @@ def _quality_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[st
                 names,
                 f"{task}, {metric}",
                 ("tasks", task, metric),
-                as_difference,
+                _difference,
             )
     return rows
 
@@ -114,7 +124,7 @@ def _length_rows(results: dict[str, Any], names: Sequence[str]) -> list[list[str
 
 
 def grid_table(results: dict[str, Any]) -> Table | None:
-    """Times over batch and context; None where only one point was measured."""
+    """Times over batch and context; None where only the point of the cost table was measured."""
     grid = results["speed_grid"]
     if len(grid) < 2:
         return None
@@ -137,8 +147,10 @@ def grid_table(results: dict[str, Any]) -> Table | None:
     return Table(title, ["", *map(short, grid[0]["models"])], rows)
 
 
-def capacity_rows(results: dict[str, Any]) -> Table:
-    """What fits into memory, by formula."""
+def capacity_table(results: dict[str, Any]) -> Table | None:
+    """What fits into memory, by formula; None where it was not computed."""
+    if not results["capacity"]:
+        return None
     rows = []
     for entry in results["capacity"]:
         models = list(entry["models"].values())
@@ -148,7 +160,7 @@ def capacity_rows(results: dict[str, Any]) -> Table:
         rows.append(
             [f"{size}: largest batch at {context:,} tokens", *(_fits(model["batch"], None) for model in models)]
         )
-    names = list(results["capacity"][0]["models"]) if results["capacity"] else []
+    names = list(results["capacity"][0]["models"])
     return Table("What fits into memory, by formula", ["", *map(short, names)], rows)
 
 
@@ -172,50 +184,21 @@ def _rows(
     if figures[0].range is not None:
         rows.append([RANGE, *map(as_range, figures)])
     if len(names) > 1:
-        words = DIFFERENCE if compare is as_difference else RATIO
+        words = DIFFERENCE if compare is _difference else RATIO
         rows.append([words, "", *map(compare, figures[1:])])
-        if compare is as_difference and any(map(as_interval, figures[1:])):
+        if compare is _difference and any(map(as_interval, figures[1:])):
             rows.append([INTERVAL, "", *map(as_interval, figures[1:])])
-    against = [entry.difference_to_control and as_difference(entry, "control") for entry in figures]
+    against = [entry.difference_to_control and _difference(entry, "control") for entry in figures]
     if any(against):
         rows.append([AGAINST_CONTROL, *(cell or "" for cell in against)])
     return rows
 
 
-def markdown(results: dict[str, Any], *, command: str) -> str:
-    """The report.
-
-    Args:
-        results: as in `results.json`.
-        command: that makes it again.
-    """
-    verdicts = [model["verdict"]["sentence"] for model in results["models"].values() if model["verdict"]]
-    notes = ["## Notes", _bullets(results["notes"])] if results["notes"] else []
-    parts = [
-        "# Evaluation",
-        _bullets(verdicts) if verdicts else "Only the base was measured, so there is nothing to compare.",
-        f"![Quality against KV bytes per token]({PLOT})",
-        *map(to_markdown, tables(results)),
-        EXPLANATION,
-        *map(to_markdown, length_tables(results)),
-        *([to_markdown(grid)] if (grid := grid_table(results)) else []),
-        *([to_markdown(capacity_rows(results)), results["settings"]["capacity"]] if results["capacity"] else []),
-        "## Models",
-        to_markdown(models_table(results)),
-        "## Settings",
-        # The formula of the capacity stands below its table.
-        _bullets([f"{part}: {as_setting(each)}" for part, each in results["settings"].items() if part != "capacity"]),
-        *notes,
-        "## How to reproduce it",
-        f"In the run directory:\n\n```\n{command}\n```",
-        "`stage.json` has all settings, versions and fingerprints; `results.json` the figures in full precision; "
-        "`items/` the score of every row and item, from which the figures are computed.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+def _difference(entry: Figure, other: str = "base") -> str:
+    """The difference to the base, or the control, and what it means."""
+    difference = entry.difference_to(other)
+    verdict = difference and difference.verdict
+    return as_difference(entry, other) + (f" {SYMBOLS[verdict]}" if verdict else "")
 
 
 def models_table(results: dict[str, Any]) -> Table:
@@ -229,4 +212,11 @@ def models_table(results: dict[str, Any]) -> Table:
             else f"{model['dtype']} ({model['dtype_on_disk']} on disk)"
         )
         rows.append([name, layers, dtype, model["attention"], model["path"], model["fingerprint"]])
-    return Table("", ["model", "layers", "dtype", "attention", "from", "fingerprint"], rows)
+    return Table("Models", ["model", "layers", "dtype", "attention", "from", "fingerprint"], rows)
+
+
+def settings_table(results: dict[str, Any]) -> Table:
+    """What was tested, and how; the formula of the capacity stands with its table."""
+    settings = {part: value for part, value in results["settings"].items() if part != "capacity"}
+    rows = [[part.replace("_", " "), as_setting(value)] for part, value in settings.items()]
+    return Table("Settings", ["part", "settings"], rows)

@@ -1,1 +1,0 @@
-"""`report.html`: one page without scripts or anything loaded."""
