@@ -62,6 +62,8 @@ def commands() -> str:
     text = get_docs_for_click(obj=group, ctx=typer.Context(group, info_name="uniattn"), name="uniattn")
     # The start repeats the page's own.
     text = text[text.index("## ") :]
+    # Typer's mark of a paragraph that is not wrapped.
+    text = text.replace("\b", "")
     text = re.sub(r"\n\s*Example:\n((?:  .*\n)+)", _as_block, text)
     text = re.sub(r"```console\n\$ (.*)\n```", r"`\1`", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -106,7 +108,8 @@ def all_messages() -> Iterator[tuple[str, str]]:
         folder = folder if folder in SUBJECTS else "cli"
         for text in _messages_of(ast.parse(path.read_text(encoding="utf-8")), folder):
             # What is filled in is made elsewhere.
-            if len(re.findall("[A-Za-z]{2,}", text)) > 1 and (folder, text) not in seen:
+            cause = text.rpartition("; ")[0] or text
+            if re.search("[A-Za-z]{2}", cause) and (folder, text) not in seen:
                 seen.add((folder, text))
                 yield folder, text
 

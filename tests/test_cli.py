@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import getpass
 import io
+import json
 import logging
 import os
 import pwd
@@ -26,13 +27,14 @@ from typer.testing import CliRunner
 import uniattn_cli
 from uniattn_cli.__main__ import main
 from uniattn_cli.cli import app as app_module
-from uniattn_cli.cli import console, doctor, flags, guard
+from uniattn_cli.cli import console, doctor, flags, guard, settings, start
 from uniattn_cli.errors import DataError, DataWarning, RecipeError, StageError, UsageError
 from uniattn_cli.evaluation import cache
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.paths import located
+from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.tables import Result, Table, to_markdown
 
 ROOT = Path(uniattn_cli.__file__).resolve().parent.parent
@@ -48,7 +50,8 @@ STAGES = {
     "synthesize": "uniattn_cli.commands.synthesize",
 }
 COMMANDS = [
-    *STAGES, "report", "generate", "chat", "bench", "serve", "data", "recipe", "recipes", "families", "doctor", "push",
+    *STAGES, "init", "report", "generate", "chat", "bench", "serve", "data", "recipe", "recipes", "schema", "families",
+    "doctor", "push",
 ]  # fmt: skip
 
 
@@ -66,6 +69,90 @@ def test_help_lists_every_command(uniattn):
     for name in COMMANDS:
         assert re.search(rf"^  {name} .*\.$", done.stdout, re.MULTILINE), f"{name} has a whole sentence"
     assert "--install-completion" in done.stdout
+    purposes = re.findall(r"^(\w[\w ]*):$", done.stdout, re.MULTILINE)
+    assert purposes == ["Options", "Pipeline", "Look at", "Share and serve", "About"]
+
+
+# What prints a result; the others print text as it comes, or a file.
+PRINTING = {*COMMANDS} - {"init", "generate", "chat", "serve", "push", "schema"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_whatever_prints_a_table_prints_json(name, uniattn):
+    assert ("--json" in uniattn(name, "--help").stdout) == (name in PRINTING)
+
+
+@pytest.mark.parametrize("words", [("recipe", "layout"), ("recipes",), ("families",), ("doctor",)])
+def test_json_says_what_the_table_says(words, uniattn):
+    shown, found = uniattn(*words).stdout, json.loads(uniattn(*words, "--json").stdout)
+    assert list(found) == ["title", "picture", "samples", "tables", "notes"]
+    for table in found["tables"]:
+        assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
+        # Long cells are folded on a screen.
+        assert all(row[0] in shown for row in table["rows"])
+
+
+def test_stages_print_json_too(monkeypatch, tmp_path):
+    result = Result(title="t", tables=[Table("", ["a", "b"], [["1", "é"]])], notes=["n"])
+    monkeypatch.setattr("uniattn_cli.commands.group.group", lambda **_: result)
+    done = CliRunner().invoke(app_module.app, ["group", "-C", str(tmp_path), "--json"])
+    assert json.loads(done.stdout)["tables"] == [{"title": "", "columns": ["a", "b"], "rows": [["1", "é"]]}]
+
+
+# --- the first recipe, and its schema ---------------------------------------------------------------------------------
+
+
+def test_init_writes_what_was_answered(monkeypatch, tmp_path):
+    monkeypatch.setattr(start.sys.stdin, "isatty", lambda: True, raising=False)
+    given = iter(["owner/model", "rows.jsonl", 0.7, "nothing", "loss"])
+    monkeypatch.setattr(start.typer, "prompt", lambda *_, **__: next(given))
+    start.init(run_dir=tmp_path)
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    assert (recipe.model.name, recipe.data.train[0].source) == ("owner/model", "rows.jsonl")
+    assert (recipe.layout.kv, recipe.layout.kinds) == (0.7, ("key",))
+    assert next(given, None) is None
+
+
+def test_init_asks_nobody_where_nobody_is(uniattn, tmp_path):
+    done = uniattn("init", "owner/model", "--train", "a.jsonl", "--train", "b.jsonl", "-C", tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    recipe = Recipe.load(tmp_path / "new" / "recipe.yaml")
+    assert [spec.source for spec in recipe.data.train] == ["a.jsonl", "b.jsonl"] and recipe.layout.kinds == ("early",)
+    done = uniattn("init", "-C", tmp_path / "new")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "recipe.yaml exists; edit it" in done.stderr
+
+
+def test_init_leaves_nothing_where_an_answer_is_impossible(uniattn, tmp_path):
+    done = uniattn("init", "owner/model", "--kv", "2", "-C", tmp_path / "new")
+    assert done.returncode == 1 and "layout.kv must be at most 1" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_schema_has_every_setting_with_its_bounds(uniattn):
+    schema = json.loads(uniattn("schema").stdout)
+
+    def parts(node):
+        """A node, what it refers to, and its alternatives."""
+        if "$ref" in node:
+            yield from parts(schema["$defs"][node["$ref"].rpartition("/")[2]])
+        for other in node.get("anyOf", ()):
+            yield from parts(other)
+        yield node
+        if "items" in node:
+            yield from parts(node["items"])
+
+    for entry in settings.settings():
+        node = schema
+        for key in entry.key.replace("[]", "").split("."):
+            node = next(part for part in parts(node) if key in part.get("properties", ()))["properties"][key]
+        assert node["description"] == entry.help
+        said = json.dumps(list(parts(node)))
+        for word, bound in re.findall(r"(>=|<=|>) (\S+?)(?:,|$)", entry.allowed):
+            name = {">=": "minimum", "<=": "maximum", ">": "exclusiveMinimum"}[word]
+            assert bound in [f"{part[name]:g}" for part in parts(node) if name in part], entry.key
+        for choice in entry.allowed.partition(",")[0].split(" | "):
+            if choice not in {*settings.TYPE_NAMES.values(), "null", "list"} and not choice.startswith("list"):
+                assert f'"{choice}"' in said, (entry.key, choice)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -99,7 +186,7 @@ for arguments in {calls}:
     heavy = {{"torch", "transformers", "datasets", "numpy", "scipy", "trl", "lm_eval", "matplotlib"}} & set(sys.modules)
     assert not heavy, (arguments, heavy)
 """
-    calls = [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"], ["recipes"], ["families"]]
+    calls = [["--help"], *([name, "--help"] for name in COMMANDS), ["recipe"], ["recipes"], ["schema"], ["families"]]
     command = [sys.executable, "-c", code.format(calls=calls)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -166,7 +253,7 @@ def test_what_happens_before_a_command_or_on_its_screen_is_one_line_too(error, c
 
 
 def test_a_screen_that_takes_nothing_is_one_line(monkeypatch, uniattn):
-    def full(result):
+    def full(result, **_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(console, "show", full)

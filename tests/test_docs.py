@@ -24,7 +24,7 @@ from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
 from uniattn_cli.recipe.schema import Recipe
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 
 
@@ -45,7 +45,7 @@ def blocks(language: str) -> list[str]:
 def shell_lines() -> list[list[str]]:
     """The words of every line that a shell is given, without comments and what it does with the output."""
     joined = [re.sub(r"\\\n\s*", "", code) for code in blocks("sh")]
-    lines = [shlex.split(line.partition(" < ")[0], comments=True) for code in joined for line in _whole_lines(code)]
+    lines = [shlex.split(re.split(" [<>] ", line)[0], comments=True) for code in joined for line in _whole_lines(code)]
     return [line for line in lines if line]
 
 
@@ -228,7 +228,7 @@ def test_links_lead_somewhere(page):
             path = (ROOT / page).parent / name if name else ROOT / page
             assert path.exists(), target
             # The site holds docs/ alone.
-            assert page == "README.md" or path.resolve().is_relative_to(ROOT / "docs"), target
+            assert "/" not in page or path.resolve().is_relative_to(ROOT / "docs"), target
             assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, fields
 
 # What a cell holds where there is no figure.
 NOTHING = "–"
@@ -62,6 +63,12 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def to_json(result: Result) -> str:
+    """Title, picture, samples, tables and notes of a result as JSON; what a command adds to them is in its files."""
+    shown = {entry.name: getattr(result, entry.name) for entry in fields(Result)}
+    return json.dumps(shown, default=asdict, ensure_ascii=False, indent=2)
 
 
 def to_markdown(table: Table) -> str:

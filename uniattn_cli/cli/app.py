@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from uniattn_cli import __version__
-from uniattn_cli.cli import pipeline, recipes, settings, tools
-from uniattn_cli.cli.flags import DebugOption, SetOption
+from uniattn_cli.cli import pipeline, recipes, settings, start, tools
+from uniattn_cli.cli.flags import DebugOption, JsonOption, SetOption
 from uniattn_cli.cli.guard import guard
+
+
+class Grouped(TyperGroup):
+    """Commands listed by what they are for; Typer does so only in the markup of rich, which starts slowly."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes one list for each purpose."""
+        shown = {name: command for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))}
+        room = formatter.width - 6 - max(map(len, shown))
+        for purpose in dict.fromkeys(getattr(command, "rich_help_panel", None) for command in shown.values()):
+            with formatter.section(purpose):
+                formatter.write_dl(
+                    [
+                        (name, command.get_short_help_str(room))
+                        for name, command in shown.items()
+                        if getattr(command, "rich_help_panel", None) == purpose
+                    ]
+                )
+
 
 app = typer.Typer(
     name="uniattn",
+    cls=Grouped,
     help="Let layers of a pre-trained LLM share attention maps or keys, post-train it, and measure the result.\n\n"
     "\b\nIn an empty folder:\n  uniattn analyze HuggingFaceTB/SmolLM2-135M-Instruct\n  uniattn convert --groups auto\n"
     "  uniattn train recipe.yaml\n  uniattn eval",
@@ -40,26 +61,29 @@ def _main(
     pass
 
 
-app.command()(pipeline.analyze)
-app.command()(pipeline.score)
-app.command()(pipeline.group)
-app.command()(pipeline.convert)
-app.command()(pipeline.train)
-app.command()(pipeline.data)
-app.command()(pipeline.synthesize)
-app.command(name="eval")(pipeline.evaluate)
+PIPELINE, LOOK, SHARE, ABOUT = "Pipeline", "Look at", "Share and serve", "About"
+app.command(rich_help_panel=PIPELINE)(start.init)
+app.command(rich_help_panel=PIPELINE)(pipeline.analyze)
+app.command(rich_help_panel=PIPELINE)(pipeline.score)
+app.command(rich_help_panel=PIPELINE)(pipeline.group)
+app.command(rich_help_panel=PIPELINE)(pipeline.convert)
+app.command(rich_help_panel=PIPELINE)(pipeline.synthesize)
+app.command(rich_help_panel=PIPELINE)(pipeline.train)
+app.command(rich_help_panel=PIPELINE, name="eval")(pipeline.evaluate)
+app.command(rich_help_panel=LOOK)(pipeline.data)
+app.command(rich_help_panel=LOOK)(tools.report)
+app.command(rich_help_panel=LOOK)(tools.compare)
+app.command(rich_help_panel=LOOK)(tools.sweep)
+app.command(rich_help_panel=LOOK)(tools.generate)
+app.command(rich_help_panel=LOOK)(tools.chat)
+app.command(rich_help_panel=LOOK)(tools.bench)
 # What it does not know goes to the engine.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tools.serve)
-app.command()(tools.push)
-app.command()(tools.compare)
-app.command()(tools.sweep)
-app.command()(tools.report)
-app.command()(tools.generate)
-app.command()(tools.chat)
-app.command()(tools.bench)
+extra = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(rich_help_panel=SHARE, context_settings=extra)(tools.serve)
+app.command(rich_help_panel=SHARE)(tools.push)
 
 
-@app.command()
+@app.command(rich_help_panel=ABOUT)
 def recipe(
     section: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="Only this section, such as layout.")
@@ -68,6 +92,7 @@ def recipe(
         Path | None, typer.Option("--check", metavar="FILE", help="Check this file and list every fault.")
     ] = None,
     set_: SetOption = None,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """List all settings, or check a recipe.
@@ -82,16 +107,33 @@ def recipe(
         from uniattn_cli.cli.console import show
 
         if check is None:
-            show(settings.list_settings(section))
+            show(settings.list_settings(section), as_json=json)
         else:
-            show(settings.check(check, set_ or ()))
+            show(settings.check(check, set_ or ()), as_json=json)
 
 
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(recipes.app, name="recipes", rich_help_panel=ABOUT)
 
 
-@app.command()
-def families(debug: DebugOption = False) -> None:
+@app.command(rich_help_panel=ABOUT)
+def schema(debug: DebugOption = False) -> None:
+    """Print the JSON Schema of a recipe, for editors.
+
+    Name the file in the first line of a recipe, and an editor completes and checks it:
+    # yaml-language-server: $schema=recipe.schema.json
+
+    \b
+    Example:
+      uniattn schema
+    """
+    with guard("schema", debug):
+        from uniattn_cli.recipe.json_schema import json_schema
+
+        typer.echo(json_schema())
+
+
+@app.command(rich_help_panel=ABOUT)
+def families(json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the model families that can be converted.
 
     With well-known models, their attention masks, and the attention backends they support.
@@ -104,11 +146,11 @@ def families(debug: DebugOption = False) -> None:
         from uniattn_cli.cli.console import show
         from uniattn_cli.cli.families import list_families
 
-        show(list_families())
+        show(list_families(), as_json=json)
 
 
-@app.command()
-def doctor(debug: DebugOption = False) -> None:
+@app.command(rich_help_panel=ABOUT)
+def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show what this machine supports and what is missing.
 
     Versions, devices, dtypes, attention backends, caches, free disk space, and extras that are not installed.
@@ -124,4 +166,4 @@ def doctor(debug: DebugOption = False) -> None:
 
         if not debug:
             quiet_libraries()
-        show(examine())
+        show(examine(), as_json=json)

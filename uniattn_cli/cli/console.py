@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from uniattn_cli.tables import Result, Sample, Table
+from uniattn_cli.tables import Result, Sample, Table, to_json
 
 # Width of output that is not a terminal, where nothing is gained by folding cells.
 WIDTH_OF_FILES = 160
@@ -36,8 +36,11 @@ def make_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def show(result: Result, console: Console | None = None) -> None:
-    """Prints what a command returned."""
+def show(result: Result, console: Console | None = None, *, as_json: bool = False) -> None:
+    """Prints what a command returned, for people or, as JSON, for programs."""
+    if as_json:
+        print(to_json(result))
+        return
     console = console or make_console()
     if result.title:
         console.print(Text(result.title, style="bold"), soft_wrap=True)

@@ -80,6 +80,7 @@ SetOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a complete output directory.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the output of libraries.")]
 GroupsOption = Annotated[
     str | None,

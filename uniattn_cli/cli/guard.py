@@ -66,6 +66,7 @@ class Common:
     device: str
     force: bool
     debug: bool
+    json: bool = False
 
 
 def run_command(
@@ -95,7 +96,7 @@ def run_command(
             result = call([*overrides, *common.settings], options)
             # Only one of the processes that a launcher starts prints.
             if os.environ.get("RANK", "0") == "0":
-                show(result)
+                show(result, as_json=common.json)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from uniattn_cli.cli.flags import (
     ForceOption,
     GroupsOption,
     HeadMapOption,
+    JsonOption,
     KindsOption,
     KvOption,
     MaxLossOption,
@@ -56,6 +57,7 @@ def analyze(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure how similar the layers' attention maps are.
@@ -75,7 +77,7 @@ def analyze(
 
         return analyze(model, recipe=recipe, overrides=overrides, options=options)
 
-    run_command("analyze", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_command("analyze", Common(run_dir, set_ or (), device, force, debug, json), overrides, call)
 
 
 def score(
@@ -84,6 +86,7 @@ def score(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure what every change of every layer costs.
@@ -103,7 +106,7 @@ def score(
         return score(overrides=overrides, options=options)
 
     overrides = [] if kinds is None else [f"layout.kinds=[{kinds}]"]
-    run_command("score", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_command("score", Common(run_dir, set_ or (), device, force, debug, json), overrides, call)
 
 
 def group(
@@ -121,6 +124,7 @@ def group(
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
     device: DeviceOption = "auto",
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Choose which layers share, under a budget.
@@ -139,7 +143,7 @@ def group(
 
     budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss, "speed": speed}
     overrides = layout_overrides(budgets, save, search, kinds, head_map, sources)
-    run_command("group", Common(run_dir, set_ or (), device, False, debug), overrides, call)
+    run_command("group", Common(run_dir, set_ or (), device, False, debug, json), overrides, call)
 
 
 def convert(
@@ -161,6 +165,7 @@ def convert(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write the converted checkpoint.
@@ -180,7 +185,7 @@ def convert(
 
     budgets = {"followers": followers, "kv": kv, "params": params, "max_loss": max_loss, "speed": speed}
     overrides = layout_overrides(budgets, save, search, kinds, head_map, sources)
-    run_command("convert", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_command("convert", Common(run_dir, set_ or (), device, force, debug, json), overrides, call)
 
 
 def train(
@@ -192,6 +197,7 @@ def train(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Post-train the converted model.
@@ -210,7 +216,7 @@ def train(
 
         return train(recipe=recipe, control=control, overrides=overrides, options=options)
 
-    run_command("train", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("train", Common(run_dir, set_ or (), device, force, debug, json), [], call)
 
 
 def data(
@@ -233,6 +239,7 @@ def data(
     split: Annotated[Part, typer.Option("--split", help="Training rows or held-out rows.")] = Part.train,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what training sees: rows, masks, lengths, steps.
@@ -260,7 +267,7 @@ def data(
             options=options,
         )
 
-    run_command("data", Common(run_dir, set_ or (), "cpu", False, debug), [], call)
+    run_command("data", Common(run_dir, set_ or (), "cpu", False, debug, json), [], call)
 
 
 def synthesize(
@@ -271,6 +278,7 @@ def synthesize(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Generate training rows with a model, if there are too few.
@@ -289,7 +297,7 @@ def synthesize(
         return synthesize(overrides=overrides, options=options)
 
     overrides = overrides_of(synthesis__model=model, synthesis__tokens=tokens, synthesis__temperature=temperature)
-    run_command("synthesize", Common(run_dir, set_ or (), device, force, debug), overrides, call)
+    run_command("synthesize", Common(run_dir, set_ or (), device, force, debug, json), overrides, call)
 
 
 def evaluate(
@@ -300,6 +308,7 @@ def evaluate(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare base, control, converted and trained model.
@@ -316,4 +325,4 @@ def evaluate(
 
         return evaluate(checkpoints or (), overrides=overrides, options=options)
 
-    run_command("eval", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("eval", Common(run_dir, set_ or (), device, force, debug, json), [], call)

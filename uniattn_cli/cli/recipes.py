@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from uniattn_cli.cli.flags import JsonOption
 from uniattn_cli.cli.guard import guard
 from uniattn_cli.tables import Result, Table
 
@@ -27,7 +28,7 @@ def _complete(incomplete: str) -> list[str]:
 
 
 @app.callback()
-def _list(context: typer.Context, debug: DebugOption = False) -> None:
+def _list(context: typer.Context, json: JsonOption = False, debug: DebugOption = False) -> None:
     if context.invoked_subcommand is not None:
         return
     with guard("recipes", debug):
@@ -42,7 +43,7 @@ def _list(context: typer.Context, debug: DebugOption = False) -> None:
             "Show one: uniattn recipes show NAME. List all settings: uniattn recipe",
         ]
         table = Table("", ["name", "model", "what it does"], rows)
-        show(Result(title=f"{len(rows)} ready recipes", tables=[table], notes=notes))
+        show(Result(title=f"{len(rows)} ready recipes", tables=[table], notes=notes), as_json=json)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from uniattn_cli.cli import settings, talk
-from uniattn_cli.cli.flags import DebugOption, DeviceOption, Dtype, ForceOption, RunDirOption, SetOption
+from uniattn_cli.cli.flags import DebugOption, DeviceOption, Dtype, ForceOption, JsonOption, RunDirOption, SetOption
 from uniattn_cli.cli.guard import Common, guard, run_command
 
 
@@ -160,6 +160,7 @@ def compare(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare any models in one table, with the Pareto front.
@@ -177,7 +178,7 @@ def compare(
 
         return compare(inputs, recipe=recipe, overrides=overrides, options=options)
 
-    run_command("compare", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("compare", Common(run_dir, set_ or (), device, force, debug, json), [], call)
 
 
 def _list(text: str | None, flag: str, of: Any = str, separator: str = ",") -> list:
@@ -218,6 +219,7 @@ def sweep(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Convert under many budgets and plot the cost of each.
@@ -241,10 +243,10 @@ def sweep(
 
         return sweep(**budgets, discard=discard, overrides=overrides, options=options)
 
-    run_command("sweep", Common(run_dir, set_ or (), device, force, debug), [], call)
+    run_command("sweep", Common(run_dir, set_ or (), device, force, debug, json), [], call)
 
 
-def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> None:
+def report(run_dir: RunDirOption = Path("."), json: JsonOption = False, debug: DebugOption = False) -> None:
     """Rewrite the report of an evaluation.
 
     Writes evaluation/report.html from results.json and the outputs of other stages, without loading any model.
@@ -259,7 +261,7 @@ def report(run_dir: RunDirOption = Path("."), debug: DebugOption = False) -> Non
 
         return report()
 
-    run_command("report", Common(run_dir, (), "cpu", False, debug), [], call)
+    run_command("report", Common(run_dir, (), "cpu", False, debug, json), [], call)
 
 
 def generate(
@@ -426,6 +428,7 @@ def bench(
     run_dir: RunDirOption = Path("."),
     device: DeviceOption = "auto",
     force: ForceOption = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure decoding speed relative to the hardware limit, or requests per second of vLLM's server.
@@ -483,4 +486,4 @@ def bench(
             options=options,
         )
 
-    run_command("bench", Common(run_dir, (), device, force, debug), [], call)
+    run_command("bench", Common(run_dir, (), device, force, debug, json), [], call)
