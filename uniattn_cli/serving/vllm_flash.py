@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import (
@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from uniattn_cli.serving.fused_decoding import SETTING
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention

@@ -6,6 +6,7 @@ vLLM calls `register` in each of its processes. Only this file's functions and t
 from __future__ import annotations
 
 import functools
+import importlib
 import multiprocessing
 from typing import Any
 
@@ -17,6 +18,8 @@ TESTED = {
     ("0.32", "cpu"): "uniattn_cli.serving.vllm_cpu.SharedCPUBackend",
     ("0.32", "cuda"): "uniattn_cli.serving.vllm_flash.SharedFlashBackend",
 }
+# Where each release groups the layers of the cache. 0.33 has not been tried on a device.
+GROUPING = {"0.32": "vllm.v1.core.kv_cache_utils", "0.33": "vllm.v1.core.kv_cache_planning"}
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 
 
@@ -38,21 +41,26 @@ def register() -> None:
             )
         return
     from vllm import ModelRegistry
-    from vllm.v1.core import kv_cache_utils
 
     for family in (family for family in FAMILIES.values() if family.in_vllm):
         name = "TransformersMoEForCausalLM" if family.model_type in WITH_EXPERTS else "TransformersForCausalLM"
         ModelRegistry.register_model(f"{family.prefix}ForCausalLM", f"uniattn_cli.serving.vllm_model:{name}")
-    if not hasattr(kv_cache_utils.get_kv_cache_groups, "__wrapped__"):
-        kv_cache_utils.get_kv_cache_groups = _keep_clusters_together(kv_cache_utils.get_kv_cache_groups)
+    grouping: Any = importlib.import_module(GROUPING[_release()])
+    if not hasattr(grouping.get_kv_cache_groups, "__wrapped__"):
+        grouping.get_kv_cache_groups = _keep_clusters_together(grouping.get_kv_cache_groups)
 
 
 def tested_backend() -> str | None:
     """Name of the attention backend for this vLLM on this device; None where nobody has tried it."""
-    import vllm
     from vllm.platforms import current_platform
 
-    return TESTED.get((".".join(vllm.__version__.split(".")[:2]), current_platform.device_name))
+    return TESTED.get((_release(), current_platform.device_name))
+
+
+def _release() -> str:
+    import vllm
+
+    return ".".join(vllm.__version__.split(".")[:2])
 
 
 def _keep_clusters_together(stock: Any) -> Any:
@@ -89,8 +97,8 @@ def _unit_names(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> list[list[st
 def _group(vllm_config: Any, kv_cache_spec: dict[str, Any], names: list[list[str]]) -> list[Any]:
     """Groups that hold whole clusters, with the block size that serves a request of full length in least memory."""
     from vllm.utils.math_utils import cdiv
-    from vllm.v1.core.kv_cache_utils import create_kv_cache_group_specs
 
+    create_kv_cache_group_specs = importlib.import_module(GROUPING[_release()]).create_kv_cache_group_specs
     sorts: dict[Any, list[list[str]]] = {}
     for cluster in names:
         sorts.setdefault(kv_cache_spec[cluster[0]], []).append(cluster)
