@@ -117,6 +117,32 @@ def test_an_interrupted_row_goes_on_and_no_other_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_search_benchmark_measures_what_scores_predict(tmp_path):
+    model = make_model(tmp_path / "model")
+    write_data(tmp_path)
+    out = tmp_path / "out" / "search.json"
+    small = {"analysis.tokens": 1024, "analysis.length": 64, "conversion.tokens": 512, "conversion.length": 64}
+    small |= {"conversion.align": 4, "conversion.refine": 2, "layout.score_tokens": 256, "layout.protect": "[1,2]"}
+    common = [model, "--calibration", tmp_path / "rows.jsonl", "--work", tmp_path / "work", "--out", out]
+    common += ["--kinds", "key", "linear", "--budgets", 0.9, 0.8, "--losses", 0.01, "--speeds", "1@1x64"]
+    common += ["--device", "cpu", "--set", *(f"{key}={value}" for key, value in small.items())]
+    done = run_benchmark("search", *common)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert set(content["times"]) == {"scores", "thorough, key + linear", "thorough, key", "thorough, linear"}
+    rows = content["rows"]
+    found = {f"kv {kv} | {by}" for kv in (0.9, 0.8) for by in ("scores", "scores, corrected", "thorough, key + linear")}
+    assert found | {"max_loss 0.01", "speed 1@1x64"} <= set(rows)
+    for key, row in rows.items():
+        assert row["divergence"] >= 0 and ("predicted" in row) != ("searched" in row)
+        assert not key.startswith("kv") or row["kv_share"] <= float(key.split()[1])
+    assert squeezed(out.with_suffix(".md")).count("| kv 0.9 |") >= 3 and out.with_suffix(".png").is_file()
+    before = out.read_text()
+    done = run_benchmark("search", *common)
+    assert done.returncode == 0 and out.read_text() == before, done.stderr
+
+
+@pytest.mark.slow
 def test_speed_benchmark_alternates_base_and_converted(tmp_path):
     out = tmp_path / "speed.json"
     size = ["--shape", "tiny", "--layers", 4]

@@ -562,6 +562,15 @@ def test_budgets_that_make_no_sense_are_faults(layout, fault):
     )
 
 
+def test_an_analysis_proposes_from_the_scores_that_are_there(run):
+    score("layout.kinds=[linear]", *TWO)
+    for more, known in (([], True), (["analysis.tokens=512"], False)):
+        found = uniattn_cli.analyze(overrides=[*FEW, *more], options=replace(CPU, force=True))
+        titles = [table.title for table in found.tables]
+        assert any("predicted: the sum of scores" in title for title in titles) == known
+        assert found.notes[-1].endswith("--search scores") == known
+
+
 @pytest.mark.parametrize("solve", ["both", "output"])
 def test_points_of_a_sweep_read_the_scores_of_the_run(run, solve):
     score("layout.kinds=[linear]", "layout.protect=[1, 2, 3, 4]")

@@ -96,8 +96,11 @@ def test_faults_are_told_before_anything_is_done(run):
     ("kinds", "search"), [("softmax", "fast"), ("key", "fast"), ("linear", "thorough"), ("softmax kv", "thorough")]
 )
 def test_what_maps_alone_cannot_find_is_searched_thoroughly(kinds, search):
+    """Or by the scores that are there."""
     point = SweepPoint("kv", 0.8, tuple(kinds.split()), "both")
-    assert f"layout.search={search}" in point.overrides("fast")
+    assert f"layout.search={search}" in point.overrides("fast", False)
+    scored = search.replace("thorough", "scores")
+    assert f"layout.search={scored}" in point.overrides("fast", True)
 
 
 @pytest.mark.slow

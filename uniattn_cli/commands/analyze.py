@@ -14,6 +14,9 @@ from uniattn_cli.errors import DataError, StageError
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.choose import check_protected, compensation_of
 from uniattn_cli.layouts.fast import candidates_table, frontier, parameter_counts
+from uniattn_cli.layouts.scores import Score, kept
+from uniattn_cli.layouts.solutions import frontier as frontier_of_scores
+from uniattn_cli.layouts.thorough import frontier_table
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.options import RunOptions
@@ -109,12 +112,14 @@ def analyze(
         if new_tree is not None:
             with file_errors(run.root):
                 write_tree(new_tree, run.recipe)
+    proposed = _scored(kept(run, source.fingerprint, measured), measured, settings)
     notes += [*left_out, *resolution_note(measured)]
     notes.append(
         f"{measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.forward_ratio:.1f}x a plain forward pass"
     )
-    notes.append(f"plots and figures: {run.output('analyze')}; next: uniattn convert --groups auto")
-    return Analysis(measured, run.output("analyze"), title="analysis", tables=tables, notes=notes)
+    search = " --search scores" if proposed else ""
+    notes.append(f"plots and figures: {run.output('analyze')}; next: uniattn convert --groups auto{search}")
+    return Analysis(measured, run.output("analyze"), title="analysis", tables=[*tables, *proposed], notes=notes)
 
 
 def _recipe(
@@ -196,6 +201,15 @@ def neighbours_table(measured: Measured, most: int = 8) -> Table:
     rows = [[f"{j - 1}, {j}", *(_number(entry["mean"][j][j - 1]) for entry in shown)] for j in pairs]
     widths = [1.96 * value for j in pairs for entry in shown if _known(value := entry["stderr"][j][j - 1])]
     return Table("most similar adjacent layers" + _within(widths), columns, rows)
+
+
+def _scored(scores: list[Score], measured: Measured, recipe: Recipe) -> list[Table]:
+    """What the best layouts at several sizes of the cache are predicted to lose, where plans have been scored."""
+    if not scores:
+        return []
+    kinds = tuple(dict.fromkeys(score.question.kind for score in scores))
+    points = frontier_of_scores(scores, replace(recipe.layout, kinds=kinds), measured.shape)
+    return [frontier_table(points, measured, "predicted: the sum of scores")]
 
 
 def _candidates(measured: Measured, config, matcher: Matcher, recipe: Recipe) -> Table:

@@ -61,15 +61,22 @@ class SweepPoint:
         """Names the point in tables and its folder."""
         return f"{self.unit}{self.limit:g}-{'+'.join(self.kinds)}-{self.solve}"
 
-    def overrides(self, search: str) -> list[str]:
-        """The settings of the point; several kinds, and those that do not borrow, are searched thoroughly."""
+    def overrides(self, search: str, scored: bool) -> list[str]:
+        """The settings of the point; several kinds, and those that do not borrow, are more than a fast search takes.
+
+        Args:
+            search: of the recipe.
+            scored: plans have been scored with the fit of the point.
+        """
+        if search == "fast" and not fast_search_takes(self.kinds):
+            search = "scores" if scored else "thorough"
         budgets = dict.fromkeys(BUDGETS, "null") | {self.unit: f"{self.limit:g}"}
         return [
             "layout.groups=auto",
             *(f"layout.{unit}={limit}" for unit, limit in budgets.items()),
             "layout.save=kv",
             f"layout.kinds=[{', '.join(self.kinds)}]",
-            f"layout.search={'thorough' if search == 'fast' and not fast_search_takes(self.kinds) else search}",
+            f"layout.search={search}",
             f"conversion.solve={self.solve}",
         ]
 
@@ -126,7 +133,7 @@ def sweep(
         overrides = [*overrides, "conversion.rank=full"]
     points = _points(recipe, kv, followers, kinds, solve)
     # All faults are told before the first point is begun.
-    recipes = {point: Recipe.load(run.recipe, _settings(point, recipe, overrides)) for point in points}
+    recipes = {point: Recipe.load(run.recipe, _settings(run, point, recipe, overrides)) for point in points}
     folder = run.root / FOLDER
     if options.force and folder.exists():
         shutil.rmtree(folder)
@@ -157,8 +164,14 @@ def _points(
     return list(dict.fromkeys(found))
 
 
-def _settings(point: SweepPoint, recipe: Recipe, overrides: Sequence[str]) -> list[str]:
-    return [*overrides, *point.overrides(recipe.layout.search), "layout.layers=null"]
+def _settings(run: RunDir, point: SweepPoint, recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+    chosen = point.overrides(recipe.layout.search, _scored(run, point.solve))
+    return [*overrides, *chosen, "layout.layers=null"]
+
+
+def _scored(run: RunDir, solve: str) -> bool:
+    """Whether the run has scores of plans that were fitted in this way."""
+    return run.is_complete("score") and run.record("score")["settings"]["conversion"]["solve"] == solve
 
 
 def _run_point(
@@ -207,7 +220,7 @@ def _begin(run: RunDir, place: RunDir, recipe: Recipe, record: dict[str, Any]) -
     write_tree(tree, place.recipe)
     target = os.path.relpath(run.output("analyze").resolve(), place.root.resolve())
     place.output("analyze").symlink_to(target, target_is_directory=True)
-    if run.is_complete("score") and run.record("score")["settings"]["conversion"]["solve"] == recipe.conversion.solve:
+    if _scored(run, recipe.conversion.solve):
         target = os.path.relpath(run.output("score").resolve(), place.root.resolve())
         place.output("score").symlink_to(target, target_is_directory=True)
     _write_point(place, record, None)

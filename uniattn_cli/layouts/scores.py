@@ -28,6 +28,7 @@ from uniattn_cli.run.process import shared_output
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from uniattn_cli.analysis.measured import Measured
     from uniattn_cli.layouts.alone import Alone
     from uniattn_cli.layouts.trials import Trials
 
@@ -211,6 +212,26 @@ def stored(run: RunDir, inputs: dict[str, Any]) -> dict[Question, Score]:
     return _read(run.output("score") / JSON_FILE)
 
 
+def kept(run: RunDir, fingerprint: str, measured: Measured) -> list[Score]:
+    """The scores in `scores/`, whatever text and fit they are of; none if they are of another model or analysis.
+
+    Raises:
+        StageError: they are damaged.
+    """
+    wanted = {"model": fingerprint, "analysis": _digest(measured)}
+    if not run.is_complete("score") or not wanted.items() <= run.record("score")["inputs"].items():
+        return []
+    return list(_read(run.output("score") / JSON_FILE).values())
+
+
+def _digest(measured: Measured) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(measured.heads):
+        # As they are in their file.
+        digest.update(measured.heads[name].astype("float32").tobytes())
+    return digest.hexdigest()[:16]
+
+
 def inputs_of(bench: Workbench) -> dict[str, Any]:
     """All that scores depend on, beside the plans."""
     recipe, texts = bench.recipe, bench.texts
@@ -222,7 +243,7 @@ def inputs_of(bench: Workbench) -> dict[str, Any]:
         "model": bench.source.fingerprint,
         "dtype": recipe.model.dtype,
         "text": digest.hexdigest()[:16],
-        "analysis": hashlib.sha256(bench.measured.score.tobytes()).hexdigest()[:16],
+        "analysis": _digest(bench.measured),
         "fit": [fit.solve, fit.align, fit.aim, fit.holdout, recipe.seed],
         "head matching": [layout.head_map, layout.match, layout.sources],
     }
