@@ -241,6 +241,14 @@ def test_settings_that_the_shared_cache_has_not_been_made_for(changes, message, 
     assert engine.call(functools.partial(obstacles_of, **changes)) == [message]
 
 
+def test_decoding_is_fused_on_gpus_only_and_by_a_setting_that_is_true_or_false(engine, tmp_path):
+    directory = write(tmp_path, FAMILIES[0], "early")
+    done = engine.run(directory, (prompts(), TOKENS), additional_config={"uniattn_fused_decoding": True})
+    assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
+    with pytest.raises(ValueError, match="must be true or false, not 'yes'"):
+        engine.run(directory, additional_config={"uniattn_fused_decoding": "yes"})
+
+
 def test_the_plain_path_refuses_free_head_maps(engine, tmp_path):
     directory = write(tmp_path, FAMILIES[0], "free_several")
     with pytest.raises(ValueError, match="install uniattn for vLLM"):

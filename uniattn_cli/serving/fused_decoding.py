@@ -20,6 +20,18 @@ from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 SETTING = "uniattn_fused_decoding"
 
 
+def wants_fusing(vllm_config: Any) -> bool:
+    """Whether the setting asks for it.
+
+    Raises:
+        ValueError: it is neither true nor false.
+    """
+    wanted = vllm_config.additional_config.get(SETTING, False)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"{SETTING} in additional_config must be true or false, not {wanted!r}")
+    return wanted
+
+
 class FusedDecoding:
     """The passes of one rank.
 

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from uniattn_cli.serving.fused_decoding import SETTING
+from uniattn_cli.serving.fused_decoding import wants_fusing
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
 
 
@@ -116,7 +116,7 @@ class SharedFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        if vllm_config.additional_config.get(SETTING, False):
+        if wants_fusing(vllm_config):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 

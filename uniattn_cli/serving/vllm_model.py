@@ -28,7 +28,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.serving.cache_plan import shard_layout
-from uniattn_cli.serving.fused_decoding import SETTING, FusedDecoding, ask_with_lender
+from uniattn_cli.serving.fused_decoding import FusedDecoding, ask_with_lender, wants_fusing
 from uniattn_cli.serving.head_order import Orders, in_order_of_sources, joined, reorder_weights
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
 from uniattn_cli.serving.vllm_plugin import tested_backend
@@ -130,7 +130,7 @@ class SharedCacheMixin(_Model):
                 self._layout = None
         self._shared_peers: dict[int, SharedCacheAttention] = {}
         super()._create_attention_instances(prefix)
-        if self._shared_layout is not None and self.vllm_config.additional_config.get(SETTING, False):
+        if self._shared_layout is not None and wants_fusing(self.vllm_config):
             if found := fusing_obstacles(self.vllm_config):
                 logger.warning("uniattn: each layer reads the keys that it borrows again, because %s", found[0])
             else:
