@@ -316,6 +316,11 @@ def test_texts_of_a_chart_are_texts():
     assert {HOSTILE, "$x$ < 1"} <= set(written(drawn(draw)))
 
 
+def test_numbers_of_an_axis_are_written_in_full():
+    texts = written(drawn(lambda axis: plot(axis, "a", [(0.0, 0.0), (1.0, 0.125)])))
+    assert {"0.02", "0.12"} <= set(texts)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-12, 1e9])
 def test_a_single_value_can_be_drawn(value):
     drawing = drawn(lambda axis: plot(axis, "a", [(value, value)], errors=[0.0]))

@@ -46,8 +46,9 @@ LOOK: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "font.size": 8.5,
     "grid.color": COLOURS["rule"],
+    "legend.edgecolor": "none",
+    "legend.facecolor": COLOURS["page"],
     "legend.fontsize": 8,
-    "legend.frameon": False,
     "savefig.facecolor": COLOURS["page"],
     "svg.fonttype": "none",
     "text.color": COLOURS["ink"],
@@ -132,7 +133,8 @@ def _for_page(svg: str, chart: Chart, number: int) -> str:
     body = re.sub(r' id="[^"]*_\d+"', "", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     body = body.replace("xlink:href=", "href=")
-    body = re.sub(r"(\d\.\d)\d+", r"\1", body)
+    # Of places and strengths, not of what is written.
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
     for name, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
     body = re.sub(r"\s*\n\s*", " ", body)

@@ -282,7 +282,7 @@ def _map_words(evidence: Evidence, layout: Layout | None, known: list[float]) ->
     if known:
         words.append(
             f"Each cell: similarity of a layer's heads to the most similar head of an earlier layer, averaged over "
-            f"heads, on {evidence.similarity_tokens:,} tokens ({min(known):.2f}, pale, to {max(known):.2f}, dark; "
+            f"heads, on {evidence.similarity_tokens:,} tokens ({min(known):.2f}, faint, to {max(known):.2f}, strong; "
             f"empty if the layers are further apart than was measured)."
         )
     if layout is not None:
