@@ -188,6 +188,11 @@ def label(axis: Any, name: str, point: tuple[float, float], style: int, *, above
     axis.annotate(name, point, xytext=place, textcoords="offset points", va="center", color=colour(style))
 
 
+def from_zero(axis: Any) -> None:
+    """Begins the vertical axis at zero, with room above what was drawn."""
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1] or 1)
+
+
 def plain_log(axis: Any) -> None:
     """A logarithmic vertical axis with numbers as they are written in text."""
     from matplotlib.ticker import FuncFormatter

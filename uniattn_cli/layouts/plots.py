@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniattn_cli.charts import COLOURS, Chart, plot, write_png
+from uniattn_cli.charts import COLOURS, Chart, from_zero, plot, write_png
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
 
@@ -44,7 +44,7 @@ def frontier_chart(points: Sequence[tuple[str, float, float]], chosen: float | N
         if chosen is not None:
             axis.axvline(chosen, linestyle=":", color=COLOURS["ink"], label="chosen")
         axis.set(xlabel="KV cache, % of the base's", ylabel=measure if len(measure) <= 40 else "measure of the search")
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
         axis.legend()
 
     return Chart("Layouts considered", words, draw)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from uniattn_cli.charts import COLOURS, HEIGHT, MARKERS, Chart, label, plain_log, plot
+from uniattn_cli.charts import COLOURS, HEIGHT, MARKERS, Chart, from_zero, label, plain_log, plot
 from uniattn_cli.evaluation.comparison import QUALITY_LABELS, cost_of
 from uniattn_cli.evaluation.wording import as_value
 from uniattn_cli.layouts.plots import frontier_chart
@@ -137,7 +137,7 @@ def _curves(
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set(xlabel=x, ylabel=y)
         if zero:
-            axis.set_ylim(bottom=0)
+            from_zero(axis)
         axis.legend()
 
     told = "; ".join(
@@ -172,7 +172,7 @@ def damage(evidence: Evidence) -> Chart | None:
             plot(axis, name, [(fit["layer"], fit[key]) for fit in fits], style=style, line=False)
         axis.axhline(1, color=COLOURS["soft"], linestyle="--", linewidth=0.8, label="no output at all")
         axis.set(xlabel="layer", ylabel="relative squared error")
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
 

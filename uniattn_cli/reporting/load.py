@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.charts import Chart, plot, write_png
+from uniattn_cli.charts import Chart, from_zero, plot, write_png
 from uniattn_cli.tables import Table
 
 COLUMNS = ["model", "prompt", "at once", "requests/s", "× first", "tokens/s", "first token, s", "later ones, ms"]
@@ -86,5 +86,5 @@ def _rates(loads: Sequence[Load], context: int, axis: Any) -> None:
         plot(axis, model, [(load, statistics.mean(values)) for load, values in points.items()], style=index)
     axis.set(xlabel="requests at once", ylabel="requests per second")
     axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=0)
+    from_zero(axis)
     axis.legend()

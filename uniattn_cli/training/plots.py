@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.charts import COLOURS, Chart, plot, write_png
+from uniattn_cli.charts import COLOURS, Chart, from_zero, plot, write_png
 
 # Beside the loss.
 PANELS = {
@@ -64,7 +64,7 @@ def _panel(lines: list[dict], key: str, title: str) -> Chart:
     def draw(axis: Any) -> None:
         _stages(axis, lines, key)
         if key != "grad_norm":
-            axis.set_ylim(bottom=0)
+            from_zero(axis)
 
     return Chart(title[:1].upper() + title[1:], "", draw)
 
