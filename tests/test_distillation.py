@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny_run import make_tokenizer
 from training_run import (
     CPU,
@@ -20,6 +19,7 @@ from training_run import (
     log_of,
     losses_of,
     stages,
+    torn_run,
     weights,
     without_times,
 )
@@ -263,14 +263,7 @@ DISTIL = [
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory) -> Path:
     """A run that distilled. Tests only read it."""
-    run = fresh_run(tmp_path_factory.mktemp("distilled") / "run")
-    torn = weights(run / "converted")
-    torch.manual_seed(0)
-    for name, tensor in torn.items():
-        # Without this there would be nothing to win back.
-        if "layers.1.self_attn" in name or "layers.3.self_attn" in name:
-            tensor.add_(0.1 * torch.randn_like(tensor))
-    save_file(torn, run / "converted" / "model.safetensors", metadata={"format": "pt"})
+    run = torn_run(tmp_path_factory.mktemp("distilled") / "run")
     train(run_dir=run, overrides=DISTIL, options=CPU)
     return run
 

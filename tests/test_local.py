@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny import FAMILIES, TYPICAL, make_base, make_layout
-from training_run import CPU, Recorder, fresh_run, log_of, losses_of, stages, weights
+from training_run import CPU, Recorder, fresh_run, log_of, losses_of, stages, torn_run
 
 from uniattn_cli.commands.train import train
 from uniattn_cli.errors import RecipeError
@@ -121,13 +120,7 @@ def test_packed_rows_learn_what_each_learns_alone():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run whose changed layers are not what they should be, trained. Tests only read it."""
-    run = fresh_run(tmp_path_factory.mktemp("local") / "run")
-    torn = weights(run / "converted")
-    torch.manual_seed(0)
-    for name, tensor in torn.items():
-        if "layers.1.self_attn" in name or "layers.3.self_attn" in name:
-            tensor.add_(0.1 * torch.randn_like(tensor))
-    save_file(torn, run / "converted" / "model.safetensors", metadata={"format": "pt"})
+    run = torn_run(tmp_path_factory.mktemp("local") / "run")
     train(run_dir=run, overrides=LOCAL, options=CPU)
     return run
 

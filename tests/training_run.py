@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,6 +95,18 @@ def fresh_run(folder: Path) -> Path:
 
 def stages(*entries: str) -> list[str]:
     return [f"train.stages=[{', '.join('{' + entry + '}' for entry in entries)}]"]
+
+
+def torn_run(folder: Path) -> Path:
+    """A run whose changed layers are not what they should be: without this there would be nothing to win back."""
+    run = fresh_run(folder)
+    torn = weights(run / "converted")
+    torch.manual_seed(0)
+    for name, tensor in torn.items():
+        if "layers.1.self_attn" in name or "layers.3.self_attn" in name:
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    save_file(torn, run / "converted" / "model.safetensors", metadata={"format": "pt"})
+    return run
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

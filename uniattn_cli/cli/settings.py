@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 import typer
 
 from uniattn_cli.errors import UsageError, suggest
-from uniattn_cli.recipe.schema import Recipe, flow
+from uniattn_cli.recipe.reading import types_of
+from uniattn_cli.recipe.schema import Recipe, default_of, flow
 from uniattn_cli.tables import Result, Table
 
 TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
@@ -93,7 +93,9 @@ def _walk(spec: Any, path: str, seen: set[Any]) -> Iterator[RecipeSetting]:
         if dataclasses.is_dataclass(hint):
             yield from _walk(hint, key, seen)
             continue
-        yield RecipeSetting(key, _default(entry), _allowed(hint, entry.metadata), entry.metadata["help"])
+        yield RecipeSetting(
+            key, flow(default_of(entry), number="{:g}".format), _allowed(hint, entry.metadata), entry.metadata["help"]
+        )
         item = _item_type(hint)
         # A kind of list item is explained where it appears first.
         if dataclasses.is_dataclass(item) and item not in seen:
@@ -101,12 +103,8 @@ def _walk(spec: Any, path: str, seen: set[Any]) -> Iterator[RecipeSetting]:
             yield from _walk(item, f"{key}[]", seen)
 
 
-def _options(hint: Any) -> tuple:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
 def _item_type(hint: Any) -> Any:
-    for option in _options(hint):
+    for option in types_of(hint):
         if typing.get_origin(option) is tuple:
             return typing.get_args(option)[0]
     return None
@@ -114,7 +112,7 @@ def _item_type(hint: Any) -> Any:
 
 def _allowed(hint: Any, meta: typing.Mapping) -> str:
     names = []
-    for option in _options(hint):
+    for option in types_of(hint):
         if option is type(None) or (option is str and meta["choices"]):
             continue
         item = _item_type(option)
@@ -123,7 +121,7 @@ def _allowed(hint: Any, meta: typing.Mapping) -> str:
         else:
             names.append("mapping" if dataclasses.is_dataclass(option) else TYPE_NAMES[option])
     names.extend(meta["choices"] or ())
-    if type(None) in _options(hint):
+    if type(None) in types_of(hint):
         names.append("null")
     bounds = [
         f"{word} {meta[bound]:g}"
@@ -131,13 +129,6 @@ def _allowed(hint: Any, meta: typing.Mapping) -> str:
         if meta[bound] is not None
     ]
     return ", ".join([" | ".join(names), *bounds])
-
-
-def _default(entry: dataclasses.Field) -> str:
-    value = entry.default
-    if value is dataclasses.MISSING:
-        value = entry.default_factory()  # type: ignore[operator]
-    return flow(value, number="{:g}".format)
 
 
 def check(path: Path, overrides: Sequence[str]) -> Result:

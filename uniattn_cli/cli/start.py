@@ -59,10 +59,11 @@ def init(
         from uniattn_cli.errors import StageError
         from uniattn_cli.recipe.files import commented_tree, write_tree
         from uniattn_cli.recipe.schema import DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
+        from uniattn_cli.run.directory import RunDir
         from uniattn_cli.run.files import file_errors
         from uniattn_cli.tables import Result
 
-        path = Path("recipe.yaml")
+        path = RunDir(".").recipe
         if path.exists():
             raise StageError(f"{path} exists; edit it, or start in another folder with -C DIR")
         model = model or _ask("Which model? A hub id or a directory", MODEL)

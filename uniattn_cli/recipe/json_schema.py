@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from typing import Any
 
 from uniattn_cli.recipe.files import plain
-from uniattn_cli.recipe.schema import Recipe
+from uniattn_cli.recipe.reading import types_of
+from uniattn_cli.recipe.schema import Recipe, default_of
 
 BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum"}
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object"}
@@ -34,16 +34,13 @@ def _section(cls: Any, sections: dict[str, Any]) -> dict[str, Any]:
 
 def _default(entry: dataclasses.Field) -> dict[str, Any]:
     """Its default; sections have theirs inside."""
-    value = entry.default
-    if value is dataclasses.MISSING:
-        value = entry.default_factory()  # type: ignore[operator]
+    value = default_of(entry)
     return {} if dataclasses.is_dataclass(value) else {"default": plain(value)}
 
 
 def _value(hint: Any, meta: typing.Mapping, sections: dict[str, Any]) -> dict[str, Any]:
     """What a setting may be."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    found = [_option(option, meta, sections) for option in options]
+    found = [_option(option, meta, sections) for option in types_of(hint)]
     return found[0] if len(found) == 1 else {"anyOf": found}
 
 

@@ -20,6 +20,11 @@ Section = TypeVar("Section")
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
+def types_of(hint: Any) -> tuple:
+    """The types that a setting with this annotation may have."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
 def read_section(
     cls: type[Section], tree: Any, name: str, overrides: Sequence[str] = (), folder: Path = Path()
 ) -> Section:
@@ -106,7 +111,7 @@ class _Reader:
 
     def value(self, hint: Any, value: Any, path: str, node: Any, key: Any, meta: typing.Mapping) -> Any:
         """Reads one value of annotated type `hint`."""
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        options = types_of(hint)
         if value is None and type(None) in options:
             return None
         for option in options:

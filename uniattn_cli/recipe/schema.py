@@ -12,7 +12,7 @@ import json
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +57,11 @@ def setting(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def default_of(entry: Field) -> Any:
+    """A setting's default; of sections and lists, a new one."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 @dataclass(frozen=True)
