@@ -114,7 +114,7 @@ def test_the_likeliest_text_is_that_of_generate(run):
         new = 64 - len(ids) + (16 if kind == "messages" else -1)
         tokens = torch.tensor([ids])
         whole = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new)[0]
-        ended = whole[-1] in writer.ends
+        ended = whole[-1] in writer.continuer.ends
         whole = whole[:-1] if ended else whole
         said = tokenizer.decode(whole if kind == "text" else whole[len(ids) :], skip_special_tokens=True)
         if kind == "messages":
@@ -179,8 +179,8 @@ def test_what_cannot_be_used_is_counted(run):
 
 
 def decoded(row: torch.Tensor):
-    """In place of `Writer._decode`: the same tokens, [1, new], for every prompt."""
-    return lambda prompts, seed: Decoded(row.repeat(len(prompts), 1), row, "engine")
+    """In place of `Continuer.decode`: the same tokens, [1, new], for every prompt."""
+    return lambda prompts, length, seed: Decoded(row.repeat(len(prompts), 1), row, "engine")
 
 
 @pytest.mark.parametrize("more", [[], [{"messages": None, "text": "A passage of text to go on with."}]])
@@ -193,7 +193,7 @@ def test_conversations_without_a_question_are_left_alone(more, run):
 
 def test_a_model_with_nothing_to_add_gives_no_copy(run, monkeypatch):
     writer = loaded(tokens=100, batch_size=4)[2]
-    monkeypatch.setattr(writer, "_decode", decoded(torch.full((1, 5), writer.ends[0])))
+    monkeypatch.setattr(writer.continuer, "decode", decoded(torch.full((1, 5), writer.continuer.ends[0])))
     with pytest.raises(DataError, match="2 passages and questions with empty answers"):
         list(writer.batches([asking("Well?"), {"messages": None, "text": "A heading"}]))
 
@@ -204,10 +204,10 @@ def test_an_answer_that_a_small_window_cuts_is_not_taken_for_finished(run, monke
     answered = [decoded(said[:, :width]) for width in (10, said.shape[1])]
     prompt = len(tokenizer.apply_chat_template(asking("Well?")["messages"][:1], add_generation_prompt=True).input_ids)
     assert prompt + 10 < 64 < prompt + said.shape[1]
-    monkeypatch.setattr(writer, "_decode", answered[0])
+    monkeypatch.setattr(writer.continuer, "decode", answered[0])
     with pytest.raises(DataError, match="1 unfinished answers"):
         list(writer.batches([asking("Well?")]))
-    monkeypatch.setattr(writer, "_decode", answered[1])
+    monkeypatch.setattr(writer.continuer, "decode", answered[1])
     ((kept,),) = [batch for batch in writer.batches([asking("Well?")]) if batch]
     assert kept[2] == 64
 
@@ -224,7 +224,7 @@ def test_answers_are_what_training_will_render(run):
     model, tokenizer, _ = loaded()
     tokenizer.chat_template = THOUGHTS
     writer = Writer(model, tokenizer, SynthesisSpec(tokens=3000, batch_size=16), 64, 0)
-    assert tokenizer.pad_token_id in writer.ends and writer.ends != [tokenizer.pad_token_id]
+    assert tokenizer.pad_token_id in writer.continuer.ends and writer.continuer.ends != [tokenizer.pad_token_id]
     rows = [row for batch in writer.batches(training_rows(train="rows.jsonl")) for _, row, _ in batch]
     assert rows and not any("9" in row[-1]["content"] for row in rows)
     assert writer.left_out["unlike"] > 0

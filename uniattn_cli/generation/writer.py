@@ -19,14 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.data.encoding import encode
-from uniattn_cli.errors import DataError, ModelError
-from uniattn_cli.models.hub import context_window
+from uniattn_cli.errors import DataError
 from uniattn_cli.recipe.schema import SynthesisSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from uniattn_cli.inference.engine import Decoded
 
 # Prompts are sorted by length within so many batches, so that little is padded.
 SORTED_BATCHES = 8
@@ -74,17 +71,11 @@ class Writer:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: SynthesisSpec, length: int, seed: int
     ):
-        from uniattn_cli.generation.decode import Decoding, generation_config
-        from uniattn_cli.inference.engine import engine_wanted
+        from uniattn_cli.generation.continuing import Continuer
 
-        self.model, self.tokenizer, self.spec, self.length, self.seed = model, tokenizer, spec, length, seed
-        settings = generation_config(model, tokenizer, Decoding(temperature=spec.temperature), 1)
-        self.tries_engine = engine_wanted(spec.engine, model.device)
+        self.tokenizer, self.spec, self.length, self.seed = tokenizer, spec, length, seed
         self.renderer = ChatRenderer(tokenizer)
-        # A base model's own end is that of a text; its template may end turns otherwise.
-        self.ends = sorted({*settings.eos_token_id, self.renderer.turn_end()} - {None})
-        self.pad = settings.pad_token_id
-        self.window = context_window(model.config)
+        self.continuer = Continuer(model, tokenizer, spec)
         self.left_out: Counter[str] = Counter()
         self.path = self.reason = ""
 
@@ -159,12 +150,12 @@ class Writer:
 
     def _write(self, prompts: list[WritingPrompt], seed: int) -> Iterator[tuple[str, Any, int]]:
         """What became of a batch of prompts."""
-        decoded = self._decode(prompts, seed)
-        self.path, self.reason = decoded.path, decoded.reason if self.tries_engine else ""
+        decoded = self.continuer.decode([prompt.ids for prompt in prompts], self.length + BEYOND, seed)
+        self.path, self.reason = decoded.path, decoded.reason if self.continuer.tries_engine else ""
         for prompt, row in zip(prompts, decoded.tokens.tolist(), strict=True):
             # A text leaves one place for the end-of-text token that training puts behind it.
             row = row[: self.length - len(prompt.ids) + (-1 if prompt.messages is None else BEYOND)]
-            end = next((place for place, token in enumerate(row) if token in self.ends), None)
+            end = self.continuer.end_of(row)
             new = row[:end]
             size = min(len(prompt.ids) + len(new), self.length)
             said = self._text(new).strip()
@@ -191,37 +182,6 @@ class Writer:
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _decode(self, prompts: list[WritingPrompt], seed: int) -> Decoded:
-        import torch
-
-        from uniattn_cli.inference.engine import decode
-        from uniattn_cli.inference.program import UnsupportedError
-
-        longest, shortest = (pick(len(prompt.ids) for prompt in prompts) for pick in (max, min))
-        room = self.length + BEYOND - shortest
-        if self.window is not None:
-            room = min(room, self.window - longest)
-        tokens = torch.full((len(prompts), longest), self.pad)
-        mask = torch.zeros_like(tokens)
-        for place, prompt in enumerate(prompts):
-            tokens[place, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[place, longest - len(prompt.ids) :] = 1
-        try:
-            return decode(
-                self.model,
-                tokens,
-                mask,
-                max_new_tokens=room,
-                eos_token_id=self.ends,
-                pad_token_id=self.pad,
-                temperature=self.spec.temperature,
-                top_p=self.spec.top_p,
-                seed=seed,
-                engine=self.spec.engine if self.tries_engine else "transformers",
-            )
-        except UnsupportedError as error:
-            raise ModelError(f"the engine cannot run this: {error}; remove synthesis.engine") from None
 
 
 def _asked(messages: Sequence[dict[str, str]]) -> list[dict[str, str]] | None:
