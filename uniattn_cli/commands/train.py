@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "loss.png"
 # Settings that an interrupted run must have had too.
-DECISIVE = ("seed", "model", "data.train", "data.holdout", "data.chat_template", "train", "evaluation.responses")
+DECISIVE = (
+    *("seed", "model", "data.train", "data.holdout", "data.chat_template", "train", "evaluation.responses"),
+    # How a student writes responses.
+    *(f"synthesis.{name}" for name in ("prefix", "temperature", "top_p", "batch_size", "engine")),
+)
 FEWEST_VALIDATION_ROWS = 8
 
 

@@ -464,6 +464,9 @@ class DistillationSpec:
         minimum=0,
     )
     precompute: bool = setting(False, "write the teacher's top_k to teacher/ once and reuse it in later runs")
+    on_policy: float = setting(
+        0.0, "share of rows whose responses the student writes itself, drawn as synthesis says", minimum=0, maximum=1
+    )
 
     def contradictions(self, where: str) -> list[str]:
         """Faults of settings that are valid on their own but not together, of the section of this name."""
@@ -475,6 +478,12 @@ class DistillationSpec:
             faults.append(
                 f"{where}.precompute stores nothing that {' and '.join(live)} could be compared with; set "
                 f"{where}.{live[0]} to 0 or remove precompute"
+            )
+        if self.on_policy and self.precompute:
+            faults.append(f"{where}.on_policy makes new text, of which precompute stores nothing; remove one of them")
+        if self.on_policy and self.weight < 1:
+            faults.append(
+                f"{where}.on_policy: cross-entropy teaches a student nothing on its own text; set {where}.weight to 1"
             )
         if not (self.weight or live):
             faults.append(f"{where}: weight, attention and hidden are all 0; set one of them to distil anything")
@@ -622,6 +631,12 @@ class TrainSpec:
                 faults += stage.distillation.contradictions(f"{where}.distillation")
             else:
                 faults.append(f"{where}.distillation is only for loss: distillation; set it or remove this")
+        if stage.loss == "distillation" and self.distillation_of(stage).on_policy:
+            faults += [
+                f"{where}: train.{name} is impossible where the student writes responses; remove it or on_policy"
+                for name in ("packing", "fsdp")
+                if getattr(self, name)
+            ]
         if stage.loss == "local":
             others = [other.label for other in before if not other.only_changed]
             if not stage.only_changed:

@@ -170,6 +170,7 @@ class Monitor(TrainerCallback):
         """Goes on where a checkpoint was written."""
         kept = read_json(checkpoint / MARKER, f"remove {checkpoint} and run the same command again")
         self.seconds, self._losses, self._logged = kept["seconds"], kept["losses"], tuple(kept["logged"])
+        self.tokens[: len(kept["tokens"])] = kept["tokens"]
         self.watch.recent = kept["recent"]
         self.watch.lowest = math.inf if kept["lowest"] is None else kept["lowest"]
         self.best = Best(**kept["best"]) if kept["best"] else None
@@ -194,6 +195,8 @@ class Monitor(TrainerCallback):
         elapsed, self._clock = now - self._clock, now
         self.seconds += elapsed
         step = state.global_step
+        # How long the student's own responses are is known only now.
+        self.tokens[step - 1] = kwargs["trainer"].step_tokens or self.tokens[step - 1]
         loss = self._losses[-1]["loss"]
         self.advance(1, text=f"loss {loss:.3f}, {self.tokens[step - 1] / elapsed:,.0f} tok/s")
         if step == self.steps:
@@ -262,6 +265,7 @@ class Monitor(TrainerCallback):
             checkpoint = folder / f"checkpoint-{state.global_step}"
             kept = {
                 "seconds": self.seconds,
+                "tokens": self.tokens[: state.global_step],
                 "losses": self._losses,
                 "logged": self._logged,
                 "recent": self.watch.recent,

@@ -25,6 +25,7 @@ from uniattn_cli.run.files import read_json, write_json
 from uniattn_cli.training.lora import merged_weights
 from uniattn_cli.training.monitor import Best, Log, Monitor, last_checkpoint
 from uniattn_cli.training.objective import CrossEntropy, Objective
+from uniattn_cli.training.on_policy import OnPolicy
 from uniattn_cli.training.order import accumulation, batches, stage_steps
 from uniattn_cli.training.trained import prepare
 from uniattn_cli.training.trainer import WEIGHTS, StageTrainer, load_trained, save_weights, tokens_per_step
@@ -280,6 +281,7 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
             ),
             OBJECTIVES[stage.loss](job, index, model),
             stage.changed_learning_rate,
+            _on_policy(job, index),
             train_dataset=job.data[index].sequences.select([row for batch in order for row in batch]),
             # TRL gives it a padding token, which must not reach the saved tokenizer.
             processing_class=copy.deepcopy(job.tokenizer),
@@ -288,6 +290,8 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
         trainer.objective.prepare(trainer.first_step())
         if checkpoint:
             monitor.resume(checkpoint)
+            if trainer.on_policy is not None:
+                trainer.on_policy.resume(checkpoint)
             advance(done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.trained_state()
@@ -295,6 +299,26 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
     if job.process.is_main_process:
         _write_weights(job, index, state, monitor.best, len(order))
     return monitor
+
+
+def _on_policy(job: Job, index: int) -> OnPolicy | None:
+    """What writes responses in a stage, with weights as they are saved; None where the data has all of them."""
+    stage, recipe = job.stages[index], job.recipe
+    share = recipe.train.distillation_of(stage).on_policy if stage.loss == "distillation" else 0
+    if not share:
+        return None
+    writer = load_after(job, index).requires_grad_(False)
+    return OnPolicy(
+        writer,
+        job.tokenizer,
+        recipe.synthesis,
+        stage,
+        job.process,
+        share=share,
+        length=recipe.train.max_length,
+        steps=job.steps(index),
+        seed=recipe.seed + index,
+    )
 
 
 def _validate(job: Job) -> Callable[[PreTrainedModel], float] | None:

@@ -25,6 +25,8 @@ from uniattn_cli.training.trained import trained_names
 if TYPE_CHECKING:
     import datasets
 
+    from uniattn_cli.training.on_policy import OnPolicy
+
 WEIGHTS = "model.safetensors"
 
 
@@ -37,6 +39,7 @@ class StageTrainer(SFTTrainer):
 
     Args:
         objective: the loss.
+        on_policy: writes responses of rows before they are seen; None leaves all rows as they are.
         changed_rate: peak learning rate of the attention of changed layers; None: that of `args`, as for all else.
     """
 
@@ -49,16 +52,19 @@ class StageTrainer(SFTTrainer):
         args: SFTConfig,
         objective: Objective,
         changed_rate: float | None = None,
+        on_policy: OnPolicy | None = None,
         **kwargs: Any,
     ):
         super().__init__(model, args, **kwargs)
         self.changed_rate = changed_rate
+        self.on_policy = on_policy
         attach_objective(self.model)
         self.remove_callback(PrinterCallback)
         call = partial(self.callback_handler.call_event, trainer=self)
         self.callback_handler.call_event = call  # type: ignore[method-assign]
         self.objective: Objective = objective
         self.trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.step_tokens = 0  # of all processes, in the step at hand, where responses are written
         self._divisors: dict[str, torch.Tensor] = {}  # of each part's sum in the step at hand
         self._step_loss: torch.Tensor | float = 0.0
         self._step_parts: dict[str, torch.Tensor] = {}
@@ -88,13 +94,30 @@ class StageTrainer(SFTTrainer):
         """The micro-batches of the first optimiser step, of all processes, whatever step this session starts at."""
         size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
         rows = min(size * self.args.gradient_accumulation_steps * world, len(self.train_dataset))
-        for start in range(0, rows, size):
-            batch = self.data_collator([self.train_dataset[row] for row in range(start, start + size)])
+        yield from self._micro_batches([self.train_dataset[row] for row in range(rows)])
+
+    def rows_of(self, step: int) -> list[dict[str, list[int]]]:
+        """The rows of an optimiser step that this process sees, in the order in which accelerate divides them."""
+        size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        first, passes = step * self.args.gradient_accumulation_steps * world, self.args.gradient_accumulation_steps
+        mine = range(first + self.accelerator.process_index, first + passes * world, world)
+        return [self.train_dataset[row] for batch in mine for row in range(batch * size, (batch + 1) * size)]
+
+    def _micro_batches(self, rows: Sequence[dict[str, list[int]]]) -> Iterator[dict[str, torch.Tensor]]:
+        """These rows as the collator makes micro-batches of them, on the device."""
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(rows), size):
+            batch = self.data_collator(list(rows[start : start + size]))
             yield {name: value.to(self.args.device) for name, value in batch.items() if hasattr(value, "to")}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step; the number of tokens of each part of the loss in all of them is kept."""
         batches, learned = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.on_policy is not None:
+            rows = self.on_policy.rows(self.state.global_step, self.rows_of, self.model)
+            batches = list(self._micro_batches(rows))
+            tokens = torch.tensor(sum(len(row["input_ids"]) for row in rows), device=device)
+            self.step_tokens = int(self.accelerator.reduce(tokens, reduction="sum").item())
         counts = [self.objective.counts(batch) for batch in batches]
         none = torch.zeros((), dtype=torch.long, device=device)
         totals = torch.stack([sum((each[name] for each in counts), none) for name in self.objective.weights])
@@ -167,6 +190,8 @@ class StageTrainer(SFTTrainer):
         with write_errors(self.folder):
             # Skips TRL's own step, which writes a model card into the folder of every stage.
             super(SFTTrainer, self)._save_checkpoint(*args, **kwargs)
+            if self.on_policy is not None:
+                self.on_policy.save(self.folder / f"checkpoint-{self.state.global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
