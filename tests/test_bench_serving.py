@@ -114,6 +114,19 @@ def test_models_take_turns_and_are_sent_the_same_rising_loads(environment):
     assert loads == ["8 0", "32 1", "8 0", "32 1", "8 1000", "32 1001", "8 1000", "32 1001"]
 
 
+def test_random_weights_of_a_known_shape(environment):
+    options = ["--shape", "tiny", "--layers", "4", "--groups", "every:4", "--batch", "2", "--context", "100"]
+    done = run(environment, *options)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((environment / "bench" / "results.json").read_text())
+    assert content["random"] == {"shape": "tiny", "groups": ["every:4"], "compensation": "auto", "layers": 4}
+    assert list(content["cache_tokens"]) == ["base", "every:4"]
+    servers = [line for line in (environment / "seen").read_text().splitlines() if line.startswith("serve ")]
+    assert len(servers) == 2 and all("--load-format=dummy" in server for server in servers)
+    # They are there only as long as they are served.
+    assert not any(Path(server.split()[1]).exists() for server in servers)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -132,7 +145,7 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_nothing(model, message, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "vllm", "--shape", "tiny"], "--shape is for --engine engine"),
+        (["--engine", "vllm", "--groups", "paper"], "--groups needs --shape"),
         (["--engine", "vllm", "--stock", "none"], "--stock is for --engine engine"),
         (["--cache", "4G"], "--cache is for --engine vllm"),
         (["--server-option=--enforce-eager"], "--server-option is for --engine vllm"),

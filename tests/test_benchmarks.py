@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tiny_run import make_model, write_data
 
-from benchmarks import training
+from benchmarks import training, vllm_steps
 from benchmarks.runner import Results, rows_on_lines
 from uniattn_cli.errors import StageError
 from uniattn_cli.options import RunOptions
@@ -194,6 +194,31 @@ def test_data_benchmark_finds_the_second_time_what_it_made(tmp_path):
     for start in (one["first"], one["second"], two["second"]):
         assert start["seconds"] > 0 and start["peak_mib"] > start["own_mib"] > 100
     assert "| 60 | 2 | second |" in squeezed(out.with_suffix(".md"))
+
+
+def test_steps_in_vllm_are_shown_beside_the_base_and_an_engine_that_fails_stops_no_other(tmp_path, monkeypatch):
+    def measure(name: str, directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+        # 4 x (8 + 6 + 1) tokens, rounded up for each, and one more block, of 2 x 4 layers x 4 heads x 16 numbers.
+        assert options["cache_bytes"] == (4 * 128 + 128) * 2 * 4 * 4 * 16 * 4
+        config = json.loads((directory / "config.json").read_text())
+        assert ("uniattn" in config) == (name != "base") and not list(directory.glob("*.safetensors"))
+        if name == "paper, fused":
+            raise EOFError
+        step, prefill = (2.0, 0.5) if name == "base" else (1.6, 0.4)
+        return {"step_ms": [step, 9.0, step], "prefill_s": prefill, "cache_tokens": 640}
+
+    out = tmp_path / "steps.json"
+    arguments = ["vllm_steps", "--out", str(out), "--shape", "tiny", "--layers", "4", "--rows", "4", "--context", "8"]
+    monkeypatch.setattr(
+        sys, "argv", [*arguments, "--new", "6", "--device", "cpu", "--models", "base", "paper, fused", "every:4, fused"]
+    )
+    monkeypatch.setattr(vllm_steps, "measure", measure)
+    with pytest.raises(SystemExit, match="engines that ended without an answer: paper, fused; see"):
+        vllm_steps.main()
+    assert list(json.loads(out.read_text())["models"]) == ["base", "every:4, fused"]
+    table = squeezed(out.with_suffix(".md"))
+    assert "| base | 640 | 2.00 | 2,000 | 1.00 | 64 | 1.00 |" in table
+    assert "| every:4, fused | 640 | 1.60 | 2,500 | 1.25 | 80 | 1.25 |" in table
 
 
 def test_files_of_several_processes_are_merged(tmp_path, monkeypatch):

@@ -354,7 +354,7 @@ def chat(
 
 # Parameters of `bench` that mean nothing where the other is measured.
 _OF_VLLM = ("program", "cache", "server_options")
-_OF_THE_ENGINE = ("shape", "groups", "compensation", "layers", "stock", "prompt_tokens", "device")
+_OF_THE_ENGINE = ("stock", "prompt_tokens", "device")
 
 
 def bench(
@@ -443,7 +443,7 @@ def bench(
       uniattn bench --engine vllm --program vllm-env/bin/vllm --batch 8,32,128 --context 4096 --cache 16G
     """
 
-    def load(options: Any) -> Any:
+    def load(random: dict[str, Any], options: Any) -> Any:
         from uniattn_cli.commands.bench_serving import LoadSpec, bench_serving
 
         defaults = LoadSpec()
@@ -455,17 +455,22 @@ def bench(
             cache or defaults.cache,
             (*(server_options or ()), *(() if dtype is None else (f"--dtype={dtype.value}",))),
         )
-        return bench_serving(checkpoints or (), spec=spec, program=program, out=out, options=options)
+        return bench_serving(checkpoints or (), **random, spec=spec, program=program, out=out, options=options)
 
     def call(overrides: Sequence[str], options: Any) -> Any:
         from uniattn_cli.commands.bench import BenchSpec, bench
 
         others = _OF_VLLM if engine is BenchEngine.engine else _OF_THE_ENGINE
         settings.refuse(given, others, f"--engine {'vllm' if engine is BenchEngine.engine else 'engine'}")
+        random: dict[str, Any] = {
+            "shape": shape,
+            "groups": groups or (),
+            "compensation": settings.compensation(compensation),
+            "layers": layers,
+        }
         if engine is BenchEngine.vllm:
-            return load(options)
+            return load(random, options)
         defaults = BenchSpec()
-
         spec = BenchSpec(
             settings.numbers(batch, "--batch"),
             settings.numbers(context, "--context"),
@@ -477,10 +482,7 @@ def bench(
         )
         return bench(
             checkpoints or (),
-            shape=shape,
-            groups=groups or (),
-            compensation=settings.compensation(compensation),
-            layers=layers,
+            **random,
             spec=spec,
             out=out,
             options=options,

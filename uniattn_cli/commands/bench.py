@@ -25,10 +25,11 @@ from uniattn_cli.tables import Result, to_markdown
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import LlamaConfig, PreTrainedModel
 
     from uniattn_cli.inference.engine import Engine
     from uniattn_cli.inference.measurement import Measurement
+    from uniattn_cli.modeling.layout_uniattn import Layout
 
 SCHEMA = 1
 RESULTS, REPORT, PLOT = "results.json", "report.md", "bench.png"
@@ -120,10 +121,7 @@ def bench(
 
     from uniattn_cli.inference.roofline import copy_bandwidth
 
-    if groups and not shape:
-        raise UsageError("--groups needs --shape, since it converts random weights; or give a converted checkpoint")
-    if shape and checkpoints:
-        raise UsageError("give checkpoints or --shape, not both")
+    check_choice(checkpoints, shape, groups)
     directory = Path(run_dir) / out
     with written(directory, options.force) as partial:
         device = options.torch_device()
@@ -185,17 +183,14 @@ def _models(
     device: torch.device,
 ) -> dict[str, PreTrainedModel]:
     from uniattn_cli.inference.measurement import NoRoomError, room
-    from uniattn_cli.layouts.shorthand import parse_groups
-    from uniattn_cli.models import random
     from uniattn_cli.models.loading import load_model
+    from uniattn_cli.models.random import random_models
 
     try:
         with room("the weights of all models together"):
             if shape:
                 dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
-                config = random.known_config(shape, layers)
-                layouts = {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
-                return random.random_models(config, layouts, dtype, device)
+                return random_models(*config_and_layouts(shape, groups, compensation, layers), dtype, device)
             sources, model_spec = sources_to_measure(RunDir(run_dir), checkpoints), ModelSpec(dtype=spec.dtype)
             # They are measured in turn, so they have to fit together.
             return {name: load_model(source, model_spec, device) for name, source in sources.items()}
@@ -203,6 +198,33 @@ def _models(
         raise ModelError(
             f"{error} on {device}; give fewer checkpoints, or choose a larger device with --device"
         ) from None
+
+
+def check_choice(checkpoints: Sequence[str], shape: str | None, groups: Sequence[str]) -> None:
+    """Refuses options that contradict each other.
+
+    Raises:
+        UsageError: says which.
+    """
+    if groups and not shape:
+        raise UsageError("--groups needs --shape, since it converts random weights; or give a converted checkpoint")
+    if shape and checkpoints:
+        raise UsageError("give checkpoints or --shape, not both")
+
+
+def config_and_layouts(
+    shape: str, groups: Sequence[str], compensation: str | int, layers: int | None
+) -> tuple[LlamaConfig, dict[str, Layout]]:
+    """Of the random models that are asked for, see `bench`.
+
+    Raises:
+        UsageError, LayoutError: the shape or a layout is unknown.
+    """
+    from uniattn_cli.layouts.shorthand import parse_groups
+    from uniattn_cli.models.random import known_config
+
+    config = known_config(shape, layers)
+    return config, {text: parse_groups(text, attention_shape(config), compensation) for text in groups}
 
 
 def sources_to_measure(run: RunDir, checkpoints: Sequence[str]) -> dict[str, Source]:

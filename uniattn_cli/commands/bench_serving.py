@@ -11,10 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uniattn_cli.commands.bench import PLOT, REPORT, RESULTS, SCHEMA, sources_to_measure, written
+from uniattn_cli.commands.bench import (
+    PLOT,
+    REPORT,
+    RESULTS,
+    SCHEMA,
+    check_choice,
+    config_and_layouts,
+    sources_to_measure,
+    written,
+)
 from uniattn_cli.commands.serve import find_program, python_beside, vllm_command
 from uniattn_cli.errors import StageError, UsageError
-from uniattn_cli.models.hub import Source
+from uniattn_cli.models.hub import Source, locate
+from uniattn_cli.models.random import write_without_weights
 from uniattn_cli.options import RunOptions
 from uniattn_cli.reporting.load import Load, draw, table
 from uniattn_cli.run.directory import RunDir
@@ -78,6 +88,10 @@ def bench_serving(
     checkpoints: Sequence[str] = (),
     *,
     run_dir: Path | str = ".",
+    shape: str | None = None,
+    groups: Sequence[str] = (),
+    compensation: str | int = "auto",
+    layers: int | None = None,
     spec: LoadSpec = LoadSpec(),
     program: Path | str | None = None,
     out: Path | str = "bench",
@@ -89,6 +103,8 @@ def bench_serving(
         checkpoints: directories or hub ids; without any, base, `converted/` and `trained/` of the run directory. The
             others are compared with the first one.
         run_dir: holds `recipe.yaml` and what the stages wrote.
+        shape, groups, compensation, layers: random weights instead, as of `bench`; vLLM draws them, in bfloat16 unless
+            its options say otherwise.
         spec: what is measured.
         program: vLLM's program; None takes the one next to this Python, or the one on the PATH.
         out: directory to write, within the run directory.
@@ -96,34 +112,43 @@ def bench_serving(
 
     Raises:
         UsageError: vLLM is not installed, or options that contradict each other.
-        ModelError, RecipeError: a model cannot be found.
+        ModelError, LayoutError, RecipeError: a model cannot be found or built.
         StageError: a server does not start, a load gets no answers, or the output directory exists or cannot be
             written.
     """
+    check_choice(checkpoints, shape, groups)
     found = find_program("vllm", program)
     directory = Path(run_dir) / out
-    with written(directory, options.force) as partial:
-        sources = sources_to_measure(RunDir(run_dir), checkpoints)
-        loads, caches = _measure(found, sources, spec, options)
+    with (
+        written(directory, options.force) as partial,
+        tempfile.TemporaryDirectory(prefix="uniattn-bench-") as folder,
+    ):
+        random = None
+        if shape:
+            random = {"shape": shape, "groups": list(groups), "compensation": compensation, "layers": layers}
+            models = config_and_layouts(shape, groups, compensation, layers)
+            directories = write_without_weights(*models, "bfloat16", Path(folder))
+            sources = {name: locate(str(path)) for name, path in directories.items()}
+            spec = dataclasses.replace(spec, options=("--load-format=dummy", *spec.options))
+        else:
+            sources = sources_to_measure(RunDir(run_dir), checkpoints)
+        loads, caches = _measure(found, sources, spec, Path(folder), options)
         result = _result(directory, loads, caches, spec)
-        _write(partial, result, spec, caches)
+        _write(partial, result, {"settings": dataclasses.asdict(spec), "random": random}, caches)
     return result
 
 
 def _measure(
-    program: Path, sources: dict[str, Source], spec: LoadSpec, options: RunOptions
+    program: Path, sources: dict[str, Source], spec: LoadSpec, folder: Path, options: RunOptions
 ) -> tuple[list[Load], dict[str, tuple[int, float]]]:
     """All loads of all rounds, and what each model's cache holds."""
     loads: list[Load] = []
     caches: dict[str, tuple[int, float]] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="uniattn-bench-") as folder,
-        options.progress.track("bench", spec.repeats * len(sources)) as advance,
-    ):
+    with options.progress.track("bench", spec.repeats * len(sources)) as advance:
         for index in range(spec.repeats):
             # A machine that gets slower or busier favours nobody.
             for name in list(sources)[:: -1 if index % 2 else 1]:
-                answers, caches[name] = _serve_and_send(program, sources[name], spec, index, Path(folder))
+                answers, caches[name] = _serve_and_send(program, sources[name], spec, index, folder)
                 loads += [_read(name, index, *pair, answer) for pair, answer in zip(_pairs(spec), answers, strict=True)]
                 advance()
     return loads, {name: caches[name] for name in sources}
@@ -141,12 +166,12 @@ def _result(directory: Path, loads: list[Load], caches: dict[str, tuple[int, flo
     return LoadResult(directory, tuple(loads), tokens, title=title, tables=[table(loads)], notes=notes)
 
 
-def _write(folder: Path, result: LoadResult, spec: LoadSpec, caches: dict[str, tuple[int, float]]) -> None:
+def _write(folder: Path, result: LoadResult, settings: dict[str, Any], caches: dict[str, tuple[int, float]]) -> None:
     content = {
         "schema": SCHEMA,
         "versions": versions(),
         "finished": now(),
-        "settings": dataclasses.asdict(spec),
+        **settings,
         "cache_tokens": result.cache_tokens,
         "max_concurrency": {name: concurrency for name, (_, concurrency) in caches.items()},
         "loads": [dataclasses.asdict(one) for one in result.loads],

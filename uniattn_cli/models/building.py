@@ -124,12 +124,14 @@ def _set_tensor(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
         module._parameters[last] = cast("torch.nn.Parameter", value)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Writes a complete Hugging Face directory: weights, configuration, model code, tokenizer, generation settings."""
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, weights: bool = True
+) -> None:
+    """Writes a Hugging Face directory: weights, unless they are left out, configuration, model code, tokenizer."""
     if is_converted(model.config.model_type):
         converted_classes(model.config.model_type)
     with _valid_generation_config(model):
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=None if weights else {})
     _save_tokenizer(tokenizer, directory)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import UsageError, suggest
-from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.building import build_converted, save_checkpoint
 from uniattn_cli.models.of_run import BASE
 
 if TYPE_CHECKING:
@@ -98,3 +99,37 @@ def random_models(
     finally:
         torch.set_default_dtype(before)
     return {BASE: base} | {name: build_converted(base, layout) for name, layout in layouts.items()}
+
+
+def write_without_weights(
+    config: LlamaConfig, layouts: Mapping[str, Layout], dtype: str, folder: Path
+) -> dict[str, Path]:
+    """Writes directories of a base and of one converted model per layout for engines that draw weights themselves.
+
+    vLLM does so with `--load-format=dummy`. Each has a tokenizer of one word per token, so that a text of N words is a
+    prompt of N tokens.
+
+    Args:
+        config: of the base.
+        layouts: by the name that the converted model gets.
+        dtype: name of a torch dtype.
+        folder: where the directories are made.
+
+    Returns:
+        The directories by name, the base's first.
+    """
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{index}": index for index in range(config.vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1")
+    found: dict[str, Path] = {}
+    for name, model in random_models(config, layouts, dtype, torch.device("meta")).items():
+        # Names may be paths of files.
+        found[name] = folder / str(len(found))
+        save_checkpoint(model, tokenizer, found[name], weights=False)
+    return found
