@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pwd
+import random
 import re
 import shutil
 import signal
@@ -22,6 +23,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import typer
 from conftest import run_process
+from rich.cells import cell_len
+from rich.console import Console
 from typer.testing import CliRunner
 
 import uniattn_cli
@@ -653,6 +656,36 @@ def test_a_wide_table_is_turned_and_long_lines_are_not_cut(capsys):
     shown = capsys.readouterr().out
     assert re.search(r"^measure number 3\s+3\s+3\s*$", shown, re.MULTILINE)
     assert "x" * 300 in shown
+
+
+def random_table(seed: int) -> Table:
+    """A table as commands print them: names, and columns of figures or of texts."""
+    pick = random.Random(seed)
+    texts = [pick.random() < 0.3 for _ in range(pick.randrange(20))]
+    names = [
+        "/".join("abc" * pick.randrange(1, 9) for _ in range(pick.randrange(1, 4))) for _ in range(pick.choice([2, 12]))
+    ]
+    rows = []
+    for name in names:
+        figures = [f"{pick.uniform(-9, 999):.{pick.randrange(5)}f} ± {pick.random():.2f} %" for _ in texts]
+        words = [" ".join("word" * pick.randrange(1, 4) for _ in range(pick.randrange(60))) for _ in texts]
+        rows.append([name, *(words[index] if text else figures[index] for index, text in enumerate(texts))])
+    return Table("", ["name", *(f"column {index}" for index in range(len(texts)))], rows)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_a_table_holds_it_is_read_in_100_columns(seed):
+    table, screen = random_table(seed), Console(file=io.StringIO(), width=100)
+    console.show_table(table, screen)
+    shown = screen.file.getvalue()
+    assert max(map(cell_len, shown.splitlines())) <= 100
+    for name, *cells in table.rows:
+        assert len(name) > 50 or name in shown
+        assert all(part in shown for cell in cells for part in ([cell] if "±" in cell else cell.split()))
+    for part in console.divided(table, 100):
+        longest = max((len(cell) for row in part.rows for cell in row[1:]), default=0)
+        lines = screen.render_lines(console._drawn(part, 100))
+        assert len(lines) <= 2 + len(part.rows) * max(4, longest // 30), "no short text is folded into many lines"
 
 
 def test_brackets_are_not_markup(capsys):

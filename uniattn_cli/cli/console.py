@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -23,6 +23,8 @@ from uniattn_cli.tables import Result, Sample, Table, to_json
 WIDTH_OF_FILES = 160
 # Width above which a table is turned on its side if that makes it fit.
 WIDTH_OF_PAGES = 80
+# Columns of the screen between two cells.
+GAP = 3
 # Columns of the screen that a bar takes beside its description and text: bar, counts, two times and the gaps.
 WIDTH_OF_BAR = 12 + 11 + 7 + 5 + 5
 PLAIN_INTERVAL = 20.0
@@ -72,28 +74,70 @@ def show_sample(sample: Sample, console: Console) -> None:
 
 
 def show_table(table: Table, console: Console) -> None:
-    """Draws a table; one that is too wide and has few rows is turned on its side."""
+    """Draws a table; one that is too wide is turned on its side if that helps, or divided into several."""
     page = min(console.width, WIDTH_OF_PAGES) if not console.is_terminal else console.width
     turned = transposed(table)
     if natural_width(table) > page >= natural_width(turned):
         table = turned
-    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for index, column in enumerate(table.columns):
-        right = table.is_numeric(index)
-        # The first column names things; a name cut in two is of no use.
-        drawn.add_column(Text(column), justify="right" if right else "left", overflow="fold", no_wrap=not index)
-    for row in table.rows:
-        drawn.add_row(*(Text(cell) for cell in row))
     console.print()
     if table.title:
         console.print(Text(table.title, style="bold"), soft_wrap=True)
-    console.print(drawn)
+    for index, part in enumerate(divided(table, console.width)):
+        if index:
+            console.print()
+        console.print(_drawn(part, console.width))
+
+
+def divided(table: Table, page: int) -> list[Table]:
+    """The table, or several with some of its columns each, so that what is on the screen can be read.
+
+    Names and figures keep to their line, and texts are folded into few. Every part begins with the first column.
+
+    Args:
+        page: columns of the screen.
+    """
+    groups: list[list[int]] = [[]]
+    left = room = page - min(widest(table, 0), page // 2)
+    for index in range(1, len(table.columns)):
+        width = widest(table, index)
+        needed = GAP + (width if _is_whole(table, index, page) else min(width, width // 3 + 10))
+        if needed > left and groups[-1]:
+            groups.append([])
+            left = room
+        groups[-1].append(index)
+        left -= needed
+    return [_columns(table, [0, *group]) for group in groups]
+
+
+def _is_whole(table: Table, column: int, page: int) -> bool:
+    """Whether cells stay on one line: names and figures, unless they leave no room for anything else."""
+    return (not column or table.is_numeric(column)) and widest(table, column) <= page // 2
+
+
+def _drawn(table: Table, page: int) -> RichTable:
+    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, column in enumerate(table.columns):
+        justify: JustifyMethod = "right" if table.is_numeric(index) else "left"
+        drawn.add_column(Text(column), justify=justify, overflow="fold", no_wrap=_is_whole(table, index, page))
+    for row in table.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
+
+
+def _columns(table: Table, kept: Sequence[int]) -> Table:
+    return Table(
+        table.title, [table.columns[index] for index in kept], [[row[index] for index in kept] for row in table.rows]
+    )
 
 
 def natural_width(table: Table) -> int:
     """Columns of the screen that a table needs without folding a cell."""
-    cells = zip(table.columns, *table.rows, strict=True)
-    return sum(max(cell_len(cell) for cell in column) + 2 for column in cells)
+    return sum(widest(table, index) + GAP for index in range(len(table.columns))) - GAP
+
+
+def widest(table: Table, column: int) -> int:
+    """Columns of the screen that the cells of a column need, its heading included."""
+    return max(cell_len(cells[column]) for cells in (table.columns, *table.rows))
 
 
 def transposed(table: Table) -> Table:
