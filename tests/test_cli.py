@@ -38,7 +38,7 @@ from uniattn_cli.models.families import FAMILIES
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.paths import located
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.tables import Result, Table, to_markdown
+from uniattn_cli.tables import Result, Sample, Table, to_markdown
 
 ROOT = Path(uniattn_cli.__file__).resolve().parent.parent
 STAGES = {
@@ -686,6 +686,64 @@ def test_whatever_a_table_holds_it_is_read_in_100_columns(seed):
         longest = max((len(cell) for row in part.rows for cell in row[1:]), default=0)
         lines = screen.render_lines(console._drawn(part, 100))
         assert len(lines) <= 2 + len(part.rows) * max(4, longest // 30), "no short text is folded into many lines"
+
+
+# What each command that prints a table is given in a finished run; those that take seconds are for the slow tests.
+LINES = {
+    "analyze": "--force",
+    "score": "--kinds key,kv",
+    "group": "--kv 0.9",
+    "convert": "--dry-run",
+    "synthesize": "--tokens 256",
+    "train": "recipe.yaml --force",
+    "eval": "--force",
+    "data": "",
+    "compare": ". converted",
+    "sweep": "--kv 0.9,0.8 --discard",
+    "bench": "--batch 1 --context 32 --new 2 --repeats 1",
+    "recipe": "",
+    "recipes": "",
+    "families": "",
+    "doctor": "",
+}
+SLOW = ("analyze", "score", "synthesize", "train", "eval", "compare", "sweep", "bench")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LINES])
+def test_tables_of_every_command_are_read_in_100_columns(name, tiny_runs, tmp_path, uniattn, monkeypatch):
+    run = shutil.copytree(tiny_runs / "finished", tmp_path / "finished")
+    (tmp_path / "model").symlink_to(tiny_runs / "model")
+    drawn = []
+    show_table = console.show_table
+
+    def show_narrow(table, screen):
+        with screen.capture() as shown:
+            show_table(table, screen)
+        drawn.append((table, shown.get()))
+
+    monkeypatch.setattr(console, "show_table", show_narrow)
+    done = uniattn(name, *LINES[name].split(), cwd=run, env={"COLUMNS": "100"})
+    assert done.returncode == 0, done.stderr
+    assert drawn
+    for table, shown in drawn:
+        lines = shown.splitlines()
+        assert max(map(cell_len, lines)) <= 100
+        # Seven cells of a row at most are under each other where a table was turned or divided.
+        assert len(lines) <= 8 + 4 * len(table.rows) * max(1, len(table.columns) // 4), shown
+
+
+def test_the_commands_whose_tables_are_looked_at_are_all():
+    # Its result is the verdict in words.
+    assert {*LINES} == PRINTING - {"report"}
+
+
+def test_a_notebook_shows_all_of_a_result():
+    sample = Sample("the first row", [("```q", False), ("a", True)])
+    result = Result(title="T", picture="■■", samples=[sample], tables=[Table("", ["a"], [["1"]])], notes=["n", "m"])
+    assert result._repr_markdown_() == (
+        "**T**\n\n````text\n■■\n````\n\nthe first row\n\n````text\n```q⟦a⟧\n````\n\n"
+        "| a   |\n| :-- |\n| 1   |\n\n- n\n- m"
+    )
 
 
 def test_brackets_are_not_markup(capsys):

@@ -45,6 +45,11 @@ class Sample:
     title: str
     pieces: list[tuple[str, bool]]
 
+    @property
+    def marked(self) -> str:
+        """The text, with what is learned between ⟦ and ⟧."""
+        return "".join(f"⟦{text}⟧" if learned else text for text, learned in self.pieces)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -63,6 +68,15 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def _repr_markdown_(self) -> str:
+        """What Jupyter shows."""
+        parts = [f"**{self.title}**"] if self.title else []
+        # Four, because what they hold may have three.
+        parts += [f"````text\n{self.picture}\n````"] if self.picture else []
+        parts += [f"{sample.title}\n\n````text\n{sample.marked}\n````" for sample in self.samples]
+        parts += map(to_markdown, self.tables)
+        return "\n\n".join([*parts, "\n".join(f"- {note}" for note in self.notes)])
 
 
 def to_json(result: Result) -> str:

@@ -63,13 +63,9 @@ def show_sample(sample: Sample, console: Console) -> None:
     """Draws a row with its mask: what is learned in colour, or between ⟦ and ⟧ where there are no colours."""
     console.print()
     console.print(Text(sample.title, style="bold"), soft_wrap=True)
-    coloured = console.is_terminal and not console.no_color and console.color_system is not None
-    drawn = Text()
-    for text, learned in sample.pieces:
-        if coloured:
-            drawn.append(text, style="green" if learned else "dim")
-        else:
-            drawn.append(f"⟦{text}⟧" if learned else text)
+    drawn = Text(sample.marked)
+    if console.is_terminal and not console.no_color and console.color_system is not None:
+        drawn = Text.assemble(*((text, "green" if learned else "dim") for text, learned in sample.pieces))
     console.print(drawn, soft_wrap=True)
 
 

@@ -103,8 +103,10 @@ def bench_serving(
         checkpoints: directories or hub ids; without any, base, `converted/` and `trained/` of the run directory. The
             others are compared with the first one.
         run_dir: holds `recipe.yaml` and what the stages wrote.
-        shape, groups, compensation, layers: random weights instead, as of `bench`; vLLM draws them, in bfloat16 unless
-            its options say otherwise.
+        shape: random weights instead, as of `bench`; vLLM draws them, in bfloat16 unless its options say otherwise.
+        groups: layouts that are compared, with a shape.
+        compensation: as of `bench`.
+        layers: as of `bench`.
         spec: what is measured.
         program: vLLM's program; None takes the one next to this Python, or the one on the PATH.
         out: directory to write, within the run directory.

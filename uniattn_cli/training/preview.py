@@ -12,12 +12,12 @@ from uniattn_cli.data.counts import Counts
 from uniattn_cli.data.sequences import runs
 from uniattn_cli.errors import CheckpointError, DataError
 from uniattn_cli.run.files import read_json
+from uniattn_cli.tables import Sample
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-OPEN, CLOSE = "⟦", "⟧"
 CHECKED = 200  # rows looked at for the end of an answer
 LONGEST = {True: 600, False: 400}  # characters shown of a learned piece and of one that is not
 
@@ -41,7 +41,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seque
 
 def mark(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
     """The decoded row as one text, learned tokens between ⟦ and ⟧."""
-    return "".join(f"{OPEN}{text}{CLOSE}" if learned else text for text, learned in pieces(tokenizer, ids, labels))
+    return Sample("", pieces(tokenizer, ids, labels)).marked
 
 
 def _shorten(text: str, longest: int) -> str:
