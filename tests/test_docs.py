@@ -11,12 +11,13 @@ import runpy
 import shlex
 import shutil
 
+import matplotlib
 import pytest
 import torch
 import typer
 import typer.main
 from conftest import ROOT, run_here
-from tiny_run import make_model, settings, write_data
+from tiny_run import QUICK, make_model, settings, write_data
 
 import uniattn_cli
 from uniattn_cli.cli.app import app
@@ -106,6 +107,24 @@ def test_code_runs(tmp_path, monkeypatch):
     assert ran >= 5
     assert known["conversion"].layout == known["layout"] and len(known["layout"].changed) == 4
     assert known["found"].tokens.shape[0] == 1
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its cells, one after the other, on a tiny model in the place of the real one."""
+    matplotlib.use("Agg")
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    first, *codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    monkeypatch.chdir(tmp_path)
+    known: dict = {}
+    exec(first, known)
+    make_model(tmp_path / known["MODEL"])
+    few = {name: value for name, value in QUICK.items() if name.startswith(("analysis", "conversion"))}
+    known["SETTINGS"] += [f"{name}={value}" for name, value in few.items()]
+    for code in codes:
+        exec(compile(code, "a cell", "exec"), known)
+    assert known["layout"].layout == known["conversion"].layout and len(known["layout"].layout.changed) == 2
+    base, converted = (answer.kv_bytes / answer.cached for answer in known["said"].values())
+    assert converted / base == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize("line", commands())
