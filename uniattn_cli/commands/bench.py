@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from uniattn_cli.models.of_run import CONTROL, find, own_models
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.run.files import file_errors, made, now, remove, taken, versions, write_json
+from uniattn_cli.run.files import file_errors, now, taken, versions, write_json, written
 from uniattn_cli.run.lock import alone
-from uniattn_cli.tables import Result, to_markdown
+from uniattn_cli.tables import Result, Table, to_markdown
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +122,7 @@ def bench(
 
     check_choice(checkpoints, shape, groups)
     directory = Path(run_dir) / out
-    with written(directory, options.force) as partial:
+    with results_folder(directory, options.force) as partial:
         device = options.torch_device()
         models = _models(checkpoints, shape, groups, compensation, layers, spec, run_dir, device)
         engines = _engines(models)
@@ -142,8 +141,7 @@ def bench(
     return result
 
 
-@contextlib.contextmanager
-def written(directory: Path, force: bool) -> Iterator[Path]:
+def results_folder(directory: Path, force: bool) -> contextlib.AbstractContextManager[Path]:
     """Gives a hidden folder to fill, made before anything is measured; on success it becomes `directory`.
 
     Raises:
@@ -155,21 +153,25 @@ def written(directory: Path, force: bool) -> Iterator[Path]:
             raise StageError(f"{directory} exists but was not written by `uniattn bench`; choose another --out DIR")
         if not force:
             raise StageError(f"{directory} exists; use --force to replace it, or --out DIR")
-    partial = directory.with_name(f".{directory.name}.partial")
-    errors = functools.partial(file_errors, directory, making=True, instead="choose another --out DIR")
-    with contextlib.ExitStack() as stack:
-        with errors():
-            stack.enter_context(made(directory.parent))
-            if taken(partial):
-                remove(partial)
-            partial.mkdir()
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        with file_errors(directory):
-            yield partial
-        with errors():
-            if taken(directory):
-                remove(directory)
-            partial.rename(directory)
+    return written(directory, functools.partial(file_errors, directory, instead="choose another --out DIR"))
+
+
+def write_results(
+    folder: Path, content: dict[str, Any], heading: Sequence[str], tables: Sequence[Table], draw: Callable[[Path], None]
+) -> None:
+    """Writes what every bench leaves: all numbers, a report and a plot.
+
+    Args:
+        folder: of `results_folder`.
+        content: the numbers, to which versions and time are added.
+        heading: paragraphs of the report before its tables.
+        tables: of the report.
+        draw: writes the plot.
+    """
+    write_json(folder / RESULTS, {"schema": SCHEMA, "versions": versions(), "finished": now(), **content})
+    text = "\n\n".join([*heading, *map(to_markdown, tables)])
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    draw(folder / PLOT)
 
 
 def _models(
@@ -308,16 +310,10 @@ def _write(folder: Path, result: BenchResult, settings: dict[str, Any]) -> None:
     from uniattn_cli.reporting import bench
 
     content = {
-        "schema": SCHEMA,
         "device": result.device,
         "copy_bandwidth": result.bandwidth,
-        "versions": versions(),
-        "finished": now(),
         "settings": settings,
         "measurements": [dataclasses.asdict(one) for one in result.measurements],
     }
-    write_json(folder / RESULTS, content)
-    about = f"{result.device}; {bench.explanation(result.bandwidth)}"
-    text = "\n\n".join(["# Decoding speed", about, *map(to_markdown, result.tables)])
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    bench.draw(result.measurements, folder / PLOT)
+    heading = ["# Decoding speed", f"{result.device}; {bench.explanation(result.bandwidth)}"]
+    write_results(folder, content, heading, result.tables, functools.partial(bench.draw, result.measurements))

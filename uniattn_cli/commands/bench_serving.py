@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import tempfile
@@ -12,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from uniattn_cli.commands.bench import (
-    PLOT,
-    REPORT,
-    RESULTS,
-    SCHEMA,
     check_choice,
     config_and_layouts,
+    results_folder,
     sources_to_measure,
-    written,
+    write_results,
 )
 from uniattn_cli.commands.serve import find_program, python_beside, vllm_command
 from uniattn_cli.errors import StageError, UsageError
@@ -28,10 +26,9 @@ from uniattn_cli.models.random import write_without_weights
 from uniattn_cli.options import RunOptions
 from uniattn_cli.reporting.load import Load, draw, table
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.run.files import now, versions, write_json
 from uniattn_cli.run.lock import alone
 from uniattn_cli.serving import server, vllm_load
-from uniattn_cli.tables import Result, to_markdown
+from uniattn_cli.tables import Result
 
 # Requests of a load, for each of those that are sent at the same time: the first answers make room for others.
 REQUESTS_EACH = 4
@@ -122,7 +119,7 @@ def bench_serving(
     found = find_program("vllm", program)
     directory = Path(run_dir) / out
     with (
-        written(directory, options.force) as partial,
+        results_folder(directory, options.force) as partial,
         tempfile.TemporaryDirectory(prefix="uniattn-bench-") as folder,
     ):
         random = None
@@ -170,18 +167,13 @@ def _result(directory: Path, loads: list[Load], caches: dict[str, tuple[int, flo
 
 def _write(folder: Path, result: LoadResult, settings: dict[str, Any], caches: dict[str, tuple[int, float]]) -> None:
     content = {
-        "schema": SCHEMA,
-        "versions": versions(),
-        "finished": now(),
         **settings,
         "cache_tokens": result.cache_tokens,
         "max_concurrency": {name: concurrency for name, (_, concurrency) in caches.items()},
         "loads": [dataclasses.asdict(one) for one in result.loads],
     }
-    write_json(folder / RESULTS, content)
-    text = "\n\n".join([f"# {result.title}", *result.notes[:-1], *map(to_markdown, result.tables)])
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    draw(result.loads, folder / PLOT)
+    heading = [f"# {result.title}", *result.notes[:-1]]
+    write_results(folder, content, heading, result.tables, functools.partial(draw, result.loads))
 
 
 def _pairs(spec: LoadSpec) -> list[tuple[int, int]]:

@@ -7,8 +7,8 @@ nothing that looks finished. `stage.json` in every output says what was done, wi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.recipe.schema import Recipe
-from uniattn_cli.run.files import file_errors, now, read_json, remove, taken, versions, write_json
+from uniattn_cli.run.files import file_errors, hidden, now, read_json, taken, versions, write_json, written
 
 STAGE_FILE = "stage.json"
 # Stands in the hidden folder instead of `stage.json` until the stage is finished.
@@ -63,7 +63,7 @@ class RunDir:
         return self.root / OUTPUTS[stage]
 
     def partial(self, stage: str) -> Path:
-        return self.root / f".{OUTPUTS[stage]}.partial"
+        return hidden(self.output(stage))
 
     def is_complete(self, stage: str) -> bool:
         return (self.output(stage) / STAGE_FILE).is_file()
@@ -146,38 +146,26 @@ class RunDir:
             StageError: the output is in the way, or the disk is read-only or full.
         """
         self.check_free(stage, force)
-        partial = self.partial(stage)
-        started = now()
         record = {
             "stage": stage,
             "settings": recipe and recipe.to_dict(),
             "seed": recipe and recipe.seed,
             "inputs": inputs,
             "versions": versions(),
-            "started": started,
+            "started": now(),
         }
-        try:
-            with file_errors(self.root, making=True):
-                if taken(partial) and not (resume and self.changes(stage, recipe, inputs, decisive) == []):
-                    remove(partial)
-                partial.mkdir(parents=True, exist_ok=True)
+        errors = functools.partial(file_errors, self.root)
+        goes_on = resume and self.changes(stage, recipe, inputs, decisive) == []
+        keep = _has_work if resume else lambda partial: False
+        with written(self.output(stage), errors, resume=goes_on, keep=keep) as partial:
+            with errors(making=True):
                 # Settings such as train.max_rise may be infinite.
                 write_json(partial / STARTED_FILE, record, finite=False)
-            with file_errors(self.root):
-                yield partial
-            with file_errors(self.root):
-                record["finished"] = now()
-                (partial / STARTED_FILE).unlink()
-                write_json(partial / STAGE_FILE, record, finite=False)
-                _share_weights(partial)
-                output = self.output(stage)
-                if taken(output):
-                    remove(output)
-                partial.rename(output)
-        finally:
-            # It is still there only after a failure; what can be resumed is kept.
-            if not (resume and _has_work(partial)):
-                shutil.rmtree(partial, ignore_errors=True)
+            yield partial
+            record["finished"] = now()
+            (partial / STARTED_FILE).unlink()
+            write_json(partial / STAGE_FILE, record, finite=False)
+            _share_weights(partial)
 
 
 def _share_weights(folder: Path) -> None:

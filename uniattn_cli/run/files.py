@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,50 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+@contextlib.contextmanager
+def written(
+    folder: Path,
+    errors: Callable[..., contextlib.AbstractContextManager[None]],
+    *,
+    resume: bool = False,
+    keep: Callable[[Path], bool] = lambda partial: False,
+) -> Iterator[Path]:
+    """Gives a hidden folder to fill; on success it becomes `folder`, and what was there is replaced.
+
+    Args:
+        folder: its parent is made, too, and removed again if nothing comes into it.
+        errors: `file_errors` for this place; called with `making=True` where nothing is read.
+        resume: go on with what an earlier failure left in the hidden folder.
+        keep: after a failure, whether what is in the hidden folder is worth keeping.
+
+    Raises:
+        StageError: the folder cannot be made or filled, as `errors` says.
+    """
+    partial = hidden(folder)
+    with contextlib.ExitStack() as stack:
+        with errors(making=True):
+            stack.enter_context(made(folder.parent))
+            if taken(partial) and not resume:
+                remove(partial)
+            partial.mkdir(exist_ok=True)
+        try:
+            with errors():
+                yield partial
+            with errors(making=True):
+                if taken(folder):
+                    remove(folder)
+                partial.rename(folder)
+        finally:
+            # It is still there only after a failure.
+            if not keep(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def hidden(folder: Path) -> Path:
+    """Where `written` has a folder until it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def write_json(path: Path, content: Any, *, finite: bool = True) -> None:
