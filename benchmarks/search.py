@@ -17,7 +17,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,8 @@ from uniattn_cli.layouts.by_scores import by_scores
 from uniattn_cli.layouts.choose import compensation_of
 from uniattn_cli.layouts.considered import kinds_in_words
 from uniattn_cli.layouts.greedy import SearchStep, ThoroughSearch
-from uniattn_cli.layouts.scores import Score, in_company, score_plans
+from uniattn_cli.layouts.on_demand import ScoresOnDemand
+from uniattn_cli.layouts.scores import Score, company_of
 from uniattn_cli.layouts.solutions import Wish, loss, pool, problem_of
 from uniattn_cli.layouts.solver import Option, layout_of, total
 from uniattn_cli.layouts.speed import confirmed
@@ -110,8 +111,8 @@ class Bench:
         return bool(self.results.missing("rows", [key]))
 
     @cached_property
-    def scores(self) -> list[Score]:
-        return score_plans(self.run, self.workbench, compensation_of(self.recipe), process=self.process)
+    def scores(self) -> ScoresOnDemand:
+        return ScoresOnDemand(self.run, self.workbench, compensation_of(self.recipe), process=self.process)
 
     def share(self, layout: Layout) -> float:
         """Of the base's KV bytes."""
@@ -163,7 +164,7 @@ def run_scores(bench: Bench) -> None:
         torch.cuda.reset_peak_memory_stats(bench.device)
     seconds: list[float] = []
     with timed(seconds, bench.device):
-        scores = bench.scores
+        scores = bench.scores.known
     facts = {"seconds": round(seconds[0], 1), "processes": bench.process.num_processes, "plans": len(scores)}
     if cuda:
         facts["peak_gib"] = round(torch.cuda.max_memory_allocated(bench.device) / 2**30, 2)
@@ -178,35 +179,43 @@ def run_scores(bench: Bench) -> None:
 
 def run_budgets(bench: Bench) -> None:
     """The best prediction for each budget, and the best of scores that were corrected in its company."""
-    spec, layers = bench.recipe.layout, bench.shape.layers
-    problem = problem_of(bench.scores, spec, layers, spec.kinds)
     for kv in bench.arguments.budgets:
-        wish, key = bench.wish(kv=kv), f"kv {kv:g} | scores"
-        solution, seconds = _solved(lambda wish=wish: wish.best(problem))
-        facts = {"predicted": round(total(solution, loss), 5), "seconds": seconds}
+        key = f"kv {kv:g} | scores"
+        solution, facts = _solved(bench, kv)
         bench.compare(key, layout_of(solution), **facts)
         key = f"kv {kv:g} | scores, corrected"
         if bench.missing(key):
             started = time.perf_counter()
-            corrected = problem_of(in_company(bench.workbench, bench.scores, solution), spec, layers, spec.kinds)
-            found, _ = _solved(lambda wish=wish, corrected=corrected: wish.best(corrected))
-            facts = {"predicted": round(total(found, loss), 5), "seconds": round(time.perf_counter() - started, 1)}
+            company = company_of(bench.workbench, solution)
+            found, facts = _solved(bench, kv, company.corrected)
+            facts["seconds"] = round(time.perf_counter() - started, 1)
             bench.compare(key, layout_of(found), **facts)
 
 
-def _solved(solve: Callable[[], list[Option] | None]) -> tuple[list[Option], float]:
+def _solved(
+    bench: Bench, kv: float, corrected: Callable[[Sequence[Score]], Sequence[Score]] = lambda scores: scores
+) -> tuple[list[Option], dict[str, float]]:
+    """The best solution, its prediction, and the seconds that it took, with those of plans that were scored for it."""
+    spec, layers, wish = bench.recipe.layout, bench.shape.layers, bench.wish(kv=kv)
+
+    def solve(scores: Sequence[Score]) -> dict[str, list[Option]]:
+        solution = wish.best(problem_of(corrected(scores), spec, layers, spec.kinds))
+        if solution is None:
+            raise SystemExit(f"error: no layout keeps {kv:g} of the KV bytes; give other --budgets")
+        return {"": solution}
+
     started = time.perf_counter()
-    solution = solve()
-    if solution is None:
-        raise SystemExit("error: no layout meets a budget; give other --budgets")
-    return solution, round(time.perf_counter() - started, 2)
+    (solution,) = bench.scores.settled(solve).values()
+    facts = {"predicted": round(total(solution, loss), 5), "seconds": round(time.perf_counter() - started, 2)}
+    return solution, facts
 
 
 def run_pool(bench: Bench) -> None:
     """The other solutions of the pool, and each kind alone."""
-    spec, layers = bench.recipe.layout, bench.shape.layers
+    layers = bench.shape.layers
     for kv in bench.arguments.budgets:
-        solutions = pool(bench.scores, replace(spec, kv=kv), layers, bench.wish(kv=kv))
+        spec, wish = replace(bench.recipe.layout, kv=kv), bench.wish(kv=kv)
+        solutions = bench.scores.settled(lambda scores, spec=spec, wish=wish: pool(scores, spec, layers, wish))
         for name, solution in itertools.islice(solutions.items(), 1, None):
             bench.compare(f"kv {kv:g} | {name}", layout_of(solution), predicted=round(total(solution, loss), 5))
 

@@ -22,7 +22,7 @@ from uniattn_cli.layouts import by_scores, speed
 from uniattn_cli.layouts.alone import Alone
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.considered import Considered, Validated
-from uniattn_cli.layouts.scores import NEAREST, Question, Score, in_company, questions, score_plans
+from uniattn_cli.layouts.scores import NEAREST, Company, Question, Score, company_of, questions, score_plans
 from uniattn_cli.layouts.solutions import DIFFERENT, POOL, Wish, frontier, loss, pick, pool, problem_of
 from uniattn_cli.layouts.solver import Option, layout_of, total
 from uniattn_cli.layouts.trials import Trials
@@ -245,6 +245,22 @@ def test_scores_are_read_as_they_were_written():
         assert again.stderr == pytest.approx(stderr, nan_ok=True)
 
 
+def test_a_layout_of_the_smallest_cache_is_scored_and_found(run, tried):
+    """One layer lends to all others, the farthest included."""
+    kinds = ["layout.kinds=[key]", "conversion.solve=output", "layout.match=maps"]
+    found = score(*kinds)
+    assert {each.question.lenders for each in found if each.question.layer == 5} == {
+        *[(4, 3, 2, 1, 0), (4,), (3,), (2,)],
+        (0,),
+    }
+    asked = [*FEW, "layout.search=scores", *kinds]
+    grouping = uniattn_cli.group(overrides=[*asked, "layout.kv=0.59"], options=CPU)
+    assert [plan.source_layers for plan in grouping.layout] == [(), *[(0,)] * 5]
+    assert len(tried) == len(found)
+    with pytest.raises(LayoutError, match=r"kv 0\.58 is not possible, 0\.5834 is"):
+        uniattn_cli.group(overrides=[*asked, "layout.kv=0.58"], options=CPU)
+
+
 # --- layouts from scores ----------------------------------------------------------------------------------------------
 
 SHAPE = AttentionShape(6, 3, 8, 48, ("full",) * 6)
@@ -308,6 +324,18 @@ def test_as_much_as_the_loss_allows_is_saved():
         assert saved == sorted(set(saved)) and saved[1] == wish.save.saved(layout_of(first))
 
 
+class Made:
+    """Scores that are all made."""
+
+    known = SCORES
+
+    def __init__(self, *arguments, **others):
+        pass
+
+    def settled(self, solve):
+        return solve(self.known)
+
+
 class FakeBench:
     """Measures what the sum of scores says, off by a factor, and remembers what it was asked for."""
 
@@ -330,7 +358,7 @@ class FakeBench:
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
 def test_the_measured_loss_comes_near_to_the_limit(monkeypatch, factor):
     """Whatever the sum of scores is off by; the layout saves as much as one that knew."""
-    monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
+    monkeypatch.setattr(by_scores, "ScoresOnDemand", Made)
     spec = spec_of(max_loss=0.03)
     wish, bench = wish_of(spec), FakeBench(spec, factor)
     found = by_scores.by_scores(None, bench, wish, "auto", True)
@@ -353,8 +381,8 @@ def test_decoding_is_as_fast_as_was_asked(monkeypatch, together, changed):
         factor = 1.0 if len(timed) <= len(alone) else together
         return 1 / (1 - factor * sum(alone[layout[index].kind] for index in layout.changed))
 
-    monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
-    monkeypatch.setattr(by_scores, "in_company", lambda bench, scores, solution: scores)
+    monkeypatch.setattr(by_scores, "ScoresOnDemand", Made)
+    monkeypatch.setattr(by_scores, "company_of", lambda bench, solution: Company({}, 1.0))
     monkeypatch.setattr(speed, "speed_of", speed_of)
     monkeypatch.setattr(speed, "layer_windows", lambda config: [None] * 6)
     spec = spec_of(speed="1.1@64x8192")
@@ -371,7 +399,7 @@ def test_decoding_is_as_fast_as_was_asked(monkeypatch, together, changed):
 
 
 def test_as_much_time_is_saved_as_the_loss_allows(monkeypatch):
-    monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
+    monkeypatch.setattr(by_scores, "ScoresOnDemand", Made)
     monkeypatch.setattr(speed, "layer_windows", lambda config: [None] * 6)
     kinds = {"key": 1.0, "linear": 1.3}  # those that save the most time
     monkeypatch.setattr(speed, "speed_of", lambda bench, layout, *size: kinds[layout[layout.changed[0]].kind])
@@ -390,10 +418,12 @@ def test_the_engine_times_decoding_steps_of_layouts(run):
     assert {form[0] for form in budget.shares} == {"linear", "key"}
     assert all(-3 < share < 1 for share in budget.shares.values()) and budget.limit == 1.01
     assert speed.confirmed(bench, Layout.own(6)) > 0
+    with pytest.raises(LayoutError, match=r"--speed at a batch of 9999999 .* a KV cache of .* GB.*; give smaller ones"):
+        speed.speed_of(bench, Layout.own(6), 9_999_999, 32_768)
 
 
 def test_a_short_shortlist_stays_short(monkeypatch):
-    monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
+    monkeypatch.setattr(by_scores, "ScoresOnDemand", Made)
     spec = spec_of(max_loss=0.03, shortlist=2)
     bench = FakeBench(spec, 1.7)
     by_scores.by_scores(None, bench, wish_of(spec), "auto", True)
@@ -402,16 +432,15 @@ def test_a_short_shortlist_stays_short(monkeypatch):
 
 def test_a_solution_is_solved_for_again_with_scores_of_its_company(monkeypatch):
     """A layer that costs more beside the others than alone is left out in the end."""
-    monkeypatch.setattr(by_scores, "score_plans", lambda *arguments, **others: SCORES)
+    monkeypatch.setattr(by_scores, "ScoresOnDemand", Made)
     spec = spec_of(kv=0.9, shortlist=3)
     wish, bench, seen = wish_of(spec), FakeBench(spec, 1.0), []
 
-    def in_company(bench, scores, solution):
+    def company_of(bench, solution):
         seen.append(layout_of(solution))
-        worst = seen[0].changed[0]
-        return [replace(s, divergence=s.divergence + 9 * (s.question.layer == worst)) for s in scores]
+        return Company({seen[0].changed[0]: 999.0}, 1.0)
 
-    monkeypatch.setattr(by_scores, "in_company", in_company)
+    monkeypatch.setattr(by_scores, "company_of", company_of)
     monkeypatch.setattr(by_scores, "pool", lambda *arguments: dict(list(pool(*arguments).items())[:1]))
     considered = by_scores.by_scores(None, bench, wish, "auto", True).considered
     corrected = next(entry for entry in considered.shortlist if entry.name.endswith(", corrected"))
@@ -424,7 +453,7 @@ def test_scores_of_a_company_sum_up_to_its_loss(run):
     scores = score_plans(RunDir("."), bench, "auto")
     problem = problem_of(scores, bench.recipe.layout, 6, ("key", "linear"))
     solution = Wish.of(replace(bench.recipe.layout, followers=2), SHAPE, None).best(problem)
-    corrected = {(s.question.layer, s.plan): s.divergence for s in in_company(bench, scores, solution)}
+    corrected = {(s.question.layer, s.plan): s.divergence for s in company_of(bench, solution).corrected(scores)}
     changed = [option for option in solution if option.plan.kind != "own"]
     together = sum(corrected[option.layer, option.plan] for option in changed)
     trials = Trials(bench.base, bench.texts.fit, bench.texts.score, bench.recipe.conversion)

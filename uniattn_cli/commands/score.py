@@ -8,8 +8,9 @@ from pathlib import Path
 
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.layouts.choose import check_analysis, check_protected, check_rank, compensation_of
-from uniattn_cli.layouts.scores import Score, score_plans
-from uniattn_cli.layouts.solutions import frontier
+from uniattn_cli.layouts.on_demand import ScoresOnDemand
+from uniattn_cli.layouts.scores import Score
+from uniattn_cli.layouts.solutions import frontier, frontier_solutions
 from uniattn_cli.layouts.thorough import frontier_table
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
@@ -64,7 +65,10 @@ def score(*, run_dir: Path | str = ".", overrides: Sequence[str] = (), options: 
     progress = options.progress if process.is_main_process else Silent()
     own = replace(options, device=str(process.device), progress=progress)
     bench = Workbench(recipe, source, Measured.load(run.output("analyze")), own)
-    scores = score_plans(run, bench, rank, process=process, force=options.force)
+    found = ScoresOnDemand(run, bench, rank, process=process, force=options.force)
+    # What the smallest caches take is scored too.
+    found.settled(lambda scores: frontier_solutions(scores, recipe.layout, shape))
+    scores = found.known
     output = run.output("score")
     notes = [
         f"{len(scores)} plans, scored on {bench.texts.score.numel():,} tokens; of each kind the best is shown",

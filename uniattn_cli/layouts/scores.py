@@ -2,7 +2,8 @@
 
 Every plan that a recipe allows is converted once, alone: aligned and fitted like a candidate of the thorough search. As
 a borrowing layer may only borrow from layers that stay as they are, it is scored with several choices of lenders: all
-layers that may lend together, and each of the `NEAREST` alone. A solver then puts layouts together for any budget.
+layers that may lend together, each of the `NEAREST` alone, and others alone where a layout needs them (`on_demand`). A
+solver then puts layouts together for any budget.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,12 +96,13 @@ class Score:
         )
 
 
-def questions(bench: Workbench, compensation: str | int) -> list[Question]:
+def questions(bench: Workbench, compensation: str | int, nearest: int | None = NEAREST) -> list[Question]:
     """Every plan that the recipe allows, layer by layer.
 
     Args:
         compensation: W_c that is asked for, see `choose.compensation_of`; where W_o is solved beside it, plans without
             a W_c are scored too.
+        nearest: how many of the lenders, from the nearest on, may also be the only one; None for all.
     """
     recipe, matcher = bench.recipe, bench.matcher
     asked = (
@@ -114,7 +116,7 @@ def questions(bench: Workbench, compensation: str | int) -> list[Question]:
             continue
         candidates = matcher.candidates(layer)
         for kind in recipe.layout.kinds:
-            lenders = [tuple(candidates), *((one,) for one in candidates[:NEAREST])] if KINDS[kind].borrows else [()]
+            lenders = [tuple(candidates), *((one,) for one in candidates[:nearest])] if KINDS[kind].borrows else [()]
             for choice in dict.fromkeys(lenders):
                 plans = [proposal(matcher.for_kind(kind), layer, kind, each, choice) for each in asked]
                 found += [Question(layer, kind, plan.compensation, choice) for plan in plans if plan is not None]
@@ -126,17 +128,19 @@ def score_plans(
     bench: Workbench,
     compensation: str | int,
     *,
+    more: Collection[Question] = (),
     process: PartialState | None = None,
     force: bool = False,
     load: bool = True,
 ) -> list[Score]:
-    """The scores of all plans that the recipe allows, in the order of `questions`.
+    """The scores of the plans that the recipe allows, in the order of `questions`; all that are known of far lenders.
 
     Those in `scores/`, or left by an interrupted run, are taken from there if they are of the same model, text and fit;
     the others are made and added.
 
     Args:
         compensation: see `questions`.
+        more: plans with farther lenders to score as well.
         process: one of several that share the layers among them, and all end with all scores; None is alone.
         force: replace scores of another model, text or fit, and make all anew.
         load: whether weights may be loaded.
@@ -145,7 +149,8 @@ def score_plans(
         StageError: `scores/` holds others, or is damaged.
         LayoutError: no plan can be scored, or the model does not fit on the GPU.
     """
-    asked = questions(bench, compensation)
+    near, allowed = set(questions(bench, compensation)), questions(bench, compensation, None)
+    asked = [question for question in allowed if question in near or question in more]
     if not asked:
         raise LayoutError("no layer can be changed; see layout.protect, layout.kinds and analysis.max_distance")
     if not run.is_complete("score"):
@@ -153,7 +158,7 @@ def score_plans(
     inputs = inputs_of(bench)
     known = {} if force else stored(run, inputs)
     if all(question in known for question in asked):
-        return [known[question] for question in asked]
+        return [known[question] for question in allowed if question in known]
     if not load:
         raise LayoutError("a dry run cannot score plans; run `uniattn score` first, or use --search fast")
     if bench.placement[1] is not None:
@@ -163,15 +168,31 @@ def score_plans(
         with contextlib.suppress(StageError):  # what an interrupted run left is missing or damaged
             known |= _read(path)
         _score_missing(bench, asked, known, path, process)
-    return [known[question] for question in asked]
+    return [known[question] for question in allowed if question in known]
 
 
-def in_company(bench: Workbench, scores: Sequence[Score], solution: Sequence[Option]) -> list[Score]:
-    """Scores as they are where the other layers of a solution are changed too.
+@dataclass(frozen=True)
+class Company:
+    """How much more or less layers cost where the other layers of a layout are changed too.
 
-    The solution is converted, and each of its layers left out in turn. All plans of that layer cost more or less than
-    alone by the same factor, those of other layers by the mean one; so the scores of the solution sum up to its loss.
+    Attributes:
+        factors: of all plans of each layer that the layout changes.
+        mean: of those of other layers.
     """
+
+    factors: dict[int, float]
+    mean: float
+
+    def corrected(self, scores: Sequence[Score]) -> list[Score]:
+        """Scores as they are in that company; those of the layout sum up to its loss."""
+        return [
+            replace(score, divergence=score.divergence * self.factors.get(score.question.layer, self.mean))
+            for score in scores
+        ]
+
+
+def company_of(bench: Workbench, solution: Sequence[Option]) -> Company:
+    """The company that the layers of a solution are in: it is converted, and each of its layers left out in turn."""
     trials = _trials(bench)
     whole = trials.convert(layout_of(solution), bench.chooser(bench.lenders), keep=True)
     rest = {
@@ -181,8 +202,7 @@ def in_company(bench: Workbench, scores: Sequence[Score], solution: Sequence[Opt
     alone = {option.layer: option.loss for option in solution if option.layer in added}
     scale = whole.divergence / max(sum(added.values()), 1e-12)
     factors = {layer: scale * added[layer] / max(alone[layer], 1e-12) for layer in added}
-    mean = whole.divergence / max(sum(alone.values()), 1e-12)
-    return [replace(score, divergence=score.divergence * factors.get(score.question.layer, mean)) for score in scores]
+    return Company(factors, whole.divergence / max(sum(alone.values()), 1e-12))
 
 
 def _trials(bench: Workbench) -> Trials:

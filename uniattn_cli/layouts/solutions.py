@@ -22,6 +22,8 @@ DIFFERENT = 3
 # Sizes of the cache for which the frontier has a solution.
 FRONTIER = 8
 
+Solutions = dict[str, list[Option]]
+
 
 def loss(option: Option) -> float:
     """What an option adds to the loss, in nats per token."""
@@ -118,7 +120,7 @@ def kind_sets(spec: LayoutSpec) -> dict[str, tuple[str, ...]]:
     return {f"scores, {' + '.join(kinds)}": kinds for kinds in (spec.kinds, *((kind,) for kind in alone))}
 
 
-def pool(scores: Sequence[Score], spec: LayoutSpec, layers: int, wish: Wish) -> dict[str, list[Option]]:
+def pool(scores: Sequence[Score], spec: LayoutSpec, layers: int, wish: Wish) -> Solutions:
     """The solutions to convert and compare, by name, the best prediction of all kinds together first.
 
     Raises:
@@ -145,7 +147,17 @@ def pool(scores: Sequence[Score], spec: LayoutSpec, layers: int, wish: Wish) -> 
 
 def frontier(scores: Sequence[Score], spec: LayoutSpec, shape: AttentionShape) -> list[Point]:
     """The solutions with the smallest predicted loss for sizes of the cache, whatever else is asked."""
-    points = []
+    return [
+        Point(name, layout_of(solution), total(solution, loss))
+        for (name, _), solution in frontier_solutions(scores, spec, shape).items()
+    ]
+
+
+def frontier_solutions(
+    scores: Sequence[Score], spec: LayoutSpec, shape: AttentionShape
+) -> dict[tuple[str, int], list[Option]]:
+    """The solutions of `frontier`, by series and by what they save at least."""
+    found = {}
     saving = limit_of(Budget("kv", 1.0, "", shape, None))
     for name, kinds in kind_sets(spec).items():
         problem = problem_of(scores, spec, shape.layers, kinds)
@@ -155,8 +167,8 @@ def frontier(scores: Sequence[Score], spec: LayoutSpec, shape: AttentionShape) -
         for saved in sorted({round(end * step / FRONTIER) for step in range(FRONTIER + 1)}):
             solution = problem.best(loss, [Limit("", saving.amount, saved, saving.said)])
             assert solution is not None, "less is asked than is possible"
-            points.append(Point(name, layout_of(solution), total(solution, loss)))
-    return points
+            found[name, saved] = solution
+    return found
 
 
 def pick(shortlist: Sequence[Validated], wish: Wish) -> Validated:
