@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny_run import settings
 
 import uniattn_cli
-from uniattn_cli.fitting import stream
 from uniattn_cli.layouts import speed
 from uniattn_cli.layouts.choose import choose
+from uniattn_cli.models import placement
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.options import RunOptions
@@ -151,7 +151,8 @@ def test_a_layout_in_the_recipe_is_the_one_converted(run):
 
 def test_offloading_is_asked_for_where_models_are_loaded(run, monkeypatch):
     asked = []
-    place = stream.placement
-    monkeypatch.setattr(stream, "placement", lambda offload, *rest: asked.append(offload) or place(offload, *rest))
+    place = placement.placement
+    said = lambda offload, *rest, **more: asked.append(offload) or place(offload, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(placement, "placement", said)
     uniattn_cli.convert(overrides=overrides({"conversion.offload": "never"}), options=CPU)
     assert asked == ["never", "never"], "where heads are matched, and where the model is fitted"

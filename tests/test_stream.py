@@ -10,7 +10,7 @@ from torch import nn
 from uniattn_cli.fitting import stream
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
-from uniattn_cli.fitting.stream import layer_by_layer, placement, release, resident, start_batches, visit
+from uniattn_cli.fitting.stream import layer_by_layer, release, resident, start_batches, visit
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
 from uniattn_cli.models.building import build_converted
@@ -153,23 +153,6 @@ def test_one_batch_at_a_time_is_where_layers_run():
     for batch, states in zip(batches, first, strict=True):
         assert batch.base is states and torch.equal(batch.converted, states + 1)
         assert batch.shared.keys[0] is batch.converted
-
-
-@pytest.mark.parametrize(
-    ("offload", "device", "weights", "expected"),
-    [
-        ("auto", "cpu", 10**15, ("cpu", None)),
-        ("always", "cpu", 1, ("cpu", None)),
-        ("auto", "cuda", 599, ("cuda", None)),
-        ("auto", "cuda", 601, ("cpu", "cuda")),
-        ("always", "cuda", 1, ("cpu", "cuda")),
-        ("never", "cuda", 10**15, ("cuda", None)),
-    ],
-)
-def test_where_a_model_is_kept_and_run(offload, device, weights, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    home, runs = placement(offload, weights, torch.device(device))
-    assert (home.type, runs and runs.type) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.families import check_target
 from uniattn_cli.models.hub import context_window
-from uniattn_cli.models.losses import Loss, window_loss
+from uniattn_cli.models.losses import Loss
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import REPORT_FILE, RunDir
@@ -25,8 +25,6 @@ from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from uniattn_cli.fitting.fit import LayerFit
 
 # Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
@@ -185,16 +183,18 @@ def _window_notes(config: Any, layout: Layout, element_size: int) -> list[str]:
 def _convert(
     recipe: Recipe, source: Any, layout: Layout, weight_bytes: int, directory: Path, options: RunOptions
 ) -> tuple[list[LayerFit], dict[str, Loss], list[str]]:
-    """Loads, scores, fits, scores again and saves. Returns fits, losses and notes."""
+    """Loads, fits, scores and saves, each layer only once. Returns fits, losses and notes."""
     import torch
 
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.screen import Screen
     from uniattn_cli.data.windows import calibration_windows, heldout_windows
     from uniattn_cli.fitting.fit import fit_layers
-    from uniattn_cli.fitting.stream import layer_by_layer, placement
+    from uniattn_cli.fitting.stream import Passage, start_batches
     from uniattn_cli.models.building import build_converted, save_checkpoint
-    from uniattn_cli.models.loading import load_model, loading_notes
+    from uniattn_cli.models.loading import loading_notes
+    from uniattn_cli.models.on_disk import Shards
+    from uniattn_cli.models.placement import place
 
     spec = recipe.conversion
     progress = options.progress
@@ -212,28 +212,43 @@ def _convert(
         notes.append(f"the calibration text has {windows.numel():,} of the {spec.tokens:,} tokens requested")
     if len(windows) == 1 and layout.changed:
         notes.append("one calibration sequence: nothing is held out from the fit, so its errors are underestimated")
-    home, device = placement(spec.offload, weight_bytes, options.torch_device())
-    where = f"on {home}" if device is None else f"in CPU memory, one layer at a time on {device}"
-    progress.note(f"loading {recipe.model.name} {where}")
-    base = load_model(source, recipe.model, home)
+    placed = place(source, spec.offload, weight_bytes, options.torch_device())
+    progress.note(f"loading {recipe.model.name} {placed.words}")
+    base = placed.load(source, recipe.model)
     notes += loading_notes(source, base.config)
     torch.manual_seed(recipe.seed)
     converted = build_converted(base, layout)
     batch_size = recipe.evaluation.batch_size
-    losses = {}
+    scored_batches = start_batches(base, heldout, 0.0, batch_size, placed.device)
+    passages = {name: Passage(scored_batches) for name in ("base", "uncompensated", "converted")}
+    shards = None
+    if placed.on_disk:
+        # First, because what writes it removes shards that it does not know.
+        save_checkpoint(converted, tokenizer, directory, weights=False)
+        shards = Shards(directory, len(layout))
 
-    def score(model: PreTrainedModel, advance: Any) -> Loss:
-        with layer_by_layer(model, device):
-            return window_loss(model, heldout, batch_size=batch_size, advance=advance)
+    def watch(index: int, base_layer: Any, layer: Any, fitted: bool) -> None:
+        if fitted:
+            passages["converted"].step(layer, index, layout)
+            if shards is not None:
+                shards.add_layer(index, layer)
+        else:
+            passages["base"].step(base_layer, index)
+            passages["uncompensated"].step(layer, index, layout)
 
-    with progress.track("scoring base and unfitted model", 2 * len(heldout)) as advance:
-        losses["base"] = score(base, advance)
-        losses["uncompensated"] = score(converted, advance)
     with progress.track("fitting", len(layout)) as advance:
-        fits = fit_layers(base, converted, windows, spec, device=device, batch_size=batch_size, advance=advance)
-    with progress.track("scoring converted model", len(heldout)) as advance:
-        losses["converted"] = score(converted, advance)
-    save_checkpoint(converted, tokenizer, directory)
+        fits = fit_layers(
+            *(base, converted, windows, spec),
+            device=placed.device,
+            batch_size=batch_size,
+            advance=advance,
+            watch=watch,
+        )
+    losses = {name: passage.loss(base if name == "base" else converted, heldout) for name, passage in passages.items()}
+    if shards is not None:
+        shards.finish(converted)
+    else:
+        save_checkpoint(converted, tokenizer, directory)
     return fits, losses, notes
 
 

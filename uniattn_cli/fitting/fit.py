@@ -24,6 +24,7 @@ from uniattn_cli.fitting.solve import solve, solved_parts
 from uniattn_cli.fitting.stream import Batch, base_step, release, resident, run_layer, start_batches, visit
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_attention
+from uniattn_cli.models.on_disk import is_on_disk
 from uniattn_cli.recipe.schema import ConversionSpec
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def fit_layers(
     device: torch.device | None = None,
     batch_size: int = 8,
     advance: Callable[..., None] = lambda steps=1, text="": None,
+    watch: Callable[[int, Any, Any, bool], None] = lambda index, base_layer, layer, fitted: None,
 ) -> list[LayerFit]:
     """Fits every changed layer of `converted`: W_q where keys are borrowed, W_o and W_c, then all of it together.
 
@@ -90,6 +92,8 @@ def fit_layers(
             where the base is; None: all there.
         batch_size: sequences that run at once; the result depends on it only by rounding.
         advance: told about each finished layer.
+        watch: called with each layer's number, the base's layer and the converted one, before it is fitted (False) and
+            after that (True), while both are where layers run.
 
     Returns:
         One `LayerFit` per fitted layer, in order.
@@ -103,7 +107,7 @@ def fit_layers(
         for layer in converted.model.layers:
             layer.self_attn.lend_to(None)
     fits = []
-    diverged = False
+    diverged, late = False, is_on_disk(base)
     for index, plan in enumerate(layout):
         base_layer, layer = base.model.layers[index], converted.model.layers[index]
         if plan.kind != "own" and not diverged:
@@ -113,12 +117,15 @@ def fit_layers(
         with resident(device, base_layer, layer):
             if chooser is not None and plan.kind != "own":
                 layout = layout.with_plan(index, chooser.plan(layout, index, base, converted, batches))
+            if plan.kind != "own" and (late or chooser is not None):
                 layer.self_attn = build_attention(base, layout, index)
+            watch(index, base_layer, layer, False)
             if not diverged:
                 for batch in visit(batches):
                     batch.base = run_layer(layer, batch.base, batch.kwargs[index], uniattn_shared=batch.shared)
             else:
                 fits += fit_layer(base, converted, index, batches, spec)
+            watch(index, base_layer, layer, True)
         for batch in batches:
             release(batch.shared, layout, index, chooser.max_distance if chooser else None)
         advance(1, f"layer {index}")

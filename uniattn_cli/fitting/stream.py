@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,11 @@ from torch import nn
 
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
+from uniattn_cli.models.losses import Loss, summarise, token_losses
+from uniattn_cli.models.on_disk import is_on_disk, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# Share of the free memory that weights may take; the rest is for hidden states, queries, keys and moments.
-MOST_OF_MEMORY = 0.6
 
 
 class _ForwardStoppedError(Exception):
@@ -128,52 +126,39 @@ def start_batches(
     return batches
 
 
-def placement(offload: str, weight_bytes: int, device: torch.device) -> tuple[torch.device, torch.device | None]:
-    """Where a model is kept, and where its layers run one at a time (None: where it is kept).
-
-    Args:
-        offload: `conversion.offload` of the recipe.
-        weight_bytes: of the whole model.
-        device: the one asked for.
-    """
-    if device.type != "cuda" or offload == "never":
-        return device, None
-    free, _ = torch.cuda.mem_get_info(device)
-    if offload == "auto" and weight_bytes < MOST_OF_MEMORY * free:
-        return device, None
-    return torch.device("cpu"), device
-
-
 @contextlib.contextmanager
 def resident(device: torch.device | None, *modules: nn.Module) -> Iterator[None]:
     """Keeps the modules' weights on a device for a while, so that one layer at a time is enough.
 
     Weights that were changed or added meanwhile are taken back to where the others came from, unchanged ones are
-    simply forgotten. Modules may share weights.
+    simply forgotten. Modules may share weights. Those on disk are read, and must not be changed.
 
     Args:
-        device: None leaves everything where it is.
+        device: None leaves everything where it is; what is on disk comes to the CPU.
     """
-    if device is None:
-        yield
-        return
     moved: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
     for tensor in _tensors(modules):
-        if id(tensor) not in moved and tensor.device != device:
-            at_home = tensor.data
-            tensor.data = at_home.to(device)
-            moved[id(tensor)] = (tensor, at_home, tensor._version)
+        read = stored(tensor)
+        # What has no memory at all is made while the layer is here (`building.build_converted`).
+        if id(tensor) in moved or tensor.is_meta or (read is None and device in (None, tensor.device)):
+            continue
+        at_home = tensor.data
+        there = at_home if read is None else read()
+        tensor.data = there if device is None else there.to(device)
+        moved[id(tensor)] = (tensor, at_home, tensor._version)
     try:
         yield
     finally:
         for tensor, at_home, version in moved.values():
             if tensor._version != version:
+                assert stored(tensor) is None, "what is in a file is not changed"
                 at_home.copy_(tensor.data)
             tensor.data = at_home
-        home = next((at_home.device for _, at_home, _ in moved.values()), device)
-        for tensor in _tensors(modules):
-            if tensor.device != home:
-                tensor.data = tensor.data.to(home)
+        if device is not None:
+            home = next((at_home.device for _, at_home, _ in moved.values()), device)
+            for tensor in _tensors(modules):
+                if tensor.device != home:
+                    tensor.data = tensor.data.to(home)
 
 
 def _tensors(modules: tuple[nn.Module, ...]) -> Iterator[torch.Tensor]:
@@ -184,16 +169,14 @@ def _tensors(modules: tuple[nn.Module, ...]) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def layer_by_layer(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]:
-    """Lets a model that is in the computer's memory run on a device that holds one of its layers at a time.
+    """Lets a model that is in the computer's memory or on disk run where one of its layers at a time fits.
 
     Args:
-        device: None leaves the model as it is.
+        device: None leaves the model where it is.
     """
-    if device is None:
+    if device is None and not is_on_disk(model):
         yield
         return
-    others = [module for name, module in model.model.named_children() if name != "layers"]
-    others += [module for name, module in model.named_children() if name != "model"]
     handles, open_layers = [], []
 
     def enter(layer: nn.Module, args: tuple) -> None:
@@ -206,28 +189,80 @@ def layer_by_layer(model: PreTrainedModel, device: torch.device | None) -> Itera
 
     for layer in model.model.layers:
         handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-    with resident(device, *others), _hooks(*handles):
+    with resident(device, *_outside(model)), _hooks(*handles):
         yield
+
+
+def _outside(model: PreTrainedModel) -> list[nn.Module]:
+    """All of a model but its decoder layers."""
+    others = [module for name, module in model.model.named_children() if name != "layers"]
+    return others + [module for name, module in model.named_children() if name != "model"]
+
+
+class Passage:
+    """Windows on their way through the layers of a model, one layer at a time, and the losses at the end.
+
+    Args:
+        batches: result of `start_batches`; several passages can begin with the same.
+    """
+
+    def __init__(self, batches: Sequence[Batch]):
+        self.batches = [replace(batch, shared=SharedStates()) for batch in batches]
+
+    def step(self, layer: nn.Module, index: int, layout: Layout | None = None) -> None:
+        """Runs a layer, which is where layers run.
+
+        Args:
+            layout: of a converted model; None for the base.
+        """
+        for batch in visit(self.batches):
+            more = {} if layout is None else {"uniattn_shared": batch.shared}
+            batch.converted = run_layer(layer, batch.converted, batch.kwargs[index], **more)
+            if layout is not None:
+                release(batch.shared, layout, index)
+
+    def loss(self, model: PreTrainedModel, windows: torch.Tensor) -> Loss:
+        """What `window_loss` gives, with nothing of the model but what is outside of its layers.
+
+        Args:
+            windows: those that the batches were made of.
+        """
+        rows = windows.split([len(batch.converted) for batch in self.batches])
+        place = self.batches[0].place
+        with resident(place, *_outside(model)):
+            sums = []
+            for batch, tokens in zip(visit(self.batches), rows, strict=True):
+                with _layers_calling(model, lambda *args, _hidden=batch.converted, **kwargs: _hidden):
+                    sums.append(token_losses(model, tokens.to(place)).double().sum(1).cpu())
+        total = torch.cat(sums)
+        return summarise(total, torch.full_like(total, windows.shape[1] - 1))
+
+
+@contextlib.contextmanager
+def _layers_calling(model: PreTrainedModel, call: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Puts a function in the place of each layer."""
+    originals = [layer.forward for layer in model.model.layers]
+    try:
+        for layer in model.model.layers:
+            layer.forward = call
+        yield
+    finally:
+        for layer, original in zip(model.model.layers, originals, strict=True):
+            layer.forward = original
 
 
 def layer_inputs(base: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """The first layer's hidden states and what the model passes to each layer, without running any layer."""
     recorded: list[dict[str, Any]] = []
     first: list[torch.Tensor] = []
-    originals = [layer.forward for layer in base.model.layers]
 
     def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         first.append(hidden_states)
         recorded.append(kwargs)
         return hidden_states
 
-    try:
-        for layer in base.model.layers:
-            layer.forward = record
+    with _layers_calling(base, record):
         base.model(tokens, use_cache=False)
-    finally:
-        for layer, original in zip(base.model.layers, originals, strict=True):
-            layer.forward = original
     return first[0], recorded
 
 

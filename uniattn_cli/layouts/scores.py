@@ -161,8 +161,8 @@ def score_plans(
         return [known[question] for question in allowed if question in known]
     if not load:
         raise LayoutError("a dry run cannot score plans; run `uniattn score` first, or use --search fast")
-    if bench.placement[1] is not None:
-        raise LayoutError("scores need the whole model on the GPU; use --search fast")
+    if not bench.placement.whole:
+        raise LayoutError("scores need the whole model in the memory of its device; use --search fast")
     with shared_output(process, run, "score", bench.recipe, inputs, force=True, decisive=()) as directory:
         path = directory / JSON_FILE
         with contextlib.suppress(StageError):  # what an interrupted run left is missing or damaged

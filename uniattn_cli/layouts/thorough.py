@@ -79,7 +79,7 @@ def search(bench: Workbench, budget: Budget, compensation: str | int) -> dict[st
     """
     from uniattn_cli.layouts.greedy import ThoroughSearch
 
-    if bench.placement[1] is not None:
+    if not bench.placement.whole:
         raise LayoutError(
             "the thorough search needs the whole model on the GPU; use --search fast with one of "
             f"{', '.join(BORROWING_KINDS)} in --kinds"

@@ -14,6 +14,7 @@ from uniattn_cli.layouts.considered import Validated
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.costs import count_parameters
 from uniattn_cli.models.families import check_target
+from uniattn_cli.models.placement import Placement, place
 from uniattn_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -55,21 +56,19 @@ class Workbench:
 
     @cached_property
     def base(self) -> PreTrainedModel:
-        from uniattn_cli.models.loading import load_model
-
         check_target(self.measured.model_type, self.recipe.conversion.aim)
         self.options.progress.note(f"loading {self.recipe.model.name} to convert candidates")
-        return load_model(self.source, self.recipe.model, self.placement[0])
+        return self.placement.load(self.source, self.recipe.model)
 
     @cached_property
-    def placement(self) -> tuple[torch.device, torch.device | None]:
-        """Where the model is kept and where its layers run, see `fitting.stream.placement`."""
-        from uniattn_cli.fitting.stream import placement
+    def placement(self) -> Placement:
+        """Where the model is kept and where its layers run."""
         from uniattn_cli.models.loading import load_config
 
         parameters = count_parameters(load_config(self.source), Layout.own(self.measured.shape.layers))
         device = self.options.torch_device()
-        return placement(self.recipe.conversion.offload, parameters * self.measured.element_size, device)
+        weights = parameters * self.measured.element_size
+        return place(self.source, self.recipe.conversion.offload, weights, device)
 
     @cached_property
     def matcher(self) -> Matcher:
@@ -181,7 +180,7 @@ class Workbench:
             windows,
             for_trials(spec) if trial else spec,
             chooser=self.chooser(self.leaders if fixed else self.lenders),
-            device=self.placement[1],
+            device=self.placement.device,
             batch_size=self.recipe.evaluation.batch_size,
             advance=advance,
         )
@@ -201,7 +200,7 @@ class Workbench:
         from uniattn_cli.fitting.stream import layer_by_layer
         from uniattn_cli.models.losses import window_divergences
 
-        base, device, batch_size = self.base, self.placement[1], self.recipe.evaluation.batch_size
+        base, device, batch_size = self.base, self.placement.device, self.recipe.evaluation.batch_size
         fit = self.texts.fit[: max(1, SHORTLIST_TOKENS // self.recipe.conversion.length)]
         missing = {name: layout for name, layout in layouts.items() if layout not in self._compared}
         layers = self.measured.shape.layers

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uniattn_cli.errors import CheckpointError
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.families import family_of, is_converted
+from uniattn_cli.models.on_disk import is_on_disk
 from uniattn_cli.run.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def build_converted(base: PreTrainedModel, layout: Layout) -> PreTrainedModel:
     """A converted model that shares all unchanged weights with the base.
 
     Output projections of changed layers are copies, so that fitting them leaves the base as it is; compensations are
-    zero. Memory is that of the base plus the changed layers' own weights.
+    zero. Memory is that of the base plus the changed layers' own weights. Where layers of the base are on disk, those
+    are missing until `build_attention` makes them, once their layer is in memory.
     """
     import torch
 
@@ -88,8 +90,9 @@ def build_converted(base: PreTrainedModel, layout: Layout) -> PreTrainedModel:
     model.model.rotary_emb = copy.deepcopy(base.model.rotary_emb)
     for name, buffer in base.named_buffers():
         _set_tensor(model, name, buffer)
-    for layer, stock_layer in zip(model.model.layers, base.model.layers, strict=True):
-        layer.self_attn.take_weights(stock_layer.self_attn)
+    if not is_on_disk(base):
+        for layer, stock_layer in zip(model.model.layers, base.model.layers, strict=True):
+            layer.self_attn.take_weights(stock_layer.self_attn)
     model.generation_config = copy.deepcopy(base.generation_config)
     return model.eval()
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Name = TypeVar("Name")
 Result = TypeVar("Result")
+# Where Linux says what a group of processes may use.
+CGROUPS = Path("/sys/fs/cgroup")
 # The first call compiles, the next ones may still set a library up.
 CALLS_BEFORE_CAPTURE = 3
 
@@ -31,14 +34,30 @@ def describe_device(device: torch.device) -> str:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device; for MPS that of the machine, which it shares."""
+    """Memory that can still be taken on a device; for MPS that of the machine, which it shares.
+
+    Containers and batch systems may allow less than the machine has.
+    """
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_allowed(CGROUPS)])
+
+
+def _allowed(root: Path) -> Iterator[int]:
+    """Bytes that each control group (version 2) of this process still allows; pages of files do not count."""
+    with contextlib.suppress(OSError, StopIteration):
+        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        folder = root / own.lstrip("/")
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield max(int((group / "memory.max").read_text()) - int(counts["anon"]), 0)
+            if group == root:
+                break
 
 
 def release_memory(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from uniattn_cli.errors import CheckpointError, ModelError, RecipeError
 from uniattn_cli.models.building import converted_classes
 from uniattn_cli.models.families import family_of, is_converted
 from uniattn_cli.models.hub import Source, context_window, fetch
+from uniattn_cli.models.on_disk import load_arguments, stored, take_over
 from uniattn_cli.models.quantisation import check_quantisation, quantisation_of
 from uniattn_cli.models.text_part import (
     check_separable,
@@ -201,7 +202,9 @@ def check_lengths(config: Any, lengths: Mapping[str, int]) -> None:
         raise RecipeError(faults)
 
 
-def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrainedModel:
+def load_model(
+    source: Source, spec: ModelSpec, device: torch.device, *, layers_on_disk: bool = False
+) -> PreTrainedModel:
     """Loads a base or converted model in evaluation mode and refuses any weight that is missing or left over.
 
     Quantised ones are for running only; whoever changes weights asks `load_config` first.
@@ -210,6 +213,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
         source: result of `locate`.
         spec: dtype and attention backend are taken from here.
         device: where the model goes.
+        layers_on_disk: decoder layers stay in their files (`models.on_disk`); not for multi-modal models.
 
     Raises:
         ModelError: the weights cannot be read, or the backend is not available.
@@ -237,6 +241,11 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
         check_dtypes(files)
     if (settings := folder / "generation_config.json").is_file():
         read_json(settings, AGAIN, CheckpointError)  # transformers goes on without a damaged one
+    # Quantised weights are laid out for the device that they are loaded onto.
+    places: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
+    unpacked = None
+    if layers_on_disk:
+        places, unpacked = load_arguments(AutoModelForCausalLM, config)
     try:
         # With `output_loading_info` there are two results, which its annotation does not say.
         loaded: Any = (AutoModelForImageTextToText if multi_modal else AutoModelForCausalLM).from_pretrained(
@@ -244,8 +253,7 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             config=None if multi_modal else config,
             dtype=dtype,
             attn_implementation={"text_config": backend} if multi_modal and backend else backend,
-            # Quantised weights are laid out for the device that they are loaded onto.
-            device_map={"": device} if quantised else None,
+            **places,
             output_loading_info=True,
             # Reported below, in one line.
             ignore_mismatched_sizes=True,
@@ -272,7 +280,10 @@ def load_model(source: Source, spec: ModelSpec, device: torch.device) -> PreTrai
             word = key.removesuffix("_keys")
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source.name} is damaged: {word} weight {names[0]}{more}; copy the model again")
-    check_numbers(model, source.name)
+    if unpacked is not None:
+        take_over(model, source.name, unpacked)
+    # Those on disk are looked at when they are read.
+    check_numbers([each for each in model.named_parameters() if stored(each[1]) is None], source.name)
     if multi_modal:
         model = text_part(source.name, model)
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:

@@ -11,7 +11,7 @@ from uniattn_cli.errors import CheckpointError
 from uniattn_cli.run.files import check_not_pointer, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
 # As safetensors files name them; weights of other dtypes mean nothing without scales that some library applies.
 DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -122,12 +122,13 @@ def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         yield stored
 
 
-def check_numbers(model: PreTrainedModel, name: str) -> None:
+def check_numbers(weights: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
     """Refuses weights that are NaN or infinite, which otherwise look like an overflow in some later layer.
 
     Quantised weights are passed over: integers are finite, and not every quantised tensor can be asked.
 
     Args:
+        weights: by name.
         name: of the model, for the message.
 
     Raises:
@@ -138,9 +139,11 @@ def check_numbers(model: PreTrainedModel, name: str) -> None:
     plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     named = [
         (key, weight)
-        for key, weight in model.named_parameters()
-        if weight.numel() and weight.dtype in plain and type(weight) is torch.nn.Parameter
+        for key, weight in weights
+        if weight.numel() and weight.dtype in plain and type(weight) in (torch.Tensor, torch.nn.Parameter)
     ]
+    if not named:
+        return
     # Both ends are NaN where any value is; they need no memory, and one wait for the device is enough.
     ends = torch.stack([torch.stack(weight.detach().aminmax()).float() for _, weight in named])
     wrong = (~ends.isfinite().all(-1)).nonzero().flatten().tolist()

@@ -393,8 +393,9 @@ class ConversionSpec:
     )
     offload: str = setting(
         "auto",
-        "keep the model in CPU memory and one layer at a time on the GPU; auto does so if the model would not fit",
-        choices=("auto", "always", "never"),
+        "keep the model in CPU memory (always) or in its files (disk) and one layer at a time on the device; auto does "
+        "so if it would not fit",
+        choices=("auto", "always", "disk", "never"),
     )
 
     @property
