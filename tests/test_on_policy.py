@@ -50,6 +50,9 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(on_policy, "STEPS", 3)
 
 
+SPEC = ("temperature", "engine")
+
+
 def rows_of(step: int) -> list[dict[str, list[int]]]:
     """The rows of each step: chats and texts, eight of each."""
     chat = {"input_ids": list(range(20, 40)), "labels": [IGNORED] * 12 + list(range(32, 40))}
@@ -59,7 +62,7 @@ def rows_of(step: int) -> list[dict[str, list[int]]]:
 
 def make(writer, tokenizer, *, process: int = 0, world: int = 1, **changes) -> OnPolicy:
     settings = {"share": 1.0, "length": 48, "steps": 6, "seed": 0} | changes
-    spec = SynthesisSpec(prefix=5, batch_size=8, temperature=settings.pop("temperature", 1.0))
+    spec = SynthesisSpec(prefix=5, batch_size=8, **{key: settings.pop(key) for key in changes if key in SPEC})
     processes = SimpleNamespace(process_index=process, num_processes=world)
     return OnPolicy(writer, tokenizer, spec, TrainStage(), processes, **settings)
 
@@ -85,14 +88,15 @@ def test_what_stays_of_a_row(labels, expected):
     assert prompt_length(labels, 4) == expected
 
 
-def test_responses_are_what_the_student_says_now(model, short_blocks):
-    student, tokenizer = model
+@pytest.mark.parametrize("engine", ["transformers", "engine"])
+def test_responses_are_what_the_student_says_now(model, short_blocks, engine):
+    student, tokenizer = again(model[0]), model[1]
     rows = rows_of(0)
-    own = make(again(student), tokenizer, temperature=0.0)
+    own = make(again(student), tokenizer, temperature=0.0, engine=engine)
 
     def said() -> dict[int, list[int]]:
         """What the student continues each prompt with, by the prompt's length."""
-        continuer = Continuer(student, tokenizer, own.continuer.spec)
+        continuer = Continuer(student, tokenizer, replace(own.continuer.spec, engine="transformers"))
         found = {}
         for row, start in zip(rows[:2], (12, 5), strict=True):
             new = continuer.decode([row["input_ids"][:start]], 48, 0).tokens[0].tolist()[: 48 - start]
