@@ -36,6 +36,7 @@ class Results:
         draw: makes the plot beside it.
         order: sorting key of the rows, by their names; without one they are in the order of measuring.
         portable: rows of other devices and versions may be added.
+        fixed: tables in which a name has the same row in all files that are merged.
 
     Attributes:
         content: `setting`, which all rows have in common, and rows by name in each of `tables`.
@@ -50,8 +51,9 @@ class Results:
         draw: Callable[[Content, Path], None] | None = None,
         order: Callable[[str], Any] | None = None,
         portable: bool = False,
+        fixed: Sequence[str] = (),
     ):
-        self.out, self.tables, self.portable = out, tables, portable
+        self.out, self.tables, self.portable, self.fixed = out, tables, portable, fixed
         self._markdown, self._draw, self._order = markdown, draw, order
         self.content: Content = self._read(out) if out.exists() else {name: {} for name in ("setting", *tables)}
 
@@ -97,13 +99,16 @@ class Results:
         """Takes the rows of several files instead of its own.
 
         Raises:
-            SystemExit: they were measured with different settings.
+            SystemExit: they were measured with different settings, or differ in a row of `fixed`.
         """
         self.content, *others = map(self._read, files)
         for file, other in zip(files[1:], others, strict=True):
             if self._differ(self.content["setting"], other["setting"]):
                 sys.exit(f"error: {files[0]} and {file} hold rows of different settings")
             for name in self.tables:
+                for key in self.content[name].keys() & other[name].keys() if name in self.fixed else ():
+                    if self.content[name][key] != other[name][key]:
+                        sys.exit(f"error: {file} has other {name} of the name '{key}' than a file before it")
                 self.content[name] |= other[name]
         self.save()
 

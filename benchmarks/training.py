@@ -119,10 +119,10 @@ class Bench:
             self._take_layouts(path)
 
     def _take_layouts(self, path: Path) -> None:
-        """The layouts that a search chose before, unless this file has its own."""
+        """The layouts, of those asked for, that a search chose before, unless this file has its own."""
         found = runner.read(path)["layouts"]
         for name, stored in SEARCHED.items():
-            if stored in found:
+            if stored in found and name in self.arguments.layouts:
                 self.layouts.setdefault(name, found[stored]["steps"][-1])
 
     def _setting(self) -> dict:
@@ -491,6 +491,5 @@ def measure(arguments: argparse.Namespace, results: runner.Results) -> None:
 
 
 if __name__ == "__main__":
-    runner.run(
-        "training", __doc__, TABLES, add_options, measure, markdown=markdown, draw=draw, order=order, portable=True
-    )
+    kept = {"markdown": markdown, "draw": draw, "order": order, "portable": True, "fixed": ("layouts",)}
+    runner.run("training", __doc__, TABLES, add_options, measure, **kept)
