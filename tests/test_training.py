@@ -214,13 +214,13 @@ def test_other_settings_are_refused_and_nothing_is_lost_unless_forced(run, tmp_p
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(run, monkeypatch):
     from uniattn_cli.training.trainer import StageTrainer
 
-    taken = StageTrainer.take_step_loss
+    taken = StageTrainer.take_step_losses
 
     def poisoned(self):
-        loss = taken(self)
-        return float("nan") if self.state.global_step == 4 else loss
+        losses = taken(self)
+        return losses | {"loss": float("nan")} if self.state.global_step == 4 else losses
 
-    monkeypatch.setattr(StageTrainer, "take_step_loss", poisoned)
+    monkeypatch.setattr(StageTrainer, "take_step_losses", poisoned)
     with pytest.raises(StageError, match=r"nan at step 5.*learning_rate"):
         train(run_dir=run, overrides=stages("trains: all, steps: 5"), options=CPU)
     assert (run / ".trained.partial" / "stages" / "1-all" / "checkpoint-3" / "trainer_state.json").is_file()

@@ -183,7 +183,7 @@ def some_rows(linear: Any, inputs: torch.Tensor, rows: slice) -> torch.Tensor:
     """
     wrapped = type(linear) is not nn.Linear or "forward" in linear.__dict__
     wrapped = wrapped or linear._forward_hooks or linear._forward_pre_hooks
-    if wrapped or type(linear.weight) is not nn.Parameter or linear.weight.device != inputs.device:
+    if wrapped or type(linear.weight) not in (nn.Parameter, torch.Tensor) or linear.weight.device != inputs.device:
         return linear(inputs)[..., rows]
     first, count = rows.start, rows.stop - rows.start
     bias = None if linear.bias is None else linear.bias.narrow(0, first, count)

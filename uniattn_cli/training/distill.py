@@ -141,9 +141,7 @@ def relative_errors(
 ) -> torch.Tensor:
     """Squared errors of attention outputs [positions, hidden], each over the layer's energy: summed over positions, in
     the mean over layers; a scalar."""
-    errors = [
-        (output.float() - theirs[layer].float()).square().sum() / energies[layer] for layer, output in ours.items()
-    ]
+    errors = [(output.float() - theirs[layer]).square().sum() / energies[layer] for layer, output in ours.items()]
     return torch.stack(errors).mean()
 
 

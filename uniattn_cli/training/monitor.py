@@ -184,11 +184,11 @@ class Monitor(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer: StageTrainer = kwargs["trainer"]
-        loss = trainer.take_step_loss()
-        trouble = self.watch.trouble(loss)
+        losses = trainer.take_step_losses()
+        trouble = self.watch.trouble(losses["loss"])
         if trouble:
             raise diverged(f"the loss of stage '{self.stage}' {trouble}", state.global_step + 1, trainer.folder)
-        self._losses.append({"loss": loss, **trainer.take_step_parts()})
+        self._losses.append(losses)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from uniattn_cli.errors import StageError
 from uniattn_cli.recipe.schema import TrainStage
+from uniattn_cli.training.casts import cast_together
 from uniattn_cli.training.objective import Objective, attach_objective
 from uniattn_cli.training.trained import trained_names
 
@@ -59,6 +60,8 @@ class StageTrainer(SFTTrainer):
         self.changed_rate = changed_rate
         self.on_policy = on_policy
         attach_objective(self.model)
+        if args.bf16 and not self.is_fsdp_enabled:
+            cast_together(self.model, args.device)
         self.remove_callback(PrinterCallback)
         call = partial(self.callback_handler.call_event, trainer=self)
         self.callback_handler.call_event = call  # type: ignore[method-assign]
@@ -157,17 +160,17 @@ class StageTrainer(SFTTrainer):
         self._step_loss = self._step_loss + loss.detach()
         return loss
 
-    def take_step_loss(self) -> float:
-        """The loss since the last call, over all processes: of a whole step, as the trainer takes its gradient."""
-        loss, self._step_loss = self._step_loss, 0.0
-        return self.accelerator.reduce(torch.as_tensor(loss), reduction="mean").item()
+    def take_step_losses(self) -> dict[str, float]:
+        """The `loss` since the last call, and its unweighted parts where there are several.
 
-    def take_step_parts(self) -> dict[str, float]:
-        """The unweighted parts of the loss since the last call, likewise; empty where there is only one."""
-        parts, self._step_parts = self._step_parts, {}
-        if len(parts) == 1:
-            return {}
-        return {name: self.accelerator.reduce(value, reduction="mean").item() for name, value in parts.items()}
+        Over all processes: of a whole step, as the trainer takes its gradient. The device is waited for once.
+        """
+        parts = self._step_parts if len(self._step_parts) > 1 else {}
+        losses = {"loss": self._step_loss, **parts}
+        self._step_loss, self._step_parts = 0.0, {}
+        stacked = torch.stack([torch.as_tensor(loss, device=self.args.device) for loss in losses.values()])
+        means = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        return dict(zip(losses, means, strict=True))
 
     def report(self, **figures: float) -> None:
         """Passes figures on to what `train.report_to` names."""
@@ -184,8 +187,10 @@ class StageTrainer(SFTTrainer):
         return {name: named[name].detach().cpu().contiguous() for name in sorted(self.trained) if name in named}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(_local(parameter)).all():
+        trained = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
+        finite = torch.stack([torch.isfinite(_local(parameter)).all() for _, parameter in trained]).tolist()
+        for (name, _), whole in zip(trained, finite, strict=True):
+            if not whole:
                 raise diverged(f"{name} is not finite", self.state.global_step, self.folder)
         with write_errors(self.folder):
             # Skips TRL's own step, which writes a model card into the folder of every stage.
