@@ -15,7 +15,6 @@ from tiny_run import settings
 
 import uniattn_cli
 from uniattn_cli.analysis.measured import Measured
-from uniattn_cli.commands.sweep import _begin
 from uniattn_cli.errors import LayoutError, RecipeError, StageError
 from uniattn_cli.fitting.fit import fit_layers, for_trials
 from uniattn_cli.layouts import by_scores, speed
@@ -598,13 +597,3 @@ def test_an_analysis_proposes_from_the_scores_that_are_there(run):
         titles = [table.title for table in found.tables]
         assert any("predicted: the sum of scores" in title for title in titles) == known
         assert found.notes[-1].endswith("--search scores") == known
-
-
-@pytest.mark.parametrize("solve", ["both", "output"])
-def test_points_of_a_sweep_read_the_scores_of_the_run(run, solve):
-    score("layout.kinds=[linear]", "layout.protect=[1, 2, 3, 4]")
-    recipe = Recipe.load("recipe.yaml", [f"conversion.solve={solve}", "layout.search=scores"])
-    place = RunDir(run / "sweep" / "point")
-    _begin(RunDir(run), place, recipe, {})
-    # Those of another fit would only be refused.
-    assert place.is_complete("score") == (solve == "both")

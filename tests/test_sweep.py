@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 from tiny_run import settings
 
+import uniattn_cli
 import uniattn_cli.commands.sweep as module
 from uniattn_cli.commands.sweep import SweepPoint, sweep
 from uniattn_cli.errors import RecipeError, StageError
 from uniattn_cli.evaluation import cache, scores
+from uniattn_cli.layouts.alone import Alone
+from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
 
+CPU = RunOptions(device="cpu")
 SETTINGS = settings()
 BUDGETS = {"kv": [0.8, 0.3], "solve": ["both", "output"]}
 
@@ -93,22 +98,53 @@ def test_faults_are_told_before_anything_is_done(run):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "search"), [("softmax", "fast"), ("key", "fast"), ("linear", "thorough"), ("softmax kv", "thorough")]
+    ("kinds", "search"), [("softmax", "fast"), ("key", "fast"), ("linear", "scores"), ("softmax kv", "scores")]
 )
-def test_what_maps_alone_cannot_find_is_searched_thoroughly(kinds, search):
-    """Or by the scores that are there."""
+def test_what_maps_alone_cannot_find_is_searched_by_scores(kinds, search):
     point = SweepPoint("kv", 0.8, tuple(kinds.split()), "both")
-    assert f"layout.search={search}" in point.overrides("fast", False)
-    scored = search.replace("thorough", "scores")
-    assert f"layout.search={scored}" in point.overrides("fast", True)
+    assert f"layout.search={search}" in point.overrides("fast")
+    assert "layout.search=scores" in point.overrides("scores")
+
+
+def test_plans_are_scored_once_for_all_points_of_a_fit(run, monkeypatch):
+    """Those of the run among them; what a point adds is there for the next."""
+    tried, convert = [], Alone.convert
+
+    def recorded(self, plans):
+        tried.extend((plan.kind, plan.compensation) for plan in plans)
+        return convert(self, plans)
+
+    monkeypatch.setattr(Alone, "convert", recorded)
+    few = [*SETTINGS, "conversion.tokens=256", "layout.score_tokens=128", "layout.protect=[1, 2, 3]"]
+    few += ["layout.shortlist=1", "layout.search=scores"]
+    uniattn_cli.score(run_dir=run, overrides=[*few, "layout.kinds=[linear]"], options=CPU)
+    assert tried == [("linear", "full")] * 2
+    found = {}
+    for name, kinds, solve in (
+        ("one", "linear", "both"),
+        ("two", "linear, none", "both"),
+        ("three", "none, linear", "both"),
+        ("other", "linear", "compensation"),
+    ):
+        recipe = Recipe.load(run / "recipe.yaml", [*few, f"layout.kinds=[{kinds}]", f"conversion.solve={solve}"])
+        place = RunDir(run / "sweep" / name)
+        module._begin(RunDir(run), place, recipe, {})
+        with module._scores_shared(RunDir(run), place, recipe, base_of(recipe), CPU):
+            uniattn_cli.group(run_dir=place.root, options=CPU)
+        found[name] = place.output("score").resolve(), len(tried)
+    added = run / "sweep" / "plans"
+    # Another fit has others.
+    assert [count for _, count in found.values()] == [2, 4, 4, 6] and len(list(added.iterdir())) == 2
+    assert found["one"][0] == run / "scores" and found["two"][0] == found["three"][0]
+    assert {folder.parent.parent for folder, _ in list(found.values())[1:]} == {added}
 
 
 @pytest.mark.slow
-def test_kinds_are_searched_thoroughly(run):
+def test_kinds_are_searched_by_scores(run):
     found = sweep(run_dir=run, kv=[0.8], kinds=[["softmax"], ["softmax", "kv"]], overrides=SETTINGS)
     assert [row[0] for row in found.tables[0].rows][1:] == ["kv0.8-softmax-both", "kv0.8-softmax+kv-both"]
     recipe = (run / "sweep/kv0.8-softmax+kv-both/recipe.yaml").read_text()
-    assert "search: thorough" in recipe
+    assert "search: scores" in recipe
 
 
 def test_the_command(run, uniattn):

@@ -203,7 +203,7 @@ def sweep(
             "--kinds",
             metavar="KIND,...;...",
             help="Sets of kinds of layer, such as 'softmax;key;softmax,kv'; several together, pooled, linear and none "
-            "use the thorough search, or scores if there are some or the recipe does.",
+            "are searched by scores, which points of the same fit share.",
         ),
     ] = None,
     solve: Annotated[

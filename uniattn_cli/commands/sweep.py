@@ -1,20 +1,23 @@
 """`uniattn sweep`: conversions under several budgets, kinds of layer and fits, all scored in the same way, in one plot.
 
-Each point is a run directory of its own in `sweep/`, with the analysis of the run; the base is scored once. After an
-interruption the same command resumes.
+Each point is a run directory of its own in `sweep/`, with the analysis of the run; the base is scored once, and so are
+plans for all points of the same fit. After an interruption the same command resumes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.commands.compare import write_comparison
 from uniattn_cli.commands.convert import convert
 from uniattn_cli.commands.evaluate import evaluate
@@ -22,6 +25,8 @@ from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.evaluation.comparison import PLOT, Merged, Part, table
 from uniattn_cli.evaluation.figures import RESULTS, read_results
 from uniattn_cli.layouts.choose import check_analysis
+from uniattn_cli.layouts.scores import inputs_of
+from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.models.hub import Source
 from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
@@ -29,7 +34,7 @@ from uniattn_cli.recipe.files import apply_overrides, read_tree, write_tree
 from uniattn_cli.recipe.reading import move_paths
 from uniattn_cli.recipe.schema import BUDGETS, Recipe, fast_search_takes
 from uniattn_cli.run.directory import RunDir
-from uniattn_cli.run.files import read_json, write_json
+from uniattn_cli.run.files import read_json, remove, taken, write_json
 from uniattn_cli.run.lock import alone
 from uniattn_cli.tables import Result, Table
 
@@ -37,6 +42,8 @@ FOLDER = "sweep"
 POINT_FILE = "point.json"
 SUMMARY = "sweep.json"
 SCORES = "scores"
+# Scores of plans, for each fit.
+PLANS = "plans"
 DEFAULT_KV = (0.9, 0.8, 0.7)
 
 
@@ -61,15 +68,14 @@ class SweepPoint:
         """Names the point in tables and its folder."""
         return f"{self.unit}{self.limit:g}-{'+'.join(self.kinds)}-{self.solve}"
 
-    def overrides(self, search: str, scored: bool) -> list[str]:
+    def overrides(self, search: str) -> list[str]:
         """The settings of the point; several kinds, and those that do not borrow, are more than a fast search takes.
 
         Args:
             search: of the recipe.
-            scored: plans have been scored with the fit of the point.
         """
-        if search == "fast" and not fast_search_takes(self.kinds):
-            search = "scores" if scored else "thorough"
+        if not fast_search_takes(self.kinds):
+            search = "scores"
         budgets = dict.fromkeys(BUDGETS, "null") | {self.unit: f"{self.limit:g}"}
         return [
             "layout.groups=auto",
@@ -133,7 +139,10 @@ def sweep(
         overrides = [*overrides, "conversion.rank=full"]
     points = _points(recipe, kv, followers, kinds, solve)
     # All faults are told before the first point is begun.
-    recipes = {point: Recipe.load(run.recipe, _settings(run, point, recipe, overrides)) for point in points}
+    recipes = {
+        point: Recipe.load(run.recipe, [*overrides, *point.overrides(recipe.layout.search), "layout.layers=null"])
+        for point in points
+    }
     folder = run.root / FOLDER
     if options.force and folder.exists():
         shutil.rmtree(folder)
@@ -164,16 +173,6 @@ def _points(
     return list(dict.fromkeys(found))
 
 
-def _settings(run: RunDir, point: SweepPoint, recipe: Recipe, overrides: Sequence[str]) -> list[str]:
-    chosen = point.overrides(recipe.layout.search, _scored(run, point.solve))
-    return [*overrides, *chosen, "layout.layers=null"]
-
-
-def _scored(run: RunDir, solve: str) -> bool:
-    """Whether the run has scores of plans that were fitted in this way."""
-    return run.is_complete("score") and run.record("score")["settings"]["conversion"]["solve"] == solve
-
-
 def _run_point(
     run: RunDir, place: RunDir, recipe: Recipe, source: Source, scores: Path, discard: bool, options: RunOptions
 ) -> str | None:
@@ -191,7 +190,8 @@ def _run_point(
     quiet = RunOptions(device=options.device, force=True, progress=options.progress)
     if not place.is_complete("convert"):
         try:
-            convert(run_dir=place.root, options=quiet)
+            with _scores_shared(run, place, recipe, source, options):
+                convert(run_dir=place.root, options=quiet)
         except LayoutError as error:
             _write_point(place, record, str(error))
             return str(error)
@@ -218,12 +218,36 @@ def _begin(run: RunDir, place: RunDir, recipe: Recipe, record: dict[str, Any]) -
     apply_overrides(tree, [*settings, f"seed={recipe.seed}"])
     move_paths(Recipe, tree, run.root, place.root)
     write_tree(tree, place.recipe)
-    target = os.path.relpath(run.output("analyze").resolve(), place.root.resolve())
-    place.output("analyze").symlink_to(target, target_is_directory=True)
-    if _scored(run, recipe.conversion.solve):
-        target = os.path.relpath(run.output("score").resolve(), place.root.resolve())
-        place.output("score").symlink_to(target, target_is_directory=True)
+    _link(place.output("analyze"), run.output("analyze"))
     _write_point(place, record, None)
+
+
+def _link(name: Path, target: Path) -> None:
+    name.symlink_to(os.path.relpath(target.resolve(), name.parent.resolve()), target_is_directory=True)
+
+
+@contextlib.contextmanager
+def _scores_shared(run: RunDir, place: RunDir, recipe: Recipe, source: Source, options: RunOptions) -> Iterator[None]:
+    """Gives a point that is searched by scores those that there are of its fit, and keeps what it adds for others."""
+    if recipe.layout.search != "scores":
+        yield
+        return
+    inputs = inputs_of(Workbench(recipe, source, Measured.load(run.output("analyze")), options))
+    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
+    own, shared = place.output("score"), RunDir(run.root / FOLDER / PLANS / digest)
+    known = [each for each in (shared, run) if each.is_complete("score") and each.record("score")["inputs"] == inputs]
+    if known and not taken(own):
+        _link(own, known[0].output("score"))
+    try:
+        yield
+    finally:
+        if place.is_complete("score") and not own.is_symlink():
+            kept = shared.output("score")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if taken(kept):
+                remove(kept)
+            own.rename(kept)
+            _link(own, kept)
 
 
 def _write_point(place: RunDir, record: dict[str, Any], impossible: str | None) -> None:
