@@ -3,10 +3,10 @@
     python -m benchmarks.layouts MODEL --text c4.jsonl --wikitext wiki.tokens \\
         --calibration wikipedia.jsonl chat.jsonl:120 --out docs/benchmarks/layouts.json
 
-`--parts` picks rows, `--mixes` those of the parts `aligned` and `budgets`, of which the second takes the steps of one
-search as layouts for every budget of `--budgets`. Evaluation: the first 30,720 tokens of the pages of
-`--text` (`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`), in windows of
-1,024. Without a GPU the searches take hours.
+`--parts` picks rows, `--mixes` those of the parts `aligned` and `budgets`, of which the second has rows for every
+budget of `--budgets`. Layouts are solved for from scores. Evaluation: the first 30,720 tokens of the pages of `--text`
+(`c4`; the other pages are calibration text) and the first 65,536 tokens of `--wikitext` (`wt`), in windows of 1,024.
+Without a GPU the scores take hours.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from uniattn_cli.data.windows import calibration_windows
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
-from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.fast import frontier
-from uniattn_cli.layouts.greedy import ThoroughSearch
+from uniattn_cli.layouts.on_demand import ScoresOnDemand
 from uniattn_cli.layouts.shorthand import parse_groups
-from uniattn_cli.layouts.thorough import proposer
+from uniattn_cli.layouts.solutions import Wish, pool
+from uniattn_cli.layouts.solver import layout_of
+from uniattn_cli.layouts.workbench import Texts, Workbench
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
 from uniattn_cli.models.building import build_converted
@@ -41,8 +42,11 @@ from uniattn_cli.models.device import describe_device, timed
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.losses import window_loss
+from uniattn_cli.models.placement import Placement
 from uniattn_cli.models.tokenizer import load_tokenizer
+from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, DatasetSpec, DataSpec, LayoutSpec, ModelSpec, Recipe
+from uniattn_cli.run.directory import RunDir
 from uniattn_cli.tables import Table
 
 LENGTH = 1024
@@ -136,30 +140,29 @@ class Bench:
     def fast(self, followers: int) -> Layout:
         return next(choice.layout for choice in frontier(self.matcher()) if choice.changed == followers)
 
-    def searched(
-        self, name: str, kinds: tuple[str, ...], budget: LayoutSpec, head_map: str, align: int = 0
-    ) -> list[Layout]:
-        """The layouts of all steps of a thorough search; from the file if it has been run before."""
+    def scored(
+        self, name: str, kinds: tuple[str, ...], budget: dict[str, float], head_map: str, align: int = 0
+    ) -> Layout:
+        """The layout with the best prediction for a budget; from the file if it has been found before."""
         if self.results.missing("layouts", [name]):
-            search = ThoroughSearch(
-                self.base,
-                self.windows(SEARCH_TOKENS),
-                self.windows(SCORE_TOKENS, SEARCH_TOKENS),
-                ConversionSpec(align=align),
-                proposer(self.matcher(head_map), kinds, "full"),
-                chooser=self.chooser(head_map, match_keys=align > 0),
-            )
-            limit = Budget.of(budget, self.shape, self.base.config)
+            spec = LayoutSpec(search="scores", kinds=kinds, head_map=head_map, shortlist=1, **budget)
+            recipe = replace(self.recipe, layout=spec, conversion=ConversionSpec(align=align))
+            bench = Workbench(recipe, self.source, self.measured, RunOptions(device=str(self.device)))
+            score = self.windows(SCORE_TOKENS, SEARCH_TOKENS)
+            texts = Texts(self.windows(SEARCH_TOKENS), score, score[:0])
+            # What it would load and read.
+            vars(bench).update(base=self.base, placement=Placement(self.device), texts=texts)
+            wish = Wish.of(spec, self.shape, self.base.config)
             seconds: list[float] = []
             with timed(seconds, self.device):
-                steps = search.run(limit.met, saved=limit.saved)
-            entry = {
-                "seconds": round(seconds[0], 1),
-                "measured": sum(step.measured for step in steps),
-                "divergences": [round(step.divergence, 5) for step in steps],
-            }
-            self.results.add("layouts", name, entry | {"steps": [step.layout.to_list() for step in steps]}, entry)
-        return [Layout.from_list(step) for step in self.results.content["layouts"][name]["steps"]]
+                # Other budgets and kinds take what has been scored of theirs.
+                run = RunDir(Path(self.folder.name) / f"{head_map}-{align}")
+                scores = ScoresOnDemand(run, bench, "full")
+                (solution,) = scores.settled(lambda scores: pool(scores, spec, self.shape.layers, wish)).values()
+            entry = {"seconds": round(seconds[0], 1), "scored": len(scores.known)}
+            # Files of a search that went step by step have more than the last.
+            self.results.add("layouts", name, entry | {"steps": [layout_of(solution).to_list()]}, entry)
+        return Layout.from_list(self.results.content["layouts"][name]["steps"][-1])
 
     def row(
         self,
@@ -257,34 +260,31 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
     if "aligned" in parts:
         align, refined = ConversionSpec().align, {"refine": ConversionSpec().refine}
         for name in arguments.mixes:
-            steps = bench.searched(f"{name}, aligned", ALIGNED[name], LayoutSpec(kv=0.8), "free", align)
-            bench.row(f"KV 80 %, {name}, aligned", steps[-1], seeds)
-            bench.row(f"KV 80 %, {name}, refined", steps[-1], seeds, **refined)
+            layout = bench.scored(f"{name}, aligned", ALIGNED[name], {"kv": 0.8}, "free", align)
+            bench.row(f"KV 80 %, {name}, aligned", layout, seeds)
+            bench.row(f"KV 80 %, {name}, refined", layout, seeds, **refined)
             if name in WITHOUT_COMPENSATION:
-                bench.row(f"KV 80 %, {name}, aligned, no W_c", steps[-1], seeds, solve="output")
-                bench.row(f"KV 80 %, {name}, refined, no W_c", steps[-1], seeds, solve="output", **refined)
+                bench.row(f"KV 80 %, {name}, aligned, no W_c", layout, seeds, solve="output")
+                bench.row(f"KV 80 %, {name}, refined, no W_c", layout, seeds, solve="output", **refined)
 
 
 def run_budgets(bench: Bench, mixes: list[str], budgets: list[float], seeds: list[int]) -> None:
-    """Every budget with the first layout of a search that meets it; early layers without W_c."""
-    for name in mixes:
-        least = LayoutSpec(kv=budgets[-1])
-        steps = bench.searched(f"{name}, to {budgets[-1]:.0%}", ALIGNED[name], least, "free", ConversionSpec().align)
-        for share in budgets:
-            limit = Budget.of(LayoutSpec(kv=share), bench.shape, bench.base.config)
-            layout = next(step for step in steps if limit.met(step))
-            spec = {"solve": "output"} if name in WITHOUT_COMPENSATION else {}
-            bench.row(f"KV {share:.0%}, {name}", layout, seeds, refine=ConversionSpec().refine, **spec)
+    """Every budget; early layers without W_c."""
+    for name, share in itertools.product(mixes, budgets):
+        layout = bench.scored(f"{name}, {share:.0%}", ALIGNED[name], {"kv": share}, "free", ConversionSpec().align)
+        spec = {"solve": "output"} if name in WITHOUT_COMPENSATION else {}
+        bench.row(f"KV {share:.0%}, {name}", layout, seeds, refine=ConversionSpec().refine, **spec)
 
 
 def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:
     """All parts but `aligned`; they compare with layouts of softmax followers."""
-    free = bench.searched("softmax, free", ("softmax",), LayoutSpec(followers=12), "free")
-    grouped = bench.searched("softmax, grouped", ("softmax",), LayoutSpec(followers=12), "grouped")
+    names = {12: "softmax", 8: "8 softmax"}
     paper = {count: parse_groups(groups, bench.shape, "full") for count, groups in ((12, "paper"), (8, "14-29:2"))}
     few = {"seeds": [0], "tokens": 80 * LENGTH}
-    for count in (12, 8):
-        searched = grouped[count - 1]
+    for count, name in names.items():
+        free, grouped = (
+            bench.scored(f"{name}, {heads}", ("softmax",), {"followers": count}, heads) for heads in ("free", "grouped")
+        )
         if "layouts" in parts:
             own = {head_map: bench.chooser(head_map, "one", leaders=True) for head_map in ("free", "grouped")}
             bench.row(f"{count} paper, free", paper[count], seeds, chooser=own["free"])
@@ -293,27 +293,28 @@ def run_unaligned(bench: Bench, parts: list[str], seeds: list[int]) -> None:
             bench.row(f"{count} similarity alone", fast, seeds)
             bench.row(f"{count} fast, grouped", fast, seeds, chooser=bench.chooser())
             bench.row(f"{count} fast, free", fast, seeds, chooser=bench.chooser("free"))
-            bench.row(f"{count} thorough, grouped", searched, seeds)
-            bench.row(f"{count} thorough, free", free[count - 1], seeds)
+            bench.row(f"{count} scores, grouped", grouped, seeds)
+            bench.row(f"{count} scores, free", free, seeds)
         if "compensation" in parts:
             for solve in ("none", "reference", "compensation", "output", "both"):
-                bench.row(f"{count} thorough, solve {solve}", searched, **few, solve=solve)
+                bench.row(f"{count} scores, solve {solve}", grouped, **few, solve=solve)
             for rank in (32, 64, 128):
-                bench.row(f"{count} thorough, rank {rank}", searched, **few, rank=rank)
+                bench.row(f"{count} scores, rank {rank}", grouped, **few, rank=rank)
         if "heads" in parts:
-            bench.row(f"{count} thorough, heads identity", nearest(searched), **few)
+            bench.row(f"{count} scores, heads identity", nearest(grouped), **few)
             for head_map, sources in itertools.product(("grouped", "free"), ("one", "several")):
-                name = f"{count} thorough, heads {head_map} from {sources}"
-                bench.row(name, searched, **few, chooser=bench.chooser(head_map, sources))
+                name = f"{count} scores, heads {head_map} from {sources}"
+                bench.row(name, grouped, **few, chooser=bench.chooser(head_map, sources))
     if "compensation" in parts:
         for solve in ("none", "reference", "compensation", "both"):
             bench.row(f"12 paper identity, solve {solve}", paper[12], **few, solve=solve)
     if "kinds" in parts:
-        budget = LayoutSpec(kv=0.8)
+        budget = {"kv": 0.8}
         for kind in ("kv", "linear", "none"):
-            bench.row(f"KV 80 %, {kind} alone", bench.searched(kind, (kind,), budget, "grouped")[-1], seeds, align=0)
-        bench.row("KV 80 %, softmax alone", free[11], seeds)
-        mixed = bench.searched("mixed", ("softmax", "kv", "linear"), budget, "free")[-1]
+            bench.row(f"KV 80 %, {kind} alone", bench.scored(kind, (kind,), budget, "grouped"), seeds, align=0)
+        softmax = bench.scored("softmax, free", ("softmax",), {"followers": 12}, "free")
+        bench.row("KV 80 %, softmax alone", softmax, seeds)
+        mixed = bench.scored("mixed", ("softmax", "kv", "linear"), budget, "free")
         bench.row("KV 80 %, softmax + kv + linear", mixed, seeds, align=0)
 
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of analysis, conversion and thorough search on a Llama-3.1-8B shape with random weights.
+"""Time and peak memory of analysis, conversion and scores of five kinds on a Llama-3.1-8B shape with random weights.
 
     python -m benchmarks.scale --out docs/benchmarks/scale.json
 
@@ -9,6 +9,7 @@ not depend on the weights.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,28 +23,32 @@ from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
 from uniattn_cli.layouts.fast import frontier
-from uniattn_cli.layouts.greedy import ThoroughSearch
-from uniattn_cli.layouts.thorough import proposer
+from uniattn_cli.layouts.scores import score_plans
+from uniattn_cli.layouts.workbench import Texts, Workbench
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.device import describe_device, release_memory, timed
 from uniattn_cli.models.hub import Source
 from uniattn_cli.models.of_run import BASE
+from uniattn_cli.models.placement import Placement
 from uniattn_cli.models.pool import weight_bytes
 from uniattn_cli.models.random import known_config, random_models
-from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec
+from uniattn_cli.options import RunOptions
+from uniattn_cli.recipe.schema import AnalysisSpec, EvaluationSpec, LayoutSpec, ModelSpec, Recipe
+from uniattn_cli.run.directory import RunDir
 
 LENGTH = 1024
 TOKENS = 131072
 FOLLOWERS = 12
-PARTS = ("analysis", "conversion", "thorough", "offloaded")
+PARTS = ("analysis", "conversion", "scores", "offloaded")
+KINDS = ("key", "kv", "early", "softmax", "linear")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--search-tokens", type=int, default=24576, help="tokens that candidates are fitted on")
-    parser.add_argument("--score-tokens", type=int, default=16384, help="tokens that candidates are compared on")
+    parser.add_argument("--search-tokens", type=int, default=24576, help="tokens that plans are fitted on")
+    parser.add_argument("--score-tokens", type=int, default=16384, help="tokens that plans are scored on")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
 
 
@@ -57,7 +62,17 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
         0, config.vocab_size, (TOKENS // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0)
     )
     model = random_models(config, {}, "bfloat16", device)[BASE]
-    weights, shape, spec = weight_bytes(model), attention_shape(config), ConversionSpec()
+    recipe = Recipe(
+        model=ModelSpec(name="random", dtype="bfloat16"),
+        layout=LayoutSpec(search="scores", kinds=KINDS),
+        evaluation=EvaluationSpec(batch_size=4),
+    )
+    weights, shape, spec, source = (
+        weight_bytes(model),
+        attention_shape(config),
+        recipe.conversion,
+        Source("random", Path("."), "random"),
+    )
     results.begin(
         {
             "device": describe_device(device),
@@ -84,13 +99,14 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
     def analyze(count: int) -> Measured:
         analysis = AnalysisSpec(tokens=TOKENS, length=LENGTH)
         with torch.no_grad():
-            return measure(model, windows[:count], analysis, Source("random", Path("."), "random"))[0]
+            return measure(model, windows[:count], analysis, source)[0]
 
     if "analysis" in parts:
         call = lambda: {"times_a_plain_forward": round(analyze(len(windows)).forward_ratio, 2)}  # noqa: E731
         row("analysis", call, tokens=TOKENS)
     # Which layers and heads match makes no difference to time and memory.
-    matcher = Matcher(analyze(4).score, shape, "grouped", "several")
+    measured = analyze(4)
+    matcher = Matcher(measured.score, shape, "grouped", "several")
     chooser = SourceChooser(matcher, matcher.lenders, Limits.of(device))
     followers = min(FOLLOWERS, shape.layers // 2)
     layout = next(choice.layout for choice in frontier(matcher) if choice.changed == followers)
@@ -101,20 +117,19 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
     if "conversion" in parts:
         row("conversion", convert, tokens=TOKENS, followers=followers)
         row("conversion with heads matched", lambda: convert(matched=chooser), tokens=TOKENS, followers=followers)
-    if "thorough" in parts:
+    if "scores" in parts:
         fitted, compared = arguments.search_tokens // LENGTH, arguments.score_tokens // LENGTH
+        bench = Workbench(recipe, source, measured, RunOptions(device=str(device)))
+        # What it would load and read.
+        texts = windows[:fitted], windows[fitted : fitted + compared], windows[:0]
+        vars(bench).update(base=model, placement=Placement(device), texts=Texts(*texts))
 
-        def search() -> dict[str, Any]:
-            candidates = proposer(matcher, ("softmax",), "full")
-            texts = windows[:fitted], windows[fitted : fitted + compared]
-            steps = ThoroughSearch(model, *texts, spec, candidates, chooser=chooser, batch_size=4).run(
-                lambda layout: len(layout.changed) >= followers,
-                report=lambda step: print("step", step.layer, step.measured, flush=True),
-            )
-            return {"candidates": sum(step.measured for step in steps)}
+        def score() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                return {"plans": len(score_plans(RunDir(folder), bench, "auto"))}
 
         tokens = {"fit_tokens": fitted * LENGTH, "score_tokens": compared * LENGTH}
-        row("thorough", search, **tokens, followers=followers)
+        row("scores", score, **tokens, kinds=list(KINDS))
     if "offloaded" in parts:
         model.to("cpu")
         release_memory(device)

@@ -1,13 +1,12 @@
-"""Searches for a layout: scores of single layers and a solver, compared with the greedy search by conversion.
+"""Layouts from scores of single layers: how near the sum of scores comes to the loss that is measured.
 
     python -m benchmarks.search MODEL --calibration c4.jsonl wikipedia.jsonl chat.jsonl:120 --work DIR
 
 Parts: `scores` scores every plan of every layer once; `budgets` solves for each budget, converts the best prediction
 and one whose scores were corrected in its company; `pool` converts the other solutions and each kind alone; `loss` asks
 for the smallest cache at each of `--losses` and measures the result on text that the choice has not seen; `speed` asks
-for each of `--speeds` and times the result again; `thorough` runs the greedy search with all kinds, takes its steps for
-every budget, and then searches with each kind alone down to the budget `--timed`. Without a GPU this takes hours. Parts
-may share `--work`, which keeps analysis and scores.
+for each of `--speeds` and times the result again. Without a GPU this takes hours. Parts may share `--work`, which keeps
+analysis and scores.
 """
 
 from __future__ import annotations
@@ -29,21 +28,18 @@ from benchmarks import runner
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.charts import MARKERS, colour
 from uniattn_cli.commands.analyze import analyze
-from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.by_scores import by_scores
 from uniattn_cli.layouts.choose import compensation_of
 from uniattn_cli.layouts.considered import kinds_in_words
-from uniattn_cli.layouts.greedy import SearchStep, ThoroughSearch
 from uniattn_cli.layouts.on_demand import ScoresOnDemand
 from uniattn_cli.layouts.scores import Score, company_of
 from uniattn_cli.layouts.solutions import Wish, loss, pool, problem_of
 from uniattn_cli.layouts.solver import Option, layout_of, total
 from uniattn_cli.layouts.speed import confirmed
-from uniattn_cli.layouts.thorough import proposer, series_name
 from uniattn_cli.layouts.workbench import Workbench, stderr
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
-from uniattn_cli.models.device import clock, describe_device, timed
+from uniattn_cli.models.device import describe_device, timed
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_config
 from uniattn_cli.models.losses import window_divergences
@@ -51,7 +47,7 @@ from uniattn_cli.options import RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.process import join_processes
-from uniattn_cli.tables import NOTHING, Table
+from uniattn_cli.tables import Table
 
 SETTINGS = ["model.dtype=float32", "layout.search=scores", "evaluation.batch_size=32"]
 
@@ -264,56 +260,12 @@ def run_speeds(bench: Bench) -> None:
         bench.compare(key, found.layout, speed=round(found.speed or 1.0, 4), speed_again=round(again, 4), **facts)
 
 
-def run_thorough(bench: Bench) -> None:
-    """The greedy search with all kinds for every budget, then with each kind alone for one."""
-    spec, workbench = bench.recipe.layout, bench.workbench
-    names = {series_name(kinds): kinds for kinds in (spec.kinds, *((kind,) for kind in spec.kinds))}
-    missing = bench.results.missing("times", names)
-    if not missing:
-        return
-    search = ThoroughSearch(
-        workbench.base,
-        workbench.texts.fit,
-        workbench.texts.score,
-        bench.recipe.conversion,
-        proposer(workbench.matcher, spec.kinds, compensation_of(bench.recipe), spec.max_group),
-        chooser=workbench.chooser(workbench.lenders),
-        batch_size=bench.recipe.evaluation.batch_size,
-    )
-    for name in missing:
-        search.reset()
-        shares = bench.arguments.budgets if names[name] == spec.kinds else [bench.arguments.timed]
-        _search(bench, search, name, names[name], sorted(shares))
-
-
-def _search(bench: Bench, search: ThoroughSearch, name: str, kinds: tuple[str, ...], shares: list[float]) -> None:
-    """One search down to the smallest share; the first layout within each share is measured when it is found."""
-    started, measured = clock(bench.device), 0
-    budgets = {share: Budget("kv", share, f"kv {share:g}", bench.shape, bench.config) for share in shares}
-    last = budgets[shares[0]]
-
-    def report(step: SearchStep) -> None:
-        nonlocal started, measured
-        measured += step.measured
-        now = clock(bench.device)
-        while shares and budgets[shares[-1]].met(step.layout):
-            share = shares.pop()
-            if share == bench.arguments.timed:
-                bench.results.add("times", name, {"seconds": round(now - started, 1), "measured": measured})
-            bench.compare(f"kv {share:g} | {name}", step.layout, searched=round(step.divergence, 5))
-        # What was measured meanwhile is not searching.
-        started += clock(bench.device) - now
-
-    search.run(last.met, saved=last.saved, kinds=kinds, report=report)
-
-
 MEASURES = {
     "scores": run_scores,
     "budgets": run_budgets,
     "pool": run_pool,
     "loss": run_losses,
     "speed": run_speeds,
-    "thorough": run_thorough,
 }
 COLUMNS = ["budget", "found by", "changed layers", "KV bytes", "predicted", "measured"]
 
@@ -324,24 +276,23 @@ def markdown(content: runner.Content) -> str:
     lines = []
     for key, row in rows:
         budget, _, name = key.partition(" | ")
-        predicted = row.get("predicted", row.get("searched"))
-        shown = NOTHING if predicted is None else f"{predicted:.4f}"
+        predicted = f"{row['predicted']:.4f}"
         measured = f"{row['divergence']:.4f} ± {1.96 * row['stderr']:.4f}"
-        lines.append([budget, name or "scores", row["kinds"], f"{row['kv_share']:.1%}", shown, measured])
+        lines.append([budget, name or "scores", row["kinds"], f"{row['kv_share']:.1%}", predicted, measured])
     setting = content["setting"]
     times = [f"{name}: {row['seconds']:g} s" for name, row in content["times"].items()]
     text = (
-        "Loss of converted models before training: KL from the base, nats per token (95 %), on text that no search has "
+        "Loss of converted models before training: KL from the base, nats per token (95 %), on text that no score has "
         f"seen; {setting['dtype']}, {setting['device']}, {setting['tokens']['fit']:,} tokens for fits and "
-        f"{setting['tokens']['score']:,} for scores. Predicted: the sum of scores, or what the greedy search measured. "
-        f"Time of the searches: {'; '.join(times) or 'not measured'}. Made by `benchmarks/search.py`, which explains "
+        f"{setting['tokens']['score']:,} for scores. Predicted: the sum of scores. "
+        f"Time of the scoring: {'; '.join(times) or 'not measured'}. Made by `benchmarks/search.py`, which explains "
         "what is measured; the JSON file has all numbers."
     )
-    return runner.page(f"{setting['model']}: layouts by search", text, Table("", COLUMNS, lines))
+    return runner.page(f"{setting['model']}: layouts from scores", text, Table("", COLUMNS, lines))
 
 
 def draw(content: runner.Content, path: Path) -> None:
-    """Predicted against measured loss; beside it the loss over the KV bytes, by search."""
+    """Predicted against measured loss; beside it the loss over the KV bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -354,8 +305,7 @@ def draw(content: runner.Content, path: Path) -> None:
     most = max(row["divergence"] for row in content["rows"].values())
     for number, (name, rows) in enumerate(series.items()):
         style = {"color": colour(number), "marker": MARKERS[number % len(MARKERS)], "label": name}
-        predicted = [row for row in rows if "predicted" in row]
-        left.scatter([row["predicted"] for row in predicted], [row["divergence"] for row in predicted], s=24, **style)
+        left.scatter([row["predicted"] for row in rows], [row["divergence"] for row in rows], s=24, **style)
         right.scatter([100 * row["kv_share"] for row in rows], [row["divergence"] for row in rows], s=24, **style)
     left.plot([0, most], [0, most], linestyle=":", color="gray", label="equal")
     left.set_xlabel("predicted: sum of the layers' scores, nats per token")
@@ -368,14 +318,14 @@ def draw(content: runner.Content, path: Path) -> None:
 
 
 def _series(key: str, kinds: list[str]) -> str:
-    """Rows of one series have one colour: all kinds by each search, each kind alone, and the limited loss."""
+    """Rows of one series have one colour: all kinds together, each kind alone, and the limited loss."""
     name = key.partition(" | ")[2]
     if not name:
         return "scores, limited loss"
     words = name.partition(", ")[2]
     if words in kinds:
         return words
-    return "greedy" if name.startswith("thorough") else "scores" if name == "scores" else "scores, other solutions"
+    return "scores" if name == "scores" else "scores, other solutions"
 
 
 def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> None:
@@ -392,7 +342,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", nargs="*", default=[], help="FILE or FILE:ROWS; the built-in text without")
     parser.add_argument("--kinds", nargs="*", default=["key", "kv", "early", "softmax", "linear"])
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.9, 0.8, 0.7, 0.6], metavar="SHARE")
-    parser.add_argument("--timed", type=float, default=0.8, metavar="SHARE", help="one of --budgets")
     parser.add_argument("--losses", nargs="*", type=float, default=[0.02, 0.05, 0.1], metavar="NATS")
     parser.add_argument("--speeds", nargs="*", default=["1.1@64x8192", "1.2@64x8192"], metavar="RATIO@BATCHxCONTEXT")
     parser.add_argument("--work", type=Path, help="folder of the analysis and the scores")

@@ -89,7 +89,7 @@ SETTINGS = [
     # Writing takes longer than the steps of so small a model; so do measurements of the best state, which with this
     # schedule is the last.
     *("train.save_steps=1000000", "train.eval_steps=300"),
-    *("layout.kv=0.8", "layout.head_map=free", "layout.search=thorough", "layout.score_tokens=24576"),
+    *("layout.kv=0.8", "layout.head_map=free", "layout.search=scores", "layout.score_tokens=24576"),
 ]
 
 

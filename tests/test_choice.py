@@ -18,14 +18,11 @@ from uniattn_cli.commands.group import group
 from uniattn_cli.errors import DataError, LayoutError, ModelError, RecipeError, UsageError
 from uniattn_cli.fitting import fit
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.layouts import choose as choosing
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.choose import choose
-from uniattn_cli.layouts.considered import Considered, Point, Validated, kinds_in_words, lower_envelope
+from uniattn_cli.layouts.considered import Considered, Point, Validated, frontier_table, kinds_in_words, lower_envelope
 from uniattn_cli.layouts.fast import frontier
-from uniattn_cli.layouts.greedy import SearchStep
 from uniattn_cli.layouts.plots import plot_frontier
-from uniattn_cli.layouts.thorough import frontier_table, points_of
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.models.building import build_converted
@@ -39,7 +36,10 @@ CPU = RunOptions(device="cpu")
 KINDS = ("softmax", "kv", "linear")
 SHAPE = AttentionShape(6, 3, 8, 48, ("full",) * 6)
 QUICK = ["layout.score_tokens=256", "conversion.tokens=512"]
-THOROUGH = ["layout.search=thorough", "layout.kinds=[softmax, kv, linear]", "layout.kv=0.7", *QUICK]
+SCORED = [
+    *("layout.search=scores", "layout.kinds=[softmax, kv, linear]", "layout.kv=0.8", "layout.protect=[1, 2]"),
+    *QUICK,
+]
 
 
 @pytest.fixture
@@ -326,56 +326,52 @@ def test_similarities_propose_layouts_that_are_compared(run, monkeypatch):
     assert len(chosen(run, "layout.followers=2", "layout.shortlist=2").considered.shortlist) == 2
 
 
-# --- the thorough choice ----------------------------------------------------------------------------------------------
+# --- the choice by scores ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def thorough(tiny_runs, tmp_path_factory):
-    folder = Path(shutil.copytree(tiny_runs / "analysed", tmp_path_factory.mktemp("thorough") / "run"))
+def scored(tiny_runs, tmp_path_factory):
+    folder = Path(shutil.copytree(tiny_runs / "analysed", tmp_path_factory.mktemp("scored") / "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        grouping = group(overrides=overridden(*THOROUGH), options=CPU)
+        grouping = group(overrides=overridden(*SCORED), options=CPU)
     return SimpleNamespace(run=folder, grouping=grouping, considered=grouping.considered)
 
 
-def test_each_kind_alone_and_the_fast_choice_stand_beside_the_mix(thorough):
-    names = {point.series for point in thorough.considered.frontier}
-    alone = {f"thorough, {kind}" for kind in KINDS}
-    assert names == {"thorough, softmax + kv + linear", *alone}
-    compared = {entry.name: entry.layout for entry in thorough.considered.shortlist}
-    assert set(compared) <= {*names, "fast, softmax", "fast, kv"} and {"fast, softmax", "fast, kv"} <= set(compared)
-    for kind in KINDS:
-        # A mix that turns out to be of one kind is converted once.
-        ends = [point.layout for point in thorough.considered.frontier if point.series == f"thorough, {kind}"]
-        assert {plan.kind for plan in ends[-1] if plan.kind != "own"} == {kind}
+def test_each_kind_alone_stands_beside_the_mix(scored):
+    names = {point.series for point in scored.considered.frontier}
+    assert names == {"scores, softmax + kv + linear", *(f"scores, {kind}" for kind in KINDS)}
+    compared = [{plan.kind for plan in entry.layout} - {"own"} for entry in scored.considered.shortlist]
+    assert all({kind} in compared for kind in KINDS)
+    # One that turns out to be the same is converted once.
+    assert len({entry.layout for entry in scored.considered.shortlist}) == len(compared)
 
 
-def test_the_best_comes_first_and_is_what_is_written(thorough):
-    values = [entry.divergence for entry in thorough.considered.shortlist]
+def test_the_best_comes_first_and_is_what_is_written(scored):
+    values = [entry.divergence for entry in scored.considered.shortlist]
     assert values == sorted(values) and values[0] < values[-1]
-    best = thorough.considered.shortlist[0]
-    assert thorough.grouping.layout == thorough.considered.chosen == best.layout
-    recipe = Recipe.load(thorough.run / "recipe.yaml")
+    best = scored.considered.shortlist[0]
+    assert scored.grouping.layout == scored.considered.chosen == best.layout
+    recipe = Recipe.load(scored.run / "recipe.yaml")
     assert Layout.from_list(recipe.layout.layers) == best.layout
-    content = json.loads((thorough.run / "grouping" / "grouping.json").read_text())
+    content = json.loads((scored.run / "grouping" / "grouping.json").read_text())
     assert [entry["divergence"] for entry in content["shortlist"]] == pytest.approx(values, rel=1e-5)
     assert content["shortlist"][0]["layers"] == content["chosen"] == best.layout.to_list()
     assert content["shortlist_tokens"] == 256
     assert any(
-        note.startswith(f"'{best.name}' chosen: closest to the base of {len(values)}")
-        for note in thorough.grouping.notes
+        note.startswith(f"'{best.name}' chosen: closest to the base of {len(values)}") for note in scored.grouping.notes
     )
-    budget = Budget.of(LayoutSpec(kv=0.7), SHAPE, load_config(locate(recipe.model.name)))
-    assert all(budget.met(entry.layout) for entry in thorough.considered.shortlist)
+    budget = Budget.of(LayoutSpec(kv=0.8), SHAPE, load_config(locate(recipe.model.name)))
+    assert all(budget.met(entry.layout) for entry in scored.considered.shortlist)
 
 
-def test_the_shortlist_is_judged_by_really_converted_models(thorough, monkeypatch):
-    monkeypatch.chdir(thorough.run)
-    bench = bench_of(thorough.run, *THOROUGH)
+def test_the_shortlist_is_judged_by_really_converted_models(scored, monkeypatch):
+    monkeypatch.chdir(scored.run)
+    bench = bench_of(scored.run, *SCORED)
     base = load_model(bench.source, bench.recipe.model, torch.device("cpu"))
-    assert len(thorough.considered.shortlist) >= 3
+    assert len(scored.considered.shortlist) >= 3
     rows = []
-    for entry in thorough.considered.shortlist:
+    for entry in scored.considered.shortlist:
         model = build_converted(base, entry.layout)
         fit_layers(base, model, bench.texts.fit, bench.recipe.conversion)
         with torch.no_grad():
@@ -387,8 +383,8 @@ def test_the_shortlist_is_judged_by_really_converted_models(thorough, monkeypatc
         assert entry.behind_stderr == pytest.approx((rows[-1] - rows[0]).std().item() / 2, abs=1e-4)
 
 
-def test_the_frontier_shows_the_best_of_all_searches(thorough):
-    points = thorough.considered.frontier
+def test_the_front_shows_the_best_at_each_size(scored):
+    points = scored.considered.frontier
     best = {}
     for point in points:
         for budget in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
@@ -398,49 +394,16 @@ def test_the_frontier_shows_the_best_of_all_searches(thorough):
     for budget, value in best.items():
         met = Budget.of(LayoutSpec(kv=budget), SHAPE, None).met
         assert min(point.value for point in kept if met(point.layout)) == value
-    table = frontier_table(points, Measured.load(thorough.run / "analysis"))
-    assert [row[3] for row in table.rows] == [f"{point.value:.4f}" for point in kept]
+    assert [row[3] for row in frontier_table(points, SHAPE, 2).rows] == [f"{point.value:.4f}" for point in kept]
 
 
-def steps(*kinds):
-    layout = layout_of(*kinds)
-    return [SearchStep(1, layout[1], layout, 0.01 if "n" in kinds else 0.02, 1)]
-
-
-def test_a_mix_that_went_astray_is_not_taken(run, monkeypatch):
-    """On the tokens of the search the mix is better; on others half of its layers are missed."""
-    runs = {"thorough, kv + none": steps(*"onnnno"), "thorough, kv": steps(*"ooooov")}
-    monkeypatch.setattr(choosing, "search", lambda *args: runs)
-    # Kinds of which there is no fast choice.
-    more = ("layout.search=thorough", "layout.kinds=[linear, none]", "layout.kv=0.9", "layout.match=maps")
-    grouping = chosen(run, *more)
-    assert [entry.name for entry in grouping.considered.shortlist] == ["thorough, kv", "thorough, kv + none"]
-    assert grouping.layout.changed == [5] and grouping.considered.shortlist[1].behind > 0
-    # One that is all that may be compared is the one that the search found best.
-    assert chosen(run, *more, "layout.shortlist=1").layout.changed == [1, 2, 3, 4]
-
-
-def test_only_as_many_are_compared_as_the_recipe_allows(run, monkeypatch):
-    searched = []
-    monkeypatch.setattr(
-        choosing,
-        "search",
-        lambda *args: searched.append(1) or {"a": steps(*"oooonn"), "b": steps(*"ooosss"), "c": steps(*"ooovvv")},
-    )
-    more = ("layout.search=thorough", "layout.kinds=[softmax, kv, none]", "layout.kv=0.9", "layout.match=maps")
-    assert [len(chosen(run, *more, f"layout.shortlist={n}").considered.shortlist) for n in (2, 3, 8)] == [2, 3, 5]
-
-
-def test_without_a_comparison_only_the_mix_is_searched(run):
-    grouping = chosen(run, *THOROUGH, "layout.kv=0.9", "layout.shortlist=1")
-    assert {point.series for point in grouping.considered.frontier} == {"thorough, softmax + kv + linear"}
+def test_a_shortlist_of_one_is_the_best_prediction(scored, monkeypatch):
+    monkeypatch.chdir(scored.run)
+    grouping = chosen(scored.run, *SCORED, "layout.shortlist=1")
+    assert {point.series for point in grouping.considered.frontier} == {"scores, softmax + kv + linear"}
     assert grouping.considered.shortlist == [] and grouping.considered.tokens == 0
-    assert [table.title.split()[0] for table in grouping.tables] == ["steps"]
-
-
-def test_a_budget_that_no_search_meets(run):
-    with pytest.raises(LayoutError, match=r"budget kv 0.1 cannot be met: no layer left to change with kinds early"):
-        chosen(run, "layout.search=thorough", "layout.kv=0.1", *QUICK)
+    predicted = {entry.name: entry.predicted for entry in scored.considered.shortlist}
+    assert f"predicted loss {predicted['scores, softmax + kv + linear']:.4f}" in grouping.notes[0]
 
 
 def test_predictions_that_overflow_are_no_choice(run, monkeypatch):
@@ -465,21 +428,17 @@ def test_no_layout_is_converted_twice_to_be_compared(run, monkeypatch):
     assert len(converted) == 2 and [entry.name for entry in found] == ["again", "two"]
 
 
-def test_points_begin_with_the_unchanged_model():
-    points = points_of({"a": steps(*"ovoooo"), "b": []}, 6)
-    assert [(point.series, point.value) for point in points] == [("a", 0.0), ("a", 0.02), ("b", 0.0)]
-
-
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 
-def test_the_settings_of_a_choice_are_stored_with_it(run):
+def test_the_settings_of_a_choice_are_stored_with_it(scored, run):
     """Otherwise a later choice by other settings would leave a recipe that contradicts itself."""
+    shutil.copytree(scored.run / "scores", "scores")
     recipe = Path("recipe.yaml")
     recipe.write_text(recipe.read_text().replace("\nconversion:", "\n# what follows\nconversion:"))
-    group(overrides=overridden(*THOROUGH, "layout.shortlist=2", "layout.protect=[1]"), options=CPU)
+    group(overrides=overridden(*SCORED, "layout.shortlist=2"), options=CPU)
     stored = Recipe.load(recipe).layout
-    assert (stored.search, stored.kinds, stored.shortlist, stored.protect) == ("thorough", KINDS, 2, (1,))
+    assert (stored.search, stored.kinds, stored.shortlist, stored.protect) == ("scores", KINDS, 2, (1, 2))
     group(overrides=overridden("layout.search=fast", "layout.kinds=[softmax]", "layout.match=maps"), options=CPU)
     stored = Recipe.load(recipe).layout
     assert (stored.search, stored.kinds, stored.match) == ("fast", ("softmax",), "maps")
@@ -488,4 +447,4 @@ def test_the_settings_of_a_choice_are_stored_with_it(run):
 
 def test_kinds_named_twice_are_a_fault():
     with pytest.raises(RecipeError, match=r"layout\.kinds has a kind twice"):
-        Recipe.from_tree({"model": {"name": "m"}, "layout": {"search": "thorough", "kinds": ["kv", "kv"]}})
+        Recipe.from_tree({"model": {"name": "m"}, "layout": {"search": "scores", "kinds": ["kv", "kv"]}})

@@ -24,8 +24,8 @@ from uniattn_cli.run.directory import RunDir
 
 CPU = RunOptions(device="cpu")
 FEW = {"analysis.tokens": 256, "conversion.tokens": 512, "layout.score_tokens": 128, "layout.kv": 0.8}
-THOROUGH = {"layout.search": "thorough", "layout.kv": 0.9, "layout.match": "maps"}
-SCORES = {"layout.search": "scores", "layout.kinds": "[linear, none]", "layout.kv": "null", "layout.max_loss": 0.005}
+SEARCHED = {"layout.search": "scores", "layout.kv": 0.9, "layout.match": "maps", "layout.protect": "[1, 2]"}
+LIMITED = {"layout.search": "scores", "layout.kinds": "[linear, none]", "layout.kv": "null", "layout.max_loss": 0.005}
 PLAIN = {"layout.layers": "[{}, {}, {leader: 1}, {}, {kind: key, leader: 3}, {}]"}
 
 # By setting: what it is changed to, and what else holds before and after.
@@ -35,15 +35,15 @@ LAYOUT = {
     "followers": (1, {"layout.kv": "null"}),
     "kv": (0.9, {}),
     "params": (0.97, {"layout.kv": "null", "layout.kinds": "[softmax]"}),
-    "max_loss": (0.002, SCORES),
-    "save": ("params", SCORES),
-    "speed": ("1.1@2x64", SCORES | {"layout.max_loss": "null", "layout.speed": "1@2x64"}),
-    "search": ("thorough", {"layout.kv": 0.9, "layout.match": "maps"}),
-    "kinds": ("[linear]", THOROUGH),
-    "score_tokens": (256, THOROUGH),
+    "max_loss": (0.002, LIMITED),
+    "save": ("params", LIMITED),
+    "speed": ("1.1@2x64", LIMITED | {"layout.max_loss": "null", "layout.speed": "1@2x64"}),
+    "search": ("scores", {key: value for key, value in SEARCHED.items() if key != "layout.search"}),
+    "kinds": ("[linear]", SEARCHED),
+    "score_tokens": (256, SEARCHED),
     "head_map": ("free", {"layout.kinds": "[softmax]"}),
     "match": ("maps", {}),
-    "shortlist": (1, THOROUGH | {"layout.kinds": "[softmax, kv]"}),
+    "shortlist": (1, SEARCHED | {"layout.kinds": "[softmax, kv]"}),
     "sources": ("one", {"layout.match": "maps"}),
     "max_group": (1, {"layout.sources": "one", "layout.kv": 0.75}),
     "protect": ("[2, 3]", {"layout.kv": 0.75}),
@@ -127,7 +127,7 @@ def test_settings_of_the_layout(key, run, monkeypatch):
     assert usual(chosen, more) != chosen(more | {f"layout.{key}": value})
 
 
-@pytest.mark.parametrize("more", [{}, THOROUGH], ids=["fast", "thorough"])
+@pytest.mark.parametrize("more", [{}, SEARCHED], ids=["fast", "scores"])
 def test_the_same_settings_choose_the_same_layout(more, run):
     assert usual(chosen, more) == chosen(more)
 

@@ -12,8 +12,7 @@ from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_keys import InputMatches, KeyMatches, matched, unrotated
 from uniattn_cli.fitting.match_outputs import Block, Borrowing, SourceChooser, candidate_blocks
 from uniattn_cli.fitting.stream import attention_inputs, positions_of, start_batches
-from uniattn_cli.layouts.greedy import ThoroughSearch
-from uniattn_cli.layouts.thorough import proposer
+from uniattn_cli.layouts.trials import Trials
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
@@ -194,9 +193,8 @@ def test_the_head_with_the_most_telling_keys_is_borrowed():
     assert len(blocks) == 2 * shape.kv_heads and {Block(0, 2, (1,)), Block(1, 2, (2,)), Block(2, 2, (0,))} <= {*blocks}
 
 
-def test_the_search_aligns_its_candidates_for_a_part_of_the_steps(monkeypatch):
+def test_trials_align_for_a_part_of_the_steps(monkeypatch):
     base = make_base(FAMILIES[0])
-    matcher = matcher_of(base)
     steps = []
     from uniattn_cli.fitting import fit
 
@@ -204,16 +202,9 @@ def test_the_search_aligns_its_candidates_for_a_part_of_the_steps(monkeypatch):
     monkeypatch.setattr(fit, "align_queries", lambda *arguments: steps.append(arguments[-1]) or plain(*arguments))
     divergences = {}
     for align in (40, 0):
-        search = ThoroughSearch(
-            base,
-            windows(12, 3),
-            windows(6, 4),
-            ConversionSpec(align=align),
-            proposer(matcher, ("key", "linear"), "full"),
-            chooser=SourceChooser(matcher, matcher.lenders, PLENTY, match_keys=align > 0),
-        )
+        trials = Trials(base, windows(12, 3), windows(6, 4), ConversionSpec(align=align))
         layout = Layout.own(6).with_plan(4, LayerPlan("key", leader=3, compensation="full"))
-        divergences[align] = search.measure(layout)
+        divergences[align] = trials.convert(layout).divergence
         assert set(steps) == {10} if align else not steps
         steps.clear()
     assert divergences[40] < divergences[0]

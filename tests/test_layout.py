@@ -143,7 +143,7 @@ def test_shorthands_group_each_mask_type_by_itself():
         ("1-4,3-6", "layer 3 is in two groups"),
         ("keys@paper", r"'keys' is not one of softmax, key, .* \(did you mean 'key'"),
         ("key@auto", "use --groups auto --kinds key$"),
-        ("linear@auto", "use --groups auto --kinds linear --search thorough"),
+        ("linear@auto", "use --groups auto --kinds linear --search scores"),
         ("key@", "--groups key@: the part after @ must be paper, every:N"),
         ("key@kv@paper", "the part after @ must be paper, every:N"),
         ("key@papr", "--groups key@papr: not one of auto, paper"),

@@ -15,11 +15,10 @@ from uniattn_cli.layouts import on_demand
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.fast import frontier
 from uniattn_cli.layouts.on_demand import ScoresOnDemand
+from uniattn_cli.layouts.plans import plan_alone, proposal
 from uniattn_cli.layouts.scores import Score, questions
-from uniattn_cli.layouts.shorthand import plan_alone
 from uniattn_cli.layouts.solutions import Wish, pool
 from uniattn_cli.layouts.solver import layout_of
-from uniattn_cli.layouts.thorough import proposal
 from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
 

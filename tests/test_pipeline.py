@@ -198,7 +198,7 @@ def run(tiny_runs, tmp_path):
 def test_the_candidates_are_what_the_recipe_would_convert(run):
     """The first kind that borrows, with the W_c that is solved for."""
     solved = ["conversion.solve=output"]
-    mix = ["layout.search=thorough", "layout.kinds=[linear, kv]", *solved]
+    mix = ["layout.search=scores", "layout.kinds=[linear, kv]", *solved]
     row = uniattn_cli.analyze(run_dir=run, overrides=mix, options=FORCE).tables[1].rows[1]
     alone = ["layout.kinds=[kv]", "layout.followers=1", *solved]
     costs = uniattn_cli.convert(run_dir=run, dry_run=True, overrides=alone).costs

@@ -7,10 +7,12 @@ import random
 import re
 
 import pytest
+from tiny import FAMILIES
 
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.solver import Limit, Option, Problem, impossible, layout_of, total
-from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layout
 from uniattn_cli.recipe.schema import LayoutSpec
 
 LAYERS = 5
@@ -128,3 +130,20 @@ def test_a_share_that_is_no_binary_fraction_is_met_exactly():
     """0.7 * 180 is a little less than 126 in floating point."""
     budget = Budget.of(LayoutSpec(kv=0.7), AttentionShape(9, 3, 64, 576, ("full",) * 30), None)
     assert (budget.whole, budget.needed) == (180, 54)
+
+
+@pytest.mark.parametrize(
+    ("spec", "entries"),
+    [
+        (LayoutSpec(followers=2), [{}, {"leader": 0}, {"leader": 0}, {}, {}, {}]),
+        (LayoutSpec(kv=0.75), [{}, {"leader": 0}, {"leader": 0}, {"leader": 0}, {}, {}]),
+        (LayoutSpec(kv=0.75), [{}, {"leader": 0}, {"kind": "linear"}, {}, {}, {}]),
+        (LayoutSpec(params=0.97), [{}, {"kind": "none"}, {}, {}, {}, {}]),
+    ],
+)
+def test_budgets_are_met_exactly_when_they_are(spec, entries):
+    config = FAMILIES[0][1]()
+    met = Budget.of(spec, attention_shape(config), config).met
+    assert met(Layout.from_list(entries))
+    last = max(index for index, entry in enumerate(entries) if entry)
+    assert not met(Layout.from_list([{} if index == last else entry for index, entry in enumerate(entries)]))

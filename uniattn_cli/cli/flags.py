@@ -105,8 +105,8 @@ KindsOption = Annotated[
     typer.Option(
         "--kinds",
         metavar="KIND,...",
-        help=f"Kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with --search thorough or "
-        f"scores several of {', '.join(CHANGED_KINDS)} [recipe: layout.kinds, default early]",
+        help=f"Kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with --search scores "
+        f"several of {', '.join(CHANGED_KINDS)} [recipe: layout.kinds, default early]",
         show_default=False,
     ),
 ]

@@ -13,10 +13,10 @@ from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.errors import DataError, StageError
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.choose import check_protected, compensation_of
+from uniattn_cli.layouts.considered import frontier_table
 from uniattn_cli.layouts.fast import candidates_table, frontier, parameter_counts
 from uniattn_cli.layouts.scores import Score, kept
 from uniattn_cli.layouts.solutions import frontier as frontier_of_scores
-from uniattn_cli.layouts.thorough import frontier_table
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.options import RunOptions
@@ -209,7 +209,7 @@ def _scored(scores: list[Score], measured: Measured, recipe: Recipe) -> list[Tab
         return []
     kinds = tuple(dict.fromkeys(score.question.kind for score in scores))
     points = frontier_of_scores(scores, replace(recipe.layout, kinds=kinds), measured.shape)
-    return [frontier_table(points, measured, "predicted: the sum of scores")]
+    return [frontier_table(points, measured.shape, measured.element_size)]
 
 
 def _candidates(measured: Measured, config, matcher: Matcher, recipe: Recipe) -> Table:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.layouts.choose import check_analysis, check_protected, check_rank, compensation_of
+from uniattn_cli.layouts.considered import frontier_table
 from uniattn_cli.layouts.on_demand import ScoresOnDemand
 from uniattn_cli.layouts.scores import Score
 from uniattn_cli.layouts.solutions import frontier, frontier_solutions
-from uniattn_cli.layouts.thorough import frontier_table
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.loading import load_config
@@ -77,7 +77,7 @@ def score(*, run_dir: Path | str = ".", overrides: Sequence[str] = (), options: 
     tables = [_table(scores, recipe.layout.kinds)]
     if process.is_main_process:
         points = frontier(scores, recipe.layout, shape)
-        tables.append(frontier_table(points, bench.measured, "predicted: the sum of scores"))
+        tables.append(frontier_table(points, shape, bench.measured.element_size))
     return Scoring(scores, output, title="scores", tables=tables, notes=notes)
 
 

@@ -1,33 +1,30 @@
-"""The choice of a layout: given, by dynamic programming over similarities, or by conversion."""
+"""The choice of a layout: given, by dynamic programming over similarities, or by scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.errors import LayoutError, StageError
 from uniattn_cli.fitting.match_maps import Matcher
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.by_scores import by_scores
-from uniattn_cli.layouts.considered import Considered, Point, Validated
-from uniattn_cli.layouts.fast import Choice, candidates_table, frontier, parameter_counts, plan_of
+from uniattn_cli.layouts.considered import Considered, Point, frontier_table
+from uniattn_cli.layouts.fast import Choice, candidates_table, frontier, parameter_counts
 from uniattn_cli.layouts.picture import draw_layout
+from uniattn_cli.layouts.plans import plan_of
 from uniattn_cli.layouts.shorthand import parse_groups
 from uniattn_cli.layouts.solutions import Wish
-from uniattn_cli.layouts.thorough import frontier_table, points_of, search, steps_table
 from uniattn_cli.layouts.workbench import Workbench, matches_by_output
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import BORROWING_KINDS, KINDS, AttentionShape, Layout
+from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
 from uniattn_cli.models.of_run import base_of
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.tables import Result, Table
-
-if TYPE_CHECKING:
-    from uniattn_cli.layouts.greedy import SearchStep
 
 # Similarities that propose other layouts for the shortlist of the fast search, and their names.
 SHORTLIST_METRICS = {"cosine_no_sink": "cosine without the sink", "js_no_sink": "Jensen-Shannon without the sink"}
@@ -81,7 +78,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
     """The layout that the recipe asks for, without writing anything.
 
     Args:
-        load: whether weights may be loaded, which the thorough search and missing scores need.
+        load: whether weights may be loaded, which missing scores need.
 
     Raises:
         LayoutError: the shorthand or the budget cannot be met.
@@ -106,15 +103,7 @@ def choose(run: RunDir, recipe: Recipe, config: Any, options: RunOptions, *, loa
         return _fixed(layout, f"layout '{spec.groups}', head map '{spec.head_map}' {_matched(recipe, layout, load)}")
     if spec.search == "scores":
         return _by_scores(run, bench, Wish.of(spec, shape, config), rank, load)
-    budget = Budget.of(spec, shape, config)
-    if spec.search == "thorough":
-        if not load:
-            raise LayoutError(
-                "a dry run cannot use the thorough search; run `uniattn group` first, or use --search fast with one of "
-                f"--kinds {', '.join(BORROWING_KINDS)}"
-            )
-        return _thorough(bench, budget, rank)
-    return _fast(bench, budget, rank, config, load)
+    return _fast(bench, Budget.of(spec, shape, config), rank, config, load)
 
 
 def _plain_leaders(layout: Layout) -> bool:
@@ -143,7 +132,8 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     spec, measured = bench.recipe.layout, bench.measured
     shape = measured.shape
     kind = spec.kinds[0]
-    settings = _frontier_settings(spec, rank, kind)
+    settings: dict[str, Any] = {"protect": spec.protect, "max_group": spec.max_group}
+    settings |= {"compensation": rank, "kind": kind}
     choices = frontier(bench.matcher, **settings)
     counts = parameter_counts(config, choices)
     chosen = _within_budget(choices, budget, shape, counts)
@@ -160,9 +150,8 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
     else:
         layout = bench.match_heads(chosen.layout) if load else chosen.layout
     points = [Point("fast", choice.layout, choice.changed - sum(choice.scores.values())) for choice in choices]
-    considered = Considered(
-        "sum over changed layers of 1 - similarity", points, shortlist, _checked(bench, shortlist), layout
-    )
+    checked = bench.texts.check.numel() if shortlist else 0
+    considered = Considered("sum over changed layers of 1 - similarity", points, shortlist, checked, layout)
     note = f"{chosen.changed} {kind} layers: {budget.words}"
     if chosen.changed:
         note += f"; heads {_matched(bench.recipe, layout, load)}"
@@ -170,44 +159,6 @@ def _fast(bench: Workbench, budget: Budget, rank: str | int, config: Any, load: 
             note += f", mean similarity of the borrowed maps {bench.matcher.similarity_of(layout):.3f}"
     marked = chosen if not shortlist or shortlist[0].name == "fast" else None
     tables = [candidates_table(choices, shape, measured.element_size, counts, marked)]
-    return _grouping(considered, measured, tables, [note])
-
-
-def _frontier_settings(spec: LayoutSpec, rank: str | int, kind: str) -> dict[str, Any]:
-    return {"protect": spec.protect, "max_group": spec.max_group, "compensation": rank, "kind": kind}
-
-
-def _checked(bench: Workbench, shortlist: list[Validated]) -> int:
-    """Tokens that a shortlist was compared on."""
-    return bench.texts.check.numel() if shortlist else 0
-
-
-def _thorough(bench: Workbench, budget: Budget, rank: str | int) -> Grouping:
-    """Greedy search by conversion; its mix of kinds is compared with each kind alone and with the fast choice.
-
-    The one that is closest to the base on text that no search has seen is taken, so that mixing is never worse there
-    than the best single kind.
-    """
-    spec, measured = bench.recipe.layout, bench.measured
-    runs = search(bench, budget, rank)
-    proposals = _proposals(bench, budget, rank, runs)
-    if not proposals:
-        raise LayoutError(
-            f"{budget.words} cannot be met: no layer left to change with kinds {', '.join(spec.kinds)}; relax the "
-            "budget, layout.protect, layout.kinds or analysis.max_distance"
-        )
-    shortlist = bench.validate(proposals) if len(proposals) > 1 else []
-    layout = shortlist[0].layout if shortlist else next(iter(proposals.values()))
-    points = points_of(runs, measured.shape.layers)
-    checked = _checked(bench, shortlist)
-    considered = Considered("KL from the base, nats per token", points, shortlist, checked, layout)
-    note = f"{len(layout.changed)} layers changed: {budget.words}"
-    if _borrows(layout):
-        note += f"; heads {_matched(bench.recipe, layout, True)}"
-    taken = shortlist[0].name if shortlist else next(iter(proposals))
-    tables = [steps_table(runs[taken], measured)] if runs.get(taken) else []
-    if len(runs) > 1:
-        tables.append(frontier_table(points, measured))
     return _grouping(considered, measured, tables, [note])
 
 
@@ -222,29 +173,8 @@ def _by_scores(run: RunDir, bench: Workbench, wish: Wish, rank: str | int, load:
         note += f"; decoding steps {found.speed:.3f} times as fast as the base's"
     if _borrows(layout):
         note += f"; heads {_matched(bench.recipe, layout, True)}"
-    table = frontier_table(considered.frontier, bench.measured, "predicted from scores")
+    table = frontier_table(considered.frontier, bench.measured.shape, bench.measured.element_size)
     return _grouping(considered, bench.measured, [table], [note])
-
-
-def _proposals(
-    bench: Workbench, budget: Budget, rank: str | int, runs: dict[str, list[SearchStep]]
-) -> dict[str, Layout]:
-    """The layouts that meet the budget, without repetitions: those searched, the best first, and the fast choices."""
-    spec, own = bench.recipe.layout, Layout.own(bench.measured.shape.layers)
-    ends = [
-        (steps[-1].divergence, name, steps[-1].layout) if steps else (0.0, name, own) for name, steps in runs.items()
-    ]
-    found = [(name, layout) for _, name, layout in sorted(ends, key=lambda end: end[0]) if budget.met(layout)]
-    for kind in spec.kinds if spec.compared != 1 else ():
-        if KINDS[kind].borrows:
-            choices = frontier(bench.matcher, **_frontier_settings(spec, rank, kind))
-            met = [choice.layout for choice in choices if budget.met(choice.layout)]
-            found += [(f"fast, {kind}", layout) for layout in met[:1]]
-    proposals: dict[str, Layout] = {}
-    for name, layout in found:
-        if layout not in proposals.values():
-            proposals[name] = layout
-    return dict(list(proposals.items())[: spec.compared])
 
 
 def _grouping(considered: Considered, measured: Measured, tables: list[Table], notes: list[str]) -> Grouping:

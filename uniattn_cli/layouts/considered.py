@@ -178,6 +178,20 @@ def lower_envelope(points: list[Point], shape: AttentionShape) -> list[Point]:
     return kept[::-1]
 
 
+def frontier_table(points: list[Point], shape: AttentionShape, element_size: int) -> Table:
+    """The layout with the smallest predicted loss at each size of the cache, whatever kinds it has."""
+    own = kv_bytes_per_token(Layout.own(shape.layers), shape, element_size)
+    rows = []
+    for point in lower_envelope(points, shape):
+        kv = kv_bytes_per_token(point.layout, shape, element_size)
+        rows.append([f"{kv:,} ({kv / own:.0%})", kinds_in_words(point.layout), point.series, f"{point.value:.4f}"])
+    return Table(
+        "Pareto front: the best layout at each cache size (KL predicted: the sum of scores)",
+        ["KV bytes/token", "changed layers", "search", "KL from base"],
+        rows,
+    )
+
+
 def _within(value: float, stderr: float) -> str:
     """With its 95 % half-width, where there is one."""
     return f"{value:.4f}" if math.isnan(stderr) else f"{value:.4f} ± {1.96 * stderr:.4f}"

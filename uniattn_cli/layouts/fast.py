@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from uniattn_cli.fitting.match_maps import Match, Matcher
-from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan, Layout
+from uniattn_cli.fitting.match_maps import Matcher
+from uniattn_cli.layouts.plans import plan_of
+from uniattn_cli.modeling.layout_uniattn import LayerPlan, Layout
 from uniattn_cli.models.costs import count_parameters, kv_bytes_per_token
 from uniattn_cli.tables import Table
 
@@ -108,25 +109,6 @@ def _choice(matcher: Matcher, count: int, path: tuple | None, compensation: str 
         plans[layer] = plan_of(match, compensation, kind, matcher.shape.group_size)
         scores[layer] = match.score
     return Choice(count, Layout(tuple(plans)), dict(sorted(scores.items())))
-
-
-def plan_of(match: Match, compensation: str | int, kind: str = "softmax", group_size: int = 1) -> LayerPlan:
-    """A borrowing layer's plan; a head map that changes nothing is written as a plain leader.
-
-    Args:
-        match: sources of all query heads.
-        compensation: W_c that is asked for, see `Kind.compensation_for`.
-        kind: where only keys are borrowed, each key/value group takes the head that its first query head matches.
-        group_size: query heads of a key/value group.
-    """
-    compensation = KINDS[kind].compensation_for(compensation)
-    if not KINDS[kind].borrows_maps:
-        heads = tuple((source, head // group_size) for source, head in match.sources[::group_size])
-        return LayerPlan(kind, heads=heads, compensation=compensation)
-    layers = {layer for layer, _ in match.sources}
-    if len(layers) == 1 and [head for _, head in match.sources] == list(range(len(match.sources))):
-        return LayerPlan(kind, leader=layers.pop(), compensation=compensation)
-    return LayerPlan(kind, heads=match.sources, compensation=compensation)
 
 
 def parameter_counts(config: Any, choices: Sequence[Choice]) -> dict[int, int]:

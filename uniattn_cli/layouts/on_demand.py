@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+from uniattn_cli.layouts.plans import proposal
 from uniattn_cli.layouts.scores import Question, Score, questions, score_plans
 from uniattn_cli.layouts.solver import Option
-from uniattn_cli.layouts.thorough import proposal
 from uniattn_cli.layouts.workbench import Workbench
 from uniattn_cli.run.directory import RunDir
 

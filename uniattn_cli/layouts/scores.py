@@ -1,6 +1,6 @@
 """Scores: what replacing one layer by one plan costs, all other layers being the base's, and the stage that keeps them.
 
-Every plan that a recipe allows is converted once, alone: aligned and fitted like a candidate of the thorough search. As
+Every plan that a recipe allows is converted once, alone, aligned and fitted with a part of the steps. As
 a borrowing layer may only borrow from layers that stay as they are, it is scored with several choices of lenders: all
 layers that may lend together, each of the `NEAREST` alone, and others alone where a layout needs them (`on_demand`). A
 solver then puts layouts together for any budget.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.errors import LayoutError, StageError
+from uniattn_cli.layouts.plans import may_change, proposal
 from uniattn_cli.layouts.solver import Option, layout_of
-from uniattn_cli.layouts.thorough import may_change, proposal
 from uniattn_cli.layouts.workbench import Workbench, stderr
 from uniattn_cli.modeling.layout_uniattn import KINDS, LayerPlan
 from uniattn_cli.run.directory import RunDir

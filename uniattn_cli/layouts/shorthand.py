@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from uniattn_cli.errors import LayoutError, RecipeError, suggest
+from uniattn_cli.layouts.plans import plan_alone
 from uniattn_cli.modeling.layout_uniattn import CHANGED_KINDS, KINDS, AttentionShape, LayerPlan, Layout
 from uniattn_cli.recipe.paths import located
 
@@ -61,27 +62,11 @@ def _kind_and_form(text: str) -> tuple[str, str]:
         known = ", ".join(CHANGED_KINDS)
         raise LayoutError(f"--groups {text}: '{kind}' is not one of {known}{suggest(kind, CHANGED_KINDS)}")
     if form == "auto":
-        search = "" if KINDS[kind].borrows else " --search thorough"
+        search = "" if KINDS[kind].borrows else " --search scores"
         raise LayoutError(f"--groups {text}: to choose such layers, use --groups auto --kinds {kind}{search}")
     if not form or "@" in form or Path(form).is_file():
         raise LayoutError(f"--groups {text}: the part after @ must be paper, every:N, FIRST-LAST:N or a list")
     return kind, form
-
-
-def plan_alone(kind: str, shape: AttentionShape, compensation: str | int) -> LayerPlan | None:
-    """The plan of a layer of a kind that borrows nothing; None of one that borrows.
-
-    A layer with fewer key/value heads has as many as divide those of the model, half of them at most.
-
-    Args:
-        compensation: W_c that is asked for, see `Kind.compensation_for`.
-    """
-    traits = KINDS[kind]
-    if traits.borrows:
-        return None
-    kept = max((n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0), default=1)
-    heads = kept if traits.fewer_heads else None
-    return LayerPlan(kind, kv_heads=heads, compensation=traits.compensation_for(compensation))
 
 
 def _layers(first: str, last: str, shape: AttentionShape, text: str) -> range:

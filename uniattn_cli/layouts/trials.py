@@ -202,17 +202,3 @@ class Trials:
             replace(batch, base=base[layer], converted=states[layer], shared=batch.shared.copy())
             for batch, base, states in zip(self.fit_batches, self.base_states, self.states, strict=True)
         ]
-
-    def reset(self) -> None:
-        """Starts again from the unchanged model."""
-        if not self.layout.changed:
-            return
-        self.layout = Layout.own(self.shape.layers)
-        for index, layer in enumerate(self.model.model.layers):
-            if layer.self_attn.plan.kind != "own":
-                layer.self_attn = build_attention(self.base, self.layout, index)
-                layer.self_attn.lend_to(None)
-        for batch in (*self.fit_batches, *self.score_batches):
-            batch.shared = SharedStates()
-        with torch.no_grad():
-            self._store_base()

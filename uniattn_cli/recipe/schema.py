@@ -260,19 +260,19 @@ class LayoutSpec:
     )
     search: str = setting(
         "fast",
-        "search method: fast (maximises the similarity of maps), thorough (converts every candidate; best on a GPU) or "
-        "scores (converts every plan of every layer once, for any budgets; best on a GPU)",
-        choices=("fast", "thorough", "scores"),
+        "search method: fast (maximises the similarity of maps) or scores (converts every plan of every layer once, "
+        "for any budgets; best on a GPU)",
+        choices=("fast", "scores"),
     )
     kinds: tuple[str, ...] = setting(
         lambda: ("early",),
-        f"kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with another search than fast "
+        f"kinds of layer that auto may use: one of {', '.join(BORROWING_KINDS)}; with the search scores "
         f"several, and {', '.join(kind for kind in CHANGED_KINDS if kind not in BORROWING_KINDS)} too",
         common=True,
     )
     score_tokens: int = setting(
         16384,
-        "calibration tokens that score the candidates of a search by conversion; as many others score the shortlist",
+        "calibration tokens that score plans; as many others score the shortlist",
         minimum=64,
     )
     head_map: str = setting(
@@ -289,7 +289,7 @@ class LayoutSpec:
     shortlist: int | str = setting(
         "auto",
         "largest number of layouts to convert and compare on separate text; auto compares nothing in a fast search and "
-        "in others all they suggest: mixes, each kind alone, the fast choice beside a thorough one; 1 compares nothing",
+        "all that scores suggest: mixes, and each kind alone; 1 compares nothing",
         choices=("auto",),
         minimum=1,
     )
@@ -345,8 +345,7 @@ class LayoutSpec:
             faults.append("layout.kinds has a kind twice; remove one")
         if not unknown and self.search == "fast" and not fast_search_takes(self.kinds):
             faults.append(
-                f"layout.kinds: the fast search takes one of {', '.join(BORROWING_KINDS)}; set layout.search: thorough "
-                "or scores"
+                f"layout.kinds: the fast search takes one of {', '.join(BORROWING_KINDS)}; set layout.search: scores"
             )
         if self.max_group is not None and self.sources == "several":
             faults.append(
