@@ -30,6 +30,7 @@ from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layou
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.losses import window_divergences
+from uniattn_cli.models.placement import Placement
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import LayoutSpec, Recipe
 from uniattn_cli.run.directory import RunDir
@@ -229,8 +230,8 @@ def test_nothing_to_score_and_too_large_a_rank(run):
 
 
 def test_scores_need_the_whole_model_in_one_place(run, monkeypatch):
-    monkeypatch.setattr(Workbench, "placement", (torch.device("cpu"), torch.device("cpu")))
-    with pytest.raises(LayoutError, match="scores need the whole model on the GPU"):
+    monkeypatch.setattr(Workbench, "placement", Placement(torch.device("cpu"), torch.device("cpu")))
+    with pytest.raises(LayoutError, match="scores need the whole model in the memory of its device"):
         score("layout.kinds=[linear]")
     assert not Path("scores").exists()
 
