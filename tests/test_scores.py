@@ -472,6 +472,12 @@ def test_a_shortlist_of_one_has_the_best_prediction_only():
     assert list(pool(SCORES, spec, 6, wish_of(spec))) == ["scores, key + linear"]
 
 
+def test_a_short_shortlist_has_each_kind_alone_before_further_mixes():
+    spec = spec_of(kv=0.8, shortlist=3)
+    names = ["scores, key + linear", "scores, key", "scores, linear"]
+    assert list(pool(SCORES, spec, 6, wish_of(spec))) == names
+
+
 def test_nothing_to_save_is_one_layout():
     spec = spec_of(followers=0)
     assert [layout_of(each) for each in pool(SCORES, spec, 6, wish_of(spec)).values()] == [Layout.own(6)]

@@ -131,12 +131,14 @@ def pool(scores: Sequence[Score], spec: LayoutSpec, layers: int, wish: Wish) -> 
     first = wish.best(problem)
     if first is None:
         raise LayoutError(f"no layout does what is asked: {impossible(problem, wish.limits())}")
-    found: list[tuple[str, list[Option] | None]] = [(name, first)]
+    mixes: list[tuple[str, list[Option] | None]] = [(name, first)]
     if wish.max_loss is None and layout_of(first).changed:
-        while len(found) < POOL and found[-1][1] is not None:
-            others = [solution for _, solution in found if solution is not None]
-            found.append((f"{name}, {len(found) + 1}", wish.best(problem, others=others)))
-    found += [(each, wish.best(problem_of(scores, spec, layers, only))) for each, only in alone]
+        while len(mixes) < POOL and mixes[-1][1] is not None:
+            others = [solution for _, solution in mixes if solution is not None]
+            mixes.append((f"{name}, {len(mixes) + 1}", wish.best(problem, others=others)))
+    # In a short list each kind alone stands before further mixes.
+    single = [(each, wish.best(problem_of(scores, spec, layers, only))) for each, only in alone]
+    found = [mixes[0], *single, *mixes[1:]]
     chosen: dict[tuple, tuple[str, list[Option]]] = {}
     for label, solution in found:
         if solution is not None:
