@@ -44,6 +44,7 @@ LAYOUT = {
     "head_map": ("free", {"layout.kinds": "[softmax]"}),
     "match": ("maps", {}),
     "shortlist": (1, SEARCHED | {"layout.kinds": "[softmax, kv]"}),
+    "trial": (1024, SEARCHED | {"layout.kinds": "[softmax, kv]"}),
     "sources": ("one", {"layout.match": "maps"}),
     "max_group": (1, {"layout.sources": "one", "layout.kv": 0.75}),
     "protect": ("[2, 3]", {"layout.kv": 0.75}),
@@ -116,7 +117,7 @@ def chosen(more):
     if considered is None:
         return layouts
     points = [(point.series, point.layout.to_list(), point.value) for point in considered.frontier]
-    return [*layouts, points, [(entry.name, entry.divergence) for entry in considered.shortlist]]
+    return [*layouts, points, [(entry.name, entry.divergence, entry.trained) for entry in considered.shortlist]]
 
 
 @pytest.mark.parametrize("key", LAYOUT)

@@ -583,6 +583,8 @@ def test_from_scores_to_a_converted_checkpoint(run, uniattn):
         ({"search": "scores", "speed": "0.5@4x64"}, "write RATIO@BATCHxCONTEXT"),
         ({"search": "scores", "save": "time", "max_loss": 0.1}, "layout.save: time needs layout.speed"),
         ({"kv": 0.8, "params": 0.9}, "only one budget can be given, not kv and params; set layout"),
+        ({"trial": 4096}, "layout.trial chooses from what scores suggest under budgets; set layout.search: scores"),
+        ({"search": "scores", "trial": 4096, "max_loss": 0.1}, "and no layout.max_loss"),
         ({"search": "thorough"}, "layout.search must be one of fast, scores, not 'thorough'"),
         ({"search": "scores", "max_loss": 0}, "layout.max_loss"),
     ],

@@ -74,6 +74,8 @@ def _chosen(bench: Workbench, scores: ScoresOnDemand, wish: Wish, load: bool) ->
         improve = _corrected if wish.max_loss is None else _nearer
         solutions = improve(bench, scores, wish, solutions)
         shortlist = _validated(bench, solutions)
+        if spec.trial is not None:
+            shortlist = bench.tried(shortlist, spec.trial)
         best = pick(shortlist, wish)
         name, layout = best.name, best.layout
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from uniattn_cli.modeling.layout_uniattn import AttentionShape, Layout
 from uniattn_cli.models.costs import kv_bytes_per_token
 from uniattn_cli.run.files import write_json
-from uniattn_cli.tables import Table
+from uniattn_cli.tables import NOTHING, Table
 
 SCHEMA = 1
 JSON_FILE = "grouping.json"
@@ -43,6 +43,7 @@ class Validated:
         behind: mean difference of the divergence to the best of the shortlist, on the same sequences.
         behind_stderr: its standard error.
         predicted: the divergence that the sum of its layers' scores predicts; None where there are no scores.
+        trained: the divergence after a short training; None where it was not trained.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Validated:
     behind: float = 0.0
     behind_stderr: float = 0.0
     predicted: float | None = None
+    trained: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Considered:
     Attributes:
         measure: what the values of the frontier are; smaller is better.
         frontier: layouts over budgets, by series.
-        shortlist: what was converted and compared, best first; empty where nothing was.
+        shortlist: what was converted and compared, best first, those that were trained before others; empty where
+            nothing was.
         tokens: tokens that the shortlist was compared on.
         chosen: the layout taken.
         max_loss: the most that it may lose, where as much as possible was to be saved.
@@ -99,6 +102,7 @@ class Considered:
                     behind=_number(entry.behind),
                     behind_stderr=_number(entry.behind_stderr),
                     **({} if entry.predicted is None else {"predicted": _number(entry.predicted)}),
+                    **({} if entry.trained is None else {"trained": _number(entry.trained)}),
                 )
                 for entry in self.shortlist
             ],
@@ -114,6 +118,12 @@ class Considered:
         if len(self.shortlist) < 2:
             return ""
         best, second = self.shortlist[:2]
+        if best.trained is not None and second.trained is not None:
+            return (
+                f"'{best.name}' chosen: closest to the base after a short training, of the best of "
+                f"{len(self.shortlist)} layouts converted and compared on {self.tokens:,} tokens "
+                f"(KL {best.trained:.4f}; '{second.name}' {second.trained:.4f})"
+            )
         sure = second.behind > 1.96 * second.behind_stderr
         return (
             f"'{best.name}' chosen: closest to the base of {len(self.shortlist)} layouts converted and compared on "
@@ -139,11 +149,12 @@ class Considered:
         if not self.shortlist:
             return None
         own = kv_bytes_per_token(Layout.own(shape.layers), shape, element_size)
-        predicted = self.shortlist[0].predicted is not None
+        predicted, trained = (getattr(self.shortlist[0], name) is not None for name in ("predicted", "trained"))
         rows = []
         for entry in self.shortlist:
             kv = kv_bytes_per_token(entry.layout, shape, element_size)
-            behind = "-" if entry is self.shortlist[0] else f"+{_within(entry.behind, entry.behind_stderr)}"
+            behind = "-" if entry.behind == 0 else f"+{_within(entry.behind, entry.behind_stderr)}"
+            after = NOTHING if entry.trained is None else f"{entry.trained:.4f}"
             rows.append(
                 [
                     entry.name + (" *" if entry is self._taken else ""),
@@ -152,11 +163,13 @@ class Considered:
                     *([] if entry.predicted is None else [f"{entry.predicted:.4f}"]),
                     _within(entry.divergence, entry.stderr),
                     behind,
+                    *([after] if trained else []),
                 ]
             )
         title = f"shortlist, converted and compared on {self.tokens:,} tokens (KL in nats per token, 95 %)"
-        columns = ["layout", "changed layers", "KV bytes/token", "KL from base", "above the best"]
-        return Table(title, [*columns[:3], *(["predicted"] if predicted else []), *columns[3:]], rows)
+        columns = ["layout", "changed layers", "KV bytes/token", *(["predicted"] if predicted else [])]
+        columns += ["KL from base", "above the best", *(["trained"] if trained else [])]
+        return Table(title, columns, rows)
 
 
 def kinds_in_words(layout: Layout) -> str:

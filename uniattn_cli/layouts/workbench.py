@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Tokens that a layout of the shortlist is fitted on: enough to tell layouts apart.
 SHORTLIST_TOKENS = 16384
+# How many of them are trained, where the recipe wants that.
+TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,10 @@ class Workbench:
         )
         return model
 
+    @property
+    def _shortlist_fit(self) -> torch.Tensor:
+        return self.texts.fit[: max(1, SHORTLIST_TOKENS // self.recipe.conversion.length)]
+
     @cached_property
     def _compared(self) -> dict[Layout, tuple[Layout, torch.Tensor]]:
         """Layouts that were converted: as they came out, and their divergence from the base by sequence."""
@@ -201,7 +208,7 @@ class Workbench:
         from uniattn_cli.models.losses import window_divergences
 
         base, device, batch_size = self.base, self.placement.device, self.recipe.evaluation.batch_size
-        fit = self.texts.fit[: max(1, SHORTLIST_TOKENS // self.recipe.conversion.length)]
+        fit = self._shortlist_fit
         missing = {name: layout for name, layout in layouts.items() if layout not in self._compared}
         layers = self.measured.shape.layers
         with self.options.progress.track("converting the shortlist", len(missing) * layers) as advance:
@@ -224,6 +231,32 @@ class Workbench:
             Validated(name, layout, rows.mean().item(), stderr(rows), (rows - best).mean().item(), stderr(rows - best))
             for name, layout, rows in found
         ]
+
+    def tried(self, shortlist: Sequence[Validated], tokens: int) -> list[Validated]:
+        """Trains the best of a shortlist, and puts them in the order of their divergence after that.
+
+        Args:
+            shortlist: best first.
+            tokens: that each is trained on: calibration text that follows all others, and that of the fits.
+        """
+        import torch
+
+        from uniattn_cli.layouts.shortly import steps_of, train_shortly
+        from uniattn_cli.models.losses import window_divergences
+
+        length, texts = self.recipe.conversion.length, self.texts
+        seen = sum(map(len, (texts.fit, texts.score, texts.check)))
+        windows = torch.cat([self.windows(seen * length + tokens)[seen:], texts.fit])
+        best = [entry for entry in shortlist[:TRIED] if entry.layout.changed]
+        found = []
+        with self.options.progress.track("training the best", len(best) * steps_of(tokens, length)) as advance:
+            for entry in best:
+                model = self.converted(entry.layout, self._shortlist_fit, fixed=True)
+                train_shortly(self.base, model, windows, tokens, functools.partial(advance, text=entry.name))
+                rows = window_divergences(self.base, model, texts.check, batch_size=self.recipe.evaluation.batch_size)
+                found.append(replace(entry, trained=rows.mean().nan_to_num(nan=math.inf).item()))
+        found.sort(key=lambda entry: entry.trained or 0.0)
+        return [*found, *(entry for entry in shortlist if entry not in best)]
 
 
 def matches_by_output(recipe: Recipe) -> bool:

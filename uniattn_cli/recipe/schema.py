@@ -293,6 +293,11 @@ class LayoutSpec:
         choices=("auto",),
         minimum=1,
     )
+    trial: int | None = setting(
+        None,
+        "tokens that each of the best four of the shortlist is trained on, to choose by the divergence after that",
+        minimum=64,
+    )
     sources: str = setting(
         "several", "whether a layer's heads may borrow from several layers", choices=("one", "several")
     )
@@ -327,6 +332,11 @@ class LayoutSpec:
             )
         if self.max_loss is not None and self.search != "scores":
             faults.append("layout.max_loss needs layout.search: scores")
+        if self.trial is not None and (self.search != "scores" or self.compared == 1 or self.max_loss is not None):
+            faults.append(
+                "layout.trial chooses from what scores suggest under budgets; set layout.search: scores, a longer "
+                "layout.shortlist and no layout.max_loss"
+            )
         if self.speed is not None and self.search != "scores":
             faults.append("layout.speed needs layout.search: scores")
         if self.speed is not None and not ((found := SPEED.fullmatch(self.speed)) and float(found[1]) >= 1):
