@@ -69,23 +69,29 @@ def layouts_of_kind(shape, kind, spec, reach):
             yield layout
 
 
+FULL, MIXED = ("full",) * 7, ("sliding", "full") * 3 + ("sliding",)
+
+
 @pytest.mark.parametrize("kind", CHANGED_KINDS)
-@pytest.mark.parametrize("seed", range(6))
-def test_the_solver_reaches_whatever_a_kind_can_reach(monkeypatch, kind, seed):
+@pytest.mark.parametrize(
+    ("types", "reach", "max_group", "protect"),
+    [
+        (FULL, 6, None, ()),
+        (FULL, 6, None, (4,)),
+        (FULL, 6, 3, ()),
+        (FULL, 5, None, (1,)),
+        (FULL, 2, None, ()),
+        (MIXED, 6, None, (3,)),
+    ],
+)
+def test_the_solver_reaches_whatever_a_kind_can_reach(monkeypatch, kind, types, reach, max_group, protect):
     """Nothing in the layout is guessed then."""
-    generator = random.Random(seed)
-    types = generator.choice([("full",) * 7, ("a", "b") * 3 + ("a",), ("a", "a", "b") * 2 + ("a",)])
-    shape, reach = AttentionShape(6, 3, 8, 48, types), generator.randint(2, 6)
-    max_group = generator.choice([None, 3])
+    shape, generator = AttentionShape(6, 3, 8, 48, types), random.Random(reach)
+    sources = "several" if max_group is None else "one"
     spec = LayoutSpec(
-        search="scores",
-        kinds=(kind,),
-        protect=tuple(generator.sample(range(7), generator.randint(0, 1))),
-        max_group=max_group,
-        sources="several" if max_group is None else "one",
-        shortlist=1,
+        search="scores", kinds=(kind,), protect=protect, max_group=max_group, sources=sources, shortlist=1
     )
-    bench = bench_of(shape, spec, reach, seed)
+    bench = bench_of(shape, spec, reach)
     monkeypatch.setattr(on_demand, "score_plans", Oracle(bench, lambda question: generator.expovariate(50)))
     budget = Budget("kv", 1.0, "", shape, None)
     most = max(map(budget.saved, layouts_of_kind(shape, kind, spec, reach)))
