@@ -61,7 +61,7 @@ $(VLLM_STAMP): pyproject.toml scripts/install_vllm.py $(VLLM_CONSTRAINTS)
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py demo
 	$(VLLM_VENV)/bin/python scripts/fetch_demo_model.py --model gemma3-270m demo
-	$(VLLM_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m vllm tests/test_vllm.py $(ONLY)
+	TRITON_INTERPRET=1 $(VLLM_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m vllm tests/test_vllm.py $(ONLY)
 
 lint: install
 	$(BIN)/ruff check .

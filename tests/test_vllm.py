@@ -76,6 +76,10 @@ def is_quick(entry, name: str) -> bool:
 # Layouts whose borrowers their lenders serve; in windows, with norms of queries and capped logits, too.
 FUSED = [("llama", "leader"), ("llama", "grouped_several"), ("llama", "early"), ("llama", "mixed")]
 FUSED += [("qwen3", "early"), ("gemma2", "mixed")]
+# Kernels of the passes that serve borrowers run in Triton's interpreter.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Families, without and with windows, and blocks that are too few for six requests of 160 tokens.
+CROWDED = [("llama", 8), ("gemma3_text", 16)]
 LENGTHS = (3, 17, 40, 130)
 TOKENS = 12
 BLOCK = 128
@@ -121,6 +125,16 @@ def assert_same(found, expected, tolerance: float = TOLERANCE) -> None:
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
     for (_, ours), (_, theirs) in zip(found, expected, strict=True):
         assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < tolerance
+
+
+def preempts(engine: Engine, family: str, blocks: int, folder: Path) -> None:
+    """Serves more requests than fit into so many blocks."""
+    directory = write(folder, next(entry for entry in FAMILIES if entry[0] == family), "mixed")
+    torch.manual_seed(1)
+    load = [torch.randint(4, 300, (100,)).tolist() for _ in range(6)]
+    done = engine.run(directory, (load, 60), num_gpu_blocks_override=blocks, max_num_batched_tokens=256)
+    assert done.counters["num_preemptions"] > 0
+    assert_same(done.outputs[0], reference(directory, load, 60))
 
 
 def page_bytes(directory: Path) -> int:
@@ -188,13 +202,9 @@ def test_layers_with_windows_save_too(family, engine, tmp_path):
 
 
 @SLOW
-def test_preemption_in_a_cache_too_small_for_the_load(engine, tmp_path):
-    directory = write(tmp_path, FAMILIES[0], "mixed")
-    torch.manual_seed(1)
-    load = [torch.randint(4, 300, (100,)).tolist() for _ in range(6)]
-    done = engine.run(directory, (load, 60), num_gpu_blocks_override=8, max_num_batched_tokens=256)
-    assert done.counters["num_preemptions"] > 0
-    assert_same(done.outputs[0], reference(directory, load, 60))
+@pytest.mark.parametrize(("family", "blocks"), CROWDED)
+def test_preemption_in_a_cache_too_small_for_the_load(family, blocks, engine, tmp_path):
+    preempts(engine, family, blocks, tmp_path)
 
 
 @SLOW
@@ -266,11 +276,11 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(engine, tmp_path):
 
 def test_an_unknown_vllm_is_left_alone_with_one_warning():
     code = (
-        "import vllm\nvllm.__version__ = '99.1.0'\n"
-        "from vllm import ModelRegistry\nfrom vllm.v1.core import kv_cache_utils\n"
-        "before = kv_cache_utils.get_kv_cache_groups\n"
-        "from uniattn_cli.serving.vllm_plugin import register\nregister()\n"
-        "assert kv_cache_utils.get_kv_cache_groups is before\n"
+        "import importlib\nimport vllm\nfrom vllm import ModelRegistry\n"
+        "from uniattn_cli.serving.vllm_plugin import GROUPING, register, release\n"
+        "grouping = importlib.import_module(GROUPING[release()])\nbefore = grouping.get_kv_cache_groups\n"
+        "vllm.__version__ = '99.1.0'\nregister()\n"
+        "assert grouping.get_kv_cache_groups is before\n"
         "assert not [name for name in ModelRegistry.models if name.startswith('UniAttn')]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -310,8 +320,7 @@ def test_attention_of_gpus_gives_the_text_of_transformers(entry, name, flash, tm
         assert abs(done.blocks - CACHE_BYTES // page_bytes(directory)) <= 1
 
 
-# Kernels of the passes that serve borrowers run in Triton's interpreter: TRITON_INTERPRET=1.
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize(("family", "name"), FUSED)
 def test_fused_decoding_gives_the_text_of_transformers(family, name, flash, tmp_path):
     entry = next(entry for entry in FAMILIES if entry[0] == family)
@@ -343,13 +352,17 @@ def test_attention_of_gpus_reads_each_tensor_with_the_scale_that_wrote_it(name, 
 
 
 @SLOW
-def test_preemption_with_attention_of_gpus(flash, tmp_path):
-    directory = write(tmp_path, FAMILIES[0], "mixed")
-    torch.manual_seed(1)
-    load = [torch.randint(4, 300, (100,)).tolist() for _ in range(6)]
-    done = flash.run(directory, (load, 60), num_gpu_blocks_override=8, max_num_batched_tokens=256)
-    assert done.counters["num_preemptions"] > 0
-    assert_same(done.outputs[0], reference(directory, load, 60))
+@pytest.mark.parametrize(("family", "blocks"), CROWDED)
+def test_preemption_with_attention_of_gpus(family, blocks, flash, tmp_path):
+    preempts(flash, family, blocks, tmp_path)
+
+
+@SLOW
+def test_compiled_code_with_attention_of_gpus(flash, tmp_path):
+    directory = write(tmp_path, FAMILIES[0], "early")
+    fused = {"uniattn_fused_decoding": INTERPRETED}
+    done = flash.run(directory, (prompts(), TOKENS), enforce_eager=False, additional_config=fused)
+    assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -473,19 +486,31 @@ def test_a_killed_server_starts_again(tmp_path):
 
 @SLOW
 def test_tensor_parallel_over_two_workers(tmp_path):
-    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 10}
     # Heads that are not their leader's are borrowed inside a worker's half, one of which keeps them in another order.
     maps = {"heads": "1:1 1:0 0:3 0:3 0:4 0:5 1:6 1:7"}, {"kind": "key", "heads": "1:1 0:0 0:3 1:2"}
-    plans = [{}, {}, {"leader": 1}, *maps, {"leader": 0}]
-    directory = write(tmp_path / "model", FAMILIES[0], Layout.from_list(plans), **sizes)
-    arguments = [*QUICK, "--max-model-len=256", "--tensor-parallel-size=2"]
-    with Server(directory, *arguments, log=tmp_path / "log") as server:
-        server.wait()
-        found = [as_pair(server.complete(prompt, TOKENS)) for prompt in prompts()]
-        tokens, _ = server.cache()
-    assert_same(found, reference(directory, prompts(), TOKENS))
+    others = [{"kind": kind, "leader": 1} for kind in ("kv", "early")]
+    plans = [{}, {}, {"leader": 1}, *maps, {"leader": 0}, *others, {"kind": "linear"}, {}]
+    found, tokens = parallel(write(tmp_path / "model", FAMILIES[0], Layout.from_list(plans), **sizes), tmp_path)
+    assert_same(found, reference(tmp_path / "model", prompts(), TOKENS))
     # Each of the two has half of the heads, and as much memory.
-    assert abs(tokens // BLOCK - CACHE_BYTES * 2 // page_bytes(directory)) <= 1
+    assert abs(tokens // BLOCK - CACHE_BYTES * 2 // page_bytes(tmp_path / "model")) <= 1
+
+
+@SLOW
+def test_tensor_parallel_with_windows(tmp_path):
+    entry = next(entry for entry in FAMILIES if entry[0] == "gemma3_text")
+    directory = write(tmp_path / "model", entry, "leader", num_attention_heads=8, num_key_value_heads=4)
+    found, _ = parallel(directory, tmp_path)
+    assert_same(found, reference(directory, prompts(), TOKENS))
+
+
+def parallel(directory: Path, folder: Path) -> tuple[list[tuple[list[int], list[float]]], int]:
+    """What a server of two workers answers, and the tokens that its cache holds."""
+    arguments = [*QUICK, "--max-model-len=256", "--tensor-parallel-size=2"]
+    with Server(directory, *arguments, log=folder / "log") as server:
+        server.wait()
+        return [as_pair(server.complete(prompt, TOKENS)) for prompt in prompts()], server.cache()[0]
 
 
 @SLOW

@@ -38,7 +38,7 @@ def install() -> None:
     fa_utils.reshape_and_cache_flash = write
     flash_attn.flash_attn_supports_kv_cache_dtype = lambda *args, **kwargs: True
     flash = importlib.import_module("uniattn_cli.serving.vllm_flash")
-    vllm_plugin.TESTED["0.32", "cpu"] = f"{flash.__name__}.{flash.SharedFlashBackend.__name__}"
+    vllm_plugin.TESTED[vllm_plugin.release(), "cpu"] = f"{flash.__name__}.{flash.SharedFlashBackend.__name__}"
     vllm_model = importlib.import_module("uniattn_cli.serving.vllm_model")
     vllm_model.fusing_obstacles = lambda vllm_config: []
     for layer in (vllm_layers.KeyCache, vllm_layers.SharedCacheAttention):

@@ -101,7 +101,9 @@ class SharedFlashImpl(FlashAttentionImpl):
         """Stores the new tokens' values, and keys where they are the layer's own; [tokens, heads, head size] each."""
         repeated = value.shape[1] // layer.stored_heads
         if repeated > 1:  # free head maps: one value head for each query head
-            value = value[:, ::repeated].contiguous()
+            value = value[:, ::repeated]
+        # The kernel reads the heads of a token as one row, which not all compiled code makes of them.
+        key, value = _as_rows(key), _as_rows(value)
         values = layer.heads(0, layer.stored_heads).transpose(1, 2)
         key, keys = (
             (value, values) if layer.keys is None else (key, layer.keys.heads(0, layer.stored_heads).transpose(1, 2))
@@ -109,6 +111,11 @@ class SharedFlashImpl(FlashAttentionImpl):
         fa_utils.reshape_and_cache_flash(
             key, value, keys, values, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale
         )
+
+
+def _as_rows(heads: torch.Tensor) -> torch.Tensor:
+    """The tensor [tokens, heads, head size], copied unless the heads of each token lie one after the other."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
 
 
 class SharedFlashMetadataBuilder(FlashAttentionMetadataBuilder):

@@ -45,7 +45,7 @@ def register() -> None:
     for family in (family for family in FAMILIES.values() if family.in_vllm):
         name = "TransformersMoEForCausalLM" if family.model_type in WITH_EXPERTS else "TransformersForCausalLM"
         ModelRegistry.register_model(f"{family.prefix}ForCausalLM", f"uniattn_cli.serving.vllm_model:{name}")
-    grouping: Any = importlib.import_module(GROUPING[_release()])
+    grouping: Any = importlib.import_module(GROUPING[release()])
     if not hasattr(grouping.get_kv_cache_groups, "__wrapped__"):
         grouping.get_kv_cache_groups = _keep_clusters_together(grouping.get_kv_cache_groups)
 
@@ -54,10 +54,11 @@ def tested_backend() -> str | None:
     """Name of the attention backend for this vLLM on this device; None where nobody has tried it."""
     from vllm.platforms import current_platform
 
-    return TESTED.get((_release(), current_platform.device_name))
+    return TESTED.get((release(), current_platform.device_name))
 
 
-def _release() -> str:
+def release() -> str:
+    """Major and minor version of this vLLM."""
     import vllm
 
     return ".".join(vllm.__version__.split(".")[:2])
@@ -98,7 +99,7 @@ def _group(vllm_config: Any, kv_cache_spec: dict[str, Any], names: list[list[str
     """Groups that hold whole clusters, with the block size that serves a request of full length in least memory."""
     from vllm.utils.math_utils import cdiv
 
-    create_kv_cache_group_specs = importlib.import_module(GROUPING[_release()]).create_kv_cache_group_specs
+    create_kv_cache_group_specs = importlib.import_module(GROUPING[release()]).create_kv_cache_group_specs
     sorts: dict[Any, list[list[str]]] = {}
     for cluster in names:
         sorts.setdefault(kv_cache_spec[cluster[0]], []).append(cluster)
