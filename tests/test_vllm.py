@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ import torch
 import torch_flash
 from tiny import FAMILIES, LAYOUTS, REDUCED, make_base, make_layout, randomise_compensation
 from tiny_run import make_tokenizer
-from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, obstacles_of, reference
+from vllm_engine import CACHE_BYTES, QUICK, ROOT, Engine, Server, obstacles_of, obstacles_of_an_untried_pair, reference
 
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
@@ -251,6 +252,11 @@ def test_settings_that_the_shared_cache_has_not_been_made_for(changes, message, 
     assert engine.call(functools.partial(obstacles_of, **changes)) == [message]
 
 
+def test_where_nobody_has_tried_it_the_cache_is_the_engines_own(engine):
+    [found] = engine.call(obstacles_of_an_untried_pair)
+    assert found.startswith("it has not been tried with vLLM 0.") and found.endswith(" on cpu")
+
+
 def test_decoding_is_fused_on_gpus_only_and_by_a_setting_that_is_true_or_false(engine, tmp_path):
     directory = write(tmp_path, FAMILIES[0], "early")
     done = engine.run(directory, (prompts(), TOKENS), additional_config={"uniattn_fused_decoding": True})
@@ -467,6 +473,9 @@ def test_the_servers_cache(server, smollm):
     blocks = CACHE_BYTES // page_bytes(smollm)
     assert abs(tokens // BLOCK - blocks) <= 1
     assert concurrency == pytest.approx(tokens / 512, abs=0.01)
+    # What was said before it started, in whole tokens, not in blocks.
+    said = re.search(r"cache: [\d,]+ tokens of the base, ([\d,]+) of this checkpoint", server.log.read_text())
+    assert 0 <= int(said[1].replace(",", "")) - tokens < 2 * BLOCK
 
 
 @SLOW

@@ -149,6 +149,14 @@ def obstacles_of(**changes: Any) -> list[str]:
     return obstacles(config)
 
 
+def obstacles_of_an_untried_pair() -> list[str]:
+    """The same for a release on a device where nobody has tried it."""
+    from uniattn_cli.serving import vllm_plugin
+
+    with mock.patch.dict(vllm_plugin.TESTED, clear=True):
+        return obstacles_of()
+
+
 def _run(directory: Path, loads: Sequence, plugin: bool, obstacles: list[str] | None, options: dict) -> Outcome:
     os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     from huggingface_hub.errors import StrictDataclassError

@@ -82,8 +82,7 @@ def serve(
         command = serve(directory, engine=engine.value, program=program, arguments=context.args)
         typer.echo(str(command))
         if not print_:
-            if command.cache:
-                typer.echo(command.cache)
+            typer.echo(command.cache)
             sys.stdout.flush()
             command.run()
 

@@ -17,7 +17,7 @@ from uniattn_cli.models.families import Family, family_of, is_converted
 from uniattn_cli.models.loading import read_config
 from uniattn_cli.models.of_run import checkpoint_in
 from uniattn_cli.models.weight_files import check_weight_files
-from uniattn_cli.serving.cache_room import cache_room
+from uniattn_cli.serving.cache_room import cache_room, growing_room
 
 # What `vllm serve` runs.
 VLLM_MODULE = "vllm.entrypoints.openai.api_server"
@@ -41,13 +41,13 @@ class ServeCommand:
         program: path of the engine's program.
         arguments: its arguments.
         checkpoint: the directory that is served.
-        cache: what is known of the engine's cache before it starts, one line; None where it grows as needed.
+        cache: what is known of the engine's cache before it starts, one line.
     """
 
     program: Path
     arguments: tuple[str, ...]
     checkpoint: Path
-    cache: str | None = None
+    cache: str
 
     def __str__(self) -> str:
         return shlex.join([str(self.program), *self.arguments])
@@ -89,12 +89,12 @@ def serve(
             f"vLLM cannot be given the attention sinks of converted models of type '{family.model_type}'; "
             "serve it with --engine transformers"
         )
-    found, fixed, cache = find_program(engine, program), ["serve", str(checkpoint)], None
+    found, fixed, raw = find_program(engine, program), ["serve", str(checkpoint)], read_config(checkpoint)
     if engine == "transformers":
         fixed = ["-m", TRANSFORMERS_MODULE, *fixed]
+        cache = growing_room(raw, arguments)
     else:
-        installed = installed_beside(found)
-        cache = cache_room(read_config(checkpoint), arguments, installed)
+        cache = cache_room(raw, arguments, installed_beside(found))
         started, *fixed = vllm_command(found, str(checkpoint))
         found = Path(started)
     if not any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):

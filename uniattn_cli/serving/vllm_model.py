@@ -31,7 +31,7 @@ from uniattn_cli.serving.cache_plan import shard_layout
 from uniattn_cli.serving.fused_decoding import FusedDecoding, ask_with_lender, wants_fusing
 from uniattn_cli.serving.head_order import Orders, in_order_of_sources, joined, reorder_weights
 from uniattn_cli.serving.vllm_layers import SharedCacheAttention
-from uniattn_cli.serving.vllm_plugin import tested_backend
+from uniattn_cli.serving.vllm_plugin import release, tested_backend
 
 if TYPE_CHECKING:
     # The mixin below stands before this class among the bases of a class.
@@ -46,6 +46,8 @@ CODE_VERSION = 3
 
 def obstacles(vllm_config) -> list[str]:
     """What, of the engine's settings, the shared cache has not been made for; empty where it can be used."""
+    if tested_backend() is None:
+        return [f"it has not been tried with vLLM {release()} on {current_platform.device_name}"]
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     checks = {
         "some layers are left out of the cache's dtype": bool(cache.kv_cache_dtype_skip_layers),

@@ -18,7 +18,8 @@ TESTED = {
     ("0.32", "cpu"): "uniattn_cli.serving.vllm_cpu.SharedCPUBackend",
     ("0.32", "cuda"): "uniattn_cli.serving.vllm_flash.SharedFlashBackend",
 }
-# Where each release groups the layers of the cache. 0.33 has not been tried on a device.
+# Releases whose interfaces are known, and where each groups the layers of the cache. Where the pair is not in `TESTED`,
+# the cache is vLLM's own; layers without attention, or that read another's whole cache, take no room in it either.
 GROUPING = {"0.32": "vllm.v1.core.kv_cache_utils", "0.33": "vllm.v1.core.kv_cache_planning"}
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 
@@ -27,11 +28,10 @@ def register() -> None:
     """Registers the model classes and the grouping of cache layers; with an unknown vLLM it only warns."""
     import vllm
     from vllm.logger import init_logger
+    from vllm.platforms import current_platform
 
-    if tested_backend() is None:
+    if release() not in GROUPING or current_platform.device_name not in {device for _, device in TESTED}:
         if multiprocessing.parent_process() is None:
-            from vllm.platforms import current_platform
-
             init_logger("vllm.uniattn").warning(
                 "uniattn's plugin supports vLLM %s, not %s on %s, and is disabled: converted checkpoints are served "
                 "with keys cached for every layer",
