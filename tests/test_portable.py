@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 from tiny import FAMILIES, make_base, make_layout, randomise_compensation
 from tiny_run import make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_converted, save_checkpoint
 
 TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -44,6 +45,14 @@ def assert_close(actual, expected):
 
 def has_model_code(folder, name):
     return {path.name for path in folder.glob("*.py")} == MODEL_CODE | {f"modeling_uniattn_{name}.py"}
+
+
+def test_libraries_are_told_of_layers_with_fewer_heads(tmp_path):
+    saved_model("llama", tmp_path, layout="pooled")
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert [layer.num_key_value_heads for layer in config.per_layer_config] == [3, 1, 3, 1, 3, 3]
+    config.set_layout(Layout.own(6))
+    assert "per_layer_config" not in config.to_dict()
 
 
 # --- layers in several places -----------------------------------------------------------------------------------------

@@ -215,12 +215,25 @@ def test_compiled_code_gives_the_same_text(engine, tmp_path):
     assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
 
 
-@pytest.mark.parametrize("name", ["leader", "grouped_several", "key", "kv", "early", "pooled", "linear_none"])
+@pytest.mark.parametrize("name", ["leader", "grouped_several", "key", "kv", "early", "linear_none"])
 def test_the_plain_path_serves_without_saving(name, engine, base_blocks, tmp_path):
     directory = write(tmp_path, FAMILIES[0], name)
     done = engine.run(directory, (prompts(), TOKENS), plugin=False)
     assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
     assert done.blocks == base_blocks
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_plain_path_caches_pooled_heads_only_where_the_checkpoint_tells_it(told, engine, base_blocks, tmp_path):
+    """In transformers' words, which older checkpoints lack."""
+    directory = write(tmp_path, FAMILIES[0], "pooled")
+    if not told:
+        raw = json.loads((directory / "config.json").read_text())
+        del raw["per_layer_config"]
+        (directory / "config.json").write_text(json.dumps(raw))
+    done = engine.run(directory, (prompts(), TOKENS), plugin=False)
+    assert_same(done.outputs[0], reference(directory, prompts(), TOKENS))
+    assert abs(done.blocks - (CACHE_BYTES // page_bytes(directory) if told else base_blocks)) <= 1
 
 
 @pytest.mark.parametrize(("name", "saved"), [("kv", 1), ("mixed", 2), ("linear_none", 3), ("leader", 0)])

@@ -98,6 +98,13 @@ class UniAttnConfigMixin(_Config):
             "stock_layer_types": list(stock_types) if stock_types else None,
         }
         self.validate_uniattn()
+        # What engines read of layers that differ; our own code asks the layout, and the global number is the base's.
+        heads: dict[int | str, dict[str, Any]] = {
+            index: {"num_key_value_heads": plan.kv_heads} for index, plan in enumerate(layout) if plan.kv_heads
+        }
+        if heads:
+            self.allow_global_per_layer_attribute_access = True
+        self.per_layer_config = heads or None
 
     def validate_uniattn(self) -> None:
         """Called by transformers on construction. Raises ValueError for a newer format or an illegal layout."""

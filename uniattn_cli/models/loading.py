@@ -95,7 +95,9 @@ def _check_type(source: Source, raw: dict[str, Any], converted: bool | None) -> 
 
 
 def _check_settings(source: Source, raw: dict[str, Any]) -> None:
-    """Rejects layers that are not alike."""
+    """Rejects layers that are not alike, but for those that this tool has made so."""
+    if is_converted(raw["model_type"]):
+        return
     settings = language_settings(raw)
     for key in (*PER_LAYER, *SIZES):
         if settings.get(key) and (key in PER_LAYER or isinstance(settings[key], list)):
