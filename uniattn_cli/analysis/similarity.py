@@ -3,7 +3,7 @@
 Memory is that of one sequence's queries and keys plus a bounded tile of maps, whatever the number of sequences. Rows of
 maps are compared one by one (a row is the distribution over keys of one query), and their similarities averaged:
 
-- cosine: <p, q> / (|p| |q|), as the paper (arXiv 2502.00439) argues with, but per row;
+- cosine: <p, q> / (|p| |q|), as the paper (arXiv 2502.00439) argues with, but per row, on `COSINE_ROWS` of them;
 - Jensen-Shannon: 1 - JS(p, q) / ln 2, in [0, 1], on a few rows per sequence, since it needs a logarithm per key;
 - top-k: share of the k strongest keys that both have, on the same rows.
 
@@ -22,6 +22,9 @@ from uniattn_cli.models.device import coarse_products
 
 # Rows of the first queries have so few keys that they are alike whatever the layers do.
 FIRST_ROW = 8
+# Rows of a sequence whose cosines are taken, evenly spread. Neighbouring rows say nearly the same, and the intervals
+# that are told are those between sequences.
+COSINE_ROWS = 128
 TILE_BYTES = 96 << 20
 # What picks layers, and perhaps heads.
 Index = slice | int | tuple[slice, slice]
@@ -129,11 +132,11 @@ class MapStatistics:
         if maps.tokens < FIRST_ROW + 2:
             return
         sums: dict[str, torch.Tensor] = {}
+        count = min(maps.tokens - FIRST_ROW, COSINE_ROWS)
+        spread = torch.linspace(FIRST_ROW, maps.tokens - 1, count).round().long()
         step = max(1, TILE_BYTES // (4 * len(layers) * maps.heads * maps.tokens))
-        for start in range(FIRST_ROW, maps.tokens, step):
-            end = min(start + step, maps.tokens)
-            _add_cosines(sums, maps.rows(slice(start, end), end))
-        count = maps.tokens - FIRST_ROW
+        for rows in spread.split(step):
+            _add_cosines(sums, maps.rows(rows.to(maps.device), int(rows[-1]) + 1))
         self.sink.add(sums.pop("sink") / count)
         for name, total in sums.items():
             self._store(name, total / count)
