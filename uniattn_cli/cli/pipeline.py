@@ -159,7 +159,8 @@ def convert(
     head_map: HeadMapOption = None,
     sources: SourcesOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print layout and savings; load and write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print layout, savings, memory and disk needed; load and write nothing."),
     ] = False,
     run_dir: RunDirOption = Path("."),
     set_: SetOption = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
     from uniattn_cli.fitting.fit import LayerFit
+    from uniattn_cli.fitting.needs import Need
 
 # Held-out tokens for the perplexities that are printed; `uniattn eval` measures more.
 QUICK_TOKENS = 8192
@@ -56,6 +57,7 @@ class Conversion(Result):
         fits: error of each changed layer before and after its fit; empty for a dry run.
         losses: held-out loss of `base`, `uncompensated` and `converted`; empty for a dry run.
         directory: the checkpoint, or None for a dry run.
+        needs: memory and disk that it takes, for a dry run.
     """
 
     layout: Layout
@@ -63,6 +65,7 @@ class Conversion(Result):
     fits: list[LayerFit]
     losses: dict[str, Loss]
     directory: Path | None
+    needs: list[Need] = field(default_factory=list)
 
 
 @alone
@@ -80,7 +83,7 @@ def convert(
         run_dir: holds `recipe.yaml`, and `analysis/` where the layout or head maps come from it.
         groups: a form of `--groups`; None takes the recipe's layout, unless an override of `layout` asks for another
             or there is none; then it chooses one as the recipe says.
-        dry_run: only report layout and savings; no weights are loaded and nothing is written.
+        dry_run: only report layout, savings and what the conversion takes; no weights are loaded, nothing is written.
         overrides: `key.path=value` strings for the recipe.
         options: device, force, progress.
 
@@ -112,9 +115,11 @@ def convert(
     costs = _costs(config, layout, element_size)
     notes = [*grouping.notes, *_alignment_notes(recipe, layout), *_window_notes(config, layout, element_size)]
     if dry_run:
+        needs, table = _needs(recipe, source, config, costs, layout, run, options)
         notes.append("dry run: nothing was written")
-        shown: dict[str, Any] = {"picture": grouping.picture, "tables": [_cost_table(costs, {})], "notes": notes}
-        return Conversion(layout, costs, [], {}, None, title="conversion", **shown)
+        tables = [_cost_table(costs, {}), table]
+        shown: dict[str, Any] = {"picture": grouping.picture, "tables": tables, "notes": notes}
+        return Conversion(layout, costs, [], {}, None, needs, title="conversion", **shown)
     prove_parity(config)
     with run.write("convert", recipe, {"model": source.fingerprint}, force=options.force) as directory:
         fits, losses, more = _convert(recipe, source, layout, costs.weight_bytes[0], directory, options)
@@ -156,6 +161,31 @@ def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
     before, after = (count_parameters(config, entry) for entry in pair)
     kv_before, kv_after = (kv_bytes_per_token(entry, shape, element_size) for entry in pair)
     return Costs((before, after), (before * element_size, after * element_size), (kv_before, kv_after))
+
+
+def _needs(
+    recipe: Recipe, source: Any, config: Any, costs: Costs, layout: Layout, run: RunDir, options: RunOptions
+) -> tuple[list[Need], Table]:
+    """What the conversion will take, and a table of that."""
+    import shutil
+
+    import torch
+
+    from uniattn_cli.fitting.needs import conversion_needs, needs_table
+    from uniattn_cli.models.device import available_bytes
+    from uniattn_cli.models.placement import place
+
+    device, scored = options.torch_device(), recipe.evaluation
+    placed = place(source, recipe.conversion.offload, costs.weight_bytes[0], device)
+    heldout = min(scored.tokens, QUICK_TOKENS)
+    needs = conversion_needs(config, layout, placed, _element_size(recipe, config), recipe.conversion, scored, heldout)
+    folder = next(each for each in (run.root.absolute(), *run.root.absolute().parents) if each.exists())
+    free = {
+        "device": available_bytes(device),
+        "cpu": available_bytes(torch.device("cpu")),
+        "disk": shutil.disk_usage(folder).free,
+    }
+    return needs, needs_table(needs, free, placed.words)
 
 
 def _alignment_notes(recipe: Recipe, layout: Layout) -> list[str]:
