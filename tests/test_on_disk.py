@@ -8,22 +8,24 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_base, make_layout, typical_families
+from tiny import FAMILIES, families, make_base, make_layout, typical_families
 from tiny_run import CPU, settings
 from torch import nn
 
 import uniattn_cli
+from uniattn_cli.analysis.measure import measure
 from uniattn_cli.errors import CheckpointError
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.fitting.stream import Passage, layer_by_layer, start_batches
+from uniattn_cli.fitting.stream import Passage, start_batches
 from uniattn_cli.models.building import build_converted
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.losses import window_loss
 from uniattn_cli.models.on_disk import Shards, is_on_disk
-from uniattn_cli.recipe.schema import ConversionSpec, ModelSpec
+from uniattn_cli.models.residence import layer_by_layer
+from uniattn_cli.recipe.schema import AnalysisSpec, ConversionSpec, ModelSpec
 
-PLACE = torch.device("cpu")
+PLACE, PLACE_OF_LAYERS = torch.device("cpu"), torch.device("cpu:0")
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +118,19 @@ def test_a_damaged_layer_is_told_when_it_is_read(tmp_path):
     with pytest.raises(CheckpointError, match=r"weight model\.layers\.4\.mlp\.up_proj\.weight"):
         with layer_by_layer(base, None):
             base(windows(1))
+
+
+@families("llama", "gemma3_text", "gpt_oss")
+def test_an_analysis_that_reads_layers_measures_what_one_of_the_whole_model_does(entry, tmp_path):
+    make_base(entry).save_pretrained(tmp_path)
+    spec, source = AnalysisSpec(tokens=160, length=32), locate(str(tmp_path))
+    found = []
+    # Another device than the plain CPU to PyTorch, so that all is copied to it and back.
+    for on_disk, how in ((False, {}), (True, {"at_once": 2}), (False, {"at_once": 3, "device": PLACE_OF_LAYERS})):
+        found.append(measure(load(tmp_path, layers_on_disk=on_disk), windows(5), spec, source, **how)[0])
+    for other in found[1:]:
+        for name, values in found[0].heads.items():
+            assert values == pytest.approx(other.heads[name], abs=1e-4), name
+        for name in ("before", "after"):
+            one, two = (torch.tensor(each.output_error[name]) for each in (found[0], other))
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, equal_nan=True)

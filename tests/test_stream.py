@@ -7,13 +7,14 @@ import torch
 from tiny import FAMILIES, make_base, make_layout, typical_families
 from torch import nn
 
-from uniattn_cli.fitting import stream
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.match_outputs import Limits, SourceChooser
-from uniattn_cli.fitting.stream import layer_by_layer, release, resident, start_batches, visit
+from uniattn_cli.fitting.stream import release, start_batches, visit
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
+from uniattn_cli.models import residence
 from uniattn_cli.models.building import build_converted
+from uniattn_cli.models.residence import layer_by_layer, resident
 from uniattn_cli.recipe.schema import ConversionSpec
 
 # To PyTorch this is another device than the plain CPU, so that tensors are copied to it and back.
@@ -79,7 +80,7 @@ class Visits:
 
     def __init__(self, monkeypatch, model):
         self.layers, self.open, self.most, self.total = list(model.model.layers), 0, 0, 0
-        original = stream.resident
+        original = residence.resident
         visits = self
 
         class Counting:
@@ -96,7 +97,7 @@ class Visits:
                 visits.open -= self.count
                 return self.inner.__exit__(*error)
 
-        monkeypatch.setattr(stream, "resident", Counting)
+        monkeypatch.setattr(residence, "resident", Counting)
 
 
 @families

@@ -22,6 +22,7 @@ from torch import nn
 
 from uniattn_cli.analysis.capture import LayerStates
 from uniattn_cli.models.device import coarse_products
+from uniattn_cli.models.on_disk import in_memory
 
 SKETCH = 256
 # Relative to the mean square of the inputs. On a few thousand tokens of SmolLM2-135M the errors are within 5 % of each
@@ -94,6 +95,7 @@ class BorrowingError:
         mask_types: mask type of each layer.
         max_distance: largest distance of a pair.
         compensate: whether to fit compensations.
+        device: where sums are kept; None for where the projections are.
     """
 
     def __init__(
@@ -102,10 +104,11 @@ class BorrowingError:
         mask_types: Sequence[str],
         max_distance: int,
         compensate: bool = True,
+        device: torch.device | None = None,
     ):
-        sketch = sketch_of(projections[0].out_features)
+        sketch = sketch_of(projections[0].out_features).to(device or projections[0].weight.device)
         # [layers, query_heads * head_dim, m]
-        self.projections = torch.stack([p.weight.float().T @ sketch.to(p.weight.device) for p in projections])
+        self.projections = torch.stack([in_memory(p.weight).to(sketch).T @ sketch for p in projections])
         self.layers = len(projections)
         self.max_distance = max_distance
         self.borrowers = [

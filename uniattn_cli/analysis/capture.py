@@ -98,24 +98,43 @@ class _Call:
         self.output = result[0]
         return result
 
+    def move(self, home: torch.device) -> None:
+        """Takes all states of the call home; the mask, which layers share, stays."""
+        for name in ("query", "key", "value", "inputs", "output"):
+            if (states := getattr(self, name)) is not None:
+                setattr(self, name, states.to(home))
+        # Sinks are weights, and may be where their layer runs only as long as it does.
+        if (sinks := self.options.get("s_aux")) is not None:
+            self.options["s_aux"] = sinks.detach().to(home)
+
     def answered(self) -> torch.Tensor:
         """What the backend gave; only for a call that was run."""
         assert self.output is not None
         return self.output
 
-    def sequence(self, index: int, keep: torch.Tensor | None) -> LayerStates:
-        """The states of one sequence of the batch; `keep` are the positions of its real tokens, None for all."""
+    def mask_of(self, index: int, keep: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask of one sequence of the batch; see `sequence`."""
         mask = self.mask
-        if mask is not None and mask.dim() == 4:
-            mask = mask[index : index + 1] if len(mask) > 1 else mask
-            if keep is not None:
-                mask = mask[..., keep, :][..., keep]
-        else:  # a mask of tokens, as FlashAttention takes it, says nothing more once the padding is gone
-            mask = None
+        if mask is None or mask.dim() != 4:  # one of tokens, as FlashAttention takes it, says nothing without padding
+            return None
+        mask = mask[index : index + 1] if len(mask) > 1 else mask
+        return mask if keep is None else mask[..., keep, :][..., keep]
+
+    def sequence(
+        self, index: int, keep: torch.Tensor | None, mask: torch.Tensor | None, device: torch.device | None
+    ) -> LayerStates:
+        """The states of one sequence of the batch.
+
+        Args:
+            keep: the positions of its real tokens, None for all.
+            mask: of the sequence.
+            device: where they are needed; None for where they are.
+        """
 
         def real(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-            return tensor[index] if keep is None else tensor[index].index_select(dim, keep)
+            return (tensor[index] if keep is None else tensor[index].index_select(dim, keep)).to(device)
 
+        sinks = self.options.get("s_aux")
         return LayerStates(
             queries=real(self.query, 1),
             keys=real(self.key, 1),
@@ -123,7 +142,7 @@ class _Call:
             mask=mask,
             scaling=self.scaling,
             softcap=self.softcap,
-            sinks=self.options.get("s_aux"),
+            sinks=None if sinks is None else sinks.to(device),
             window=self.options.get("sliding_window") if mask is None else None,
             output=real(self.answered(), 0),
             inputs=None if self.inputs is None else real(self.inputs, 0),
@@ -133,9 +152,23 @@ class _Call:
 
     def _attend(self, states: LayerStates, values: torch.Tensor) -> torch.Tensor:
         options = {name: value for name, value in self.options.items() if name not in POSITION_OPTIONS}
+        module: Any = self.module
+        if states.sinks is not None:
+            options["s_aux"] = states.sinks
+            module = _WithSinks(module, states.sinks)
         size = (len(values), -1, -1, -1)
         queries, keys = states.queries.expand(size), states.keys.expand(size)
-        return self.backend(self.module, queries, keys, values, states.mask, scaling=states.scaling, **options)[0]
+        return self.backend(module, queries, keys, values, states.mask, scaling=states.scaling, **options)[0]
+
+
+class _WithSinks:
+    """A module of attention whose sinks are here, wherever its weights may be; some backends read them there."""
+
+    def __init__(self, module: nn.Module, sinks: torch.Tensor):
+        self._module, self.sinks = module, sinks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 @dataclass
@@ -144,28 +177,39 @@ class Captured:
 
     Attributes:
         original: the model's own attention backend.
+        home: where states wait for the pass to end; None for where layers run.
         projections: output projections by layer, where they are known.
         gated: layers that do something to the backend's answer before they project it.
     """
 
     original: str
+    home: torch.device | None = None
     projections: dict[int, nn.Linear] = field(default_factory=dict)
     gated: set[int] = field(default_factory=set)
     _calls: dict[int, _Call] = field(default_factory=dict)
     _inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     _checked: set[int] = field(default_factory=set)
 
-    def take(self, attention_mask: torch.Tensor | None = None, index: int = 0) -> list[LayerStates]:
+    def take(
+        self, attention_mask: torch.Tensor | None = None, index: int = 0, device: torch.device | None = None
+    ) -> list[LayerStates]:
         """The states of one sequence of the last forward pass, one entry per layer, without its padding.
 
         Args:
             attention_mask: [batch, tokens] of the forward pass, 0 for padding; None if there was none.
             index: row of the batch.
+            device: where the states are needed; None for where they are.
         """
         keep = None
         if attention_mask is not None and not attention_mask[index].all():
             keep = attention_mask[index].nonzero().squeeze(1)
-        return [self._calls[layer].sequence(index, keep) for layer in sorted(self._calls)]
+        # Layers with the same mask are told by its being the same tensor.
+        masks: dict[int, torch.Tensor | None] = {}
+        for call in self._calls.values():
+            if id(call.mask) not in masks:
+                masks[id(call.mask)] = call.mask_of(index, keep)
+        calls = [self._calls[layer] for layer in sorted(self._calls)]
+        return [call.sequence(index, keep, masks[id(call.mask)], device) for call in calls]
 
     def clear(self) -> None:
         """Lets go of the last forward pass."""
@@ -182,7 +226,10 @@ class Captured:
         call = _Call(module, query, key, value, attention_mask, scaling, softcap, options, backend, materialises)
         call.inputs = self._inputs.pop(module.layer_idx, None)
         self._calls[module.layer_idx] = call
-        return call.run()
+        result = call.run()
+        if self.home is not None:
+            call.move(self.home)
+        return result
 
     def hooks(self, model: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Puts hooks on the attention modules whose output projection has a known name."""
@@ -206,7 +253,7 @@ class Captured:
             if layer in self._checked or layer not in self._calls:
                 return
             self._checked.add(layer)
-            output = self._calls[layer].answered().flatten(2)
+            output = self._calls[layer].answered().flatten(2).to(args[0].device)
             if output.shape != args[0].shape or not torch.equal(output, args[0]):
                 self.gated.add(layer)
 
@@ -214,8 +261,11 @@ class Captured:
 
 
 @contextlib.contextmanager
-def capture(model: PreTrainedModel) -> Iterator[Captured]:
+def capture(model: PreTrainedModel, home: torch.device | None = None) -> Iterator[Captured]:
     """While active, each forward call of the model fills the yielded `Captured`.
+
+    Args:
+        home: where states wait for the pass to end; None for where layers run.
 
     Raises:
         ModelError: the model computes attention by itself, so that nothing can be captured.
@@ -223,7 +273,7 @@ def capture(model: PreTrainedModel) -> Iterator[Captured]:
     original = model.config._attn_implementation
     if original not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise ModelError(f"attention backend '{original}' cannot be analysed; set model.attention to sdpa or eager")
-    captured = Captured(original=original)
+    captured = Captured(original, home)
     AttentionInterface.register(BACKEND, captured.attention)
     # Without a mask function of its own a registered backend gets no mask at all, and padding would be ignored.
     AttentionMaskInterface.register(BACKEND, ALL_MASK_ATTENTION_FUNCTIONS[original])

@@ -15,6 +15,7 @@ from uniattn_cli.analysis.similarity import MapStatistics
 from uniattn_cli.errors import ModelError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.device import timed
+from uniattn_cli.models.residence import layer_by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +33,9 @@ def measure(
     spec: AnalysisSpec,
     source,
     advance: Callable[[], None] = lambda: None,
+    *,
+    device: torch.device | None = None,
+    at_once: int = 1,
 ) -> tuple[Measured, list[str]]:
     """Runs the model over windows and accumulates all similarities and errors.
 
@@ -41,6 +45,8 @@ def measure(
         spec: what is measured.
         source: where the model came from; its `name` and `fingerprint` are kept.
         advance: called after each sequence.
+        device: where layers run one at a time, while the model is elsewhere; None: all where the model is.
+        at_once: sequences of one pass, which wait together in CPU memory, so that layers are fetched less often.
 
     Returns:
         What was measured, and notes on what was not.
@@ -49,26 +55,27 @@ def measure(
         ModelError: some layers' attention does not go through the interface, or its maps are not finite.
     """
     shape = attention_shape(model.config)
-    survey = _Survey(model, shape, spec, len(windows))
+    survey = _Survey(model, shape, spec, len(windows), device)
+    apart = torch.device("cpu") if device is not None or at_once > 1 else None
     judges = held_out(len(windows))
     plain: list[float] = []
-    with torch.no_grad(), capture(model) as captured:
-        for index in (index for index in range(len(windows)) if index not in judges):
-            survey.add(captured, windows[index])
-            advance()
+    fitted = [index for index in range(len(windows)) if index not in judges]
+    with torch.no_grad(), layer_by_layer(model, device), capture(model, apart) as captured:
+        for batch in windows[fitted].split(at_once):
+            survey.add(captured, batch, advance)
         survey.solve()
-        for index in judges:
-            survey.add(captured, windows[index])
-            advance()
+        for batch in windows[judges].split(at_once) if judges else ():
+            survey.add(captured, batch, advance)
     if not all(entry.mean.isfinite().all() for entry in survey.statistics.heads.values()):
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
             f"attention maps are not finite: hidden states overflow in {dtype}; use --dtype bfloat16 or float32"
         )
-    with torch.no_grad():
-        for window in windows[:TIMED_SEQUENCES]:
+    with torch.no_grad(), layer_by_layer(model, device):
+        for batch in windows[: max(TIMED_SEQUENCES, at_once) if apart is None else at_once].split(at_once):
             with timed(plain, survey.device):
-                survey.forward(window)
+                survey.forward(batch)
+            plain[-1] /= len(batch)
     heads, layers = survey.statistics.heads, survey.statistics.layers
     measured = Measured(
         model=source.name,
@@ -98,32 +105,43 @@ def measure(
 class _Survey:
     """All accumulators of one pass, and the time it took."""
 
-    def __init__(self, model: PreTrainedModel, shape: AttentionShape, spec: AnalysisSpec, sequences: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shape: AttentionShape,
+        spec: AnalysisSpec,
+        sequences: int,
+        device: torch.device | None,
+    ):
         self.model = model
         self.shape = shape
         self.sequences = sequences
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
         self.statistics = MapStatistics(min(spec.max_distance, shape.layers - 1), spec.rows, spec.top_k)
         self.borrowing: BorrowingError | None = None
         self.notes: list[str] = []
         self.times: list[float] = []
         self.solving: list[float] = []
 
-    def forward(self, window: torch.Tensor) -> None:
-        self.model.base_model(window[None].to(self.device), use_cache=False)
+    def forward(self, windows: torch.Tensor) -> None:
+        self.model.base_model(windows.to(self.device), use_cache=False)
 
-    def add(self, captured: Captured, window: torch.Tensor) -> None:
-        """Runs and adds one sequence; its states are let go before the next one is run."""
-        with timed(self.times, self.device):
-            self.forward(window)
-            layers = captured.take()
-            if not self.times:
-                self._begin(captured, layers)
-            self.statistics.add(layers)
-            if self.borrowing is not None:
-                self.borrowing.add(layers)
-            del layers
+    def add(self, captured: Captured, windows: torch.Tensor, advance: Callable[[], None]) -> None:
+        """Runs sequences and adds them one by one; their states are let go before the next ones are run."""
+        spent: list[float] = []
+        with timed(spent, self.device):
+            self.forward(windows)
+            for index in range(len(windows)):
+                layers = captured.take(index=index, device=self.device)
+                if not self.times and not index:
+                    self._begin(captured, layers)
+                self.statistics.add(layers)
+                if self.borrowing is not None:
+                    self.borrowing.add(layers)
+                del layers
+                advance()
             captured.clear()
+        self.times += [spent[0] / len(windows)] * len(windows)
 
     def solve(self) -> None:
         with timed(self.solving, self.device):
@@ -149,7 +167,7 @@ class _Survey:
             compensate = False
             self.notes.append(f"errors after compensation were not measured: fitting would take {size / 2**30:.0f} GiB")
         projections = [captured.projections[layer] for layer in range(self.shape.layers)]
-        self.borrowing = BorrowingError(projections, self.shape.mask_types, distance, compensate)
+        self.borrowing = BorrowingError(projections, self.shape.mask_types, distance, compensate, self.device)
 
 
 def _unknown_output(captured: Captured, layers: list[LayerStates]) -> str | None:

@@ -18,7 +18,7 @@ from uniattn_cli.layouts.fast import candidates_table, frontier, parameter_count
 from uniattn_cli.layouts.scores import Score, kept
 from uniattn_cli.layouts.solutions import frontier as frontier_of_scores
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
-from uniattn_cli.modeling.layout_uniattn import KINDS
+from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, Layout
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe import ready
 from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
@@ -33,6 +33,8 @@ from uniattn_cli.tables import Result, Table
 if TYPE_CHECKING:
     import torch
 
+# Sequences that wait for the end of a pass take this share of the free CPU memory, and are no more than these.
+MOST_WAITING, MOST_AT_ONCE = 0.4, 64
 # A sample is too small if the usual 95 % half-width of a score exceeds this share of the spread between scores.
 RESOLVED = 0.25
 
@@ -75,8 +77,10 @@ def analyze(
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.screen import Screen
     from uniattn_cli.data.windows import calibration_windows
-    from uniattn_cli.models.loading import check_lengths, load_config, load_model, loading_notes
+    from uniattn_cli.models.costs import count_parameters, element_size_of
+    from uniattn_cli.models.loading import check_lengths, load_config, loading_notes
     from uniattn_cli.models.of_run import base_of
+    from uniattn_cli.models.placement import place
 
     run = RunDir(run_dir)
     settings, new_tree = _recipe(run, model, recipe, overrides)
@@ -99,13 +103,24 @@ def analyze(
     notes = _check_text(windows, tokenizer, spec.tokens)
     from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
 
-    options.progress.note(f"loading {settings.model.name} on {device}")
-    loaded = load_model(source, _readable(settings.model), device)
+    shape, element = attention_shape(config), element_size_of(settings.model, config)
+    weights = count_parameters(config, Layout.own(shape.layers)) * element
+    placed = place(source, settings.conversion.offload, weights, device)
+    options.progress.note(f"loading {settings.model.name} {placed.words}")
+    loaded = placed.load(source, _readable(settings.model))
     notes += loading_notes(source, loaded.config)
     inputs = {"model": source.fingerprint}
     with run.write("analyze", settings, inputs, force=options.force) as directory:
         with options.progress.track("analyzing", len(windows)) as advance:
-            measured, left_out = measure(loaded, windows, spec, source, advance)
+            measured, left_out = measure(
+                loaded,
+                windows,
+                spec,
+                source,
+                advance,
+                device=placed.device,
+                at_once=1 if placed.whole else _at_once(shape, spec.length * element),
+            )
         matcher = Matcher(measured.score, measured.shape, settings.layout.head_map, settings.layout.sources)
         tables = [neighbours_table(measured), _candidates(measured, config, matcher, settings)]
         _write(directory, measured, tables)
@@ -146,6 +161,21 @@ def _recipe(
         raise StageError(f"{run.recipe} does not exist; run `uniattn analyze MODEL`")
     tree = commented_tree(Recipe(model=ModelSpec(name=model)))
     return Recipe.from_tree(tree, "recipe.yaml", overrides, run.root), tree
+
+
+def _at_once(shape: AttentionShape, element: int) -> int:
+    """Sequences of one pass, where layers come to the device one by one: as many as can wait in CPU memory.
+
+    Args:
+        element: bytes of a number for each token of a sequence.
+    """
+    import torch
+
+    from uniattn_cli.models.device import available_bytes
+
+    heads = 2 * (shape.query_heads + shape.kv_heads) * shape.head_dim
+    share = MOST_WAITING * available_bytes(torch.device("cpu"))
+    return max(1, min(MOST_AT_ONCE, int(share / (shape.layers * (heads + shape.hidden_size) * element))))
 
 
 def _resolved(model: str) -> str:

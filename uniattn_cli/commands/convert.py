@@ -13,7 +13,7 @@ from uniattn_cli.layouts.choose import Grouping, check_analysis, check_protected
 from uniattn_cli.layouts.picture import draw_layout
 from uniattn_cli.modeling.configuration_uniattn import attention_shape, layer_windows
 from uniattn_cli.modeling.layout_uniattn import Layout
-from uniattn_cli.models.costs import count_parameters, kv_bytes, kv_bytes_per_token
+from uniattn_cli.models.costs import count_parameters, element_size_of, kv_bytes, kv_bytes_per_token
 from uniattn_cli.models.families import check_target
 from uniattn_cli.models.hub import context_window
 from uniattn_cli.models.losses import Loss
@@ -111,7 +111,7 @@ def convert(
     fresh = recipe.layout.layers is None or chooses_layout(overrides)
     grouping = choose(run, recipe, config, options, load=not dry_run) if fresh else _stored_layout(recipe, config)
     layout = grouping.layout
-    element_size = _element_size(recipe, config)
+    element_size = element_size_of(recipe.model, config)
     costs = _costs(config, layout, element_size)
     notes = [*grouping.notes, *_alignment_notes(recipe, layout), *_window_notes(config, layout, element_size)]
     if dry_run:
@@ -148,13 +148,6 @@ def _stored_layout(recipe: Recipe, config: Any) -> Grouping:
     return Grouping(layout, title="layout", picture=draw_layout(layout), notes=[note])
 
 
-def _element_size(recipe: Recipe, config: Any) -> int:
-    import torch
-
-    name = recipe.model.dtype if recipe.model.dtype != "auto" else str(config.dtype or "float32").split(".")[-1]
-    return getattr(torch, name).itemsize
-
-
 def _costs(config: Any, layout: Layout, element_size: int) -> Costs:
     shape = attention_shape(config)
     pair = (Layout.own(shape.layers), layout)
@@ -178,7 +171,9 @@ def _needs(
     device, scored = options.torch_device(), recipe.evaluation
     placed = place(source, recipe.conversion.offload, costs.weight_bytes[0], device)
     heldout = min(scored.tokens, QUICK_TOKENS)
-    needs = conversion_needs(config, layout, placed, _element_size(recipe, config), recipe.conversion, scored, heldout)
+    needs = conversion_needs(
+        config, layout, placed, element_size_of(recipe.model, config), recipe.conversion, scored, heldout
+    )
     folder = next(each for each in (run.root.absolute(), *run.root.absolute().parents) if each.exists())
     free = {
         "device": available_bytes(device),

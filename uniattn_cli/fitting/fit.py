@@ -21,10 +21,11 @@ from uniattn_cli.fitting.match_keys import LayerMatches
 from uniattn_cli.fitting.match_outputs import SourceChooser
 from uniattn_cli.fitting.refine import refine
 from uniattn_cli.fitting.solve import solve, solved_parts
-from uniattn_cli.fitting.stream import Batch, base_step, release, resident, run_layer, start_batches, visit
+from uniattn_cli.fitting.stream import Batch, base_step, release, run_layer, start_batches, visit
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_attention
 from uniattn_cli.models.on_disk import is_on_disk
+from uniattn_cli.models.residence import resident
 from uniattn_cli.recipe.schema import ConversionSpec
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch import nn
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.modeling.sharing_uniattn import SharedStates
 from uniattn_cli.models.losses import Loss, summarise, token_losses
-from uniattn_cli.models.on_disk import is_on_disk, stored
+from uniattn_cli.models.residence import hooked, outside, resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,79 +126,6 @@ def start_batches(
     return batches
 
 
-@contextlib.contextmanager
-def resident(device: torch.device | None, *modules: nn.Module) -> Iterator[None]:
-    """Keeps the modules' weights on a device for a while, so that one layer at a time is enough.
-
-    Weights that were changed or added meanwhile are taken back to where the others came from, unchanged ones are
-    simply forgotten. Modules may share weights. Those on disk are read, and must not be changed.
-
-    Args:
-        device: None leaves everything where it is; what is on disk comes to the CPU.
-    """
-    moved: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
-    for tensor in _tensors(modules):
-        read = stored(tensor)
-        # What has no memory at all is made while the layer is here (`building.build_converted`).
-        if id(tensor) in moved or tensor.is_meta or (read is None and device in (None, tensor.device)):
-            continue
-        at_home = tensor.data
-        there = at_home if read is None else read()
-        tensor.data = there if device is None else there.to(device)
-        moved[id(tensor)] = (tensor, at_home, tensor._version)
-    try:
-        yield
-    finally:
-        for tensor, at_home, version in moved.values():
-            if tensor._version != version:
-                assert stored(tensor) is None, "what is in a file is not changed"
-                at_home.copy_(tensor.data)
-            tensor.data = at_home
-        if device is not None:
-            home = next((at_home.device for _, at_home, _ in moved.values()), device)
-            for tensor in _tensors(modules):
-                if tensor.device != home:
-                    tensor.data = tensor.data.to(home)
-
-
-def _tensors(modules: tuple[nn.Module, ...]) -> Iterator[torch.Tensor]:
-    for module in modules:
-        yield from module.parameters()
-        yield from module.buffers()
-
-
-@contextlib.contextmanager
-def layer_by_layer(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]:
-    """Lets a model that is in the computer's memory or on disk run where one of its layers at a time fits.
-
-    Args:
-        device: None leaves the model where it is.
-    """
-    if device is None and not is_on_disk(model):
-        yield
-        return
-    handles, open_layers = [], []
-
-    def enter(layer: nn.Module, args: tuple) -> None:
-        visit = resident(device, layer)
-        visit.__enter__()
-        open_layers.append(visit)
-
-    def leave(layer: nn.Module, args: tuple, output: Any) -> None:
-        open_layers.pop().__exit__(None, None, None)
-
-    for layer in model.model.layers:
-        handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-    with resident(device, *_outside(model)), _hooks(*handles):
-        yield
-
-
-def _outside(model: PreTrainedModel) -> list[nn.Module]:
-    """All of a model but its decoder layers."""
-    others = [module for name, module in model.model.named_children() if name != "layers"]
-    return others + [module for name, module in model.named_children() if name != "model"]
-
-
 class Passage:
     """Windows on their way through the layers of a model, one layer at a time, and the losses at the end.
 
@@ -229,7 +156,7 @@ class Passage:
         """
         rows = windows.split([len(batch.converted) for batch in self.batches])
         place = self.batches[0].place
-        with resident(place, *_outside(model)):
+        with resident(place, *outside(model)):
             sums = []
             for batch, tokens in zip(visit(self.batches), rows, strict=True):
                 with _layers_calling(model, lambda *args, _hidden=batch.converted, **kwargs: _hidden):
@@ -276,7 +203,7 @@ def base_step(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple
     """A base layer's output and its attention block's output."""
     seen: list[torch.Tensor] = []
     handle = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    with _hooks(handle):
+    with hooked(handle):
         after = run_layer(layer, hidden, kwargs)
     return after, seen[0]
 
@@ -301,7 +228,7 @@ def attention_features(
     handles = [attention.register_forward_pre_hook(keep_input, with_kwargs=True)]
     if output is not None:
         handles.append(output.register_forward_pre_hook(keep_heads))
-    with _hooks(*handles), contextlib.suppress(_ForwardStoppedError):
+    with hooked(*handles), contextlib.suppress(_ForwardStoppedError):
         run_layer(layer, hidden, kwargs, uniattn_shared=shared)
     return seen["x"], seen.get("heads")
 
@@ -323,7 +250,7 @@ def attention_inputs(
             seen["hidden_states"] = args[0]
         raise _ForwardStoppedError
 
-    with _hooks(layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)):
+    with hooked(layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)):
         with contextlib.suppress(_ForwardStoppedError):
             run_layer(layer, hidden, kwargs, **more)
     return seen
@@ -347,12 +274,3 @@ def release(shared: SharedStates, layout: Layout, index: int, max_distance: int 
             shared.forget(source)
     if not any(plan.traits.borrows_values for plan in layout):
         shared.values.clear()
-
-
-@contextlib.contextmanager
-def _hooks(*handles: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -204,8 +204,8 @@ class Workbench:
         Args:
             layouts: by name; those of earlier calls are not converted again.
         """
-        from uniattn_cli.fitting.stream import layer_by_layer
         from uniattn_cli.models.losses import window_divergences
+        from uniattn_cli.models.residence import layer_by_layer
 
         base, device, batch_size = self.base, self.placement.device, self.recipe.evaluation.batch_size
         fit = self._shortlist_fit

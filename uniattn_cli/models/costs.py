@@ -10,6 +10,16 @@ from uniattn_cli.modeling.layout_uniattn import AttentionShape, LayerPlan, Layou
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+    from uniattn_cli.recipe.schema import ModelSpec
+
+
+def element_size_of(spec: ModelSpec, config: Any) -> int:
+    """Bytes of a weight of a model that is loaded as a recipe says."""
+    import torch
+
+    name = spec.dtype if spec.dtype != "auto" else str(config.dtype or "float32").split(".")[-1]
+    return getattr(torch, name).itemsize
+
 
 def cached_heads(plan: LayerPlan, shape: AttentionShape) -> int:
     """Heads of size `head_dim` that a layer keeps per token, keys and values counted apart."""

@@ -30,6 +30,12 @@ def stored(tensor: torch.Tensor) -> Callable[[], torch.Tensor] | None:
     return getattr(tensor, "uniattn_stored", None)
 
 
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A weight, which is read if it is on disk."""
+    read = stored(tensor)
+    return tensor if read is None else read()
+
+
 def is_on_disk(model: nn.Module) -> bool:
     """Whether some weights of a model are on disk."""
     return any(stored(parameter) is not None for parameter in model.parameters())
