@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import uniattn_cli
-from uniattn_cli.errors import StageError
+from uniattn_cli.errors import StageError, UsageError
 from uniattn_cli.run import lock
 from uniattn_cli.run.lock import LOCK_FILE, alone, held
 
@@ -81,6 +81,9 @@ def test_a_dry_run_and_the_other_processes_of_a_launcher_go_on(tmp_path, monkeyp
         assert command(run_dir=tmp_path, dry_run=True) == [LOCK_FILE]
         monkeypatch.setenv("RANK", "1")
         assert command(run_dir=tmp_path) == [LOCK_FILE]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="command works in one process; start it without a launcher"):
+        command(run_dir=tmp_path)
 
 
 def test_a_directory_that_was_made_goes_again_unless_something_was_written(tmp_path):

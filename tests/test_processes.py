@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from tiny_run import settings
 from training_run import CPU, ROOT, log_of, make_run, stages, weights
 
 import uniattn_cli
+from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.commands.train import train
+from uniattn_cli.evaluation.figures import RESULTS
 from uniattn_cli.options import RunOptions
+from uniattn_cli.run.files import read_json
 
 pytestmark = pytest.mark.slow
 SETTING = [
@@ -182,3 +186,30 @@ def test_processes_share_the_layers_that_are_scored(tiny_runs, tmp_path):
     assert [each.question for each in found] == [each.question for each in expected]
     for each, other in zip(found, expected, strict=True):
         assert each.plan == other.plan and each.divergence == pytest.approx(other.divergence, rel=1e-4)
+
+
+def test_processes_share_sequences_of_an_analysis_and_models_of_an_evaluation(tiny_runs, tmp_path):
+    """Two measure what one measures, up to the order of sums, and only the main one writes and speaks."""
+    run = shutil.copytree(tiny_runs / "finished", tmp_path / "run")
+    one = uniattn_cli.analyze(run_dir=run, overrides=settings(), options=replace(CPU, force=True)).measured
+    uniattn_cli.evaluate(run_dir=run, options=replace(CPU, force=True))
+    expected = read_json(run / "evaluation" / RESULTS, "")["models"]
+    flags = [word for entry in settings() for word in ("--set", entry)]
+    for command in ("analyze", "eval"):
+        more = flags if command == "analyze" else []
+        done = launch("torchrun", "-m", "uniattn_cli", command, "-C", str(run), "--device", "cpu", "--force", *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("plots and figures: ") + done.stdout.count("Report: ") == 1
+    two = Measured.load(run / "analysis")
+    assert (one.tokens, one.sequences) == (two.tokens, two.sequences)
+    for name, values in one.heads.items():
+        assert two.heads[name] == pytest.approx(values, abs=1e-5), name
+        assert two.heads_stderr[name] == pytest.approx(one.heads_stderr[name], abs=1e-5), name
+    for name in ("before", "after"):
+        each = [torch.tensor(found.output_error[name], dtype=torch.float64) for found in (one, two)]
+        torch.testing.assert_close(*each, rtol=1e-3, atol=1e-5, equal_nan=True)
+    found = read_json(run / "evaluation" / RESULTS, "")["models"]
+    assert list(found) == list(expected)
+    for name, model in expected.items():
+        for figure, wanted in model["quality"].items():
+            assert found[name]["quality"][figure] == pytest.approx(wanted, rel=1e-4), (name, figure)

@@ -56,6 +56,14 @@ class RatioMean:
         self._sums = [total + term for total, term in zip(self._sums, terms, strict=True)] if self.count else terms
         self.count += 1
 
+    def merge(self, other: RatioMean) -> None:
+        """Adds the sequences of another one, which may have none."""
+        if self.count and other.count:
+            self._sums = [mine + others for mine, others in zip(self._sums, other._sums, strict=True)]
+        else:
+            self._sums = self._sums or other._sums
+        self.count += other.count
+
     @property
     def mean(self) -> torch.Tensor:
         return self._sums[0] / self._sums[1]
@@ -173,6 +181,18 @@ class BorrowingError:
         for second, state in zip(self._second, layers, strict=True):
             inputs = _received(state)
             second.addmm_(inputs.T, inputs)
+
+    def share(self) -> None:
+        """Sums up what several processes have added for the fit."""
+        from accelerate.utils import reduce
+
+        if self._second is not None:
+            self._second, self._cross = reduce(self._second, "sum"), reduce(self._cross, "sum")
+
+    def merge(self, other: tuple[RatioMean, RatioMean]) -> None:
+        """Adds the errors that another process measured, before and after compensation."""
+        self.before.merge(other[0])
+        self.after.merge(other[1])
 
     def solve(self) -> None:
         """Ends the fit. Turns the sums into compensations, in float64; they take the place of the sums."""

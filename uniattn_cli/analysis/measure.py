@@ -12,12 +12,13 @@ from uniattn_cli.analysis.borrowing import MOMENT_BYTES, BorrowingError, compens
 from uniattn_cli.analysis.capture import OUTPUT_PROJECTIONS, Captured, LayerStates, capture
 from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.analysis.similarity import MapStatistics
-from uniattn_cli.errors import ModelError
+from uniattn_cli.errors import ModelError, UsageError
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.models.device import timed
 from uniattn_cli.models.residence import layer_by_layer
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from transformers import PreTrainedModel
 
     from uniattn_cli.modeling.layout_uniattn import AttentionShape
@@ -36,6 +37,7 @@ def measure(
     *,
     device: torch.device | None = None,
     at_once: int = 1,
+    process: PartialState | None = None,
 ) -> tuple[Measured, list[str]]:
     """Runs the model over windows and accumulates all similarities and errors.
 
@@ -47,11 +49,13 @@ def measure(
         advance: called after each sequence.
         device: where layers run one at a time, while the model is elsewhere; None: all where the model is.
         at_once: sequences of one pass, which wait together in CPU memory, so that layers are fetched less often.
+        process: one of several that share the sequences among them, and all end with all that was measured.
 
     Returns:
         What was measured, and notes on what was not.
 
     Raises:
+        UsageError: there are more processes than sequences.
         ModelError: some layers' attention does not go through the interface, or its maps are not finite.
     """
     shape = attention_shape(model.config)
@@ -60,12 +64,18 @@ def measure(
     judges = held_out(len(windows))
     plain: list[float] = []
     fitted = [index for index in range(len(windows)) if index not in judges]
+    count, number = (process.num_processes, process.process_index) if process else (1, 0)
+    if count > len(fitted):
+        raise UsageError(f"{count} processes cannot share {len(fitted)} sequences; start fewer, or analyse more tokens")
+    fitted, judges = fitted[number::count], judges[number::count]
     with torch.no_grad(), layer_by_layer(model, device), capture(model, apart) as captured:
         for batch in windows[fitted].split(at_once):
             survey.add(captured, batch, advance)
-        survey.solve()
+        survey.solve(shared=count > 1)
         for batch in windows[judges].split(at_once) if judges else ():
             survey.add(captured, batch, advance)
+    if count > 1:
+        survey.gather(number)
     if not all(entry.mean.isfinite().all() for entry in survey.statistics.heads.values()):
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
@@ -143,10 +153,33 @@ class _Survey:
             captured.clear()
         self.times += [spent[0] / len(windows)] * len(windows)
 
-    def solve(self) -> None:
+    def solve(self, shared: bool) -> None:
+        """Ends the fit of compensations.
+
+        Args:
+            shared: other processes have added sequences, too.
+        """
         with timed(self.solving, self.device):
             if self.borrowing is not None:
+                if shared:
+                    self.borrowing.share()
                 self.borrowing.solve()
+
+    def gather(self, number: int) -> None:
+        """Adds what the other processes measured.
+
+        Args:
+            number: of this one.
+        """
+        from accelerate.utils import gather_object
+
+        errors = None if self.borrowing is None else (self.borrowing.before, self.borrowing.after)
+        found = gather_object([(self.statistics, errors)])
+        for other, (statistics, errors) in enumerate(found):
+            if other != number:
+                self.statistics.merge(statistics)
+                if self.borrowing is not None:
+                    self.borrowing.merge(errors)
 
     def _begin(self, captured: Captured, layers: list[LayerStates]) -> None:
         """Looks at the first sequence: what can be measured of this model?"""

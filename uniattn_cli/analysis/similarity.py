@@ -46,6 +46,14 @@ class SequenceMean:
         self.total += value
         self.squares += value.square()
 
+    def merge(self, other: SequenceMean) -> None:
+        """Adds the sequences of another one."""
+        if not self.count:
+            self.total, self.squares = torch.zeros_like(other.total), torch.zeros_like(other.squares)
+        self.count += other.count
+        self.total += other.total
+        self.squares += other.squares
+
     @property
     def mean(self) -> torch.Tensor:
         return self.total / self.count
@@ -141,6 +149,13 @@ class MapStatistics:
         for name, total in sums.items():
             self._store(name, total / count)
         self._add_sampled(maps)
+
+    def merge(self, other: MapStatistics) -> None:
+        """Adds the sequences of another one."""
+        self.sink.merge(other.sink)
+        for mine, others in ((self.heads, other.heads), (self.layers, other.layers)):
+            for name, mean in others.items():
+                mine.setdefault(name, SequenceMean()).merge(mean)
 
     def _add_sampled(self, maps: SequenceMaps) -> None:
         """Jensen-Shannon similarity and top-k overlap on evenly spread rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from uniattn_cli.layouts.scores import Score, kept
 from uniattn_cli.layouts.solutions import frontier as frontier_of_scores
 from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import KINDS, AttentionShape, Layout
-from uniattn_cli.options import RunOptions
+from uniattn_cli.options import RunOptions, Silent
 from uniattn_cli.recipe import ready
 from uniattn_cli.recipe.files import commented_tree, read_tree, write_tree
 from uniattn_cli.recipe.paths import located
@@ -28,6 +29,7 @@ from uniattn_cli.recipe.schema import ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import file_errors
 from uniattn_cli.run.lock import alone
+from uniattn_cli.run.process import join_processes, shared_output
 from uniattn_cli.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def analyze(
 ) -> Analysis:
     """Measures the similarity of all attention maps and writes `analysis/`, and `recipe.yaml` if there is none.
 
+    Several processes, started by `torchrun`, share the sequences among them.
+
     Args:
         model: hub id or directory; None takes the recipe's.
         run_dir: where to write.
@@ -90,7 +94,9 @@ def analyze(
     spec = settings.analysis
     check_lengths(config, {"analysis.length": spec.length})
     check_protected(settings.layout, attention_shape(config))
-    device = options.torch_device()
+    process = join_processes(options)  # a device that is not there is told before any work
+    progress = options.progress if process.is_main_process else Silent()
+    device = process.device
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     windows = calibration_windows(
         settings.data,
@@ -98,7 +104,7 @@ def analyze(
         tokens=spec.tokens,
         length=spec.length,
         seed=settings.seed,
-        screen=Screen(settings.data, tokenizer, options.progress.warn),
+        screen=Screen(settings.data, tokenizer, progress.warn),
     )
     notes = _check_text(windows, tokenizer, spec.tokens)
     from uniattn_cli.analysis.measure import measure  # a slow import; faults of the settings are told before it
@@ -106,27 +112,29 @@ def analyze(
     shape, element = attention_shape(config), element_size_of(settings.model, config)
     weights = count_parameters(config, Layout.own(shape.layers)) * element
     placed = place(source, settings.conversion.offload, weights, device)
-    options.progress.note(f"loading {settings.model.name} {placed.words}")
+    progress.note(f"loading {settings.model.name} {placed.words}")
     loaded = placed.load(source, _readable(settings.model))
     notes += loading_notes(source, loaded.config)
     inputs = {"model": source.fingerprint}
-    with run.write("analyze", settings, inputs, force=options.force) as directory:
-        with options.progress.track("analyzing", len(windows)) as advance:
+    with shared_output(process, run, "analyze", settings, inputs, force=options.force, resume=False) as directory:
+        with progress.track("analyzing", len(windows)) as advance:
             measured, left_out = measure(
                 loaded,
                 windows,
                 spec,
                 source,
-                advance,
+                functools.partial(advance, process.num_processes),
                 device=placed.device,
                 at_once=1 if placed.whole else _at_once(shape, spec.length * element),
+                process=process,
             )
         matcher = Matcher(measured.score, measured.shape, settings.layout.head_map, settings.layout.sources)
         tables = [neighbours_table(measured), _candidates(measured, config, matcher, settings)]
-        _write(directory, measured, tables)
-        if new_tree is not None:
-            with file_errors(run.root):
-                write_tree(new_tree, run.recipe)
+        if process.is_main_process:
+            _write(directory, measured, tables)
+            if new_tree is not None:
+                with file_errors(run.root):
+                    write_tree(new_tree, run.recipe)
     proposed = _scored(kept(run, source.fingerprint, measured), measured, settings)
     notes += [*left_out, *resolution_note(measured)]
     notes.append(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uniattn_cli.data.chat import load_chat_tokenizer
 from uniattn_cli.data.heldout import length_rows, response_rows, text_rows
@@ -30,14 +30,18 @@ from uniattn_cli.models.loading import check_lengths, load_config
 from uniattn_cli.models.losses import Rows
 from uniattn_cli.models.of_run import Subject
 from uniattn_cli.models.pool import ModelPool
-from uniattn_cli.options import RunOptions
+from uniattn_cli.options import RunOptions, Silent
 from uniattn_cli.recipe.schema import Recipe
 from uniattn_cli.reporting import tables
 from uniattn_cli.reporting.report import PAGE, PLOT, TEXT, write_page, write_text
 from uniattn_cli.run.directory import RunDir
 from uniattn_cli.run.files import write_json
 from uniattn_cli.run.lock import alone
+from uniattn_cli.run.process import join_processes, shared_output
 from uniattn_cli.tables import Result
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 # Scores of single parts while the evaluation is not finished.
 PARTS = "parts"
@@ -50,6 +54,7 @@ class Evaluation(Result):
     Attributes:
         directory: what was written.
         results: content of `results.json`, with a `Figure` for each figure; see `evaluation.figures` for its schema.
+            Empty in processes that help the main one.
     """
 
     directory: Path
@@ -67,7 +72,8 @@ def evaluate(
 ) -> Evaluation:
     """Compares the models of a run and writes `evaluation/`.
 
-    Resumes an interrupted evaluation if nothing has changed.
+    Resumes an interrupted evaluation if nothing has changed. Several processes, started by `torchrun`, share the models
+    among them; speeds are measured by one.
 
     Args:
         checkpoints: additional models, as directories or hub ids.
@@ -86,16 +92,23 @@ def evaluate(
     run = RunDir(run_dir)
     recipe = Recipe.load(run.recipe, overrides)
     run.check_free("eval", options.force)
-    options.torch_device()  # a device that is not there is told before any work
+    process = join_processes(options, objects=True)  # a device that is not there is told before any work
+    progress = options.progress if process.is_main_process else Silent()
+    options = replace(options, device=str(process.device), progress=progress)
     subjects, notes = find_subjects(run, recipe, checkpoints)
     settings = [word for override in overrides for word in ("--set", override)]
     command = shlex.join(["uniattn", "eval", *checkpoints, *settings, "--force"])
     material = prepare(recipe, subjects, notes)
     window = context_window(load_config(subjects[0].source))
     prompts = find_prompts(recipe, material.tokenizer, window)
-    with run.write("eval", recipe, inputs_of(subjects, material), force=options.force, resume=True) as folder:
-        results = evaluate_into(folder, recipe, subjects, material, notes, command, options, scores, prompts)
-        write_page(run, results, folder)
+    inputs = inputs_of(subjects, material)
+    with shared_output(process, run, "eval", recipe, inputs, force=options.force) as folder:
+        given = (folder, recipe, subjects, material, notes, command, options, scores, prompts)
+        results = evaluate_into(*given, process=process)
+        if process.is_main_process:
+            write_page(run, results, folder)
+    if not process.is_main_process:
+        return Evaluation(run.output("eval"), results, title="evaluated by the main process")
     return _evaluation(run.output("eval"), results)
 
 
@@ -124,6 +137,7 @@ def evaluate_into(
     options: RunOptions,
     scores: Path | None = None,
     prompts: Sequence[Prompt] = (),
+    process: PartialState | None = None,
 ) -> dict[str, Any]:
     """Measures models, the base first, and writes results, report, picture and items into a folder.
 
@@ -132,14 +146,17 @@ def evaluate_into(
         command: that makes the report again.
         scores: as for `evaluate`.
         prompts: that every model answers, for the page.
+        process: one of several that share the models among them; the main one does all that follows.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`; nothing in a process that is not the main one.
     """
     pool = ModelPool(recipe.model, options.torch_device())
     batches = _batches(recipe, pool)
     store = ScoreStore([path for path in (folder / PARTS, scores, _kept(recipe)) if path is not None])
-    measured = _measure_all(folder, subjects, pool, material, batches, store, options)
+    measured = _measure_all(folder, subjects, pool, material, batches, store, options, process)
+    if process is not None and not process.is_main_process:
+        return {}
     points, runner = _time_all(subjects, pool, material, recipe, options)
     results = assemble(recipe, subjects, material, measured, points, runner, pool, batches, notes)
     if prompts:
@@ -208,9 +225,9 @@ def _measure_all(
     batches: Batches,
     store: ScoreStore,
     options: RunOptions,
+    process: PartialState | None = None,
 ) -> dict[str, ModelScores]:
     """Measures model after model; what an interrupted run finished is read back."""
-    found = {}
     (folder / "items").mkdir(parents=True, exist_ok=True)
     base = subjects[0]
     reference = None
@@ -219,12 +236,15 @@ def _measure_all(
         windows = _stacked(material.lengths[longest].tokens)
         reference = Reference(lambda: pool.get(base), windows, batches.start(longest))
     bench = Bench(material, batches, store, reference, model_key(base.source), options.progress)
+    count, number = (process.num_processes, process.process_index) if process else (1, 0)
+    paths = {subject.name: items_file(folder, index, subject.name) for index, subject in enumerate(subjects)}
     for index, subject in enumerate(subjects):
-        path = items_file(folder, index, subject.name)
-        if not path.is_file():
+        if index % count == number and not paths[subject.name].is_file():
             load = lambda subject=subject: pool.get(subject)  # noqa: E731
-            measure(subject, load, bench, is_base=not index).write(path)
-        found[subject.name] = ModelScores.read(path)
+            measure(subject, load, bench, is_base=not index).write(paths[subject.name])
+    if process is not None:
+        process.wait_for_everyone()
+    found = {name: ModelScores.read(path) for name, path in paths.items()}
     if store.found:
         options.progress.note(
             f"{store.found} of {store.found + store.made} scores come from the cache; "

@@ -15,12 +15,15 @@ from typing import ParamSpec, TypeVar
 
 from filelock import SoftFileLock, Timeout
 
-from uniattn_cli.errors import StageError
+from uniattn_cli.errors import StageError, UsageError
 from uniattn_cli.run.files import file_errors, made
 
 LOCK_FILE = ".uniattn.lock"
 # Seconds: filelock watches a damaged file for two of them before it removes it, and a process may just be ending.
 PATIENCE = 3.0
+
+# Commands that the processes of a launcher share.
+SHARED = ("analyze", "score", "train", "evaluate")
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -29,11 +32,16 @@ Answer = TypeVar("Answer")
 def alone(command: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
     """Decorates a command that writes into its `run_dir`: from reading its inputs on, no other one works there.
 
-    A dry run writes nothing. Of the processes that a launcher starts, the main one stands for all.
+    A dry run writes nothing. Of the processes that a launcher starts, the main one stands for all; commands that share
+    nothing refuse to run in several.
     """
 
     @functools.wraps(command)
     def locked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
+        if command.__name__ not in SHARED and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UsageError(
+                f"{command.__name__} works in one process; start it without a launcher ({', '.join(SHARED)} share work)"
+            )
         if kwargs.get("dry_run") or os.environ.get("RANK", "0") != "0":
             return command(*args, **kwargs)
         with held(Path(str(kwargs.get("run_dir", ".")))):

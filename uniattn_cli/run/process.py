@@ -69,7 +69,8 @@ def shared_output(
     inputs: dict[str, Any],
     *,
     force: bool,
-    decisive: Sequence[str],
+    decisive: Sequence[str] = ("",),
+    resume: bool = True,
 ) -> Iterator[Path]:
     """The hidden folder of a stage, the same for all processes; the main one makes and finishes it (`RunDir.write`).
 
@@ -77,12 +78,12 @@ def shared_output(
         process: None where there is only one.
     """
     if process is None:
-        with run.write(stage, recipe, inputs, force=force, resume=True, decisive=decisive) as partial:
+        with run.write(stage, recipe, inputs, force=force, resume=resume, decisive=decisive) as partial:
             yield partial
         return
     with contextlib.ExitStack() as stack:
         if process.is_main_process:
-            writing = run.write(stage, recipe, inputs, force=force, resume=True, decisive=decisive)
+            writing = run.write(stage, recipe, inputs, force=force, resume=resume, decisive=decisive)
             partial = stack.enter_context(writing)
         else:
             partial = run.partial(stage)
