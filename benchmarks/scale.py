@@ -1,9 +1,10 @@
-"""Time and peak memory of analysis, conversion and scores of five kinds on a Llama-3.1-8B shape with random weights.
+"""Time and peak memory of analysis, conversion and scores of five kinds on a well-known shape with random weights.
 
     python -m benchmarks.scale --out docs/benchmarks/scale.json
+    python -m benchmarks.scale --device cpu --shape tiny --tokens 1024 --length 64 --out /tmp/scale.json  # a rehearsal
 
-Needs one GPU of 80 GB; `--layers` makes the model shallower. Layouts of a random model mean nothing; time and memory do
-not depend on the weights.
+The default, Llama-3.1-8B, needs one GPU of 80 GB; `--layers` makes the model shallower. Layouts of a random model mean
+nothing; time and memory do not depend on the weights. On a CPU no peaks are told and memory is not limited.
 """
 
 from __future__ import annotations
@@ -32,13 +33,11 @@ from uniattn_cli.models.hub import Source
 from uniattn_cli.models.of_run import BASE
 from uniattn_cli.models.placement import Placement
 from uniattn_cli.models.pool import weight_bytes
-from uniattn_cli.models.random import known_config, random_models
+from uniattn_cli.models.random import SHAPES, known_config, random_models
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import AnalysisSpec, EvaluationSpec, LayoutSpec, ModelSpec, Recipe
 from uniattn_cli.run.directory import RunDir
 
-LENGTH = 1024
-TOKENS = 131072
 FOLLOWERS = 12
 PARTS = ("analysis", "conversion", "scores", "offloaded")
 KINDS = ("key", "kv", "early", "softmax", "linear")
@@ -46,7 +45,11 @@ KINDS = ("key", "kv", "early", "softmax", "linear")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="make it shallower")
+    parser.add_argument("--tokens", type=int, default=131072, help="of calibration text")
+    parser.add_argument("--length", type=int, default=1024, help="of a sequence")
+    parser.add_argument("--allowed", type=float, default=0.5, help="share of the weights that `offloaded` may use")
     parser.add_argument("--search-tokens", type=int, default=24576, help="tokens that plans are fitted on")
     parser.add_argument("--score-tokens", type=int, default=16384, help="tokens that plans are scored on")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
@@ -55,11 +58,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> None:
     """All parts that were asked for; `offloaded` is the last, because it limits the memory of the process."""
     device, parts = arguments.device, arguments.parts
-    if device.type != "cuda":
-        raise SystemExit("error: this benchmark measures the memory of a GPU, and there is none")
-    config = known_config("llama-3.1-8b", arguments.layers)
+    on_gpu, tokens, length = device.type == "cuda", arguments.tokens, arguments.length
+    config = known_config(arguments.shape, arguments.layers)
     windows = torch.randint(
-        0, config.vocab_size, (TOKENS // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0)
+        0, config.vocab_size, (tokens // length, length), generator=torch.Generator().manual_seed(0)
     )
     model = random_models(config, {}, "bfloat16", device)[BASE]
     recipe = Recipe(
@@ -76,11 +78,12 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
     results.begin(
         {
             "device": describe_device(device),
-            "layers": arguments.layers,
+            "shape": arguments.shape,
+            "layers": config.num_hidden_layers,
             "dtype": "bfloat16",
             "attention": config._attn_implementation,
             "weights_gib": round(weights / 2**30, 2),
-            "sequence_length": LENGTH,
+            "sequence_length": length,
         }
     )
 
@@ -89,21 +92,22 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
         if not results.missing("rows", [name]):
             return
         release_memory(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         seconds: list[float] = []
         with timed(seconds, device):
             facts |= call() or {}
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        results.add("rows", name, {"seconds": round(seconds[0], 1), "peak_gib": round(peak, 2), **facts})
+        peak = {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)} if on_gpu else {}
+        results.add("rows", name, {"seconds": round(seconds[0], 1), **peak, **facts})
 
     def analyze(count: int) -> Measured:
-        analysis = AnalysisSpec(tokens=TOKENS, length=LENGTH)
+        analysis = AnalysisSpec(tokens=tokens, length=length)
         with torch.no_grad():
             return measure(model, windows[:count], analysis, source)[0]
 
     if "analysis" in parts:
         call = lambda: {"times_a_plain_forward": round(analyze(len(windows)).forward_ratio, 2)}  # noqa: E731
-        row("analysis", call, tokens=TOKENS)
+        row("analysis", call, tokens=tokens)
     # Which layers and heads match makes no difference to time and memory.
     measured = analyze(4)
     matcher = Matcher(measured.score, shape, "grouped", "several")
@@ -115,10 +119,10 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
         fit_layers(model, build_converted(model, layout), windows, spec, chooser=matched, device=place, batch_size=8)
 
     if "conversion" in parts:
-        row("conversion", convert, tokens=TOKENS, followers=followers)
-        row("conversion with heads matched", lambda: convert(matched=chooser), tokens=TOKENS, followers=followers)
+        row("conversion", convert, tokens=tokens, followers=followers)
+        row("conversion with heads matched", lambda: convert(matched=chooser), tokens=tokens, followers=followers)
     if "scores" in parts:
-        fitted, compared = arguments.search_tokens // LENGTH, arguments.score_tokens // LENGTH
+        fitted, compared = arguments.search_tokens // length, arguments.score_tokens // length
         bench = Workbench(recipe, source, measured, RunOptions(device=str(device)))
         # What it would load and read.
         texts = windows[:fitted], windows[fitted : fitted + compared], windows[:0]
@@ -128,15 +132,16 @@ def measure_parts(arguments: argparse.Namespace, results: runner.Results) -> Non
             with tempfile.TemporaryDirectory() as folder:
                 return {"plans": len(score_plans(RunDir(folder), bench, "auto"))}
 
-        tokens = {"fit_tokens": fitted * LENGTH, "score_tokens": compared * LENGTH}
-        row("scores", score, **tokens, kinds=list(KINDS))
+        given = {"fit_tokens": fitted * length, "score_tokens": compared * length}
+        row("scores", score, **given, kinds=list(KINDS))
     if "offloaded" in parts:
         model.to("cpu")
         release_memory(device)
-        allowed = 0.75 * weights
-        torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(device).total_memory)
-        facts = {"followers": followers, "memory_allowed_gib": round(allowed / 2**30, 2)}
-        row("conversion with the model larger than the memory", lambda: convert(device), tokens=TOKENS, **facts)
+        allowed, facts = arguments.allowed * weights, {"followers": followers}
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(device).total_memory)
+            facts["memory_allowed_gib"] = round(allowed / 2**30, 2)
+        row("conversion with the model larger than the memory", lambda: convert(device), tokens=tokens, **facts)
 
 
 if __name__ == "__main__":

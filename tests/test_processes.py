@@ -196,7 +196,7 @@ def test_processes_share_sequences_of_an_analysis_and_models_of_an_evaluation(ti
     expected = read_json(run / "evaluation" / RESULTS, "")["models"]
     flags = [word for entry in settings() for word in ("--set", entry)]
     for command in ("analyze", "eval"):
-        more = flags if command == "analyze" else []
+        more = flags if command == "analyze" else ["--set", "evaluation.cache=false"]
         done = launch("torchrun", "-m", "uniattn_cli", command, "-C", str(run), "--device", "cpu", "--force", *more)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("plots and figures: ") + done.stdout.count("Report: ") == 1

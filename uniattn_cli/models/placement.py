@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,14 @@ def place(source: Source, offload: str, weight_bytes: int, device: torch.device)
     return placement(offload, weight_bytes, device, separable=not is_multi_modal(read_config(source.path)))
 
 
-def placement(offload: str, weight_bytes: int, device: torch.device, *, separable: bool = True) -> Placement:
+def placement(
+    offload: str,
+    weight_bytes: int,
+    device: torch.device,
+    *,
+    separable: bool = True,
+    free: Callable[[torch.device], int] | None = None,
+) -> Placement:
     """Where a model is kept, and where its layers run.
 
     Args:
@@ -68,11 +76,12 @@ def placement(offload: str, weight_bytes: int, device: torch.device, *, separabl
         weight_bytes: of the whole model.
         device: the one asked for.
         separable: layers can be read from the files one by one.
+        free: memory of a device; None asks it.
     """
     import torch
 
     def fits(place: torch.device) -> bool:
-        return weight_bytes < MOST_OF_MEMORY * available_bytes(place)
+        return weight_bytes < MOST_OF_MEMORY * (free or available_bytes)(place)
 
     cpu = torch.device("cpu")
     runs = None if device.type == "cpu" else device

@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 
     from uniattn_cli.modeling.layout_uniattn import Layout
 
-# Sizes of well-known models, for random weights; all of the Llama family.
+# Sizes of well-known models, for random weights; all as models of the Llama family.
 SHAPES = {
+    "llama-3.1-70b": {
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "llama-3.1-8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,
@@ -33,6 +41,14 @@ SHAPES = {
         "num_hidden_layers": 16,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+    },
+    "qwen2.5-0.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
     },
     "smollm2-135m": {
         "vocab_size": 49152,
@@ -72,7 +88,7 @@ def known_config(shape: str, layers: int | None = None) -> LlamaConfig:
         **sizes,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=shape != "llama-3.1-8b",
+        tie_word_embeddings=shape not in ("llama-3.1-8b", "llama-3.1-70b"),
         attn_implementation="sdpa",  # type: ignore[call-arg]
     )
 
