@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import FAMILIES, make_base, make_layout
 
+from benchmarks import needs as published
+from benchmarks.runner import Results
 from uniattn_cli.fitting.fit import fit_layers
 from uniattn_cli.fitting.needs import conversion_needs, needs_table
 from uniattn_cli.fitting.solve import Problem
@@ -77,3 +83,12 @@ def test_the_table_adds_up():
         *parts, total, free = (float(cell) for cell in cells if cell != "–")
         assert sum(parts) == pytest.approx(total, abs=0.05)
         assert free == (5 if column == 1 else 1)
+
+
+@pytest.mark.slow
+def test_the_published_table_is_what_shapes_give(tmp_path):
+    results = Results(tmp_path / "needs.json", ("rows",), markdown=published.markdown)
+    published.compute(argparse.Namespace(), results)
+    folder = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+    assert json.loads((folder / "needs.json").read_text())["rows"] == results.content["rows"]
+    assert (folder / "needs.md").read_text() == (tmp_path / "needs.md").read_text()
