@@ -96,7 +96,7 @@ def divided(table: Table, page: int) -> list[Table]:
     left = room = page - min(widest(table, 0), page // 2)
     for index in range(1, len(table.columns)):
         width = widest(table, index)
-        needed = GAP + (width if _is_whole(table, index, page) else min(width, width // 3 + 10))
+        needed = GAP + (width if _is_whole(table, index, page) else min(width, width // 3 + 10, page // 3))
         if needed > left and groups[-1]:
             groups.append([])
             left = room
