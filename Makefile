@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Where somebody looks, pip draws its bars.
+QUIET := $(if $(MAKE_TERMOUT),,-qq)
 
 # The PyTorch to install. The pinned release is the one that the tests are run with, and pip prefers a CPU-only wheel of it
 # where one is at hand; for the newest PyTorch with CUDA: make install TORCH=torch. An environment keeps its PyTorch until
@@ -31,7 +33,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; make install PYTHON=/path/to/python')"
 	@test "$(TORCH)" = "$(INSTALLED_TORCH)" || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV), about 2 GB; this takes a few minutes"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)" -e ".[dev]" $(addprefix -c ,$(CONSTRAINTS))
+	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check "$(TORCH)" -e ".[dev]" $(addprefix -c ,$(CONSTRAINTS))
 	@echo "$(TORCH)" > $(VENV)/.torch
 	@touch $@
 	@$(BIN)/uniattn --version
@@ -79,7 +81,7 @@ docs: install
 	$(BIN)/python scripts/write_docs.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --clean --strict
 
-# DEMO_SHORT=1 make demo: the same four commands on very little data. make demo MODEL=gemma3-270m: another family.
+# DEMO_SHORT=1 make demo: the same commands on very little data. make demo MODEL=gemma3-270m: another family.
 MODEL ?= smollm2-135m-instruct
 demo: install
 	$(BIN)/python scripts/demo.py --model $(MODEL)

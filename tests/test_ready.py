@@ -124,7 +124,7 @@ def test_analyze_starts_from_a_ready_recipe(tmp_path, monkeypatch):
     analyze("model", recipe="quick", overrides=quick, options=RunOptions(device="cpu"))
     written = Recipe.load("recipe.yaml")
     assert written.train == ready.load("quick").recipe.train and written.model.name == str(tmp_path / "model")
-    assert "ten minutes on two CPU cores" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert "five minutes on two CPU cores" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_all_packages_are_listed_for_installation():
