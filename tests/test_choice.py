@@ -18,7 +18,7 @@ from uniattn_cli.commands.group import group
 from uniattn_cli.errors import DataError, LayoutError, ModelError, RecipeError, UsageError
 from uniattn_cli.fitting import fit
 from uniattn_cli.fitting.fit import fit_layers
-from uniattn_cli.layouts import workbench
+from uniattn_cli.layouts import shortly, workbench
 from uniattn_cli.layouts.budget import Budget
 from uniattn_cli.layouts.choose import choose
 from uniattn_cli.layouts.considered import Considered, Point, Validated, frontier_table, kinds_in_words, lower_envelope
@@ -411,13 +411,15 @@ def test_a_shortlist_of_one_is_the_best_prediction(scored, monkeypatch):
 def test_the_best_are_trained_and_chosen_by_that(scored, monkeypatch):
     monkeypatch.chdir(scored.run)
     monkeypatch.setattr(workbench, "TRIED", 2)
+    # Random models have little to learn.
+    monkeypatch.setattr(shortly, "RATE", 0.01)
     bench = bench_of(scored.run, *SCORED)
     before = {name: weight.clone() for name, weight in bench.base.state_dict().items()}
     given = scored.considered.shortlist
     found = bench.tried(given, 16 * 2048)
     trained = [entry.trained for entry in found[:2]]
     assert trained == sorted(trained) and {entry.name for entry in found[:2]} == {entry.name for entry in given[:2]}
-    assert all(entry.trained < 0.99 * entry.divergence for entry in found[:2]) and found[2:] == given[2:]
+    assert all(entry.trained < 0.9 * entry.divergence for entry in found[:2]) and found[2:] == given[2:]
     assert all(torch.equal(weight, before[name]) for name, weight in bench.base.state_dict().items())
     considered = replace(scored.considered, shortlist=found, chosen=found[0].layout)
     table = considered.table(SHAPE, 4)

@@ -20,9 +20,9 @@ from uniattn_cli.models.losses import LOGITS_AT_ONCE, kl_divergence
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Largest step of Adam, in units of the root mean square of the weights: what 2e-4 is in SmolLM2. With three times as
-# much and few tokens in a step models get worse.
-RATE = 0.001
+# Largest step of Adam, in units of the root mean square of the weights: what 6e-5 is in SmolLM2. Eight early layers of
+# it came nearer to the base on 6,144 tokens, and with three times as large steps farther from it.
+RATE = 0.0003
 
 
 def train_shortly(
