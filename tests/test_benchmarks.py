@@ -212,6 +212,24 @@ def test_quantised_benchmark_compares_each_model_with_itself(tmp_path):
 
 
 @pytest.mark.slow
+def test_plain_benchmark_compares_with_the_base_of_the_same_round(tmp_path):
+    out = tmp_path / "out" / "plain.json"
+    common = ["--shape", "tiny", "--shapes", "2x8", "--new", 2, "--repeats", 3, "--device", "cpu", "--out", out]
+    done = run_benchmark("plain", *common, "--layouts", "early@every:2", "paper", "--ways", "dynamic", "static")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    names = ["base", "early@every:2", "paper"]
+    assert list(rows) == [f"2x8 | {way} | {name}" for way in ("dynamic", "static") for name in names]
+    for way in ("dynamic", "static"):
+        base, *converted = (rows[f"2x8 | {way} | {name}"] for name in names)
+        assert base["first_ratio"] == base["token_ratio"] == 1.0
+        for row in converted:
+            ratios = sorted(mine / its for mine, its in zip(row["token"], base["token"], strict=True))
+            assert row["token_ratio"] == ratios[1] and row["launches"] < base["launches"]
+    assert "| 2x8 | static | paper | " in squeezed(out.with_suffix(".md"))
+
+
+@pytest.mark.slow
 def test_data_benchmark_finds_the_second_time_what_it_made(tmp_path):
     out = tmp_path / "out" / "data.json"
     done = run_benchmark("data", "--rows", 60, "--processes", 1, 2, "--out", out, "--work", tmp_path)
