@@ -31,6 +31,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from benchmarks.plain import Operations
 from uniattn_cli.evaluation.cost import cache_bytes
 from uniattn_cli.fitting.stream import positions_of
 from uniattn_cli.modeling import sharing_uniattn
@@ -281,6 +282,49 @@ def test_early_queries_come_from_the_lenders_input(entry):
             assert_close(maps[index][:, group], scores.softmax(-1)[..., :TOKENS])
             checked += 1
     assert checked
+
+
+@families
+def test_one_tensor_is_rotated_as_two_are(entry):
+    attention = make_converted(entry, "mixed").model.layers[0].self_attn
+    if attention.rotate_half is None:
+        pytest.skip("the family's rotation of two tensors is used")
+    queries, keys = torch.randn(2, 6, 5, 16), torch.randn(2, 3, 5, 16)
+    cos, sin = torch.randn(2, 1, 5, 16)
+    both = attention.rotate(queries, keys, cos, sin)
+    assert torch.equal(attention.rotate_alone(queries, cos, sin), both[0])
+    assert torch.equal(attention.rotate_alone(keys, cos, sin), both[1])
+
+
+def step_operations(model) -> list[int]:
+    """Operations of each layer's attention for one new token."""
+    tokens, cache, operations = random_tokens(), DynamicCache(config=model.config), Operations()
+    model(tokens[:, :-1], past_key_values=cache)
+    counts: list[int] = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *given: counts.append(operations.count))
+        layer.self_attn.register_forward_hook(lambda *given: counts.append(operations.count))
+    with operations:
+        model(tokens[:, -1:], past_key_values=cache)
+    return [after - before for before, after in zip(counts[::2], counts[1::2], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "layout"),
+    # Others have one product for queries, keys and values, norms over all heads, or layers that rotate nothing.
+    [
+        pytest.param(entry, layout, id=name)
+        for (entry, layout), name in zip(CASES, CASE_IDS, strict=True)
+        if entry[0] in ("llama", "qwen3", "gemma3_text")
+    ],
+)
+def test_no_layer_computes_more_for_a_token_than_its_base(entry, layout):
+    """A token of a small model takes as long as a GPU needs to be given its kernels."""
+    base, model = step_operations(make_base(entry)), make_converted(entry, layout)
+    for plan, most, found in zip(model.config.layout, base, step_operations(model), strict=True):
+        # Pooled layers compute all that their base does, and W_c.
+        allowed = 2 if plan.kind == "pooled" and plan.compensation == "full" else 0
+        assert found <= most + allowed
 
 
 def test_only_checkpoints_with_new_kinds_need_new_code():

@@ -11,6 +11,7 @@ from transformers.models.exaone4.modeling_exaone4 import (
     Exaone4Model,
     apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
@@ -29,6 +30,7 @@ class UniAttnExaone4Attention(SharedAttentionMixin, Exaone4Attention):  # type: 
     """EXAONE 4's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
+    rotate_half = staticmethod(rotate_half)
     eager_attention = staticmethod(eager_attention_forward)
 
     def attention_arguments(self) -> dict:

@@ -11,6 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import (
     Gemma2Model,
     apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
@@ -29,6 +30,7 @@ class UniAttnGemma2Attention(SharedAttentionMixin, Gemma2Attention):  # type: ig
     """Gemma 2's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
+    rotate_half = staticmethod(rotate_half)
     eager_attention = staticmethod(eager_attention_forward)
 
     def attention_arguments(self) -> dict:

@@ -11,6 +11,7 @@ from transformers.models.granite.modeling_granite import (
     GraniteModel,
     apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
@@ -34,6 +35,7 @@ class UniAttnGraniteAttention(SharedAttentionMixin, GraniteAttention):
     """Granite's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
+    rotate_half = staticmethod(rotate_half)
     eager_attention = staticmethod(eager_attention_forward)
 
 

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
     apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
@@ -29,6 +30,7 @@ class UniAttnLlamaAttention(SharedAttentionMixin, LlamaAttention):
     """Llama's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
+    rotate_half = staticmethod(rotate_half)
     eager_attention = staticmethod(eager_attention_forward)
 
 

@@ -14,6 +14,7 @@ from transformers.models.ministral3.modeling_ministral3 import (
     apply_rotary_pos_emb,
     eager_attention_forward,
     get_llama_4_attn_scale,
+    rotate_half,
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
@@ -32,6 +33,7 @@ class UniAttnMinistral3Attention(SharedAttentionMixin, Ministral3Attention):  # 
     """Ministral 3's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
+    rotate_half = staticmethod(rotate_half)
     eager_attention = staticmethod(eager_attention_forward)
     config: Any
 

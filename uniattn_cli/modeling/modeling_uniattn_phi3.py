@@ -76,24 +76,18 @@ class UniAttnPhi3Attention(SharedAttentionMixin, Phi3Attention):  # type: ignore
                 rows |= {part: self.pool_heads(rows[part]) for part in "kv"}
             setattr(self.qkv_proj, name, nn.Parameter(torch.cat([rows[part] for part in self.kept])))
 
-    def project(self, hidden_states: torch.Tensor, parts: str, heads: slice | None = None) -> dict[str, torch.Tensor]:
-        if heads is None and parts not in self.kept:
-            # Rows that are not neighbours.
-            return {part: self.project(hidden_states, part)[part] for part in parts}
-        if not parts:
-            return {}
+    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
+        if parts != self.kept:
+            # Rows that need not be neighbours.
+            return super().project(hidden_states, parts)
+        fused = self.qkv_proj(hidden_states).split(list(self._widths().values()), dim=-1)
+        return {part: self.split_heads(part, states) for part, states in zip(parts, fused, strict=True)}
+
+    def projected(self, part: str, hidden_states: torch.Tensor, heads: slice | None = None) -> torch.Tensor:
         widths = self._widths()
-        sizes = [widths[part] for part in parts]
-        if parts == self.kept and heads is None:
-            fused = self.qkv_proj(hidden_states)
-        else:
-            start = sum(widths[part] for part in self.kept[: self.kept.index(parts)])
-            rows = slice(0, sum(sizes)) if heads is None else self._rows(heads)
-            sizes = sizes if heads is None else [rows.stop - rows.start]
-            fused = some_rows(self.qkv_proj, hidden_states, slice(start + rows.start, start + rows.stop))
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        split = fused.split(sizes, dim=-1)
-        return {part: states.view(shape).transpose(1, 2) for part, states in zip(parts, split, strict=True)}
+        start = sum(widths[other] for other in self.kept[: self.kept.index(part)])
+        rows = slice(0, widths[part]) if heads is None else self._rows(heads)
+        return some_rows(self.qkv_proj, hidden_states, slice(start + rows.start, start + rows.stop))
 
     def attention_arguments(self) -> dict:
         return {"sliding_window": self.config.sliding_window}

@@ -11,6 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeModel,
     apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .configuration_uniattn import UniAttnConfigMixin
@@ -29,6 +30,7 @@ class UniAttnQwen3MoeAttention(SharedAttentionMixin, Qwen3MoeAttention):
     """Qwen3-MoE's attention, own or borrowed."""
 
     rotate = staticmethod(apply_rotary_pos_emb)
+    rotate_half = staticmethod(rotate_half)
     eager_attention = staticmethod(eager_attention_forward)
 
     def attention_arguments(self) -> dict:

@@ -105,7 +105,7 @@ def head_runs(sources: Sequence[tuple[int, int]]) -> tuple[HeadRun, ...]:
 
 
 # Bytes of gathered heads for which, on this type of device, one more attention call costs as much as their copy.
-CALL_BYTES = {"cpu": 1 << 19, "other": 1 << 25}
+CALL_BYTES = {"cpu": 1 << 16, "other": 1 << 25}
 
 
 class HeadPart(NamedTuple):
@@ -225,11 +225,14 @@ def make_compensation(plan: LayerPlan, hidden_size: int) -> nn.Linear | LowRankC
 class SharedAttentionMixin(_Attention):
     """Turns a family's own attention class into one that follows a `LayerPlan`; put before it in the bases.
 
-    A family gives `rotate` and `eager_attention` (its own functions), names in `attention_arguments` what its attention
-    call is given, and overrides `project` where queries, keys and values come out of the hidden states in another way.
+    A family gives `rotate`, `rotate_half` and `eager_attention` (its own functions), names in `attention_arguments`
+    what its attention call is given, and overrides `project`, `projected` or `split_heads` where queries, keys and
+    values come out of the hidden states in another way.
     """
 
     output_name = "o_proj"
+    # None where `rotate` is not states * cos + rotate_half(states) * sin.
+    rotate_half: Any = None
     removable: ClassVar[dict] = {
         "q_proj": ("q_proj", "q_norm", "sinks"),
         "k_proj": ("k_proj", "k_norm"),
@@ -321,25 +324,33 @@ class SharedAttentionMixin(_Attention):
         """Means of neighbouring key/value heads: [kv_heads * head_dim, ...] becomes [kept * head_dim, ...]."""
         return rows.view(self.plan.kv_heads, -1, self.head_dim, *rows.shape[1:]).mean(1).flatten(0, 1)
 
-    def project(self, hidden_states: torch.Tensor, parts: str, heads: slice | None = None) -> dict[str, torch.Tensor]:
+    def project(self, hidden_states: torch.Tensor, parts: str) -> dict[str, torch.Tensor]:
         """Queries, keys and values before rotary embedding.
 
         Args:
             hidden_states: [batch, tokens, hidden].
             parts: which of the letters q, k, v are wanted.
-            heads: which heads; None for all.
 
         Returns:
             For each letter a tensor [batch, heads, tokens, head_dim].
         """
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        states = {}
-        for part in parts:
-            module = getattr(self, f"{part}_proj")
-            projected = module(hidden_states) if heads is None else some_rows(module, hidden_states, self._rows(heads))
-            projected = projected.view(shape).transpose(1, 2)
-            states[part] = getattr(self, f"{part}_norm")(projected) if part in self.normed else projected
-        return states
+        return {part: self.split_heads(part, self.projected(part, hidden_states)) for part in parts}
+
+    def projected(self, part: str, hidden_states: torch.Tensor, heads: slice | None = None) -> torch.Tensor:
+        """Queries, keys or values as their projection gives them, [batch, tokens, heads * head_dim].
+
+        Args:
+            part: one of the letters q, k, v.
+            hidden_states: [batch, tokens, hidden].
+            heads: which heads; None for all.
+        """
+        module = getattr(self, f"{part}_proj")
+        return module(hidden_states) if heads is None else some_rows(module, hidden_states, self._rows(heads))
+
+    def split_heads(self, part: str, projected: torch.Tensor) -> torch.Tensor:
+        """What `projected` gives for all heads as [batch, heads, tokens, head_dim], normed where the family does so."""
+        states = projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        return getattr(self, f"{part}_norm")(states) if part in self.normed else states
 
     def _rows(self, heads: slice) -> slice:
         """Rows of a projection that give these heads."""
@@ -357,8 +368,8 @@ class SharedAttentionMixin(_Attention):
         """
         if len(self.asked) == 1:
             return self.project(_lent(inputs, self.asked[0][0]).to(device), "q")["q"]
-        parts = [self.project(_lent(inputs, layer).to(device), "q", heads)["q"] for layer, heads in self.asked]
-        return torch.cat(parts, dim=1)
+        parts = [self.projected("q", _lent(inputs, layer).to(device), heads) for layer, heads in self.asked]
+        return self.split_heads("q", torch.cat(parts, dim=-1))
 
     def embed_positions(self, states: dict[str, torch.Tensor], position_embeddings, position_ids) -> None:
         """Rotates queries and keys in place of the mapping.
@@ -373,9 +384,14 @@ class SharedAttentionMixin(_Attention):
         if len(parts) == 2:
             states["q"], states["k"] = self.rotate(states["q"], states["k"], cos, sin)
         elif parts:
-            # Families rotate two tensors; one without heads costs nothing.
-            alone = states[parts[0]]
-            states[parts[0]], _ = self.rotate(alone, alone.narrow(1, 0, 0), cos, sin)
+            states[parts[0]] = self.rotate_alone(states[parts[0]], cos, sin)
+
+    def rotate_alone(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotates one tensor as `rotate` does two."""
+        if self.rotate_half is None:
+            # No memory is read for a tensor without heads, but each operation on it is called.
+            return self.rotate(states, states.narrow(1, 0, 0), cos, sin)[0]
+        return states * cos.unsqueeze(1) + self.rotate_half(states) * sin.unsqueeze(1)
 
     def attention_arguments(self) -> dict:
         """What the family's attention call is given beside scaling, dropout and sinks."""
@@ -410,7 +426,7 @@ class SharedAttentionMixin(_Attention):
         """
         kind = self.plan.traits
         if not kind.caches:
-            self._keep_cache_in_step(hidden_states, past_key_values)
+            self._touch_cache(hidden_states, past_key_values)
         if not kind.attends:
             without = torch.zeros_like if self.compensation is None else self.compensation
             return without(hidden_states), None
@@ -495,13 +511,15 @@ class SharedAttentionMixin(_Attention):
             )
         return keys, values
 
-    def _keep_cache_in_step(self, hidden_states: torch.Tensor, past_key_values) -> None:
-        """Lets a layer that caches nothing count tokens like the others, in tensors of zero width.
+    def _touch_cache(self, hidden_states: torch.Tensor, past_key_values) -> None:
+        """Gives the cache tensors of zero width, once, where this layer caches nothing.
 
         Before 5.18, transformers crops (prompt lookup, assisted decoding) layers that were never used and fails.
         Quantised layers cannot hold tensors of zero width.
         """
-        if past_key_values is not None and not self._is_quantised(past_key_values):
+        if past_key_values is None or self._is_quantised(past_key_values):
+            return
+        if not any(layer.is_initialized for layer in past_key_values.layers[self.layer_idx :][:1]):
             nothing = hidden_states.new_empty(*hidden_states.shape[:2], 0).unsqueeze(1)
             past_key_values.update(nothing, nothing, self.layer_idx)
 
@@ -590,17 +608,14 @@ class WideNormAttentionMixin(SharedAttentionMixin):
         super().shrink_kv_heads(kept)
         self.k_norm = type(self.k_norm)(kept * self.head_dim, self.config.rms_norm_eps)
 
-    def project(self, hidden_states: torch.Tensor, parts: str, heads: slice | None = None) -> dict[str, torch.Tensor]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        states = {}
-        for part in parts:
-            projected = getattr(self, f"{part}_proj")(hidden_states)
-            if part in self.normed:
-                projected = getattr(self, f"{part}_norm")(projected)
-            if heads is not None:
-                projected = projected[..., self._rows(heads)]
-            states[part] = projected.view(shape).transpose(1, 2)
-        return states
+    def projected(self, part: str, hidden_states: torch.Tensor, heads: slice | None = None) -> torch.Tensor:
+        states = super().projected(part, hidden_states)
+        if part in self.normed:
+            states = getattr(self, f"{part}_norm")(states)
+        return states if heads is None else states[..., self._rows(heads)]
+
+    def split_heads(self, part: str, projected: torch.Tensor) -> torch.Tensor:
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 
 class SharedPreTrainedMixin(_Model):
