@@ -151,6 +151,7 @@ def test_products_by_rows_are_the_same_products(tile, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_measures_the_same():
     model = make_base(FAMILIES[0])
     here, _ = analysed(model, length=60)
