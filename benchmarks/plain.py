@@ -129,7 +129,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layouts",
         nargs="+",
-        default=["early", "early-kv", "softmax", "key", "kv", "linear", "none", "paper", "pooled@every:3"],
+        default=["early", "early-kv", "softmax", "key", "kv", "linear", "none@every:5", "paper", "pooled@every:3"],
         help="names in the file of --layouts-from, or fixed layouts as `uniattn convert --groups` takes them",
     )
     parser.add_argument("--layouts-from", type=Path, default=Path("docs/benchmarks/training/refined.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -17,9 +18,12 @@ from typing import Any
 import pytest
 from tiny_run import make_model, write_data
 
-from benchmarks import training, training_speed, vllm_steps
+from benchmarks import plain, training, training_speed, vllm_steps
 from benchmarks.runner import Results, rows_on_lines
 from uniattn_cli.errors import StageError
+from uniattn_cli.modeling.configuration_uniattn import attention_shape
+from uniattn_cli.modeling.layout_uniattn import KINDS
+from uniattn_cli.models.random import known_config
 from uniattn_cli.options import RunOptions
 from uniattn_cli.recipe.schema import SynthesisSpec
 
@@ -205,10 +209,17 @@ def test_quantised_benchmark_compares_each_model_with_itself(tmp_path):
     assert whole[1] == whole[0] * 3 / 4 and whole[2] == whole[0] * 4 / 6
     if importlib.util.find_spec("optimum"):
         # Four bits, and two floats for each group of 64 numbers.
-        for name, plain in zip(names, whole, strict=True):
+        for name, bytes_whole in zip(names, whole, strict=True):
             cached = rows[f"{name} | cache of 4 bits (quanto)"]
-            assert cached["kv_bytes_per_token"] == pytest.approx(plain * (4 + 2 * 32 / 64) / 32, rel=0.02)
+            assert cached["kv_bytes_per_token"] == pytest.approx(bytes_whole * (4 + 2 * 32 / 64) / 32, rel=0.02)
     assert "| not quantised |" in squeezed(out.with_suffix(".md"))
+
+
+def test_plain_benchmark_has_every_kind_by_itself():
+    parser = argparse.ArgumentParser()
+    plain.add_options(parser)
+    layouts = plain.chosen_layouts(parser.parse_args([]), attention_shape(known_config("smollm2-135m")))
+    assert {each.kind for layout in layouts.values() for each in layout} == set(KINDS)
 
 
 @pytest.mark.slow
