@@ -188,6 +188,8 @@ def test_copies_have_a_bandwidth():
     [
         ({"groups": ["paper"]}, UsageError, "--shape"),
         ({"shape": "tiny", "checkpoints": ["x"]}, UsageError, "not both"),
+        ({"layers": 2}, UsageError, "--layers needs --shape"),
+        ({"shape": "tiny", "compensation": 4}, UsageError, "--compensation needs --groups"),
         ({"shape": "tini"}, UsageError, "did you mean 'tiny'"),
         ({"shape": "tiny", "groups": ["liner@paper"]}, LayoutError, "did you mean 'linear'"),
         ({"shape": "tiny", "groups": ["kv@papr"]}, LayoutError, "papr"),

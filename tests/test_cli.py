@@ -77,7 +77,7 @@ def test_help_lists_every_command(uniattn):
 
 
 # What prints a result; the others print text as it comes, or a file.
-PRINTING = {*COMMANDS} - {"init", "generate", "chat", "serve", "push", "schema"}
+PRINTING = {*COMMANDS} - {"init", "generate", "chat", "serve", "schema"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -107,13 +107,30 @@ def test_stages_print_json_too(monkeypatch, tmp_path):
 
 def test_init_writes_what_was_answered(monkeypatch, tmp_path):
     monkeypatch.setattr(start.sys.stdin, "isatty", lambda: True, raising=False)
-    given = iter(["owner/model", "rows.jsonl", 0.7, "nothing", "loss"])
+    # What cannot be is asked again.
+    given = iter(["owner/model", "rows.jsonl", 7.0, float("nan"), 0.7, "nothing", "loss"])
     monkeypatch.setattr(start.typer, "prompt", lambda *_, **__: next(given))
     start.init(run_dir=tmp_path)
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     assert (recipe.model.name, recipe.data.train[0].source) == ("owner/model", "rows.jsonl")
     assert (recipe.layout.kv, recipe.layout.kinds) == (0.7, ("key",))
     assert next(given, None) is None
+
+
+def test_whoever_does_not_answer_init_has_ended_it(monkeypatch, capsys, tmp_path):
+    """Ctrl-C and Ctrl-D at a question."""
+
+    def leave(*_, **__):
+        raise typer.Abort
+
+    monkeypatch.setattr(start.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(start.typer, "prompt", leave)
+    with pytest.raises(typer.Exit) as caught:
+        start.init(run_dir=tmp_path / "new")
+    assert caught.value.exit_code == 130
+    shown = capsys.readouterr().err
+    assert shown == "\nerror: interrupted; the same command starts over, and no partial output is left\n"
+    assert not (tmp_path / "new").exists()
 
 
 def test_init_asks_nobody_where_nobody_is(uniattn, tmp_path):
@@ -127,7 +144,7 @@ def test_init_asks_nobody_where_nobody_is(uniattn, tmp_path):
 
 def test_init_leaves_nothing_where_an_answer_is_impossible(uniattn, tmp_path):
     done = uniattn("init", "owner/model", "--kv", "2", "-C", tmp_path / "new")
-    assert done.returncode == 1 and "layout.kv must be at most 1" in done.stderr
+    assert (done.returncode, done.stderr) == (1, "error: --kv 2.0: layout.kv must be at most 1, not 2.0\n")
     assert not (tmp_path / "new").exists()
 
 
@@ -327,6 +344,11 @@ def test_completion_knows_the_settings():
         ["recipe", "laout"],
         ["sweep", "--kv", "much"],
         ["compare"],
+        ["recipe", "layout", "--check", "recipe.yaml"],
+        ["recipe", "--set", "seed=1"],
+        ["generate", "hi", "--seed", str(10**30)],
+        ["bench", "--batch", str(10**30)],
+        ["bench", "--prompt-tokens", "-1"],
     ],
 )
 def test_usage_errors_exit_with_two_and_write_nothing(arguments, uniattn, tmp_path):

@@ -384,4 +384,7 @@ def test_a_terminal_without_a_prompt_is_told_how(monkeypatch):
     with pytest.raises(UsageError, match="no prompt; give one in quotes"):
         talk.split_arguments([])
     assert talk.split_arguments(["hi"]) == (None, "hi")
+    for words in ([""], ["trained", ""]):
+        with pytest.raises(UsageError, match="no prompt; give one in quotes"):
+            talk.split_arguments(words)
     assert talk.split_arguments(["a", "b"]) == ("a", "b")

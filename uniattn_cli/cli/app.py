@@ -105,10 +105,15 @@ def recipe(
     """
     with guard("recipe", debug):
         from uniattn_cli.cli.console import show
+        from uniattn_cli.errors import UsageError
 
         if check is None:
+            if set_:
+                raise UsageError("--set is for --check FILE")
             show(settings.list_settings(section), as_json=json)
         else:
+            if section is not None:
+                raise UsageError("give a section or --check FILE, not both")
             show(settings.check(check, set_ or ()), as_json=json)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from uniattn_cli.errors import UsageError, suggest
-from uniattn_cli.recipe.reading import types_of
+from uniattn_cli.recipe.reading import LARGEST, types_of
 from uniattn_cli.recipe.schema import Recipe, default_of, flow
 from uniattn_cli.tables import Result, Table
 
@@ -153,8 +153,8 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
         found = ()
-    if not found or min(found) < 1:
-        raise UsageError(f"{option} {text}: give positive numbers separated by commas, such as 1,16")
+    if not found or min(found) < 1 or max(found) > LARGEST:
+        raise UsageError(f"{option} {text}: give numbers from 1 to {LARGEST} separated by commas, such as 1,16")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -68,7 +69,7 @@ def init(
             raise StageError(f"{path} exists; edit it, or start in another folder with -C DIR")
         model = model or _ask("Which model? A hub id or a directory", MODEL)
         train = train or [_ask("Which training rows? A file, a hub data set, or builtin", "builtin")]
-        share = _ask("Which share of the KV cache to keep, at most?", 0.8) if kv is None else kv
+        share = _ask("Which share of the KV cache to keep, at most?", 0.8, _share_fault) if kv is None else kv
         if goal is None:
             lines = (f"  {each.value}: {words} (layers of kind {kind})" for each, (words, kind) in GOALS.items())
             goal = _ask("\n".join(["What matters most?", *lines, "Goal"]), Goal.time)
@@ -78,7 +79,7 @@ def init(
             layout=LayoutSpec(kv=share, kinds=(GOALS[goal][1],)),
         )
         tree = commented_tree(recipe)
-        Recipe.from_tree(tree, path.name)
+        Recipe.from_tree(tree, f"--kv {share}")
         with file_errors(Path(".")):
             write_tree(tree, path)
         notes = [
@@ -88,13 +89,41 @@ def init(
         show(Result(title=f"wrote {path}", notes=notes))
 
 
-def _ask(question: str, default: Answer) -> Answer:
-    """An answer of the type of the default; the default itself where nobody can be asked."""
+def _ask(question: str, default: Answer, fault: Callable[[Answer], str | None] = lambda answer: None) -> Answer:
+    """An answer of the type of the default; the default itself where nobody can be asked.
+
+    Args:
+        fault: what is wrong with an answer, which is then asked for again.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or Ctrl-D.
+    """
     if not sys.stdin.isatty():
         return default
     while True:
-        answer = typer.prompt(question, default=getattr(default, "value", default), err=True)
         try:
-            return type(default)(answer)
+            text = typer.prompt(question, default=getattr(default, "value", default), err=True)
+        except typer.Abort:
+            typer.echo(err=True)
+            raise KeyboardInterrupt from None
+        try:
+            answer = type(default)(text)
         except ValueError as error:
-            typer.echo(error, err=True)
+            wrong: str | None = str(error)
+        else:
+            wrong = fault(answer)
+            if wrong is None:
+                return answer
+        typer.echo(wrong, err=True)
+
+
+def _share_fault(share: float) -> str | None:
+    """Why the recipe cannot have this budget."""
+    from uniattn_cli.errors import RecipeError
+    from uniattn_cli.recipe.schema import Recipe
+
+    try:
+        Recipe.from_tree({"model": {"name": MODEL}, "layout": {"kv": share}}, "not possible")
+    except RecipeError as error:
+        return error.faults[0]
+    return None

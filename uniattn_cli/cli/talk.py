@@ -87,7 +87,7 @@ def split_arguments(words: Sequence[str]) -> tuple[str | None, str]:
     A single word is the prompt, unless it is a model directory.
 
     Raises:
-        UsageError: more than two words, or no prompt and nobody who sends one.
+        UsageError: more than two words, or no prompt.
         DataError: stdin is not text.
     """
     if len(words) > 2:
@@ -98,7 +98,14 @@ def split_arguments(words: Sequence[str]) -> tuple[str | None, str]:
         checkpoint, prompt = words[0], "-"
     else:
         checkpoint, prompt = None, words[0] if words else "-"
-    return checkpoint, read_stdin() if prompt == "-" else prompt
+    prompt = read_stdin() if prompt == "-" else prompt
+    if not prompt:
+        raise _no_prompt()
+    return checkpoint, prompt
+
+
+def _no_prompt() -> UsageError:
+    return UsageError('no prompt; give one in quotes, as in: uniattn generate "Why is the sky blue?"')
 
 
 def read_stdin() -> str:
@@ -109,7 +116,7 @@ def read_stdin() -> str:
         DataError: it is not UTF-8.
     """
     if sys.stdin.isatty():
-        raise UsageError('no prompt; give one in quotes, as in: uniattn generate "Why is the sky blue?"')
+        raise _no_prompt()
     try:
         return sys.stdin.read().rstrip("\r\n")
     except UnicodeDecodeError as error:

@@ -50,7 +50,7 @@ TopPOption = Annotated[
     typer.Option("--top-p", metavar="P", help="Nucleus sampling: total probability of the tokens to draw from."),
 ]
 GreedyOption = Annotated[bool, typer.Option("--greedy", help="Greedy decoding, the default.")]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.", min=0)]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.", min=0, max=2**32 - 1)]
 StatsOption = Annotated[bool, typer.Option("--stats", help="Print tokens per second and KV-cache bytes per answer.")]
 
 
@@ -114,6 +114,7 @@ def push(
     force: Annotated[
         bool, typer.Option("--force", help="Add a commit to a repository that already has files.")
     ] = False,
+    json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Upload a checkpoint with a model card.
@@ -141,7 +142,7 @@ def push(
             options=options,
         )
 
-    run_command("push", Common(run_dir, (), "auto", force, debug), [], call)
+    run_command("push", Common(run_dir, (), "auto", force, debug, json), [], call)
 
 
 def compare(
@@ -408,7 +409,7 @@ def bench(
     prompt_tokens: Annotated[
         int,
         typer.Option(
-            "--prompt-tokens", metavar="N", help="Skip time to first token for batches with more prompt tokens."
+            "--prompt-tokens", metavar="N", min=0, help="Skip time to first token for batches with more prompt tokens."
         ),
     ] = 131072,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")] = None,

@@ -120,7 +120,7 @@ def bench(
 
     from uniattn_cli.inference.roofline import copy_bandwidth
 
-    check_choice(checkpoints, shape, groups)
+    check_choice(checkpoints, shape, groups, compensation, layers)
     directory = Path(run_dir) / out
     with results_folder(directory, options.force) as partial:
         device = options.torch_device()
@@ -202,14 +202,20 @@ def _models(
         ) from None
 
 
-def check_choice(checkpoints: Sequence[str], shape: str | None, groups: Sequence[str]) -> None:
-    """Refuses options that contradict each other.
+def check_choice(
+    checkpoints: Sequence[str], shape: str | None, groups: Sequence[str], compensation: str | int, layers: int | None
+) -> None:
+    """Refuses options that contradict each other, or would be ignored.
 
     Raises:
         UsageError: says which.
     """
     if groups and not shape:
         raise UsageError("--groups needs --shape, since it converts random weights; or give a converted checkpoint")
+    if layers is not None and not shape:
+        raise UsageError("--layers needs --shape, since it makes random weights")
+    if compensation != "auto" and not groups:
+        raise UsageError("--compensation needs --groups, the layouts that it is for")
     if shape and checkpoints:
         raise UsageError("give checkpoints or --shape, not both")
 

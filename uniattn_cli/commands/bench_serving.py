@@ -115,7 +115,7 @@ def bench_serving(
         StageError: a server does not start, a load gets no answers, or the output directory exists or cannot be
             written.
     """
-    check_choice(checkpoints, shape, groups)
+    check_choice(checkpoints, shape, groups, compensation, layers)
     found = find_program("vllm", program)
     directory = Path(run_dir) / out
     with (

@@ -17,6 +17,8 @@ from uniattn_cli.recipe.paths import RecipePath, at_home
 
 Section = TypeVar("Section")
 
+# Beyond these no library below takes a whole number as a size or a count.
+SMALLEST, LARGEST = -(2**31), 2**31 - 1
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
@@ -146,13 +148,16 @@ class _Reader:
             if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not meta["endless"])):
                 self.fault(node, key, f"{path} must be a finite number, not {value}")
                 return value
+            bounds = {name: meta[name] for name in ("minimum", "maximum", "above") if meta[name] is not None}
+            if isinstance(value, int):
+                bounds = {"minimum": SMALLEST, "maximum": LARGEST} | bounds
             for name, broken, words in (
                 ("minimum", lambda bound: value < bound, "at least"),
                 ("maximum", lambda bound: value > bound, "at most"),
                 ("above", lambda bound: value <= bound, "greater than"),
             ):
-                if meta[name] is not None and broken(meta[name]):
-                    self.fault(node, key, f"{path} must be {words} {meta[name]}, not {value}")
+                if name in bounds and broken(bounds[name]):
+                    self.fault(node, key, f"{path} must be {words} {bounds[name]}, not {value}")
             return float(value) if isinstance(value, float) else int(value)
         return plain(value) if isinstance(value, dict) else value
 
