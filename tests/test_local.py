@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import FAMILIES, TYPICAL, make_base, make_layout
-from training_run import CPU, Recorder, fresh_run, log_of, losses_of, stages, torn_run
+from training_run import CPU, Recorder, fresh_run, log_of, losses_of, make_run, stages, torn_run
 
 from uniattn_cli.commands.train import train
-from uniattn_cli.errors import RecipeError
+from uniattn_cli.errors import DataError, RecipeError
 from uniattn_cli.evaluation.subjects import find_subjects
 from uniattn_cli.modeling.layout_uniattn import Layout
 from uniattn_cli.models.building import build_converted
@@ -177,6 +177,13 @@ def test_a_teacher_shares_what_its_student_does_not_train(trains):
 def test_stages_that_cannot_be(entries, says):
     with pytest.raises(RecipeError, match=says):
         Recipe.from_tree({"model": {"name": "m"}}, overrides=stages(*entries))
+
+
+def test_rows_of_a_stage_that_are_not_there_are_told_before_any_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("uniattn_cli.commands.train._stage_data", lambda *_: pytest.fail("rows were read"))
+    run = make_run(tmp_path / "run")
+    with pytest.raises(DataError, match=r"data file nowhere\.jsonl not found"):
+        train(run_dir=run, overrides=stages("trains: all", "name: more, data: nowhere.jsonl"), options=CPU)
 
 
 def test_a_sharded_model_cannot_learn_locally():

@@ -14,8 +14,10 @@ from torch.utils.data import BatchSampler
 from training_run import CPU, Interrupting, Recorder, log_of, make_run, stages, torn_run, weights, without_times
 
 from uniattn_cli.commands.train import train
-from uniattn_cli.errors import RecipeError, StageError
+from uniattn_cli.errors import ModelError, RecipeError, StageError
+from uniattn_cli.generation import continuing
 from uniattn_cli.generation.continuing import Continuer
+from uniattn_cli.inference.program import UnsupportedError
 from uniattn_cli.models.hub import locate
 from uniattn_cli.models.loading import load_model
 from uniattn_cli.models.losses import IGNORED
@@ -207,6 +209,18 @@ def test_an_interrupted_stage_ends_like_any_other(tmp_path, short_blocks, monkey
     assert replace(resumed.stages[0], seconds=0) == replace(result.stages[0], seconds=0)
     after, reference = weights(other / "trained"), weights(run / "trained")
     assert all(torch.equal(after[name], reference[name]) for name in reference)
+
+
+def test_an_engine_that_cannot_run_the_student_is_told_before_the_first_stage(tmp_path, monkeypatch):
+    def engine_for(model):
+        raise UnsupportedError("its output layer has a bias")
+
+    monkeypatch.setattr(continuing, "engine_for", engine_for)
+    run = make_run(tmp_path / "run")
+    last = "name: own, loss: distillation, steps: 1, distillation: {weight: 1, on_policy: 1}"
+    with pytest.raises(ModelError, match=r"its output layer has a bias; remove synthesis\.engine"):
+        train(run_dir=run, overrides=[*stages("trains: all, steps: 1", last), "synthesis.engine=engine"], options=CPU)
+    assert not (run / ".trained.partial" / "stages").exists()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def train(
     """
     from uniattn_cli.data.chat import load_chat_tokenizer
     from uniattn_cli.data.screen import Screen
+    from uniattn_cli.data.splits import check_sources
     from uniattn_cli.models.loading import load_config
     from uniattn_cli.run.process import join_processes, shared_output
     from uniattn_cli.training.preview import check_share, endless
@@ -101,6 +102,7 @@ def train(
     source = base if control else converted
     tokenizer = load_chat_tokenizer(source, settings.data.chat_template)
     screen = Screen(settings.data, tokenizer, progress.warn)
+    check_sources([*settings.data.train, *(spec for stage in stages for spec in stage.data or ())])
     main = _stage_data(settings.data.train, settings, tokenizer, progress, screen)
     rows = main.rows
     check_share(rows.counts, settings.train.loss)
@@ -122,7 +124,8 @@ def train(
     from uniattn_cli.training.stage import Job
     from uniattn_cli.training.teaching import Teaching
 
-    progress.note(_step_size(settings, main, process))
+    for each, stage in {id(each): (each, stage) for each, stage in zip(data, stages, strict=True)}.values():
+        progress.note(_step_size(settings, each, process, "" if each is main else f" of stage '{stage.label}'"))
     teaching = Teaching(settings, teachers, run.root, process, progress)
     with shared_output(process, run, verb, settings, inputs, force=options.force, decisive=DECISIVE) as partial:
         job = Job(
@@ -222,8 +225,12 @@ def _refuse_changes(run: RunDir, verb: str, recipe: Recipe, inputs: dict, force:
         )
 
 
-def _step_size(recipe: Recipe, data: StageData, process: PartialState) -> str:
-    """How much an optimiser step sees, and how it is divided; the first does not depend on the second."""
+def _step_size(recipe: Recipe, data: StageData, process: PartialState, where: str) -> str:
+    """How much an optimiser step sees, and how it is divided; the first does not depend on the second.
+
+    Args:
+        where: which steps, where the stages have data of their own.
+    """
     from uniattn_cli.training.order import accumulation
 
     spec = recipe.train
@@ -231,7 +238,7 @@ def _step_size(recipe: Recipe, data: StageData, process: PartialState) -> str:
     passes = accumulation(spec, process.num_processes)
     processes = f" x {process.num_processes} processes" if process.num_processes > 1 else ""
     return (
-        f"each optimiser step: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {learned:.0%} of "
+        f"each optimiser step{where}: {spec.batch_size} sequences, about {tokens:,.0f} tokens, {learned:.0%} of "
         f"them in the loss ({spec.micro_batch_size} per forward pass x {passes} accumulated{processes})"
     )
 
@@ -350,6 +357,7 @@ def _train(
     Args:
         names: what the model is called before and after.
     """
+    from uniattn_cli.generation.continuing import check_engine
     from uniattn_cli.models.building import save_checkpoint
     from uniattn_cli.models.losses import row_losses
     from uniattn_cli.training.stage import finished, load_after, run_stage
@@ -363,7 +371,12 @@ def _train(
                 size = recipe.evaluation.batch_size
                 losses[name] = row_losses(model, heldout, batch_size=size, advance=advance).summary()
 
-    score(load_after(job, 0), names[0])
+    start = load_after(job, 0)
+    if any(map(recipe.train.on_policy_of, job.stages)):
+        # A stage that comes after days must not find out.
+        check_engine(start, recipe.synthesis)
+    score(start, names[0])
+    del start
     results: list[StageResult] = []
     for index in range(len(job.stages)):
         result = finished(job, index)

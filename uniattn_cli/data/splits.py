@@ -61,6 +61,7 @@ def load_mix(
     """
     heldout = part == "heldout"
     specs = [spec for spec in specs if spec.heldout or not heldout]
+    check_sources(specs)
     screen = screen or Screen()
     sets = [stored_rows(spec, part, screen) for spec in specs]
     found = [_side(spec, rows, heldout, holdout) for spec, rows in zip(specs, sets, strict=True)]
@@ -84,6 +85,17 @@ def load_mix(
     if not repeat:
         order = order[np.sort(np.unique(order, return_index=True)[1])]
     return Mix(sets, order, [Share(*each) for each in zip(names, sizes, drawn, weights, strict=True)])
+
+
+def check_sources(specs: Sequence[DatasetSpec]) -> None:
+    """Looks for all sources before the first one is read, which may take long.
+
+    Raises:
+        DataError: a file is missing, or of no known type.
+    """
+    for spec in specs:
+        if spec.source != BUILTIN:
+            find(spec)
 
 
 def shuffled_rows(specs: Sequence[DatasetSpec], seed: int, screen: Screen) -> datasets.Dataset:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from uniattn_cli.data.chat import ChatRenderer
 from uniattn_cli.errors import ModelError
 from uniattn_cli.generation.decode import Decoding, generation_config
-from uniattn_cli.inference.engine import Decoded, decode, engine_wanted
+from uniattn_cli.inference.engine import Decoded, decode, engine_for, engine_wanted
 from uniattn_cli.inference.program import UnsupportedError
 from uniattn_cli.models.hub import context_window
 
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from uniattn_cli.recipe.schema import SynthesisSpec
+
+
+def check_engine(model: PreTrainedModel, spec: SynthesisSpec) -> None:
+    """Finds out whether the engine can run a model, if the recipe insists on it.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if spec.engine == "engine":
+        with _engine_errors():
+            engine_for(model)
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedError as error:
+        raise ModelError(f"the engine cannot run this: {error}; remove synthesis.engine") from None
 
 
 class Continuer:
@@ -57,7 +77,7 @@ class Continuer:
         for place, prompt in enumerate(prompts):
             tokens[place, longest - len(prompt) :] = torch.tensor(prompt)
             mask[place, longest - len(prompt) :] = 1
-        try:
+        with _engine_errors():
             return decode(
                 self.model,
                 tokens,
@@ -70,8 +90,6 @@ class Continuer:
                 seed=seed,
                 engine=self.spec.engine if self.tries_engine else "transformers",
             )
-        except UnsupportedError as error:
-            raise ModelError(f"the engine cannot run this: {error}; remove synthesis.engine") from None
 
     def end_of(self, new: Sequence[int]) -> int | None:
         """The place of the first token that ends a text or a turn; None where there is none."""

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 from uniattn_cli.errors import DataError, ModelError, UsageError
 from uniattn_cli.models.costs import cache_bytes
 from uniattn_cli.models.hub import context_window
+from uniattn_cli.recipe.schema import LOWEST_TEMPERATURE
 
 if TYPE_CHECKING:
     import torch
     from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-# Logits divided by less have no probabilities in half precision, and the likeliest token is certain long before.
-LOWEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class Decoding:
         """Raises UsageError for values that make no sense."""
         if self.max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
-        if self.temperature != 0 and not LOWEST <= self.temperature < float("inf"):
-            raise UsageError(f"--temperature must be 0 or at least {LOWEST:g}, not {self.temperature:g}")
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UsageError(f"--temperature must be 0 or at least {LOWEST_TEMPERATURE:g}, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p must be above 0 and at most 1, not {self.top_p:g}")
 

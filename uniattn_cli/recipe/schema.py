@@ -22,6 +22,8 @@ from uniattn_cli.recipe.files import plain, read_tree
 from uniattn_cli.recipe.reading import read_section
 
 RECIPE_FORMAT = 1
+# Logits divided by less have no probabilities in half precision, and the likeliest token is certain long before.
+LOWEST_TEMPERATURE = 1e-3
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a column of a data set can be.
 COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
@@ -603,6 +605,10 @@ class TrainSpec:
         """The settings that a stage with `loss: distillation` learns with."""
         return self.distillation if stage.distillation is None else stage.distillation
 
+    def on_policy_of(self, stage: TrainStage) -> float:
+        """The share of a stage's rows whose responses the student writes."""
+        return self.distillation_of(stage).on_policy if stage.loss == "distillation" else 0.0
+
     def learns_from_base_alone(self, stage: TrainStage) -> bool:
         """Whether the base would learn nothing in a stage: all that it is compared with is the base."""
         if stage.loss == "distillation":
@@ -634,6 +640,8 @@ class TrainSpec:
 
     def _stage_contradictions(self, stage: TrainStage, where: str, before: typing.Sequence[TrainStage]) -> list[str]:
         faults = data_faults(f"{where}.data", stage.data or (), mixed=True, held=False)
+        if stage.trains != "lora" and stage.lora != LoraSpec():
+            faults.append(f"{where}.lora is only for trains: lora; set it or remove this")
         if stage.data == ():
             faults.append(f"{where}.data is empty; name at least one data set, or remove it")
         if stage.distillation is not None:
@@ -641,7 +649,7 @@ class TrainSpec:
                 faults += stage.distillation.contradictions(f"{where}.distillation")
             else:
                 faults.append(f"{where}.distillation is only for loss: distillation; set it or remove this")
-        if stage.loss == "distillation" and self.distillation_of(stage).on_policy:
+        if self.on_policy_of(stage):
             faults += [
                 f"{where}: train.{name} is impossible where the student writes responses; remove it or on_policy"
                 for name in ("packing", "fsdp")
@@ -830,6 +838,11 @@ class Recipe:
             faults.append("train.stages is empty; list at least one stage")
         faults += self.train.contradictions()
         faults += self._task_contradictions()
+        if 0 < self.synthesis.temperature < LOWEST_TEMPERATURE:
+            faults.append(
+                f"synthesis.temperature must be 0 or at least {LOWEST_TEMPERATURE:g}, not "
+                f"{self.synthesis.temperature:g}"
+            )
         return faults
 
     def _task_contradictions(self) -> list[str]:

@@ -304,7 +304,7 @@ def _train(job: Job, index: int, model: PreTrainedModel, order: list[list[int]])
 def _on_policy(job: Job, index: int) -> OnPolicy | None:
     """What writes responses in a stage, with weights as they are saved; None where the data has all of them."""
     stage, recipe = job.stages[index], job.recipe
-    share = recipe.train.distillation_of(stage).on_policy if stage.loss == "distillation" else 0
+    share = recipe.train.on_policy_of(stage)
     if not share:
         return None
     writer = load_after(job, index).requires_grad_(False)
