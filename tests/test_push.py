@@ -309,6 +309,7 @@ def test_what_is_not_a_whole_converted_checkpoint_is_refused(run, hub):
         push(run / "nowhere", "me/small")
     damages = {
         "modeling_uniattn_llama.py": "lacks its model code",
+        "layout_uniattn.py": r"lacks its model code \(layout_uniattn\.py\)",  # which the others name
         "model.safetensors": "has no weights",
         "tokenizer.json": "has no tokenizer",
     }
@@ -319,6 +320,11 @@ def test_what_is_not_a_whole_converted_checkpoint_is_refused(run, hub):
             (folder / "tokenizer_config.json").unlink()
         with pytest.raises(CheckpointError, match=words):
             push(folder, "me/small")
+    card = run / "trained" / "README.md"
+    card.write_bytes("Müller".encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"README\.md is not UTF-8 text"):
+        push(run / "trained", "me/small")
+    card.unlink()
     path = run / "trained" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from uniattn_cli.errors import CheckpointError, HubError, UsageError
 from uniattn_cli.models.building import TOKENIZER_FILES
 from uniattn_cli.models.hub import locate, transport_errors
-from uniattn_cli.models.loading import load_config, read_config
+from uniattn_cli.models.loading import load_config
+from uniattn_cli.models.own_code import check_own_code
 from uniattn_cli.models.weight_files import check_weight_files
 from uniattn_cli.options import RunOptions
 from uniattn_cli.publishing.card import model_card
@@ -88,7 +89,7 @@ def push(
     facts = gather(folder, base_model=base_model, licence=licence, online=not dry_run)
     files = _files(facts)
     own = files.pop(CARD, None)
-    card = own.read_text(encoding="utf-8") if own else model_card(facts, repo_id)
+    card = _own_card(own) if own else model_card(facts, repo_id)
     sizes = [(CARD, len(card.encode())), *((name, path.stat().st_size) for name, path in files.items())]
     total = sum(size for _, size in sizes)
     notes = list(facts.notes)
@@ -110,6 +111,13 @@ def push(
     url = _upload(repo_id, card, files, message, private=private, revision=revision, force=options.force)
     notes.append(f'load it with AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)')
     return Push(repo_id, url, sizes, card, title=f"{folder} is at {url}", tables=[table], notes=notes)
+
+
+def _own_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text ({error}); save it as UTF-8, or remove it") from None
 
 
 def _check_name(name: str) -> None:
@@ -140,11 +148,7 @@ def _files(facts: Facts) -> dict[str, Path]:
     source = facts.source
     if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    code = read_config(source.path).get("auto_map") or {}
-    modules = sorted({f"{entry.partition('.')[0]}.py" for entry in code.values()})
-    missing = [name for name in modules if not (source.path / name).is_file()]
-    if missing or not modules:
-        raise CheckpointError(f"{source.name} lacks its model code ({', '.join(missing) or 'auto_map'}); save it again")
+    check_own_code(source.path)
     weights = {path.name for path in check_weight_files(source.path)}
     found = {
         path.name: path

@@ -16,6 +16,7 @@ from uniattn_cli.modeling.layout_uniattn import FORMAT_VERSION, Layout
 from uniattn_cli.models.families import Family, family_of, is_converted
 from uniattn_cli.models.loading import read_config
 from uniattn_cli.models.of_run import checkpoint_in
+from uniattn_cli.models.own_code import check_own_code
 from uniattn_cli.models.weight_files import check_weight_files
 from uniattn_cli.serving.cache_room import cache_room, growing_room
 
@@ -134,12 +135,7 @@ def check_checkpoint(checkpoint: Path) -> Family:
             f"{path}: the layout has {layers} entries, the model {raw.get('num_hidden_layers')} layers"
         )
     check_weight_files(checkpoint)
-    code = {name.partition(".")[0] for name in (raw.get("auto_map") or {}).values()}
-    missing = sorted(name for name in code if not (checkpoint / f"{name}.py").is_file())
-    if missing or not code:
-        raise CheckpointError(
-            f"{checkpoint} lacks its model code ({missing[0] if missing else 'auto_map'}.py); copy all files"
-        )
+    check_own_code(checkpoint)
     return family_of(model_type)
 
 
