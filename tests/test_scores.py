@@ -204,7 +204,15 @@ def test_scores_of_something_else_are_refused(run, tried, more, what):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"scores": [3]}', '{"scores": [{"layer": 4, "lenders": [], "plan": {"kind": 3}}]}']
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"scores": [3]}',
+        '{"scores": [{"layer": 4, "lenders": [], "plan": {"kind": 3}}]}',
+        '{"scores": [{"layer": 4, "lenders": [], "plan": {"kind": "linear"}, "divergence": NaN, "stderr": 0.1}]}',
+    ],
 )
 def test_damaged_scores_are_one_line(run, content):
     kinds = ["layout.kinds=[linear]", "layout.protect=[1, 2, 3, 4]"]

@@ -97,6 +97,15 @@ def test_faults_are_told_before_anything_is_done(run):
         sweep(run_dir=run, kv=[0.9], overrides=SETTINGS, options=RunOptions(force=True))
 
 
+def test_force_replaces_whatever_has_the_name_but_not_what_a_link_leads_to(run):
+    (run / "elsewhere").mkdir()
+    (run / "elsewhere" / "dear").write_text("x")
+    (run / "sweep").symlink_to("elsewhere")
+    with pytest.raises(StageError, match="no point of the sweep is possible"):
+        sweep(run_dir=run, kv=[0.1], overrides=SETTINGS, options=RunOptions(force=True))
+    assert not (run / "sweep").is_symlink() and (run / "elsewhere" / "dear").exists()
+
+
 @pytest.mark.parametrize(
     ("kinds", "search"), [("softmax", "fast"), ("key", "fast"), ("linear", "scores"), ("softmax kv", "scores")]
 )

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,8 +143,8 @@ def sweep(
         for point in points
     }
     folder = run.root / FOLDER
-    if options.force and folder.exists():
-        shutil.rmtree(folder)
+    if options.force and taken(folder):
+        remove(folder)
     skipped = {}
     for number, point in enumerate(points, 1):
         options.progress.note(f"{number} of {len(points)}: {point.name}")
@@ -197,14 +196,14 @@ def _run_point(
             return str(error)
     evaluate(run_dir=place.root, scores=scores, options=quiet)
     if discard:
-        shutil.rmtree(place.output("convert"))
+        remove(place.output("convert"))
     return None
 
 
 def _begin(run: RunDir, place: RunDir, recipe: Recipe, record: dict[str, Any]) -> None:
     """A fresh folder with the point's recipe and the analysis of the run."""
-    if place.root.exists():
-        shutil.rmtree(place.root)
+    if taken(place.root):
+        remove(place.root)
     place.root.mkdir(parents=True)
     tree = read_tree(run.recipe)
     tree.get("layout", {}).pop("layers", None)

@@ -88,6 +88,8 @@ class Score:
         plan = LayerPlan.from_dict(entry["plan"])
         question = Question(int(entry["layer"]), plan.kind, plan.compensation, tuple(map(int, entry["lenders"])))
         divergence, stderr = entry["divergence"], entry["stderr"]
+        if divergence is not None and math.isnan(divergence):
+            raise ValueError("a divergence that is not a number")
         return cls(
             question,
             plan,
