@@ -27,6 +27,7 @@ from uniattn_cli.analysis.measured import Measured
 from uniattn_cli.cli.guard import run_directory
 from uniattn_cli.commands.analyze import analyze
 from uniattn_cli.commands.convert import convert
+from uniattn_cli.commands.evaluate import evaluate
 from uniattn_cli.commands.group import group
 from uniattn_cli.data.rows import read_rows
 from uniattn_cli.errors import CheckpointError, DataError, LayoutError, ModelError, RecipeError, StageError, UsageError
@@ -390,6 +391,9 @@ def test_lengths_beyond_the_window_of_the_model(model, run, tmp_path):
         analyze(str(model), run_dir=tmp_path / "new", overrides=["analysis.length=2048"])
     with pytest.raises(RecipeError, match=r"conversion.length is 2048, but the model's context window is 1024"):
         convert(run_dir=run, overrides=["conversion.length=2048"], options=FORCE)
+    (run / "t.jsonl").write_text('{"question": "3 + 4?", "target": "7"}\n')
+    with pytest.raises(RecipeError, match=r"tasks: 't', prompt \+ new is 1025, but the model's context window is 1024"):
+        evaluate(run_dir=run, overrides=[f"evaluation.tasks=[{{source: {run / 't.jsonl'}, new: 1024}}]"])
 
 
 # --- the model of the analysis ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from uniattn_cli.evaluation.samples import Prompt, find_prompts, sample_all
 from uniattn_cli.evaluation.scores import Bench, Material, ModelScores, items_file, measure
 from uniattn_cli.evaluation.speed import GridPoint, Runner
 from uniattn_cli.evaluation.subjects import check_tokenizers, find_subjects
-from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, harness_installed, load_tasks
+from uniattn_cli.evaluation.tasks import MISSING_HARNESS, TaskSet, answer_lengths, harness_installed, load_tasks
 from uniattn_cli.inference.timing import measure_speed, prompt_tokens
 from uniattn_cli.models.hub import context_window
 from uniattn_cli.models.loading import check_lengths, load_config
@@ -201,6 +201,7 @@ def load_material(recipe: Recipe, subjects: Sequence[Subject], notes: list[str])
             raise DataError("evaluation.chat_template: the base's tokenizer has no chat template; set it to false")
         if harness_installed():
             tasks = load_tasks(spec.tasks, limit=spec.limit, fewshot=spec.fewshot, chat_template=spec.chat_template)
+            check_lengths(load_config(subjects[0].source), answer_lengths(tasks))
         else:
             notes.append(MISSING_HARNESS)
     screen = Screen(recipe.data, tokenizer, notes.append)

@@ -31,6 +31,8 @@ MISSING_HARNESS = "Tasks are skipped: lm-evaluation-harness is not installed; ru
 BUILTIN_PREFIX = "builtin:"
 # The harness's own default, with which its command line draws few-shot examples.
 FEWSHOT_SEED = 1234
+# Tokens that the harness lets a model generate where a task does not say how many.
+NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,16 @@ def _digest(task: Any, limit: int | None, chat_template: bool) -> str:
     for part in parts:
         found.update(json.dumps(part, sort_keys=True, default=_name_of).encode())
     return found.hexdigest()[:16]
+
+
+def answer_lengths(tasks: TaskSet) -> dict[str, int]:
+    """Tokens that the tasks with generated answers need at least, by what asks for them."""
+    found = {}
+    for name, task in tasks.loaded.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            new = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", NEW_TOKENS)
+            found[f"evaluation.tasks: '{name}', prompt + new"] = 1 + int(new)
+    return found
 
 
 def _name_of(value: Any) -> str:
