@@ -230,6 +230,14 @@ def test_an_illegal_layout_is_refused(tmp_path):
         load_tokenizer(locate(str(tmp_path)))
 
 
+def test_an_attention_backend_in_the_configuration_is_that_of_another_machine(tmp_path):
+    save_checkpoint(make_base(FAMILIES[0]), make_tokenizer(), tmp_path)
+    edit_config(tmp_path, lambda content: content.update(_attn_implementation="flash_attention_9"))
+    source = locate(str(tmp_path))
+    assert AutoModelForCausalLM.from_config(load_config(source))
+    assert load_model(source, ModelSpec(), CPU).config._attn_implementation == "sdpa"
+
+
 def test_the_stored_configuration_keeps_the_stock_settings(tmp_path):
     model = save_converted(FAMILIES[1], "leader", tmp_path)
     config = load_config(locate(str(tmp_path)), converted=True)

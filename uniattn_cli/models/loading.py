@@ -72,6 +72,8 @@ def load_config(source: Source, *, converted: bool | None = False, quantised: bo
     _check_rope(source, config)
     if config.tie_word_embeddings and has_own_head(source.path):
         config.tie_word_embeddings = False
+    # That of the machine where it was written, which may not be here.
+    config._attn_implementation = None
     return config
 
 
