@@ -11,10 +11,16 @@ is better. The gap is the score minus that of the control of the same seed. `--p
 A row that was interrupted goes on from its last checkpoint, if `--set train.save_steps=N` made any.
 `--synthetic` adds rows of `uniattn synthesize`; with `--controls`, controls of other runs, without these rows, are the
 teachers. A part may name its own learning rates and settings of the recipe's `train.distillation`: `one@3e-4`,
-`two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4`; `one@1e-4/1e-3` has the second for the attention of changed
-layers. Stages before it, each for a share of `--tokens`, are `local` and `base teaches`: `local*0.2@1e-3 > one` leaves
-the part the other tokens; that of `broad base teaches*4@2e-4 > one` learns from `--broad` and leaves it all of them.
-Layouts are searched, or taken from `benchmarks/layouts.py` with `--layouts-from`.
+`two@3e-3,1e-4`, `distillation+weight=1+tokens=all@2e-4` (without any, half of the loss is a teacher's distribution at
+learned tokens); `one@1e-4/1e-3` has the second for the attention of changed layers. Stages before it, each for a share
+of `--tokens`, are `local`, `base teaches` and `control teaches`, with the recipe's defaults: `local*0.2@1e-3 > one`
+leaves the part the other tokens; that of `broad base teaches*4@2e-4 > one` learns from `--broad` and leaves it all of
+them. In `on policy`, the last of several, the student writes the responses that the control corrects. `equal time*2`
+trains in one stage on twice as many tokens. Layouts are searched, or taken with `--layouts-from` from files of this
+benchmark or of `benchmarks/layouts.py`.
+
+The same command goes on where it was stopped: rows of the file are not made again, nor are layouts searched again.
+Without the `--work` of before, the control of a seed is trained again where it teaches.
 """
 
 from __future__ import annotations
@@ -67,12 +73,14 @@ SEARCHED |= {
     "any": "softmax + key + kv + linear, aligned",
 }
 PARTS = ("base", "control", "converted", "one", "two", "distillation", "control teaches", "control converted", "lora")
-PARTS += ("equal time",)
+PARTS += ("equal time", "on policy")
 TABLES = ("layouts", "rows")
 LOSSES = ("text", "wikitext", "responses")
 # Stages before a part, with their learning rates.
-FIRST = {"local": 1e-3, "base teaches": 2e-4}
+FIRST = {"local": 1e-3, "base teaches": 2e-4, "control teaches": 2e-4}
 BROAD = "broad "
+# Learning rate of text that the student writes.
+OWN_RATE = 5e-5
 # What teaches with `--controls`.
 TEACHER = "control of other runs"
 RATES = {"compensation": 1e-3, "all": 1e-4, "lora": 2e-4}
@@ -121,9 +129,11 @@ class Bench:
     def _take_layouts(self, path: Path) -> None:
         """The layouts, of those asked for, that a search chose before, unless this file has its own."""
         found = runner.read(path)["layouts"]
-        for name, stored in SEARCHED.items():
-            if stored in found and name in self.arguments.layouts:
-                self.layouts.setdefault(name, found[stored]["steps"][-1])
+        for name in self.arguments.layouts:
+            if isinstance(found.get(name), list):
+                self.layouts.setdefault(name, found[name])
+            elif SEARCHED.get(name) in found:
+                self.layouts.setdefault(name, found[SEARCHED[name]]["steps"][-1])
 
     def _setting(self) -> dict:
         spec, recipe = self.arguments, self._recipe()
@@ -234,7 +244,7 @@ class Bench:
         if part == "base":
             directory = self.source.path
         elif part != "converted":
-            directory, seconds, tokens = self._train(folder, layout, part, seed)
+            directory, seconds, tokens = self._train(folder, part, seed)
         self._keep(key, directory, seconds, tokens)
 
     def _keep(self, key: str, directory: Path, seconds: float, tokens: int) -> None:
@@ -254,9 +264,9 @@ class Bench:
         if self.results.missing("rows", [key]):
             self._keep(key, self._control(seed), 0.0, 0)
 
-    def _train(self, folder: Path, layout: str, part: str, seed: int) -> tuple[Path, float, int]:
-        settings = [*self.settings(seed), *self._recipe_of(part, layout, seed)]
-        if name_of(part) == "control teaches":
+    def _train(self, folder: Path, part: str, seed: int) -> tuple[Path, float, int]:
+        settings = [*self.settings(seed), *self.recipe_of(part)]
+        if asks_control(part):
             self._fetch_control(folder, seed)
         control = name_of(part) == "control"
         unfinished = _belongs(folder, part) and not (folder / ("control" if control else "trained")).exists()
@@ -271,7 +281,7 @@ class Bench:
     def _fetch_control(self, folder: Path, seed: int) -> None:
         source = self._control(seed)
         if not source.is_dir():
-            self._train(folder, "", "control", seed)
+            self._train(folder, "control", seed)
         # One that these runs have trained may not be the one that teaches.
         shutil.rmtree(folder / "control", ignore_errors=True)
         shutil.copytree(source, folder / "control")
@@ -283,14 +293,24 @@ class Bench:
             raise SystemExit(f"{found} is missing; run the part control of that seed with that --work first")
         return found
 
-    def _recipe_of(self, part: str, layout: str, seed: int) -> list[str]:
-        """The stages of a part, as settings."""
+    def recipe_of(self, part: str) -> list[str]:
+        """The stages of a part, as settings.
+
+        Raises:
+            SystemExit: its stages take all tokens.
+        """
         *first, part = part.split(" > ")
         before = [self._first_stage(each) for each in first]
         # Those with rows of their own leave the others to the part.
         steps = self.steps - sum(count for count, entry in before if "data:" not in entry)
+        if steps < 1:
+            raise SystemExit(f"error: the stages before it leave no tokens for the part: {' > '.join([*first, part])}")
         name_and_settings, _, rates = part.partition("@")
         part, *more_settings = name_and_settings.split("+")
+        part, _, factor = part.partition("*")
+        distillation = "{teacher: base, weight: 0.5, tokens: learned, attention: 0, top_k: 64}"
+        if part == "control teaches":
+            distillation = distillation.replace("base", "control")
         if part == "two":
             first = max(1, round(FIRST_SHARE * steps))
             stages = [("compensation", first, ""), ("all", max(1, steps - first), "")]
@@ -298,8 +318,11 @@ class Bench:
             stages = [("lora", steps, "")]
         elif part in ("distillation", "control teaches", "control converted"):
             stages = [("all", steps, ", loss: distillation")]
+        elif part == "on policy":
+            stages, distillation = [("all", steps, ", loss: distillation")], "{on_policy: 1.0}"
+            rates = rates or str(OWN_RATE)
         elif part == "equal time":
-            stages = [("all", max(1, round(steps * EQUAL_TIME)), "")]
+            stages = [("all", max(1, round(steps * float(factor or EQUAL_TIME))), "")]
         else:
             stages = [("all", steps, "")]
         chosen = rates.split(",") if rates else [RATES[trains] for trains, *_ in stages]
@@ -307,10 +330,9 @@ class Bench:
             f"{{trains: {trains}, steps: {count}, {_rates(str(rate))}{more}}}"
             for (trains, count, more), rate in zip(stages, chosen, strict=True)
         ]
-        teacher = "control" if part == "control teaches" else "base"
         return [
             f"train.stages=[{', '.join(entries)}]",
-            f"train.distillation={{teacher: {teacher}, top_k: 64}}",
+            f"train.distillation={distillation}",
             *(f"train.distillation.{each}" for each in more_settings),
         ]
 
@@ -320,7 +342,7 @@ class Bench:
         (name, *more), broad = name_and_settings.split("+"), text.startswith(BROAD)
         name, _, share = name.removeprefix(BROAD).partition("*")
         count = max(1, round(float(share) * (self._steps(broad=True) if broad else self.steps)))
-        settings = ["teacher=base", "weight=1.0", "tokens=all", "top_k=64", *more]
+        settings = [f"teacher={name.partition(' ')[0]}", *more]
         distillation = f"{{{', '.join(each.replace('=', ': ') for each in settings)}}}"
         entry = [
             f"name: {name}",
@@ -363,8 +385,14 @@ def write_recipe(folder: Path, model: str, layers: list[dict]) -> None:
 
 
 def name_of(part: str) -> str:
-    """A part without its settings and learning rates, and without stages before it."""
-    return part.rpartition(" > ")[2].partition("@")[0].partition("+")[0]
+    """A part without its settings, factor and learning rates, and without stages before it."""
+    return re.split(r"[*+@]", part.rpartition(" > ")[2])[0]
+
+
+def asks_control(part: str) -> bool:
+    """Whether a part, or a stage before it, learns from the control."""
+    stages = (re.split(r"[*+@]", stage.removeprefix(BROAD))[0] for stage in part.split(" > "))
+    return any(stage in ("control teaches", "on policy") for stage in stages)
 
 
 def order(key: str) -> tuple:
@@ -454,6 +482,8 @@ def part_named(text: str) -> str:
     """A part with its settings, for argparse."""
     if name_of(text) not in PARTS:
         raise argparse.ArgumentTypeError(f"unknown part: {text} (known: {', '.join(PARTS)})")
+    if "*" in text.rpartition(" > ")[2] and name_of(text) != "equal time":
+        raise argparse.ArgumentTypeError(f"unknown part: {text} (only stages before a part have a *SHARE)")
     for stage in text.split(" > ")[:-1]:
         name = re.split(r"[*+@]", stage.removeprefix(BROAD))[0]
         if name not in FIRST or "*" not in stage:
@@ -472,9 +502,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--controls", help="--work of other runs, whose controls are the teachers; by default those of these runs")
     option("--tokens", type=int, default=2_000_000, help="training tokens of each row")
     known = f"{', '.join(PARTS)}; +SETTING=VALUE and @RATE after any trained"
-    option("--parts", nargs="*", type=part_named, default=list(PARTS), help=known)
+    # The last stage of several is none by itself.
+    option("--parts", nargs="*", type=part_named, default=[part for part in PARTS if part != "on policy"], help=known)
     option("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
-    option("--layouts-from", nargs="*", type=Path, default=[], help="files of benchmarks/layouts.py, for their layouts")
+    option("--layouts-from", nargs="*", type=Path, default=[], help="files to take layouts from")
     option("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe, for all rows")
     option("--text-tokens", type=int, default=texts.WIKITEXT_TOKENS, help="at most this many of each text")
 
@@ -482,6 +513,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace, results: runner.Results) -> None:
     """All rows that were asked for."""
     bench = Bench(arguments, results)
+    for part in arguments.parts:
+        # Before anything slow begins.
+        bench.recipe_of(part)
     for seed in arguments.seeds:
         if arguments.controls:
             bench.teacher_row(seed)

@@ -251,7 +251,7 @@ def measure_case(name: str, arguments: argparse.Namespace) -> dict:
         objective: Objective = CrossEntropy()
         if cases[who].taught:
             teacher = random_models(config, {}, "bfloat16", arguments.device)[BASE].eval().requires_grad_(False)
-            spec = DistillationSpec(weight=1.0, tokens="all", attention=3.0, top_k=64)
+            spec = DistillationSpec()
             objective = Distillation(spec, teacher, layers=range(1, arguments.layers, 2))
         return measure(model, cases[who], objective, arguments)
 

@@ -25,7 +25,7 @@ from uniattn_cli.modeling.configuration_uniattn import attention_shape
 from uniattn_cli.modeling.layout_uniattn import KINDS
 from uniattn_cli.models.random import known_config
 from uniattn_cli.options import RunOptions
-from uniattn_cli.recipe.schema import SynthesisSpec
+from uniattn_cli.recipe.schema import Recipe, SynthesisSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,17 +85,21 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     record = {"settings": {"synthesis": dataclasses.asdict(SynthesisSpec(tokens=1000))}}
     (tmp_path / "synthetic" / "stage.json").write_text(json.dumps(record))
     more = ["--synthetic", tmp_path / "synthetic" / "text.jsonl", "--out", tmp_path / "more.json"]
-    part = "local*0.5 > broad base teaches*0.2+hidden=1 > control teaches+weight=1.0"
-    more += ["--work", tmp_path / "more", "--parts", part, "--broad", tmp_path / "pages.jsonl"]
+    part = "local*0.3 > broad base teaches*0.2+hidden=1 > control teaches*0.4 > on policy"
+    more += ["--work", tmp_path / "more", "--parts", part, "equal time*2", "--broad", tmp_path / "pages.jsonl"]
+    more += ["--layouts-from", out]
     done = run_benchmark("training", *common, *more, "--controls", tmp_path / "nowhere")
     assert done.returncode == 1 and "run the part control of that seed" in done.stderr
     done = run_benchmark("training", *common, *more, "--controls", tmp_path / "work")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "more.json").read_text())
     teacher = "base | control of other runs | seed 0"
-    assert list(content["rows"]) == [teacher, f"softmax | {part} | seed 0"]
-    # Stages on broad text come on top.
-    assert 1700 < content["rows"][f"softmax | {part} | seed 0"]["tokens"] < 3000
+    both = [f"softmax | {name} | seed 0" for name in ("equal time*2", part)]
+    assert list(content["rows"]) == [teacher, *both]
+    assert content["layouts"] == json.loads(out.read_text())["layouts"]
+    # Stages on broad text come on top; what a student writes may be longer than what the data says.
+    longer, staged = (content["rows"][key]["tokens"] for key in both)
+    assert 3000 < longer < 5000 and 1700 < staged < 4000
     assert content["rows"][teacher]["score"] == rows["base | control | seed 0"]["score"]
     assert "| – |" not in squeezed(tmp_path / "more.md")
     wanted = {"model": "base", "tokens": 1000, "prefix": 32, "temperature": 1.0, "top_p": 1.0}
@@ -103,9 +107,47 @@ def test_training_benchmark_makes_every_row_once(tmp_path):
     assert content["setting"]["comparable"]["train"] == ["rows.jsonl", "text.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("part", "control", "stages"),
+    [
+        ("one@2e-4", False, [("all", 100, "learning_rate: 0.0002")]),
+        ("equal time*2", False, [("all", 200, "")]),
+        ("local*0.1 > one", False, [("followers", 10, "loss: local"), ("all", 90, "")]),
+        ("base teaches*0.5+hidden=1 > one", False, [("all", 50, "{teacher: base, hidden: 1}"), ("all", 50, "")]),
+        ("control teaches*0.9@1e-4 > on policy", True, [("all", 90, "{teacher: control}"), ("all", 10, "5e-05")]),
+    ],
+)
+def test_parts_are_stages_of_a_recipe_that_share_the_tokens(part, control, stages):
+    bench: Any = object.__new__(training.Bench)
+    bench.steps = 100
+    overrides = bench.recipe_of(training.part_named(part))
+    recipe = Recipe.from_tree({"model": {"name": "m"}}, overrides=overrides)
+    assert [(stage.trains, stage.steps) for stage in recipe.train.stages] == [stage[:2] for stage in stages]
+    entries = re.findall(r"\{(?:[^{}]|\{[^{}]*\})*\}", overrides[0].partition("=")[2])
+    assert all(text in entry for entry, (*_, text) in zip(entries, stages, strict=True))
+    assert training.asks_control(part) == control
+    assert recipe.train.distillation.on_policy == ("on policy" in part)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [("once", "unknown part"), ("one*2", "SHARE"), ("local > one", "each with"), ("two*0.1 > one", "unknown stage")],
+)
+def test_parts_that_are_unknown(part, says):
+    with pytest.raises(argparse.ArgumentTypeError, match=says):
+        training.part_named(part)
+
+
+def test_stages_must_leave_tokens_for_the_part():
+    bench: Any = object.__new__(training.Bench)
+    bench.steps = 100
+    with pytest.raises(SystemExit, match=r"leave no tokens for the part: local\*1 > one"):
+        bench.recipe_of("local*1 > one")
+
+
 def test_an_interrupted_row_goes_on_and_no_other_does(tmp_path, monkeypatch):
     bench: Any = object.__new__(training.Bench)
-    bench.options, bench.settings, bench._recipe_of = RunOptions(force=True), lambda seed: [], lambda *part: []
+    bench.options, bench.settings, bench.recipe_of = RunOptions(force=True), lambda seed: [], lambda *part: []
     forced = []
 
     def train(*, options, **others):
@@ -114,9 +156,9 @@ def test_an_interrupted_row_goes_on_and_no_other_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "train", train)
     for part in ("one", "one", "lora"):
-        bench._train(tmp_path, "early", part, 0)
+        bench._train(tmp_path, part, 0)
     (tmp_path / "trained").mkdir()
-    bench._train(tmp_path, "early", "lora", 0)
+    bench._train(tmp_path, "lora", 0)
     assert forced == [True, False, True, True]
 
 

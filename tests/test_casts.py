@@ -147,7 +147,7 @@ def test_the_number_of_casts_does_not_grow(who, checkpointing, most):
         objective = CrossEntropy()
         if who == "taught":
             teacher = copy.deepcopy(base).eval().requires_grad_(False).to(torch.bfloat16)
-            spec = DistillationSpec(weight=1.0, attention=3.0, tokens="all", top_k=4)
+            spec = DistillationSpec(top_k=4)
             objective = Distillation(spec, teacher, layers=range(1, 2 * pairs, 2))
             objective.prepare([make_inputs(model)])
         model.train()

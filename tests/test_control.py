@@ -25,7 +25,7 @@ from uniattn_cli.training.trainer import StageTrainer
 
 DISTIL = [
     *stages("trains: all, loss: distillation, steps: 2, learning_rate: 0.0005"),
-    "train.distillation={teacher: control}",
+    "train.distillation={weight: 0.5}",
 ]
 
 
@@ -126,17 +126,17 @@ def test_what_the_base_trains_where_it_has_nothing_of_that_name(trains, expected
 
 def test_the_base_skips_what_only_wins_back_what_it_never_lost():
     own = (DatasetSpec("text.jsonl"),)
-    spec = TrainSpec(distillation=DistillationSpec(weight=1.0))
+    spec = TrainSpec(distillation=DistillationSpec(teacher="base"))
     kept = [
         TrainStage(trains="followers", loss="local", name="local on the training rows"),
         TrainStage(data=own, name="learns from the text"),
-        TrainStage(data=own, loss="distillation", distillation=DistillationSpec(), name="from the text, too"),
+        TrainStage(data=own, loss="distillation", distillation=DistillationSpec(), name="from the control, too"),
         TrainStage(loss="distillation", name="on the training rows"),
     ]
     left_out = [
         TrainStage(trains="followers", loss="local", data=own),
         TrainStage(loss="distillation", data=own),
-        TrainStage(loss="distillation", data=own, distillation=DistillationSpec(weight=1.0, hidden=1.0)),
+        TrainStage(loss="distillation", data=own, distillation=DistillationSpec(teacher="base", hidden=1.0)),
     ]
     assert [stage.label for stage in control_stages([*left_out, *kept], spec)] == [stage.label for stage in kept]
     with pytest.raises(StageError, match="the base is its own control"):

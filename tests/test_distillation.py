@@ -170,14 +170,15 @@ def outputs_by_hand(model, batch: dict) -> tuple[torch.Tensor, dict[int, torch.T
     return torch.cat(found), {layer: torch.cat(each) for layer, each in outputs.items()}, torch.cat(entering)
 
 
+PLAIN = DistillationSpec(teacher="base", weight=0.5, top_k=None, tokens="learned", attention=0.0)
 SPECS = {
-    "dense": DistillationSpec(weight=0.7, temperature=2.0),
-    "top_k": DistillationSpec(weight=1.0, top_k=5),
-    "attention": DistillationSpec(weight=0.25, attention=3.0),
-    "all tokens": DistillationSpec(weight=0.5, attention=1.0, tokens="all"),
-    "top_k of all tokens": DistillationSpec(weight=0.5, top_k=5, tokens="all"),
-    "attention alone": DistillationSpec(weight=0.0, attention=1.0),
-    "hidden states": DistillationSpec(weight=0.5, attention=1.0, hidden=2.0, tokens="all"),
+    "dense": replace(PLAIN, weight=0.7, temperature=2.0),
+    "top_k": replace(PLAIN, weight=1.0, top_k=5),
+    "attention": replace(PLAIN, weight=0.25, attention=3.0),
+    "all tokens": replace(PLAIN, weight=0.5, attention=1.0, tokens="all"),
+    "top_k of all tokens": replace(PLAIN, weight=0.5, top_k=5, tokens="all"),
+    "attention alone": replace(PLAIN, weight=0.0, attention=1.0),
+    "hidden states": replace(PLAIN, weight=0.5, attention=1.0, hidden=2.0, tokens="all"),
 }
 
 
@@ -254,7 +255,7 @@ def test_logits_in_pieces_change_nothing(run, name, monkeypatch):
 
 DISTIL = [
     *stages("trains: all, loss: distillation, steps: 6, learning_rate: 0.0005"),
-    "train.distillation={weight: 0.5, temperature: 2.0, attention: 0.5, hidden: 0.5}",
+    "train.distillation={teacher: base, weight: 0.5, temperature: 2.0, attention: 0.5, hidden: 0.5, tokens: learned}",
     "train.save_steps=2",
     "train.log_steps=1",
 ]
@@ -329,12 +330,13 @@ def test_a_teacher_on_disk_is_as_good_as_a_live_one(run, packing, tokens):
         "train.batch_size=4",
         "train.micro_batch_size=2",
     ]
-    live = [*setting, f"train.distillation={{top_k: 6, tokens: {tokens}}}"]
+    spec = f"teacher: base, weight: 0.5, top_k: 6, attention: 0, tokens: {tokens}"
+    live = [*setting, f"train.distillation={{{spec}}}"]
     result = train(run_dir=run, overrides=live, options=CPU)
     expected = losses_of(run / "trained")
     assert expected[-1] < expected[0] and result.stages[0].rows == 16
     said = Recorder()
-    stored = [*setting, f"train.distillation={{top_k: 6, tokens: {tokens}, precompute: true}}"]
+    stored = [*setting, f"train.distillation={{{spec}, precompute: true}}"]
     train(run_dir=run, overrides=stored, options=RunOptions(device="cpu", force=True, progress=said))
     assert losses_of(run / "trained") == pytest.approx(expected, rel=1e-5)
     assert len(said.bars["teacher"]) > 1
@@ -352,7 +354,7 @@ def test_a_teacher_on_disk_is_written_once_for_the_same_settings(run):
     rows = Tokenised(rows, [3], "data", Counts(), {})
     said = Recorder()
     for spec in ("top_k: 6", "top_k: 6", "top_k: 6, temperature: 2.0"):
-        setting = f"train.distillation={{{spec}, precompute: true}}"
+        setting = f"train.distillation={{teacher: base, {spec}, attention: 0, precompute: true}}"
         recipe = Recipe.load(run / "recipe.yaml", [*stages("trains: all, loss: distillation"), setting])
         process = PartialState(cpu=True)
         process.device = torch.device("cpu")
@@ -386,7 +388,7 @@ def test_a_row_that_the_teacher_never_saw_is_refused(run):
     from uniattn_cli.training.stored_teacher import StoredTeacher
     from uniattn_cli.training.teaching import write_teacher
 
-    trainer, _ = make_trainer(run, DistillationSpec(top_k=3))
+    trainer, _ = make_trainer(run, replace(PLAIN, top_k=3))
     rows = datasets.Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}])
     write_teacher(run / "teacher" / "x", trainer.objective, rows, settings={}, batch_size=2, device=torch.device("cpu"))
     stored = StoredTeacher(run / "teacher" / "x")
@@ -402,9 +404,9 @@ def test_a_row_that_the_teacher_never_saw_is_refused(run):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("{precompute: true}", "set train.distillation.top_k"),
-        ("{precompute: true, top_k: 4, attention: 1.0}", "stores nothing that attention could be compared with"),
-        ("{weight: 0}", "set one of them to distil anything"),
+        ("{precompute: true, top_k: null}", "set train.distillation.top_k"),
+        ("{precompute: true}", "stores nothing that attention could be compared with"),
+        ("{weight: 0, attention: 0}", "set one of them to distil anything"),
     ],
 )
 def test_settings_that_cannot_be_had_together(spec, says):
@@ -426,7 +428,7 @@ def test_a_mixture_of_experts_keeps_its_balancing_loss(family):
     base = make_base(next(entry for entry in FAMILIES if entry[0] == family))
     student = build_converted(base, make_layout("mixed", base.config))
     layers = [layer for layer, plan in enumerate(student.config.layout) if plan.kind not in ("own", "none")]
-    distillation = Distillation(DistillationSpec(attention=1.0), base, layers=layers)
+    distillation = Distillation(replace(PLAIN, attention=1.0), base, layers=layers)
     tokens = torch.arange(5, 45).view(2, 20)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     distillation.prepare([batch])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import re
 import runpy
@@ -46,8 +47,8 @@ def blocks(language: str) -> list[str]:
 def shell_lines() -> list[list[str]]:
     """The words of every line that a shell is given, without comments and what it does with the output."""
     joined = [re.sub(r"\\\n\s*", "", code) for code in blocks("sh")]
-    lines = [shlex.split(re.split(" [<>] ", line)[0], comments=True) for code in joined for line in _whole_lines(code)]
-    return [line for line in lines if line]
+    lines = [shlex.split(line, comments=True) for code in joined for line in _whole_lines(code)]
+    return [list(itertools.takewhile(lambda word: word not in ("<", ">"), line)) for line in lines if line]
 
 
 def _whole_lines(code: str) -> list[str]:

@@ -171,7 +171,10 @@ def test_a_teacher_shares_what_its_student_does_not_train(trains):
         (["distillation: {weight: 1}"], r"stages\[0\]\.distillation is only for loss: distillation"),
         (["data: []"], r"stages\[0\]\.data is empty"),
         (["data: [{source: a, heldout: false}]"], r"stages\[0\]\.data\[0\]\.heldout: only rows of data\.train"),
-        (["loss: distillation, distillation: {weight: 0}"], r"stages\[0\]\.distillation: weight, attention and hidden"),
+        (
+            ["loss: distillation, distillation: {weight: 0, attention: 0}"],
+            r"stages\[0\]\.distillation: weight, attention and hidden",
+        ),
     ],
 )
 def test_stages_that_cannot_be(entries, says):
@@ -196,7 +199,7 @@ def test_a_sharded_model_cannot_learn_locally():
 RECOVERY = [
     *stages(
         "name: text, trains: followers, loss: local, data: TEXT, steps: 1",
-        "name: recover, loss: distillation, data: DATA, steps: 3, distillation: {weight: 1.0, tokens: all}",
+        "name: recover, loss: distillation, data: DATA, steps: 3, distillation: {teacher: base, attention: 0}",
         "trains: all, steps: 2",
     ),
     "train.log_steps=1",

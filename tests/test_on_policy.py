@@ -31,7 +31,7 @@ from uniattn_cli.training.trainer import StageTrainer
 
 ON_POLICY = [
     *stages("trains: all, loss: distillation, steps: 7, learning_rate: 0.01"),
-    "train.distillation={weight: 1.0, on_policy: 0.75}",
+    "train.distillation={teacher: base, tokens: learned, attention: 0, on_policy: 0.75}",
     "train.save_steps=2",
     "train.log_steps=1",
     "train.max_length=40",
@@ -226,13 +226,13 @@ def test_an_engine_that_cannot_run_the_student_is_told_before_the_first_stage(tm
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["train.distillation={on_policy: 0.5}"], "set train.distillation.weight to 1"),
+        (["train.distillation={on_policy: 0.5, weight: 0.5}"], "set train.distillation.weight to 1"),
         (
-            ["train.distillation={on_policy: 0.5, weight: 1.0, precompute: true, top_k: 4}"],
+            ["train.distillation={on_policy: 0.5, attention: 0, precompute: true}"],
             "train.distillation.on_policy makes new text, of which precompute stores nothing",
         ),
-        (["train.distillation={on_policy: 0.5, weight: 1.0}", "train.packing=true"], "train.packing is impossible"),
-        (["train.distillation={on_policy: 0.5, weight: 1.0}", "train.fsdp=true"], "train.fsdp is impossible"),
+        (["train.distillation={on_policy: 0.5}", "train.packing=true"], "train.packing is impossible"),
+        (["train.distillation={on_policy: 0.5}", "train.fsdp=true"], "train.fsdp is impossible"),
     ],
 )
 def test_settings_that_cannot_be_had_together(settings, says):

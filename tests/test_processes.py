@@ -29,7 +29,7 @@ SETTING = [
         "trains: all, loss: distillation, steps: 5, learning_rate: 0.0005",
         "trains: lora, steps: 3, learning_rate: 0.003",
     ),
-    "train.distillation={weight: 0.5, attention: 0.1, hidden: 0.1, tokens: all}",
+    "train.distillation={teacher: base, weight: 0.5, attention: 0.1, hidden: 0.1, tokens: all}",
     "train.log_steps=1",
     "train.save_steps=2",
     "train.eval_steps=2",

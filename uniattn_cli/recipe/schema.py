@@ -442,31 +442,32 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class DistillationSpec:
-    """How stages with `loss: distillation` learn from a frozen teacher in addition to the data."""
+    """How stages with `loss: distillation` learn from a frozen teacher, beside the data or in its place."""
 
+    # The defaults are what recovered most (docs/benchmarks/README.md).
     teacher: str = setting(
-        "base",
-        "base, or control (the base after the same training, from control/)",
+        "control",
+        "control (the base after the same training, from control/), or base",
         choices=("base", "control"),
     )
     weight: float = setting(
-        0.5, "weight of the KL divergence from the teacher; the rest is cross-entropy", minimum=0, maximum=1
+        1.0, "weight of the KL divergence from the teacher; the rest is cross-entropy", minimum=0, maximum=1
     )
     temperature: float = setting(
         1.0, "softmax temperature of both models; the divergence is multiplied by its square", above=0
     )
     top_k: int | None = setting(
-        None,
+        64,
         "compare only the teacher's most likely tokens and the total probability of all others; null compares all",
         minimum=1,
     )
     tokens: str = setting(
-        "learned",
+        "all",
         "where teacher and student are compared: only on tokens that count in the loss, or on prompts too",
         choices=("learned", "all"),
     )
     attention: float = setting(
-        0.0,
+        3.0,
         "weight of the squared error of changed layers' attention outputs, relative to the teacher's",
         minimum=0,
     )

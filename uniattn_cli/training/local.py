@@ -42,7 +42,7 @@ class LocalDistillation(Distillation):
     """
 
     def __init__(self, teacher: PreTrainedModel, layers: Sequence[int], config: PretrainedConfig):
-        super().__init__(DistillationSpec(weight=0.0, attention=1.0, tokens="all"), teacher, layers=layers)
+        super().__init__(DistillationSpec(weight=0.0, attention=1.0), teacher, layers=layers)
         self.weights = {"attention": 1.0}
         # Of all changed layers, also those with nothing to train. Copies, for they run beside the trained ones: in the
         # same precision, on masks of the same backend.
