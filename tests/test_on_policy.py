@@ -217,7 +217,7 @@ def test_an_engine_that_cannot_run_the_student_is_told_before_the_first_stage(tm
 
     monkeypatch.setattr(continuing, "engine_for", engine_for)
     run = make_run(tmp_path / "run")
-    last = "name: own, loss: distillation, steps: 1, distillation: {weight: 1, on_policy: 1}"
+    last = "name: own, loss: distillation, steps: 1, distillation: {teacher: base, on_policy: 1}"
     with pytest.raises(ModelError, match=r"its output layer has a bias; remove synthesis\.engine"):
         train(run_dir=run, overrides=[*stages("trains: all, steps: 1", last), "synthesis.engine=engine"], options=CPU)
     assert not (run / ".trained.partial" / "stages").exists()

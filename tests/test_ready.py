@@ -51,10 +51,14 @@ def test_the_data_of_the_paper_is_used():
 
 
 def test_ready_recipes_are_what_recovered_most():
-    """Of no recipe's kind or stages was another ahead in docs/benchmarks/training/refined.json and training.json."""
+    """Of no recipe's kind or stages was another ahead in docs/benchmarks/training/refined.json and training.json.
+
+    `memory` and the first look are for the least loss, whatever the time; all others save time.
+    """
     recipes = {name: ready.load(name).recipe for name in EXPECTED}
     assert {name: recipe.layout.kinds for name, recipe in recipes.items() if recipe.layout.kinds != ("early",)} == {
-        "memory": ("key",)
+        "memory": ("key",),
+        "quick": ("key",),
     }
     assert all(len(recipe.train.stages) == 1 for recipe in recipes.values())
     for name in ("distilled", "memory"):
