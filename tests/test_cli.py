@@ -723,6 +723,7 @@ LINES = {
     "compare": ". converted",
     "sweep": "--kv 0.9,0.8 --discard",
     "bench": "--batch 1 --context 32 --new 2 --repeats 1",
+    "push": "trained someone/tiny --dry-run",
     "recipe": "",
     "recipes": "",
     "families": "",
