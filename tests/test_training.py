@@ -85,7 +85,9 @@ CHANGED = {
     "trains: lora, lora: {targets: [v_proj, down_proj], compensation: full, rank: 2}": lambda name: any(
         part in name for part in ("v_proj", "mlp.down_proj", "compensation")
     ),
-    "trains: all, loss: distillation": lambda name: "embed_tokens" not in name and "lm_head" not in name,
+    "trains: all, loss: distillation, distillation: {teacher: base}": lambda name: (
+        "embed_tokens" not in name and "lm_head" not in name
+    ),
 }
 
 
